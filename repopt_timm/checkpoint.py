@@ -1,0 +1,91 @@
+"""The one reader of checkpoint files: safetensors and pickles, without ever running code from them."""
+
+import argparse
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.models import clean_state_dict
+from torch import Tensor
+
+__all__ = ['read_checkpoint', 'select_state_dict']
+
+# In the order in which timm's own loader looks for them.
+_STATE_DICT_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
+
+
+class _PlainDict(dict):
+    """Stands in for `yacs.config.CfgNode` in the reference's training checkpoints: its entries, nothing else."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        pass
+
+
+_STAND_INS: list[Any] = [argparse.Namespace, (_PlainDict, 'yacs.config.CfgNode')]
+
+
+def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """Reads a `.safetensors` file or a pickle to the CPU.
+
+    Pickles are read with `weights_only=True`. Apart from what torch allows, only `argparse.Namespace` (in timm's
+    checkpoints) and `yacs.config.CfgNode` (in the reference's, becomes a dict) are let in.
+
+    Args:
+        path: A file.
+
+    Returns:
+        The pickled dict, or name to tensor of a safetensors file with its header's metadata under `__metadata__`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is no checkpoint, or would need code to run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint file '{path}'.")
+    if path.suffix == '.safetensors':
+        try:
+            with safe_open(path, framework='pt') as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                return {**tensors, '__metadata__': file.metadata() or {}}
+        except SafetensorError as error:
+            raise ValueError(f"'{path}' is no readable safetensors file: {error}.") from None
+    try:
+        with torch.serialization.safe_globals(_STAND_INS):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"'{path}' is refused: {_refusal(path, error)}") from None
+    except (EOFError, RuntimeError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"'{path}' is no readable checkpoint: {error}.") from None
+    if not isinstance(checkpoint, dict):
+        raise ValueError(
+            f"'{path}' holds a {type(checkpoint).__name__}, expected a dict of tensors or of a training run."
+        )
+    return checkpoint
+
+
+def select_state_dict(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
+    """Selects the model's tensors of a checkpoint: averaged weights first, wrappers' prefixes removed.
+
+    Args:
+        checkpoint: What `read_checkpoint` returned: with `state_dict_ema`, `state_dict` or `model` inside, or bare.
+    """
+    for key in _STATE_DICT_KEYS:
+        if isinstance(checkpoint.get(key), dict):
+            return clean_state_dict(checkpoint[key])
+    return clean_state_dict({key: value for key, value in checkpoint.items() if isinstance(value, Tensor)})
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    try:
+        with torch.serialization.safe_globals(_STAND_INS):
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, RuntimeError, pickle.UnpicklingError):
+        names = []
+    if names:
+        return f'it would run code to restore {", ".join(sorted(names))}. Save its tensors alone and load those.'
+    return f'{error}'.split('\n')[0]

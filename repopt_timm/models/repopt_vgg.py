@@ -1,0 +1,319 @@
+"""RepOpt-VGG target, Hyper-Search and CSLA models for timm (arXiv 2205.15242), built on its ByobNet.
+
+The target is a plain stack of 3x3 convolutions, BatchNorm and ReLU. Its `_hs` counterpart trains the scales, its
+`_csla` counterpart is the multi-branch network that training the target with a RepOptimizer is equivalent to.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from functools import partial
+from typing import Any
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, get_layer_fns
+from torch import Tensor, nn
+
+from ..architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture, initial_scale
+from ..reparam import CSLAConv2d, attach_scales, carried_scales, initialize
+from ..scales import Scales
+from ..sources import ScalesSource, load_scales
+
+__all__ = ['RepOptVgg', 'RepOptVggBlock']
+
+register_notrace_module(CSLAConv2d)
+
+_SUFFIXES = {'target': '', 'hs': '_hs', 'csla': '_csla'}
+
+
+class RepOptVggBlock(nn.Module):
+    """Convolution, BatchNorm, ReLU and, if the network has it, squeeze-and-excitation after the ReLU.
+
+    Args:
+        in_chs: Number of input channels.
+        out_chs: Number of output channels.
+        stride: Stride of the convolution.
+        dilation: Dilation of the stage's first and of its further blocks, as ByobNet passes it.
+        layers: ByobNet's layer functions.
+        mode: `target` for a plain convolution, `hs` or `csla` for scaled branches.
+        index: Index of the block inside its stage.
+        drop_block: Layer that drops activations after the BatchNorm.
+        device: Device of the parameters.
+        dtype: Floating point type of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        stride: int = 1,
+        dilation: tuple[int, int] = (1, 1),
+        layers: LayerFn | None = None,
+        mode: str = 'target',
+        index: int = 0,
+        drop_block: Any = None,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **_: Any,
+    ):
+        super().__init__()
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        layers = layers or LayerFn()
+        geometry: dict[str, Any] = {
+            'kernel_size': 3,
+            'stride': stride,
+            'padding': dilation[0],
+            'dilation': dilation[0],
+            'bias': False,
+        }
+        if mode == 'target':
+            self.conv: nn.Module = nn.Conv2d(in_chs, out_chs, **geometry, **dd)
+        else:
+            template = nn.Conv2d(in_chs, out_chs, **geometry, device='meta')
+            self.conv = CSLAConv2d(template, scale=initial_scale(index), trainable_scales=mode == 'hs', **dd)
+        self.bn = layers.norm_act(out_chs, drop_layer=drop_block, **dd)
+        self.attn = layers.attn(out_chs, **dd) if layers.attn is not None else nn.Identity()
+
+    def init_weights(self, zero_init_last: bool = False) -> None:
+        """Undoes ByobNet's initialization of branches: another one would change their strength against each other."""
+        if isinstance(self.conv, CSLAConv2d):
+            self.conv.reset_parameters()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attn(self.bn(self.conv(x)))
+
+
+class RepOptVgg(ByobNet):
+    """RepOpt-VGG. All that ByobNet offers works; see `timm.create_model` for the arguments that are not listed.
+
+    Args:
+        cfg: Depths and widths.
+        architecture: Name of the target model.
+        mode: `target`, `hs` (trainable scales) or `csla` (constant scales).
+        use_se: Squeeze-and-excitation after every ReLU; the architecture's own setting when left out.
+        strides: Strides of the stem and of the four stages.
+        in_chans: Number of image channels.
+        output_stride: Stride of the last features; smaller ones dilate the last stages.
+        drop_path_rate: Must be 0: a plain network has no residual branch to drop.
+        device: Device of the parameters.
+        dtype: Floating point type of the parameters.
+
+    Attributes:
+        architecture: Name of the target model.
+        mode: See above.
+        strides: See above.
+        scales_provenance: Where the scales come from, if the model has any.
+    """
+
+    def __init__(
+        self,
+        cfg: Architecture,
+        architecture: str,
+        mode: str = 'target',
+        use_se: bool | None = None,
+        strides: Sequence[int] = DEFAULT_STRIDES,
+        in_chans: int = 3,
+        output_stride: int = 32,
+        drop_path_rate: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **kwargs: Any,
+    ):
+        strides = tuple(strides)
+        if len(strides) != 5 or not set(strides) <= {1, 2}:
+            raise ValueError(f'strides={strides}: expected five values of 1 or 2, for the stem and four stages.')
+        if drop_path_rate:
+            raise ValueError(f'drop_path_rate={drop_path_rate}: a plain network has no residual branch to drop.')
+        use_se = cfg.use_se if use_se is None else use_se
+        overlay = {field.name: kwargs.pop(field.name) for field in fields(ByoModelCfg) if field.name in kwargs}
+        byob_cfg = replace(_byob_cfg(cfg, mode, strides, use_se), **overlay)
+        # ByobNet takes its stem's stride to be 2, and tells all further strides from it.
+        byob_stride = output_stride * 2 // strides[0]
+        super().__init__(
+            byob_cfg,
+            in_chans=in_chans,
+            output_stride=byob_stride,
+            device=device,
+            dtype=dtype,
+            zero_init_last=False,
+            **kwargs,
+        )
+        for info in self.feature_info:
+            info['reduction'] = info['reduction'] * strides[0] // 2
+        layers = get_layer_fns(byob_cfg)
+        self.stem = RepOptVggBlock(
+            in_chans, cfg.widths[0], strides[0], layers=layers, mode=mode, device=device, dtype=dtype
+        )
+        self.stem.init_weights()
+        self.architecture = architecture
+        self.mode = mode
+        self.strides = strides
+        self.scales_provenance: Mapping[str, Any] = {}
+
+    @property
+    def scales(self) -> Scales | None:
+        """The scales of an `_hs` or `_csla` model, or those that a target's convolutions carry; None without any."""
+        if self.mode == 'target' and not carried_scales(self):
+            return None
+        return Scales.from_model(self)
+
+    def set_scales(self, scales: Scales, init: bool = True) -> None:
+        """Takes scales over: as constants (`csla`), as start of the search (`hs`), or for the RepOptimizer (target).
+
+        Args:
+            scales: Scales of this architecture, searched with the same strides.
+            init: Initialize a target's convolutions by the Rule of Initialization; leave it out to keep its weights.
+
+        Raises:
+            ValueError: If the scales are another architecture's, or were searched with other strides.
+        """
+        scales.check_target(self.architecture, self.strides)
+        if self.mode == 'target':
+            if init:
+                initialize(self, scales)
+            attach_scales(self, scales, initialized=init)
+        else:
+            for name, module in self.named_modules():
+                if isinstance(module, CSLAConv2d):
+                    module.set_vectors(scales[name], name)
+        self.scales_provenance = scales.provenance
+
+    def to_plain(self) -> 'RepOptVgg':
+        """Returns the target with merged kernels and the same output; same dtype, device and mode.
+
+        The result carries this model's scales, so that both can be trained side by side from the same start.
+
+        Raises:
+            ValueError: If this is a target already.
+        """
+        if self.mode == 'target':
+            raise ValueError(f'{self.architecture} is a target model already: its kernels are plain.')
+        scales = Scales.from_model(self)
+        plain = copy.deepcopy(self)
+        for block in plain.modules():
+            if isinstance(block, RepOptVggBlock):
+                block.conv = block.conv.to_conv()
+        plain.mode = 'target'
+        plain.pretrained_cfg = plain.default_cfg = {
+            **plain.pretrained_cfg,
+            'architecture': self.architecture,
+            'first_conv': _FIRST_CONV['target'],
+        }
+        if hasattr(plain, '_traits'):
+            plain._traits = {**plain._traits, 'first_conv': _FIRST_CONV['target']}
+        attach_scales(plain, scales, initialized=True)
+        return plain
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Names of the trainable scales, which are never decayed."""
+        return {name for name, _ in self.named_parameters() if name.endswith('.scale')}
+
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        # timm records the factory's arguments here and writes them to config.json. Scales are data, not a setting.
+        return self._kept_model_args
+
+    @_model_args.setter
+    def _model_args(self, args: dict[str, Any]) -> None:
+        self._kept_model_args = {key: value for key, value in args.items() if key != 'scales'}
+
+
+def _byob_cfg(cfg: Architecture, mode: str, strides: Sequence[int], use_se: bool) -> ByoModelCfg:
+    stages = []
+    for depth, width, stride in zip(cfg.depths, cfg.widths[1:], strides[1:]):
+        block = ByoBlockCfg(type=partial(RepOptVggBlock), d=1, c=width, s=stride, gs=0)
+        stages.append(tuple(replace(block, block_kwargs={'mode': mode, 'index': index}) for index in range(depth)))
+    return ByoModelCfg(
+        blocks=tuple(stages),
+        stem_type='3x3',
+        stem_pool=None,
+        stem_chs=cfg.widths[0],
+        attn_layer='se' if use_se else None,
+        attn_kwargs={'rd_ratio': 1 / 16, 'rd_divisor': 1} if use_se else {},  # as in RepVGG-D2se
+    )
+
+
+def _create_repopt_vgg(variant: str, pretrained: bool = False, scales: ScalesSource = None, **kwargs: Any) -> nn.Module:
+    mode = next(mode for mode in ('hs', 'csla', 'target') if variant.endswith(_SUFFIXES[mode]))
+    architecture = variant.removesuffix(_SUFFIXES[mode])
+    strides = kwargs.get('strides') or DEFAULT_STRIDES
+    if scales is not None:
+        # Before the model is built, so that a mistake is told at once.
+        scales = load_scales(scales, architecture, strides)
+    elif mode == 'csla':
+        raise ValueError(
+            f"{variant} needs scales=...: a file, 'hf-hub:user/repo' or 'initial'. Search some with {architecture}_hs."
+        )
+    build = partial(_build, scales=scales, init=not pretrained)
+    return build_model_with_cfg(
+        build,
+        variant,
+        pretrained,
+        model_cfg=ARCHITECTURES[architecture],
+        feature_cfg={'flatten_sequential': True, 'out_indices': tuple(range(_num_features(strides)))},
+        architecture=architecture,
+        mode=mode,
+        **kwargs,
+    )
+
+
+def _build(scales: Scales | None, init: bool, **kwargs: Any) -> RepOptVgg:
+    model = RepOptVgg(**kwargs)
+    if scales is not None:
+        model.set_scales(scales, init)
+    return model
+
+
+def _num_features(strides: Sequence[int]) -> int:
+    return 1 + sum(stride != 1 for stride in strides[1:])
+
+
+_FIRST_CONV = {
+    'target': 'stem.conv',
+    'hs': ('stem.conv.branches.1x1', 'stem.conv.branches.kxk'),
+    'csla': ('stem.conv.branches.1x1', 'stem.conv.branches.kxk'),
+}
+
+
+def _cfg(mode: str, **kwargs: Any) -> dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bilinear',
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': _FIRST_CONV[mode],
+        'classifier': 'head.fc',
+        'license': 'apache-2.0',
+        'paper_name': 'Re-parameterizing Your Optimizers rather than Architectures',
+        'paper_ids': 'arXiv:2205.15242',
+        'origin_url': 'https://github.com/DingXiaoH/RepOptimizers',
+        **kwargs,
+    }
+
+
+# timm makes the first tag with weights an architecture's default, also for an untrained model, which would then have
+# the checkpoint's classes and input size. A trailing '*' marks the default: here the untagged, untrained one.
+default_cfgs = generate_default_cfgs(
+    {f'{name}{suffix}.*': _cfg(mode) for name in ARCHITECTURES for mode, suffix in _SUFFIXES.items()}
+)
+
+
+def _register(variant: str) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return _create_repopt_vgg(variant, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = variant
+    entrypoint.__module__ = __name__
+    entrypoint.__doc__ = f'{variant}: see `RepOptVgg`.'
+    globals()[variant] = register_model(entrypoint)
+
+
+for _name in ARCHITECTURES:
+    for _suffix in _SUFFIXES.values():
+        _register(_name + _suffix)

@@ -1,0 +1,153 @@
+"""RepOptAdamW: AdamW with Grad Mults, which trains a plain model as AdamW trains its CSLA counterpart."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.adamw import adamw
+from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
+
+from ..reparam import GradMults
+from .grad_mult_optimizer import GradMultOptimizer, row_blocks, use_fused
+
+__all__ = ['RepOptAdamW']
+
+
+class RepOptAdamW(GradMultOptimizer, AdamW):
+    """AdamW that multiplies each kernel's update with its Grad Mult of power 1 (appendix A of arXiv 2205.15242).
+
+    A branch with the scale s sees the gradient times s, and Adam takes its size out again, up to `eps`. Of the branch's
+    update, what reaches the kernel is |s| times: the sign appears in gradient and kernel and drops out. The moments see
+    the gradient times the Grad Mult too, so that `eps` is compared with gradients as large as the branches'.
+    Equivalent to `torch.optim.AdamW` on the CSLA network up to what `eps` does; the decay is exact.
+
+    Args:
+        params: Parameters or groups, as for `torch.optim.AdamW`; those without a Grad Mult are updated as usual.
+        lr: Learning rate.
+        betas: Decay rates of the moments.
+        eps: Added to the denominator.
+        weight_decay: Decoupled weight decay.
+        amsgrad: Use the maximum of the second moments.
+        grad_mults: What `make_grad_mults(model, update_rule='adamw')` returned for the model of these parameters.
+        maximize: Maximize instead of minimize.
+        foreach: Use torch's multi-tensor implementation.
+        differentiable: Let autograd record the step.
+        fused: Use torch's fused implementation; the default where there is one, unless `foreach` is given.
+
+    Raises:
+        ValueError: If the Grad Mults are missing, belong to other parameters or to another update rule.
+    """
+
+    update_rule = 'adamw'
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        grad_mults: GradMults | None = None,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+    ):
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            amsgrad,
+            maximize=maximize,
+            foreach=foreach,
+            differentiable=differentiable,
+            fused=fused,
+        )
+        self._take_grad_mults(grad_mults)
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes one step; gradients stay as they are.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [param for param in group['params'] if param.grad is not None]
+            for param in params:
+                if not self.state[param]:
+                    self._init_state(param, group)
+            without = [param for param in params if param not in self.grad_mults]
+            states = [self.state[param] for param in without]
+            grads = [param.grad for param in without]
+            _update(group, without, grads, states, [state['step'] for state in states], group['weight_decay'])
+            self._step_blocks(group, [param for param in params if param in self.grad_mults])
+        return loss
+
+    def _init_state(self, param: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[param]
+        device = param.device if use_fused(group, [param]) else 'cpu'
+        state['step'] = torch.zeros((), dtype=torch.float32, device=device)
+        state['exp_avg'] = torch.zeros_like(param)
+        state['exp_avg_sq'] = torch.zeros_like(param)
+        if group['amsgrad']:
+            state['max_exp_avg_sq'] = torch.zeros_like(param)
+
+    def _step_blocks(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for blocks in row_blocks(params, self.grad_mults):
+            grads = [block.mult.multiply(block.of(block.param.grad)) for block in blocks]
+            states = []
+            for block in blocks:
+                state = self.state[block.param]
+                states.append({key: block.of(value) for key, value in state.items() if key != 'step'})
+            # Each block counts for itself, the kernel's own counter advances once, below.
+            steps = [self.state[block.param]['step'].clone() for block in blocks]
+            updates = [torch.zeros_like(grad) for grad in grads]
+            _update(group, updates, grads, states, steps, weight_decay=0.0)
+            for block, update in zip(blocks, updates):
+                rows = block.of(block.param)
+                rows.mul_(1 - group['lr'] * group['weight_decay'])
+                rows.add_(block.mult.multiply(update))
+        for param in params:
+            self.state[param]['step'] += 1
+
+
+def _update(
+    group: dict[str, Any],
+    params: list[Tensor],
+    grads: list[Tensor],
+    states: list[dict[str, Tensor]],
+    steps: list[Tensor],
+    weight_decay: float,
+) -> None:
+    if not params:
+        return
+    beta1, beta2 = group['betas']
+    adamw(
+        params,
+        grads,
+        [state['exp_avg'] for state in states],
+        [state['exp_avg_sq'] for state in states],
+        [state['max_exp_avg_sq'] for state in states] if group['amsgrad'] else [],
+        steps,
+        foreach=group['foreach'],
+        fused=use_fused(group, params),
+        differentiable=group['differentiable'],
+        amsgrad=group['amsgrad'],
+        beta1=beta1,
+        beta2=beta2,
+        lr=group['lr'],
+        weight_decay=weight_decay,
+        eps=group['eps'],
+        maximize=group['maximize'],
+    )

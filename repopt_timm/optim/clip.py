@@ -1,0 +1,58 @@
+"""Gradient clipping that keeps the equivalence with the CSLA network."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..reparam import GradMults
+
+__all__ = ['clip_grad_norm_']
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Tensor | Iterable[Tensor],
+    max_norm: float,
+    grad_mults: GradMults,
+    error_if_nonfinite: bool = False,
+    foreach: bool | None = None,
+) -> Tensor:
+    """Clips gradients by the norm that they would have in the CSLA network, `sqrt(sum M g^2)` with `M = sum s_b^2 M_b`.
+
+    A branch with the scale s has s times the kernel's gradient, so the norm of the plain gradients would clip at other
+    times and by other factors. The power is 2 whatever the optimizer, RepOptAdamW too.
+
+    Args:
+        parameters: Parameters whose gradients are clipped in place.
+        max_norm: Largest norm that is let through.
+        grad_mults: What `make_grad_mults(model, update_rule='sgd')` returned.
+        error_if_nonfinite: Raise if the norm is NaN or infinite.
+        foreach: Use torch's multi-tensor implementation.
+
+    Returns:
+        The norm before clipping, a scalar.
+
+    Raises:
+        ValueError: If the Grad Mults are those of another update rule.
+    """
+    if grad_mults.update_rule != 'sgd':
+        raise ValueError(
+            f"The CSLA norm needs Grad Mults of the update rule 'sgd', but got {grad_mults.update_rule!r}. Make them with "
+            f"make_grad_mults(model, update_rule='sgd'), for every optimizer."
+        )
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    parameters = [param for param in parameters if param.grad is not None]
+    if not parameters:
+        return torch.tensor(0.0)
+    norms = []
+    for param in parameters:
+        if param in grad_mults:
+            norms.append((grad_mults[param].multiply(param.grad) * param.grad).sum().sqrt())
+        else:
+            norms.append(torch.linalg.vector_norm(param.grad))
+    total_norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    if error_if_nonfinite and not torch.isfinite(total_norm):
+        raise RuntimeError(f'The CSLA norm of the gradients is {total_norm.item()}, so they cannot be clipped.')
+    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach=foreach)
+    return total_norm

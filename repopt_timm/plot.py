@@ -1,0 +1,82 @@
+"""Pictures: scales against depth, and training curves."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .files import replacing
+from .scales import Scales
+
+__all__ = ['plot_curves', 'plot_scales']
+
+_COLORS = {'kxk': 'tab:blue', '1x1': 'tab:orange', 'identity': 'tab:green'}
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ImportError("Pictures need matplotlib: pip install 'repopt-timm[plot]'.") from None
+    matplotlib.use('Agg')
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: str | os.PathLike) -> None:
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, bbox_inches='tight')
+    _pyplot().close(figure)
+
+
+def plot_scales(scales: Scales, path: str | os.PathLike) -> None:
+    """Draws mean and range over the channels of each branch's scale against depth.
+
+    Args:
+        scales: What to draw.
+        path: Picture to write, in the format that its suffix names.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure, axes = _pyplot().subplots(figsize=(9, 4))
+    modules = list(scales)
+    for branch, color in _COLORS.items():
+        depths = [depth for depth, module in enumerate(modules) if branch in scales[module]]
+        vectors = [scales[modules[depth]][branch] for depth in depths]
+        axes.plot(depths, [v.mean().item() for v in vectors], 'o-', ms=3.5, lw=1.2, color=color, label=branch)
+        axes.vlines(
+            depths, [v.min().item() for v in vectors], [v.max().item() for v in vectors], color=color, alpha=0.4
+        )
+    stages = [depth for depth, module in enumerate(modules) if module.endswith('.0.conv')]
+    for stage, depth in enumerate(stages, start=1):
+        axes.axvline(depth - 0.5, color='0.85', lw=1, zorder=0)
+        axes.text(depth - 0.4, 1.01, f'stage {stage}', transform=axes.get_xaxis_transform(), fontsize=8, color='0.4')
+    axes.axhline(0, color='0.7', lw=0.8, zorder=0)
+    axes.set(xlabel='convolution, from the stem on', ylabel='scale: mean, and range over channels')
+    axes.set_title(f'{scales.architecture} ({scales.fingerprint[:8]})', loc='left', pad=16)
+    axes.legend(frameon=False)
+    _save(figure, path)
+
+
+def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: str | os.PathLike) -> None:
+    """Draws training loss and top-1 accuracy of runs against epochs.
+
+    Args:
+        histories: Name of a run to its rows, each with `epoch`, `train_loss` and, where evaluated, `eval_top1` (percent).
+        path: Picture to write, in the format that its suffix names.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure, (left, right) = _pyplot().subplots(1, 2, figsize=(10, 3.8))
+    for name, rows in histories.items():
+        evaluated = [row for row in rows if 'eval_top1' in row]
+        left.plot([row['epoch'] + 1 for row in rows], [row['train_loss'] for row in rows], label=name)
+        right.plot([row['epoch'] + 1 for row in evaluated], [row['eval_top1'] for row in evaluated], label=name)
+    left.set(xlabel='epoch', ylabel='training loss')
+    right.set(xlabel='epoch', ylabel='top-1 accuracy on held-out images (%)')
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(frameon=False)
+    _save(figure, path)

@@ -1,0 +1,319 @@
+"""Searched scales: the one type that holds them, and the files they come from."""
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture, infer_architecture, initial_scale
+from .checkpoint import read_checkpoint, select_state_dict
+from .files import replacing
+from .reparam import CSLAConv2d, carried_scales
+from .reparam.vectors import check_vectors, fingerprint
+
+__all__ = ['Scales']
+
+_FORMAT = 'repopt_timm.scales'
+_FORMAT_VERSION = 1
+# Key of a scale, or of the identity's operator, in a state dict of ours: module, branch.
+_OWN_KEY = re.compile(r'(.+)\.branches\.(?:([^.]+)\.scale|(identity)\.weight)')
+# The same in the reference repository's files: stage (0 is the stem), block, branch.
+_REFERENCE_KEY = re.compile(r'stage(\d+)(?:\.(\d+))?\.scale_(identity|1x1|conv)\.weight')
+
+
+class Scales(Mapping[str, Mapping[str, Tensor]]):
+    """The scales of a RepOpt network: convolution's module name to {branch name: float32 vector of shape (O,)}.
+
+    Immutable: what is handed out are copies. Two are equal when architecture, strides, names and float32 bits are.
+
+    Args:
+        architecture: Name of the target model, such as `repopt_vgg_b1`; any name for a model of your own.
+        modules: Module name to branch name to vector.
+        strides: Strides of stem and stages that the scales were searched with.
+        provenance: Where they come from: JSON-serializable, no part of the identity.
+        source: File or repository that they were read from, for errors.
+
+    Raises:
+        ValueError: If there are no scales, a vector is no finite float vector, or, for a known architecture, a
+            convolution is missing, left over or has other branches or another width.
+
+    Example:
+        >>> scales = Scales.initial('repopt_vgg_a0')
+        >>> scales['stem.conv']['1x1'].shape
+        torch.Size([48])
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        modules: Mapping[str, Mapping[str, Tensor]],
+        strides: Sequence[int] = DEFAULT_STRIDES,
+        provenance: Mapping[str, Any] | None = None,
+        source: str = '',
+    ):
+        if not modules:
+            raise ValueError(f'{source or architecture}: there are no scales in it.')
+        for module, vectors in modules.items():
+            check_vectors(module, vectors, source=source)
+        self._architecture = architecture
+        self._strides = tuple(int(stride) for stride in strides)
+        self._provenance = json.dumps(dict(provenance or {}))
+        self._source = source
+        self._modules = {
+            module: {
+                branch: vector.detach().to('cpu', torch.float32).clone() for branch, vector in sorted(vectors.items())
+            }
+            for module, vectors in modules.items()
+        }
+        if architecture in ARCHITECTURES:
+            self._check_layout(ARCHITECTURES[architecture])
+        identity = {'architecture': self._architecture, 'strides': self._strides}
+        self._fingerprint = fingerprint(self._modules, identity)
+
+    def _check_layout(self, architecture: Architecture) -> None:
+        specs = {spec.name: spec for spec in architecture.convs(self._strides)}
+        source = self._source or 'The scales'
+        for name in [*specs, *self._modules]:
+            if name not in self._modules:
+                raise ValueError(f"{source}: module '{name}' of {self._architecture} has no scales. Search it anew.")
+            if name not in specs:
+                raise ValueError(
+                    f"{source}: there are scales for a module '{name}', but {self._architecture} has no such one."
+                )
+            spec = specs[name]
+            check_vectors(name, self._modules[name], spec.out_channels, spec.branches, source)
+
+    @property
+    def architecture(self) -> str:
+        """Name of the target model."""
+        return self._architecture
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides of the stem and of the stages."""
+        return self._strides
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Where the scales come from: dataset, epochs, accuracy, seed, versions, date, as far as known."""
+        return json.loads(self._provenance)
+
+    @property
+    def source(self) -> str:
+        """File or repository that the scales were read from, if any."""
+        return self._source
+
+    @property
+    def fingerprint(self) -> str:
+        """The sha256 of architecture, strides, names and float32 bits, in 64 hexadecimal digits."""
+        return self._fingerprint
+
+    def __getitem__(self, module: str) -> dict[str, Tensor]:
+        return {branch: vector.clone() for branch, vector in self._modules[module].items()}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._modules)
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Scales) and self._fingerprint == other._fingerprint
+
+    def __hash__(self) -> int:
+        return hash(self._fingerprint)
+
+    def __repr__(self) -> str:
+        return f'Scales({self._architecture}, {len(self)} modules, strides={self._strides}, {self._fingerprint[:12]})'
+
+    def with_provenance(self, provenance: Mapping[str, Any], source: str | None = None) -> 'Scales':
+        """Returns the same scales with another provenance, and another source if given."""
+        source = self._source if source is None else source
+        return Scales(self._architecture, self._modules, self._strides, provenance, source)
+
+    def check_target(self, architecture: str, strides: Sequence[int]) -> None:
+        """Checks that the scales are those of an architecture with these strides.
+
+        Raises:
+            ValueError: If they are not; names both.
+        """
+        source = self._source or 'The scales'
+        if architecture != self._architecture:
+            raise ValueError(
+                f'{source} are scales of {self._architecture}, but the model is a {architecture}. Scales belong to one '
+                f'architecture: search them with {architecture}_hs.'
+            )
+        if tuple(strides) != self._strides:
+            raise ValueError(
+                f'{source} were searched with strides {self._strides}, but the model has strides {tuple(strides)}. '
+                f'A search and its target need the same: create the model with strides={self._strides}, or search anew.'
+            )
+
+    @classmethod
+    def initial(cls, architecture: str, strides: Sequence[int] = DEFAULT_STRIDES) -> 'Scales':
+        """Returns the values that a Hyper-Search starts from: `sqrt(2 / l)`, identity 1.
+
+        Args:
+            architecture: Name of a target model.
+            strides: Strides of stem and stages.
+
+        Raises:
+            ValueError: If the architecture is unknown.
+        """
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"Unknown architecture '{architecture}', expected one of {', '.join(ARCHITECTURES)}.")
+        modules = {}
+        for spec in ARCHITECTURES[architecture].convs(strides):
+            values = {name: 1.0 if name == 'identity' else initial_scale(spec.index) for name in spec.branches}
+            modules[spec.name] = {name: torch.full((spec.out_channels,), value) for name, value in values.items()}
+        return cls(architecture, modules, strides, {'method': 'initial values, not searched'}, 'initial')
+
+    @classmethod
+    def from_model(cls, model: nn.Module, provenance: Mapping[str, Any] | None = None) -> 'Scales':
+        """Reads the scales of a Hyper-Search or CSLA model, or those that a target model carries.
+
+        Args:
+            model: A model of this package, or any model with `CSLAConv2d` modules or attached scales.
+            provenance: Where they come from; the model's own when left out.
+
+        Raises:
+            ValueError: If the model has no scales.
+        """
+        modules = {name: module.vectors() for name, module in model.named_modules() if isinstance(module, CSLAConv2d)}
+        if not modules:
+            modules = {name: carried.vectors for name, carried in carried_scales(model).items()}
+        if not modules:
+            raise ValueError(
+                f'{type(model).__name__} has no scales: it is no _hs or _csla model, and its convolutions carry none.'
+            )
+        architecture = getattr(model, 'architecture', type(model).__name__)
+        strides = getattr(model, 'strides', DEFAULT_STRIDES)
+        if provenance is None:
+            provenance = getattr(model, 'scales_provenance', None)
+        return cls(architecture, modules, strides, provenance)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, architecture: str | None = None) -> 'Scales':
+        """Reads scales from a file.
+
+        Args:
+            path: A `.safetensors` file that `save` wrote; a checkpoint of a `_hs` or `_csla` run as timm, torch or
+                safetensors write it; a `*-scales.pth` or a hyper-search checkpoint of the reference repository.
+            architecture: Name of the target model that is hoped for, where the file does not tell and its shapes fit
+                several, or no known one.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the file has no scales, or they do not fit the architecture.
+        """
+        source = os.fspath(path)
+        checkpoint = read_checkpoint(path)
+        metadata = checkpoint.get('__metadata__', {})
+        if metadata.get('format') == _FORMAT:
+            return cls._from_own_file(checkpoint, metadata, source)
+        modules = _modules_of(select_state_dict(checkpoint))
+        if not modules:
+            raise ValueError(
+                f'{source}: no scales in it. Expected a file of scales or a checkpoint of a hyper-search (_hs) model.'
+            )
+        found = _architecture_of(checkpoint, modules, architecture)
+        if found is None and architecture not in ARCHITECTURES:
+            found = architecture
+        if found is None:
+            raise ValueError(
+                f'{source}: the scales of its {len(modules)} modules fit no known architecture '
+                f'({", ".join(ARCHITECTURES)}). Name the architecture if it is one of your own.'
+            )
+        return cls(found, modules, _strides_of(checkpoint), {'converted_from': Path(source).name}, source)
+
+    @classmethod
+    def _from_own_file(cls, tensors: dict[str, Any], metadata: Mapping[str, str], source: str) -> 'Scales':
+        if int(metadata['version']) > _FORMAT_VERSION:
+            raise ValueError(
+                f'{source}: written in version {metadata["version"]} of its format, this package reads up to '
+                f'{_FORMAT_VERSION}. Upgrade repopt-timm.'
+            )
+        modules: dict[str, dict[str, Tensor]] = {}
+        for key, vector in tensors.items():
+            if key != '__metadata__':
+                module, branch = key.rsplit('.', 1)
+                modules.setdefault(module, {})[branch] = vector
+        strides = json.loads(metadata['strides'])
+        scales = cls(metadata['architecture'], modules, strides, json.loads(metadata['provenance']), source)
+        scales.check_fingerprint(metadata['fingerprint'])
+        return scales
+
+    def check_fingerprint(self, expected: str) -> None:
+        """Checks the scales against the fingerprint that was stored with them.
+
+        Raises:
+            ValueError: If they differ: the scales were changed after they were written.
+        """
+        if self._fingerprint != expected:
+            raise ValueError(
+                f'{self._source}: the scales do not match their fingerprint: found {self._fingerprint}, expected '
+                f'{expected}. They were changed or damaged after they were written; get them again.'
+            )
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes a `.safetensors` file: tensors `<module>.<branch>`, everything else in the header's metadata.
+
+        Args:
+            path: Where to; a process that is killed leaves the old file or the new one.
+
+        Raises:
+            ValueError: If the name does not end in `.safetensors`.
+        """
+        if Path(path).suffix != '.safetensors':
+            raise ValueError(f"'{path}': scales are saved as .safetensors, choose a name that ends so.")
+        tensors = {
+            f'{module}.{branch}': v for module, vectors in self._modules.items() for branch, v in vectors.items()
+        }
+        metadata = {
+            'format': _FORMAT,
+            'version': str(_FORMAT_VERSION),
+            'architecture': self._architecture,
+            'strides': json.dumps(self._strides),
+            'fingerprint': self._fingerprint,
+            'provenance': self._provenance,
+        }
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, metadata)
+
+
+def _modules_of(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    modules: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state_dict.items():
+        if match := _OWN_KEY.fullmatch(key):
+            module, branch = match[1], match[2] or match[3]
+        elif match := _REFERENCE_KEY.fullmatch(key):
+            stage = int(match[1])
+            module = 'stem.conv' if stage == 0 else f'stages.{stage - 1}.{match[2]}.conv'
+            branch = {'conv': 'kxk'}.get(match[3], match[3])
+        else:
+            continue
+        modules.setdefault(module, {})[branch] = tensor.flatten() if branch == 'identity' else tensor
+    return modules
+
+
+def _architecture_of(
+    checkpoint: Mapping[str, Any], modules: Mapping[str, Mapping[str, Tensor]], preferred: str | None
+) -> str | None:
+    name = checkpoint.get('arch')
+    if isinstance(name, str):
+        name = name.removesuffix('_hs').removesuffix('_csla')
+        if name in ARCHITECTURES:
+            return name
+    channels = {module: len(vectors['kxk']) for module, vectors in modules.items() if 'kxk' in vectors}
+    return infer_architecture(channels, preferred)
+
+
+def _strides_of(checkpoint: Mapping[str, Any]) -> Sequence[int]:
+    arguments = getattr(checkpoint.get('args'), 'model_kwargs', None) or {}
+    return arguments.get('strides') or DEFAULT_STRIDES

@@ -1,0 +1,112 @@
+"""Checkpoints of a run, one per epoch, in the format of timm's training script."""
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.utils import get_state_dict, unwrap_model
+
+from ..files import replacing
+from .state import TrainState
+
+__all__ = ['CheckpointSaver', 'LAST_CHECKPOINT', 'restore']
+
+LAST_CHECKPOINT = 'last.pth.tar'
+
+
+class CheckpointSaver:
+    """Writes `last.pth.tar` after each epoch, and keeps the best under `checkpoint-<epoch>` and `model_best`.
+
+    Files appear whole or not at all, and the history of the run is inside, so that it goes on after any interruption.
+    timm's own script can resume from them, and its loaders read them.
+
+    Args:
+        folder: Where to.
+        args: Arguments of the run, stored along.
+        max_history: Number of best checkpoints to keep.
+    """
+
+    def __init__(self, folder: Path, args: argparse.Namespace, max_history: int):
+        self.folder = folder
+        self.args = args
+        self.max_history = max_history
+
+    def save(self, state: TrainState) -> None:
+        """Saves the state after its last epoch."""
+        epoch = state.history[-1]['epoch']
+        last = self.folder / LAST_CHECKPOINT
+        with replacing(last) as temporary:
+            torch.save(_content(state, self.args), temporary)
+        ranked = sorted(
+            (row for row in state.history if 'eval_top1' in row), key=lambda row: (-row['eval_top1'], row['epoch'])
+        )
+        kept = {row['epoch'] for row in ranked[: self.max_history]}
+        if epoch in kept:
+            _duplicate(last, self._path(epoch))
+        if ranked and ranked[0]['epoch'] == epoch:
+            _duplicate(last, self.folder / 'model_best.pth.tar')
+        for row in state.history:
+            if row['epoch'] not in kept:
+                self._path(row['epoch']).unlink(missing_ok=True)
+
+    def _path(self, epoch: int) -> Path:
+        return self.folder / f'checkpoint-{epoch}.pth.tar'
+
+
+def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:
+    content = {
+        'epoch': state.history[-1]['epoch'],
+        'arch': args.model,
+        'state_dict': get_state_dict(state.model, unwrap_model),
+        'optimizer': state.optimizer.state_dict(),
+        'version': 2,
+        'args': args,
+        'metric': state.history[-1].get('eval_top1'),
+        'history': state.history,
+    }
+    if state.ema is not None:
+        content['state_dict_ema'] = get_state_dict(state.ema, unwrap_model)
+    if state.scaler is not None:
+        content['amp_scaler'] = state.scaler.state_dict()
+    return content
+
+
+def restore(state: TrainState, checkpoint: dict[str, Any], source: str) -> None:
+    """Brings a state to where a checkpoint was written.
+
+    Args:
+        state: State of a run with the same arguments.
+        checkpoint: What `CheckpointSaver` wrote.
+        source: Name of the file, for the error.
+
+    Raises:
+        ValueError: If the checkpoint lacks something that the run needs to go on, or has other scales.
+    """
+    needed = {'state_dict', 'optimizer', 'history'}
+    needed |= {'state_dict_ema'} if state.ema is not None else set()
+    needed |= {'amp_scaler'} if state.scaler is not None else set()
+    missing = sorted(needed - set(checkpoint))
+    if missing:
+        raise ValueError(
+            f"'{source}' has no {', '.join(missing)}, so the run cannot go on from it as if uninterrupted. Resume with the "
+            f'arguments of that run, or start a new one with --initial-checkpoint.'
+        )
+    unwrap_model(state.model).load_state_dict(checkpoint['state_dict'])
+    state.optimizer.load_state_dict(checkpoint['optimizer'])
+    if state.ema is not None:
+        unwrap_model(state.ema).load_state_dict(checkpoint['state_dict_ema'])
+    if state.scaler is not None:
+        state.scaler.load_state_dict(checkpoint['amp_scaler'])
+    state.history = checkpoint['history']
+
+
+def _duplicate(source: Path, target: Path) -> None:
+    with replacing(target) as temporary:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)

@@ -1,0 +1,138 @@
+"""Datasets and loaders, from timm's factories."""
+
+import argparse
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
+from torch.utils.data import Dataset
+
+from .digits import write_digits
+
+__all__ = ['Loaders', 'count_classes', 'make_datasets', 'make_loaders']
+
+_DIGITS = 'digits'
+
+
+@dataclass
+class Loaders:
+    """What an epoch reads from.
+
+    Attributes:
+        train: Batches of training images and labels.
+        validation: Batches of validation images and labels.
+        mixup: Mixes a batch on the device, if that is not done in the loader.
+        collate_mixup: Mixes in the loader, if so.
+    """
+
+    train: Any
+    validation: Any
+    mixup: Mixup | None
+    collate_mixup: FastCollateMixup | None
+
+
+def make_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+    """Makes training and validation set.
+
+    Raises:
+        ValueError: If no data is named.
+    """
+    name, root = args.dataset, args.data_dir
+    if name == _DIGITS:
+        name, root = '', root or 'output/digits'
+        write_digits(root)
+    elif not root and not name:
+        raise ValueError('No data: give the path of an image folder, or --dataset, or try -c quickstart.')
+    common = {
+        'root': root,
+        'class_map': args.class_map,
+        'download': args.dataset_download,
+        'batch_size': args.batch_size,
+        'seed': args.seed,
+        'input_img_mode': args.input_img_mode or 'RGB',
+        'input_key': args.input_key,
+        'target_key': args.target_key,
+    }
+    train = create_dataset(name, split=args.train_split, is_training=True, num_samples=args.train_num_samples, **common)
+    validation = create_dataset(name, split=args.val_split, num_samples=args.val_num_samples, **common)
+    return train, validation
+
+
+def count_classes(dataset: Dataset) -> int | None:
+    """Counts a dataset's classes, if it tells them."""
+    for owner in (dataset, getattr(dataset, 'reader', None)):
+        for attribute in ('class_to_idx', 'classes'):
+            classes = getattr(owner, attribute, None)
+            if classes:
+                return len(classes)
+    return None
+
+
+def make_loaders(
+    args: argparse.Namespace,
+    datasets: tuple[Dataset, Dataset],
+    data_config: dict[str, Any],
+    num_classes: int,
+    device: torch.device,
+) -> Loaders:
+    """Makes the loaders of both datasets.
+
+    Workers are started anew each epoch: only then do their random numbers depend on the epoch's seed alone, and a
+    resumed run sees what an uninterrupted one does.
+    """
+    prefetcher = not args.no_prefetcher
+    mixup = collate_mixup = None
+    if args.mixup > 0 or args.cutmix > 0:
+        mixup_args = {
+            'mixup_alpha': args.mixup,
+            'cutmix_alpha': args.cutmix,
+            'prob': args.mixup_prob,
+            'switch_prob': args.mixup_switch_prob,
+            'mode': args.mixup_mode,
+            'label_smoothing': args.smoothing,
+            'num_classes': num_classes,
+        }
+        if prefetcher:
+            collate_mixup = FastCollateMixup(**mixup_args)
+        else:
+            mixup = Mixup(**mixup_args)
+    common = {
+        'input_size': data_config['input_size'],
+        'mean': data_config['mean'],
+        'std': data_config['std'],
+        'num_workers': args.workers,
+        'distributed': args.distributed,
+        'pin_memory': args.pin_mem,
+        'device': device,
+        'use_prefetcher': prefetcher,
+        'persistent_workers': False,
+    }
+    train = create_loader(
+        datasets[0],
+        batch_size=args.batch_size,
+        is_training=True,
+        no_aug=args.no_aug,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+        train_crop_mode=args.train_crop_mode,
+        scale=args.scale,
+        ratio=args.ratio,
+        hflip=args.hflip,
+        vflip=args.vflip,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+        collate_fn=collate_mixup,
+        **common,
+    )
+    validation = create_loader(
+        datasets[1],
+        batch_size=args.validation_batch_size or args.batch_size,
+        interpolation=data_config['interpolation'],
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+        **common,
+    )
+    return Loaders(train, validation, mixup, collate_mixup)

@@ -1,0 +1,181 @@
+"""One epoch of training, and one pass of validation."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from huggingface_hub.utils import tqdm
+from timm.utils import accuracy
+from torch import Tensor, nn
+
+from .data import Loaders
+from .state import TrainState
+
+__all__ = ['train_one_epoch', 'validate']
+
+
+class _Progress:
+    """A bar on a terminal, plain lines elsewhere, nothing on other ranks."""
+
+    def __init__(self, title: str, total: int, args: argparse.Namespace):
+        self.title = title
+        self.total = total
+        self.interval = args.log_interval
+        self.primary = args.rank == 0
+        self.start = time.perf_counter()
+        self.images = 0
+        terminal = self.primary and sys.stderr.isatty()
+        self.bar = tqdm(total=total, desc=title, unit='batch', leave=False) if terminal else None
+
+    def update(self, index: int, images: int, describe: Callable[[Tensor], str], sums: Tensor) -> None:
+        self.images += images
+        if self.bar is not None:
+            self.bar.update(1)
+        if self.primary and ((index + 1) % self.interval == 0 or index + 1 == self.total):
+            rate = self.images / (time.perf_counter() - self.start)
+            text = f'{describe(sums)} {rate:.0f} img/s'
+            if self.bar is not None:
+                self.bar.set_postfix_str(text)
+            else:
+                remaining = (self.total - index - 1) * (time.perf_counter() - self.start) / (index + 1)
+                print(f'{self.title} [{index + 1}/{self.total}] {text} ETA {remaining:.0f}s', flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def train_one_epoch(
+    state: TrainState,
+    loaders: Loaders,
+    loss_fn: nn.Module,
+    clip: Callable[[], Any] | None,
+    autocast: Callable[[], AbstractContextManager],
+    epoch: int,
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """Trains for one epoch.
+
+    Args:
+        state: State to advance.
+        loaders: Where batches come from.
+        loss_fn: Training loss.
+        clip: Clips the gradients of the model in place.
+        autocast: Makes the context of the forward pass.
+        epoch: Index of the epoch.
+        args: Arguments of the run.
+
+    Returns:
+        `loss`, the mean over the images, `accuracy` in percent over those whose label is unmixed, and `lr`.
+    """
+    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    model.train()
+    lr = optimizer.param_groups[0]['lr']
+    batches = len(loaders.train)
+    # A last, smaller group of accumulated batches is a step too.
+    updates_per_epoch = -(-batches // args.grad_accum_steps)
+    progress = _Progress(f'epoch {epoch + 1}/{args.total_epochs} train', batches, args)
+    # On the device: reading a value every batch would make a GPU wait for the host.
+    sums = torch.zeros(4, dtype=torch.float64, device=args.device)
+    optimizer.zero_grad()
+    for index, (images, target) in enumerate(loaders.train):
+        images, target = _to_device(images, target, args)
+        if loaders.mixup is not None:
+            images, target = loaders.mixup(images, target)
+        update, position = divmod(index, args.grad_accum_steps)
+        group = min(args.grad_accum_steps, batches - update * args.grad_accum_steps)
+        last = position == group - 1
+        synchronize = nullcontext() if last or not hasattr(model, 'no_sync') else model.no_sync()
+        with synchronize:
+            with autocast():
+                output = model(images)
+                loss = loss_fn(output, target)
+            scaled = loss / group
+            (scaler.scale(scaled) if scaler is not None else scaled).backward()
+        if last:
+            if clip is not None:
+                if scaler is not None:
+                    scaler.unscale_(optimizer)
+                clip()
+            if scaler is not None:
+                scaler.step(optimizer)
+                scaler.update()
+            else:
+                optimizer.step()
+            optimizer.zero_grad()
+            if state.ema is not None:
+                state.ema.update(model, step=epoch * updates_per_epoch + update)
+            if state.scheduler is not None:
+                state.scheduler.step_update(epoch * updates_per_epoch + update + 1)
+        count = len(images)
+        sums[0] += loss.detach() * count
+        sums[1] += count
+        if target.ndim == 1:
+            sums[2] += accuracy(output.detach().float(), target)[0] * count
+            sums[3] += count
+        progress.update(index, count, _describe_training, sums)
+    progress.close()
+    sums = _reduce(sums, args)
+    metrics = {'loss': (sums[0] / sums[1]).item(), 'lr': lr}
+    if sums[3] > 0:
+        metrics['accuracy'] = (sums[2] / sums[3]).item()
+    return metrics
+
+
+@torch.no_grad()
+def validate(
+    model: nn.Module,
+    loader: Any,
+    autocast: Callable[[], AbstractContextManager],
+    title: str,
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """Evaluates a model.
+
+    Returns:
+        `loss` (cross entropy), `top1` and `top5` in percent; `top5` is over as many classes as there are if fewer.
+    """
+    model.eval()
+    progress = _Progress(title, len(loader), args)
+    sums = torch.zeros(4, dtype=torch.float64, device=args.device)
+    for index, (images, target) in enumerate(loader):
+        images, target = _to_device(images, target, args)
+        with autocast():
+            output = model(images)
+        output = output.float()
+        top1, top5 = accuracy(output, target, topk=(1, min(5, output.shape[1])))
+        count = len(images)
+        loss = nn.functional.cross_entropy(output, target)
+        sums += torch.stack([loss, top1, top5, torch.ones_like(loss)]) * count
+        progress.update(index, count, _describe_validation, sums)
+    progress.close()
+    loss, top1, top5, count = _reduce(sums, args).tolist()
+    return {'loss': loss / count, 'top1': top1 / count, 'top5': top5 / count}
+
+
+def _to_device(images: Tensor, target: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
+    images = images.to(args.device, non_blocking=True)
+    if args.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    return images, target.to(args.device, non_blocking=True)
+
+
+def _describe_training(sums: Tensor) -> str:
+    loss, count, correct, counted = sums.tolist()
+    return f'loss {loss / count:.4f}' + (f' acc {correct / counted:.2f}%' if counted else '')
+
+
+def _describe_validation(sums: Tensor) -> str:
+    loss, top1, _, count = sums.tolist()
+    return f'loss {loss / count:.4f} top1 {top1 / count:.2f}%'
+
+
+def _reduce(sums: Tensor, args: argparse.Namespace) -> Tensor:
+    if args.distributed:
+        dist.all_reduce(sums)
+    return sums.cpu()

@@ -1,0 +1,48 @@
+"""Optional loggers beside the CSV file."""
+
+import argparse
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+__all__ = ['make_loggers']
+
+Logger = Callable[[Mapping[str, float]], None]
+
+
+def make_loggers(args: argparse.Namespace, folder: Path) -> list[Logger]:
+    """Makes the loggers that the arguments ask for.
+
+    Raises:
+        ImportError: If one is asked for and not installed.
+    """
+    loggers = []
+    if args.log_tensorboard:
+        loggers.append(_tensorboard(folder))
+    if args.log_wandb:
+        loggers.append(_wandb(args, folder))
+    return loggers
+
+
+def _tensorboard(folder: Path) -> Logger:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError('--log-tensorboard needs TensorBoard: pip install tensorboard.') from None
+    writer = SummaryWriter(str(folder))
+
+    def log(row: Mapping[str, float]) -> None:
+        for name, value in row.items():
+            if name != 'epoch':
+                writer.add_scalar(name, value, row['epoch'])
+        writer.flush()
+
+    return log
+
+
+def _wandb(args: argparse.Namespace, folder: Path) -> Logger:
+    try:
+        import wandb
+    except ImportError:
+        raise ImportError('--log-wandb needs Weights & Biases: pip install wandb.') from None
+    wandb.init(project='repopt-timm', name=folder.name, dir=str(folder), config=vars(args), resume='allow')
+    return lambda row: wandb.log(dict(row), step=row['epoch'])
