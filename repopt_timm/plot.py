@@ -9,7 +9,12 @@ from .scales import Scales
 
 __all__ = ['plot_curves', 'plot_scales']
 
-_COLORS = {'kxk': 'tab:blue', '1x1': 'tab:orange', 'identity': 'tab:green'}
+# The scales of kxk and 1x1 may lie on top of each other, as they do before a search.
+_STYLES = {
+    'kxk': {'color': 'tab:blue', 'marker': 's', 'ms': 6, 'lw': 2.5, 'alpha': 0.6},
+    '1x1': {'color': 'tab:red', 'marker': 'o', 'ms': 3, 'lw': 1},
+    'identity': {'color': 'tab:green', 'marker': '^', 'ms': 4, 'lw': 1},
+}
 
 
 def _pyplot() -> Any:
@@ -41,7 +46,8 @@ def plot_scales(scales: Scales, path: str | os.PathLike) -> None:
     """
     figure, axes = _pyplot().subplots(figsize=(9, 4))
     modules = list(scales)
-    for branch, color in _COLORS.items():
+    for branch in sorted({branch for module in modules for branch in scales[module]}, reverse=True):
+        style = _STYLES.get(branch, {'marker': 'o', 'ms': 3})
         depths = [depth for depth, module in enumerate(modules) if branch in scales[module]]
         vectors = [scales[modules[depth]][branch] for depth in depths]
         axes.plot(depths, [v.mean().item() for v in vectors], 'o-', ms=3.5, lw=1.2, color=color, label=branch)
@@ -55,7 +61,7 @@ def plot_scales(scales: Scales, path: str | os.PathLike) -> None:
     axes.axhline(0, color='0.7', lw=0.8, zorder=0)
     axes.set(xlabel='convolution, from the stem on', ylabel='scale: mean, and range over channels')
     axes.set_title(f'{scales.architecture} ({scales.fingerprint[:8]})', loc='left', pad=16)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 
 
@@ -63,7 +69,7 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: st
     """Draws training loss and top-1 accuracy of runs against epochs.
 
     Args:
-        histories: Name of a run to its rows, each with `epoch`, `train_loss` and, where evaluated, `eval_top1` (percent).
+        histories: Name of a run to its rows, each with `epoch`, `train_loss` and, if evaluated, `eval_top1` in percent.
         path: Picture to write, in the format that its suffix names.
 
     Raises:

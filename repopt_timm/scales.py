@@ -30,7 +30,7 @@ _REFERENCE_KEY = re.compile(r'stage(\d+)(?:\.(\d+))?\.scale_(identity|1x1|conv)\
 class Scales(Mapping[str, Mapping[str, Tensor]]):
     """The scales of a RepOpt network: convolution's module name to {branch name: float32 vector of shape (O,)}.
 
-    Immutable: what is handed out are copies. Two are equal when architecture, strides, names and float32 bits are.
+    Immutable: what is handed out are copies. Modules come in the order of the network. Two are equal when architecture, strides, names and float32 bits are.
 
     Args:
         architecture: Name of the target model, such as `repopt_vgg_b1`; any name for a model of your own.
@@ -69,7 +69,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
             module: {
                 branch: vector.detach().to('cpu', torch.float32).clone() for branch, vector in sorted(vectors.items())
             }
-            for module, vectors in modules.items()
+            for module, vectors in sorted(modules.items(), key=lambda item: _depth_key(item[0]))
         }
         if architecture in ARCHITECTURES:
             self._check_layout(ARCHITECTURES[architecture])
@@ -285,6 +285,12 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         }
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata)
+
+
+def _depth_key(module: str) -> tuple[bool, list[tuple[int, str]]]:
+    # Files sort their keys, which puts block 10 before block 2 and the stages before the stem.
+    parts = [(int(part), '') if part.isdigit() else (-1, part) for part in module.split('.')]
+    return not module.startswith('stem'), parts
 
 
 def _modules_of(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
