@@ -50,10 +50,10 @@ def plot_scales(scales: Scales, path: str | os.PathLike) -> None:
         style = _STYLES.get(branch, {'marker': 'o', 'ms': 3})
         depths = [depth for depth, module in enumerate(modules) if branch in scales[module]]
         vectors = [scales[modules[depth]][branch] for depth in depths]
-        axes.plot(depths, [v.mean().item() for v in vectors], 'o-', ms=3.5, lw=1.2, color=color, label=branch)
-        axes.vlines(
-            depths, [v.min().item() for v in vectors], [v.max().item() for v in vectors], color=color, alpha=0.4
-        )
+        line = axes.plot(depths, [vector.mean().item() for vector in vectors], label=branch, **style)[0]
+        lowest = [vector.min().item() for vector in vectors]
+        highest = [vector.max().item() for vector in vectors]
+        axes.vlines(depths, lowest, highest, color=line.get_color(), alpha=0.4)
     stages = [depth for depth, module in enumerate(modules) if module.endswith('.0.conv')]
     for stage, depth in enumerate(stages, start=1):
         axes.axvline(depth - 0.5, color='0.85', lw=1, zorder=0)
