@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,8 @@ __all__ = ['read_checkpoint', 'select_state_dict']
 _STATE_DICT_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 
 
-class _PlainDict(dict):
-    """Stands in for `yacs.config.CfgNode` in the reference's training checkpoints: its entries, nothing else."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        pass
-
-
-_STAND_INS: list[Any] = [argparse.Namespace, (_PlainDict, 'yacs.config.CfgNode')]
+# Inert: a bag of attributes in timm's checkpoints, and a dict in those of the reference repository.
+_STAND_INS: list[Any] = [argparse.Namespace, (OrderedDict, 'yacs.config.CfgNode')]
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:

@@ -30,7 +30,8 @@ _REFERENCE_KEY = re.compile(r'stage(\d+)(?:\.(\d+))?\.scale_(identity|1x1|conv)\
 class Scales(Mapping[str, Mapping[str, Tensor]]):
     """The scales of a RepOpt network: convolution's module name to {branch name: float32 vector of shape (O,)}.
 
-    Immutable: what is handed out are copies. Modules come in the order of the network. Two are equal when architecture, strides, names and float32 bits are.
+    Immutable: what is handed out are copies. Modules come in the order of the network. Two are equal when
+    architecture, strides, names and float32 bits are.
 
     Args:
         architecture: Name of the target model, such as `repopt_vgg_b1`; any name for a model of your own.

@@ -55,6 +55,6 @@ def default_scales(model_name: str, strides: Sequence[int] = DEFAULT_STRIDES) ->
     """
     architecture = model_name.split('.')[0]
     raise ValueError(
-        f'{model_name} has no scales, and none ship for it. Search some with --model {architecture}_hs (or --search-first), '
-        f'import some with --scales FILE, or start with the unsearched values: --scales initial.'
+        f'{model_name} has no scales, and none ship for it. Search some with --model {architecture}_hs (or '
+        f'--search-first), import some with --scales FILE, or start with the unsearched values: --scales initial.'
     )

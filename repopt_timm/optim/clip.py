@@ -38,8 +38,8 @@ def clip_grad_norm_(
     """
     if grad_mults.update_rule != 'sgd':
         raise ValueError(
-            f"The CSLA norm needs Grad Mults of the update rule 'sgd', but got {grad_mults.update_rule!r}. Make them with "
-            f"make_grad_mults(model, update_rule='sgd'), for every optimizer."
+            f"The CSLA norm needs Grad Mults of the update rule 'sgd', but got {grad_mults.update_rule!r}. Make them "
+            f"with make_grad_mults(model, update_rule='sgd'), for every optimizer."
         )
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     parameters = [param for param in parameters if param.grad is not None]

@@ -71,6 +71,7 @@ def _warn_of_unused_scales(model: nn.Module, opt: str) -> None:
         _warned = True
         warnings.warn(
             f"The model was initialized from scales, but the optimizer '{opt}' has no Grad Mults, so that it does not "
-            f"train like its CSLA counterpart. Use opt='repopt_sgd' or 'repopt_adamw', or create the model without scales.",
+            f"train like its CSLA counterpart. Use opt='repopt_sgd' or 'repopt_adamw', or create the model without "
+            f'scales.',
             stacklevel=4,
         )

@@ -32,8 +32,8 @@ def make_parser() -> argparse.ArgumentParser:
         '--dataset',
         metavar='NAME',
         default='',
-        help='dataset type, such as torch/cifar10, hfds/NAME, wds/NAME, digits (default: image folder or .tar). Streamed '
-        'data (wds/, hfids/) is not repeated exactly when a run is resumed.',
+        help='dataset type, such as torch/cifar10, hfds/NAME, wds/NAME, digits (default: image folder or .tar). '
+        'Streamed data (wds/, hfids/) is not repeated exactly when a run is resumed.',
     )
     add('--train-split', metavar='NAME', default='train', help='dataset train split')
     add('--val-split', metavar='NAME', default='validation', help='dataset validation split')
@@ -60,8 +60,8 @@ def make_parser() -> argparse.ArgumentParser:
         nargs='?',
         const='auto',
         metavar='FILE',
-        help='continue a run from its checkpoint, in its folder; without FILE from last.pth.tar in --output/--experiment '
-        'if there is one, else from the start',
+        help='continue a run from its checkpoint, in its folder; without FILE from last.pth.tar in '
+        '--output/--experiment if there is one, else from the start',
     )
     add('--num-classes', type=int, help="number of classes (default: the dataset's)")
     add('--gp', metavar='POOL', help='global pool type')

@@ -91,8 +91,8 @@ def restore(state: TrainState, checkpoint: dict[str, Any], source: str) -> None:
     missing = sorted(needed - set(checkpoint))
     if missing:
         raise ValueError(
-            f"'{source}' has no {', '.join(missing)}, so the run cannot go on from it as if uninterrupted. Resume with the "
-            f'arguments of that run, or start a new one with --initial-checkpoint.'
+            f"'{source}' has no {', '.join(missing)}, so the run cannot go on from it as if uninterrupted. Resume "
+            f'with the arguments of that run, or start a new one with --initial-checkpoint.'
         )
     unwrap_model(state.model).load_state_dict(checkpoint['state_dict'])
     state.optimizer.load_state_dict(checkpoint['optimizer'])

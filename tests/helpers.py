@@ -1,0 +1,27 @@
+import timm
+import torch
+
+from repopt_timm import Scales
+
+TINY = 'test_repopt_vgg'
+
+
+def random_scales(architecture: str = TINY, **kwargs) -> Scales:
+    """Scales as a search might leave them: spread around the initial values, a few of them negative."""
+    initial = Scales.initial(architecture, **kwargs)
+    modules = {
+        module: {branch: vector + 0.6 * torch.randn_like(vector) for branch, vector in vectors.items()}
+        for module, vectors in initial.items()
+    }
+    return Scales(architecture, modules, initial.strides)
+
+
+def tiny_model(kind: str = '', **kwargs) -> torch.nn.Module:
+    kwargs.setdefault('num_classes', 5)
+    return timm.create_model(TINY + kind, **kwargs)
+
+
+def relative_difference(first: torch.nn.Module, second: torch.nn.Module) -> float:
+    """Largest relative difference of a parameter, in the 2-norm."""
+    pairs = zip(first.state_dict().values(), second.state_dict().values())
+    return max(((a - b).norm() / b.norm()).item() for a, b in pairs if a.is_floating_point())

@@ -1,0 +1,39 @@
+import pytest
+import torch
+
+from repopt_timm import clip_grad_norm_, make_grad_mults
+
+from ..helpers import random_scales, tiny_model
+
+
+def test_it_clips_by_the_norm_of_the_branches_gradients():
+    csla = tiny_model('_csla', scales=random_scales()).double()
+    plain = csla.to_plain()
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    for net in (csla, plain):
+        net(images).square().sum().backward()
+    expected = torch.nn.utils.clip_grad_norm_(csla.parameters(), 0.1)
+    before = plain.stem.conv.weight.grad.clone()
+    torch.testing.assert_close(clip_grad_norm_(plain.parameters(), 0.1, make_grad_mults(plain)), expected)
+    torch.testing.assert_close(plain.stem.conv.weight.grad, before * 0.1 / (expected + 1e-6))
+
+
+def test_small_gradients_pass():
+    model = tiny_model(scales='initial')
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 1e-6)
+    clip_grad_norm_(model.parameters(), 1.0, make_grad_mults(model))
+    assert (model.stem.conv.weight.grad == 1e-6).all()
+
+
+def test_the_power_is_two_for_every_optimizer():
+    model = tiny_model(scales='initial')
+    with pytest.raises(ValueError, match="update rule 'sgd', but got 'adamw'"):
+        clip_grad_norm_(model.parameters(), 1.0, make_grad_mults(model, update_rule='adamw'))
+
+
+def test_a_norm_that_is_not_finite_can_be_an_error():
+    model = tiny_model(scales='initial')
+    model.stem.conv.weight.grad = torch.full_like(model.stem.conv.weight, float('inf'))
+    with pytest.raises(RuntimeError, match='is inf'):
+        clip_grad_norm_(model.parameters(), 1.0, make_grad_mults(model), error_if_nonfinite=True)

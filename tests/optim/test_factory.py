@@ -1,0 +1,145 @@
+import argparse
+import copy
+import warnings
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from torch import nn
+
+from repopt_timm import RepOptAdamW, RepOptSGD, make_grad_mults
+from repopt_timm.optim import factory
+
+from ..helpers import random_scales, tiny_model
+
+
+def scaled_model(**kwargs):
+    return tiny_model(scales=random_scales(), **kwargs)
+
+
+def step_of(model, name, **kwargs):
+    """Moves the kernels by one step with constant gradients; returns by how much, and the optimizer."""
+    kernels = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    before = [kernel.detach().clone() for kernel in kernels]
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer = create_optimizer_v2(model, name, lr=0.5, momentum=0.0, nesterov=False, **kwargs)
+    optimizer.step()
+    return [(old - kernel.detach()) / 0.5 for old, kernel in zip(before, kernels)], optimizer
+
+
+@pytest.mark.parametrize('name', ['repopt_sgd', 'repoptsgd', 'RepOpt_SGD', 'lookahead_repopt_sgd'])
+def test_every_spelling_moves_the_weights_by_grad_mult_times_gradient(name):
+    model = scaled_model()
+    expected = [mult.dense(kernel.shape) for kernel, mult in make_grad_mults(model).items()]
+    moved, _ = step_of(model, name)
+    for delta, mask in zip(moved, expected):
+        torch.testing.assert_close(delta, mask, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['repopt_adamw', 'repoptadamw', 'lookahead_repopt_adamw'])
+def test_adamw_is_found_too(name):
+    optimizer = create_optimizer_v2(scaled_model(), name, lr=0.1, betas=(0.5, 0.6), eps=1e-7)
+    optimizer = getattr(optimizer, '_base_optimizer', optimizer)
+    assert isinstance(optimizer, RepOptAdamW)
+    assert optimizer.defaults['betas'] == (0.5, 0.6)
+    assert optimizer.grad_mults.update_rule == 'adamw'
+
+
+def test_ordinary_optimizers_are_what_they_were():
+    assert type(create_optimizer_v2(tiny_model(), 'sgd', lr=0.1)) is torch.optim.SGD
+    assert type(create_optimizer_v2(tiny_model().parameters(), 'lookahead_adamw', lr=0.1)).__name__ == 'Lookahead'
+
+
+def test_timm_lists_them_and_tells_their_class():
+    assert {'repopt_sgd', 'repopt_adamw'} <= set(list_optimizers('repopt*'))
+    assert timm.optim.get_optimizer_class('repopt_sgd', bind_defaults=False) is RepOptSGD
+
+
+def test_timms_script_arguments_reach_the_optimizer():
+    args = argparse.Namespace(
+        opt='repopt_sgd', lr=0.1, weight_decay=0.01, momentum=0.8, layer_decay=0.5, opt_args={'nesterov': False}
+    )
+    optimizer = create_optimizer_v2(scaled_model(), **optimizer_kwargs(args))
+    assert isinstance(optimizer, RepOptSGD)
+    assert optimizer.defaults['momentum'] == 0.8
+    assert not optimizer.defaults['nesterov']
+    assert len({group['lr_scale'] for group in optimizer.param_groups}) > 2
+
+
+def test_weight_decay_spares_what_timm_spares():
+    model = scaled_model()
+    optimizer = create_optimizer_v2(model, 'repopt_sgd', lr=0.1, weight_decay=0.01)
+    decays = {param: group['weight_decay'] for group in optimizer.param_groups for param in group['params']}
+    assert decays[model.stem.conv.weight] == 0.01
+    assert decays[model.stem.bn.weight] == 0
+
+
+def test_a_search_never_decays_its_scales():
+    model = tiny_model('_hs')
+    optimizer = create_optimizer_v2(model, 'sgd', lr=0.1, weight_decay=0.01, filter_bias_and_bn=False)
+    decays = {param: group['weight_decay'] for group in optimizer.param_groups for param in group['params']}
+    identity = model.stages[1][1].conv.branches['identity']
+    assert decays[identity.weight] == 0.01
+    assert decays[model.stem.conv.branches['kxk'].scale] == 0
+
+
+class Detector(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+        self.box = nn.Conv2d(128, 4, 1)
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda: nn.ModuleDict(
+            {'student': scaled_model(), 'teacher': tiny_model('_csla', scales='initial').requires_grad_(False)}
+        ),
+        lambda: Detector(scaled_model(num_classes=0)),
+        lambda: scaled_model(features_only=True),
+        lambda: torch.compile(scaled_model(), backend='eager'),
+        lambda: copy.deepcopy(scaled_model()),
+    ],
+    ids=['distillation', 'detector', 'features', 'compiled', 'copied'],
+)
+def test_scales_are_found_inside_of_wrappers(wrap):
+    model = wrap()
+    mults = make_grad_mults(model)
+    moved, optimizer = step_of(model, 'repopt_sgd')
+    assert len(optimizer.grad_mults) == 7
+    kernels = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
+    for kernel, delta in zip(kernels, moved):
+        if kernel in mults:
+            torch.testing.assert_close(delta, mults[kernel].dense(kernel.shape), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('model', 'message'),
+    [
+        (lambda: tiny_model(), 'No convolution of RepOptVgg carries scales'),
+        (lambda: tiny_model('_hs'), 'CSLA convolution'),
+        (lambda: scaled_model().parameters(), 'bare parameters'),
+    ],
+)
+def test_there_is_no_silent_plain_sgd(model, message):
+    with pytest.raises(ValueError, match=message):
+        create_optimizer_v2(model(), 'repopt_sgd', lr=0.1)
+
+
+def test_an_ordinary_optimizer_on_an_initialized_target_warns_once(monkeypatch):
+    monkeypatch.setattr(factory, '_warned', False)
+    model = scaled_model()
+    with pytest.warns(UserWarning, match=r"'sgd' has no Grad Mults.*repopt_sgd"):
+        create_optimizer_v2(model, 'sgd', lr=0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        create_optimizer_v2(model, 'sgd', lr=0.1)
+
+
+def test_registering_again_changes_nothing():
+    factory.register_optimizers()
+    _, optimizer = step_of(scaled_model(), 'repopt_sgd')
+    assert isinstance(optimizer, RepOptSGD)

@@ -1,0 +1,194 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from repopt_timm import RepOptAdamW, RepOptSGD, attach_scales, build_repopt_sgd, make_grad_mults
+from repopt_timm.optim.reference import ReferenceRepOptAdamW, ReferenceRepOptSGD
+
+from ..helpers import random_scales, tiny_model
+
+CLASSES = {'sgd': (RepOptSGD, ReferenceRepOptSGD), 'adamw': (RepOptAdamW, ReferenceRepOptAdamW)}
+
+
+def scaled_model(dtype=torch.float64):
+    return tiny_model(scales=random_scales()).to(dtype)
+
+
+def gradients(model, seed=0):
+    torch.manual_seed(seed)
+    for param in model.parameters():
+        param.grad = torch.randn_like(param)
+
+
+def make(model, rule, **kwargs):
+    return CLASSES[rule][0](model.parameters(), grad_mults=make_grad_mults(model, update_rule=rule), **kwargs)
+
+
+def same(first, second, **kwargs):
+    for a, b in zip(first.parameters(), second.parameters()):
+        torch.testing.assert_close(a, b, **kwargs)
+
+
+@pytest.mark.parametrize('implementation', [{}, {'fused': True}, {'foreach': True}, {'foreach': False}])
+@pytest.mark.parametrize(
+    ('rule', 'settings'),
+    [
+        ('sgd', {'lr': 0.1, 'momentum': 0.9, 'weight_decay': 0.01, 'nesterov': True}),
+        ('sgd', {'lr': 0.1, 'momentum': 0.5, 'dampening': 0.2, 'maximize': True}),
+        ('adamw', {'lr': 0.01, 'weight_decay': 0.1, 'eps': 1e-3}),
+        ('adamw', {'lr': 0.01, 'amsgrad': True, 'maximize': True}),
+    ],
+)
+def test_the_fast_optimizer_follows_the_readable_one(rule, settings, implementation):
+    model = scaled_model()
+    twin = copy.deepcopy(model)
+    optimizer = make(model, rule, **settings, **implementation)
+    reference = CLASSES[rule][1](twin.parameters(), make_grad_mults(twin, update_rule=rule), **settings)
+    for step in range(4):
+        gradients(model, step)
+        gradients(twin, step)
+        optimizer.step()
+        reference.step()
+    same(model, twin, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('rule', CLASSES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_gradients_are_left_as_they_were(rule, dtype):
+    model = scaled_model(dtype)
+    gradients(model)
+    before = [param.grad.clone() for param in model.parameters()]
+    make(model, rule).step()
+    assert all(torch.equal(param.grad, grad) for param, grad in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize('rule', CLASSES)
+def test_a_saved_state_goes_on_where_it_was(rule):
+    model = scaled_model()
+    settings = {'lr': 0.01, **({'momentum': 0.9} if rule == 'sgd' else {})}
+    optimizer = make(model, rule, **settings)
+    gradients(model)
+    optimizer.step()
+    twin = copy.deepcopy(model)
+    resumed = make(twin, rule, lr=1.0)
+    resumed.load_state_dict(pickle.loads(pickle.dumps(optimizer.state_dict())))
+    for net, each in ((model, optimizer), (twin, resumed)):
+        gradients(net, 1)
+        each.step()
+    same(model, twin, rtol=0, atol=0)
+
+
+def test_a_state_that_was_saved_with_other_scales_is_refused():
+    first, second = scaled_model(), scaled_model()
+    with pytest.raises(ValueError, match='saved with the scales'):
+        make(second, 'sgd').load_state_dict(make(first, 'sgd').state_dict())
+    with pytest.raises(ValueError, match='saved with the scales None'):
+        make(second, 'sgd').load_state_dict(torch.optim.SGD(first.parameters()).state_dict())
+
+
+@pytest.mark.parametrize('rule', CLASSES)
+def test_a_copied_or_pickled_optimizer_still_multiplies(rule):
+    model = scaled_model()
+    optimizer = make(model, rule, lr=0.01)
+    for twin, copied in (copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))):
+        original = copy.deepcopy(model)
+        reference = CLASSES[rule][1](original.parameters(), make_grad_mults(original, update_rule=rule), lr=0.01)
+        for net, each in ((twin, copied), (original, reference)):
+            gradients(net)
+            each.step()
+        same(twin, original, rtol=1e-6, atol=1e-8)
+
+
+def test_a_closure_is_called_with_gradients_enabled():
+    model = scaled_model(torch.float32)
+
+    def closure():
+        loss = model(torch.randn(2, 3, 32, 32)).sum()
+        loss.backward()
+        return loss
+
+    assert make(model, 'sgd', lr=0.01).step(closure).requires_grad
+
+
+@pytest.mark.parametrize('rule', CLASSES)
+def test_a_grad_scaler_skips_the_step_with_infinite_gradients(rule):
+    model = scaled_model(torch.float32)
+    before = copy.deepcopy(model)
+    optimizer, scaler = make(model, rule, lr=0.1), torch.amp.GradScaler('cpu', init_scale=4.0)
+    gradients(model)
+    model.stem.conv.weight.grad[0, 0, 0, 0] = float('inf')
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+    same(model, before, rtol=0, atol=0)
+    scaler.update()
+    gradients(model)
+    scaler.step(optimizer)
+    assert not torch.equal(model.stem.conv.weight, before.stem.conv.weight)
+
+
+def test_a_step_can_be_differentiated():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+    lr = torch.tensor(0.1, requires_grad=True)
+    weight = model[0].weight.detach().clone().requires_grad_().clone()
+    mults = make_grad_mults(model, {'0': {'kxk': torch.full((4,), 2.0)}})
+    moved = type(mults)({weight: mults[model[0].weight]}, 'sgd', '')
+    optimizer = RepOptSGD([weight], lr=lr, grad_mults=moved, differentiable=True)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    weight.sum().backward()
+    torch.testing.assert_close(lr.grad, torch.tensor(-4.0 * weight.numel()))
+
+
+def test_parameters_added_later_are_multiplied_too():
+    model = scaled_model()
+    params = list(model.parameters())
+    optimizer = RepOptSGD(params[1:], lr=1.0, grad_mults=make_grad_mults(model))
+    optimizer.add_param_group({'params': params[:1]})
+    gradients(model)
+    expected = params[0].detach() - make_grad_mults(model)[params[0]].multiply(params[0].grad)
+    optimizer.step()
+    torch.testing.assert_close(params[0].detach(), expected)
+
+
+@pytest.mark.parametrize(
+    ('mults', 'message'),
+    [
+        (lambda model: None, 'bare parameters'),
+        (lambda model: make_grad_mults(model, update_rule='adamw'), "update rule 'adamw', expected 'sgd'"),
+        (lambda model: make_grad_mults(copy.deepcopy(model)), 'None of the'),
+    ],
+)
+def test_nothing_falls_back_to_plain_sgd(mults, message):
+    model = scaled_model()
+    with pytest.raises(ValueError, match=message):
+        RepOptSGD(model.parameters(), grad_mults=mults(model))
+
+
+@pytest.mark.parametrize(
+    ('kind', 'scales', 'message'),
+    [('', None, 'carries scales'), ('_hs', None, 'CSLA convolution'), ('_csla', 'initial', 'CSLA convolution')],
+)
+def test_models_without_plain_scaled_kernels_get_no_grad_mults(kind, scales, message):
+    with pytest.raises(ValueError, match=message):
+        make_grad_mults(tiny_model(kind, scales=scales))
+
+
+def test_the_shortcut_trains_any_model():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 16, 2))
+    before = model[0].weight.detach().clone()
+    optimizer = build_repopt_sgd(model, {'0': {'kxk': torch.ones(8), '1x1': torch.rand(8)}}, lr=0.1, weight_decay=0.1)
+    assert not torch.equal(model[0].weight, before)
+    decays = {param: group['weight_decay'] for group in optimizer.param_groups for param in group['params']}
+    assert decays[model[0].weight] == 0.1
+    assert decays[model[3].weight] == 0.0
+
+
+def test_without_initialization_the_weights_stay():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1))
+    before = model[0].weight.detach().clone()
+    build_repopt_sgd(model, {'0': {'kxk': torch.ones(8)}}, lr=0.1, init=False)
+    assert torch.equal(model[0].weight, before)
+    attach_scales(model, {'0': {'kxk': torch.ones(8)}})

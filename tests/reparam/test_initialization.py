@@ -1,0 +1,76 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from repopt_timm import attach_scales, initialize, make_grad_mults
+from repopt_timm.reparam import carried_scales
+
+from ..helpers import random_scales, tiny_model
+
+
+def net():
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1))
+
+
+def vectors(channels=4, branches=('1x1', 'identity', 'kxk')):
+    return {branch: torch.rand(channels) + 0.5 for branch in branches}
+
+
+def test_the_rule_of_initialization_adds_the_searched_identity():
+    model, searched = net(), vectors()
+    torch.manual_seed(1)
+    initialize(model, {'0': searched})
+    with_identity = model[0].weight.detach().clone()
+    torch.manual_seed(1)
+    initialize(model, {'0': {**searched, 'identity': searched['identity'] + 1}})
+    difference = model[0].weight.detach() - with_identity
+    expected = torch.zeros_like(difference)
+    expected[torch.arange(4), torch.arange(4), 1, 1] = 1.0
+    torch.testing.assert_close(difference, expected)
+
+
+def test_initialization_leaves_other_modules_alone():
+    model = net()
+    before = copy.deepcopy(model[2].state_dict())
+    initialize(model, {'0': vectors()})
+    assert all(torch.equal(before[name], tensor) for name, tensor in model[2].state_dict().items())
+
+
+@pytest.mark.parametrize('name', ['1', '7'])
+def test_scales_of_a_module_that_is_no_convolution_are_refused(name):
+    with pytest.raises(ValueError, match=f"name a convolution '{name}'"):
+        initialize(net(), {name: vectors()})
+
+
+def test_an_identity_vector_where_the_convolution_has_none_is_refused():
+    with pytest.raises(ValueError, match="module '2': An identity branch needs"):
+        attach_scales(net(), {'2': vectors(2, ('identity', 'kxk'))})
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        copy.deepcopy,
+        lambda model: pickle.loads(pickle.dumps(model)),
+        lambda model: model.to(torch.bfloat16),
+        lambda model: nn.ModuleDict({'student': model}),
+    ],
+    ids=['copied', 'pickled', 'cast', 'wrapped'],
+)
+def test_carried_scales_survive_what_happens_to_models(wrap):
+    scales = random_scales()
+    carried = list(carried_scales(wrap(tiny_model(scales=scales))).values())
+    assert {scale.fingerprint for scale in carried} == {scales.fingerprint}
+    assert all(torch.equal(scale.vectors['kxk'], scales[name]['kxk']) for scale, name in zip(carried, scales))
+
+
+def test_grad_mults_cost_next_to_nothing():
+    model = tiny_model(scales='initial')
+    size = 0
+    for mult in make_grad_mults(model).values():
+        vectors = [mult.base, mult.columns, *(vector for _, vector in mult.windows + mult.diagonals)]
+        size += sum(vector.numel() for vector in vectors)
+    assert size < 0.02 * sum(param.numel() for param in model.parameters())
