@@ -107,6 +107,8 @@ class RepOptVgg(ByobNet):
         scales_provenance: Where the scales come from, if the model has any.
     """
 
+    __jit_unused_properties__ = ('scales', '_model_args')
+
     def __init__(
         self,
         cfg: Architecture,

@@ -1,0 +1,219 @@
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.models import resume_checkpoint
+
+from repopt_timm import Scales
+from repopt_timm.train import run
+from repopt_timm.train.arguments import parse_arguments
+from repopt_timm.train.main import main
+
+TINY = 'test_repopt_vgg'
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """Two classes of noisy pictures, 24 of each for training and 8 for validation."""
+    root = tmp_path_factory.mktemp('images')
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (('train', 24), ('validation', 8)):
+        for label, base in (('dark', 60), ('light', 190)):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for index in range(count):
+                pixels = (base + 30 * torch.randn(32, 32, 3, generator=generator)).clamp(0, 255).byte().numpy()
+                Image.fromarray(pixels).save(folder / f'{index}.png')
+    return root
+
+
+@pytest.fixture
+def arguments(images, tmp_path):
+    """Makes arguments of a short run on these images."""
+
+    def make(*extra, model=TINY, experiment='run'):
+        defaults = '--input-size 3 32 32 --batch-size 8 --epochs 3 --warmup-epochs 1 --lr 0.02 --workers 0 --seed 1'
+        where = [str(images), '--model', model, '--output', str(tmp_path), '--experiment', experiment]
+        return [*where, *defaults.split(), *extra]
+
+    return make
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt_after(monkeypatch, epochs):
+    """Lets a run break off in the middle of an epoch."""
+
+    def train_one_epoch(state, loaders, loss_fn, clip, autocast, epoch, args):
+        if epoch == epochs:
+            next(iter(loaders.train))
+            raise Interrupted
+        return original(state, loaders, loss_fn, clip, autocast, epoch, args)
+
+    original = run.train_one_epoch
+    monkeypatch.setattr(run, 'train_one_epoch', train_one_epoch)
+
+
+def read(folder, name='last.pth.tar'):
+    return torch.load(folder / name, weights_only=False)
+
+
+def assert_same_bits(first, second):
+    assert first.keys() == second.keys()
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize('workers', ['0', '2'])
+@pytest.mark.parametrize(
+    ('model', 'extra'),
+    [
+        (TINY, ['--scales', 'initial', '--model-ema', '--reprob', '0.5', '--drop', '0.3', '--clip-grad', '1']),
+        (TINY, ['--scales', 'initial', '--opt', 'lookahead_repopt_adamw', '--mixup', '0.5', '--sched', 'plateau']),
+        (f'{TINY}_hs', ['--sched-on-updates', '--grad-accum-steps', '4', '--aa', 'rand-m9', '--no-prefetcher']),
+    ],
+    ids=['target', 'lookahead', 'search'],
+)
+def test_a_resumed_run_ends_with_the_same_bits(arguments, tmp_path, monkeypatch, workers, model, extra):
+    extra = [*extra, '--workers', workers]
+    main(arguments(*extra, model=model, experiment='whole'))
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        interrupt_after(patch, 2)
+        main(arguments(*extra, model=model, experiment='cut'))
+    main(arguments(*extra, '--resume', model=model, experiment='cut'))
+    whole, cut = read(tmp_path / 'whole'), read(tmp_path / 'cut')
+    assert_same_bits(whole['state_dict'], cut['state_dict'])
+    if 'state_dict_ema' in whole:
+        assert_same_bits(whole['state_dict_ema'], cut['state_dict_ema'])
+    assert whole['history'] == cut['history']
+    assert (tmp_path / 'whole/summary.csv').read_text() == (tmp_path / 'cut/summary.csv').read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_from_its_file(arguments, tmp_path):
+    extra = ['--scales', 'initial', '--epochs', '6']
+    main(arguments(*extra, experiment='whole'))
+    command = [sys.executable, '-m', 'repopt_timm.cli', 'train', *arguments(*extra, experiment='killed')]
+    last = tmp_path / 'killed/last.pth.tar'
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not last.exists():
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+    main(arguments(*extra, '--resume', str(last), experiment='ignored'))
+    assert_same_bits(read(tmp_path / 'whole')['state_dict'], read(tmp_path / 'killed')['state_dict'])
+
+
+def test_a_search_leaves_its_scales_with_their_provenance(arguments, tmp_path):
+    main(arguments('--model-kwargs', 'strides=(2,1,2,2,2)', model=f'{TINY}_hs'))
+    scales = Scales.load(tmp_path / 'run/scales.safetensors')
+    assert scales == Scales.load(tmp_path / 'run/last.pth.tar')
+    assert scales != Scales.initial(TINY, (2, 1, 2, 2, 2))
+    assert scales.provenance['epochs'] == 3
+    assert scales.provenance['seed'] == 1
+    assert (tmp_path / 'run/scales.png').stat().st_size > 1000
+
+
+def test_a_target_is_trained_with_the_scales_it_is_given(arguments, tmp_path):
+    Scales.initial(TINY).save(tmp_path / 'searched.safetensors')
+    main(arguments('--scales', str(tmp_path / 'searched.safetensors')))
+    checkpoint = read(tmp_path / 'run')
+    assert checkpoint['args'].opt == 'repopt_sgd'
+    fingerprints = {group['scales_fingerprint'] for group in checkpoint['optimizer']['param_groups']}
+    assert fingerprints == {Scales.initial(TINY).fingerprint}
+    rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
+    assert [row['epoch'] for row in rows] == ['0', '1', '2']
+    assert float(rows[-1]['eval_top1']) >= 50
+
+
+def test_csla_validation_and_ordinary_models_train_too(arguments, tmp_path):
+    main(arguments('--scales', 'initial', '--epochs', '1', model=f'{TINY}_csla', experiment='csla'))
+    main(arguments('--epochs', '1', model='test_byobnet', experiment='other'))
+    assert (tmp_path / 'csla/last.pth.tar').exists()
+    assert read(tmp_path / 'other')['args'].opt == 'sgd'
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_lower_precision_trains(arguments, tmp_path, dtype):
+    main(arguments('--scales', 'initial', '--amp', '--amp-dtype', dtype, '--epochs', '1', '--channels-last'))
+    assert read(tmp_path / 'run')['state_dict']['head.fc.weight'].dtype == torch.float32
+
+
+def test_timm_reads_the_checkpoints(arguments, tmp_path):
+    main(arguments('--scales', 'initial'))
+    last = tmp_path / 'run/last.pth.tar'
+    model = timm.create_model(TINY, num_classes=2, scales='initial', checkpoint_path=last)
+    assert_same_bits(model.state_dict(), read(tmp_path / 'run')['state_dict'])
+    optimizer = timm.optim.create_optimizer_v2(model, 'repopt_sgd', lr=1.0, weight_decay=2e-5)
+    assert resume_checkpoint(model, str(last), optimizer) == 3
+
+
+def test_only_the_best_checkpoints_are_kept(arguments, tmp_path):
+    main(arguments('--scales', 'initial', '--epochs', '5', '--checkpoint-hist', '2'))
+    kept = sorted(path.name for path in (tmp_path / 'run').glob('*.pth.tar'))
+    history = read(tmp_path / 'run')['history']
+    best = sorted(history, key=lambda row: (-row['eval_top1'], row['epoch']))[:2]
+    numbered = {f'checkpoint-{row["epoch"]}.pth.tar' for row in best}
+    assert set(kept) == numbered | {'last.pth.tar', 'model_best.pth.tar'}
+    assert read(tmp_path / 'run', 'model_best.pth.tar')['epoch'] == best[0]['epoch']
+
+
+def test_the_whole_way_in_one_call(arguments, tmp_path, capsys):
+    main(arguments('--search-first', '--search-kwargs', 'epochs=2', 'lr=0.01'))
+    assert len(read(tmp_path / 'run/search')['history']) == 2
+    assert len(read(tmp_path / 'run/target')['history']) == 3
+    table = (tmp_path / 'run/report.md').read_text()
+    assert f'| target | `{TINY}` | `repopt_sgd` | 3 |' in table
+    assert table in capsys.readouterr().out
+    assert (tmp_path / 'run/curves.png').exists()
+    main(arguments('--search-first', '--search-kwargs', 'epochs=2', 'lr=0.01', '--resume'))
+
+
+@pytest.mark.parametrize(
+    ('extra', 'message'),
+    [
+        ([], r'has no scales, and none ship for it.*--scales initial'),
+        (['--scales', 'initial', '--clip-grad', '1', '--clip-mode', 'agc'], 'breaks the equivalence'),
+        (['--scales', 'initial', '--sync-bn'], '--sync-bn works on GPUs'),
+        (['--scales', 'nowhere.safetensors'], 'No scales found'),
+        (['--search-first', '--scales', 'initial'], 'does not go with --scales'),
+        (['--search-kwargs', 'epoch=3'], "unknown argument 'epoch'. Did you mean 'epochs'"),
+    ],
+)
+def test_mistakes_are_told_before_the_training(arguments, tmp_path, extra, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        main(arguments(*extra))
+    assert not (tmp_path / 'run/last.pth.tar').exists()
+
+
+def test_a_finished_run_is_not_overwritten(arguments):
+    main(arguments('--scales', 'initial', '--epochs', '1'))
+    with pytest.raises(ValueError, match='There is a run in'):
+        main(arguments('--scales', 'initial', '--epochs', '1'))
+
+
+def test_resuming_with_other_scales_is_refused(arguments):
+    main(arguments('--scales', 'initial', '--epochs', '1'))
+    other = ['--scales', 'initial', '--model-kwargs', 'strides=(2,2,2,2,1)']
+    with pytest.raises(ValueError, match='saved with the scales'):
+        main(arguments(*other, '--epochs', '2', '--resume'))
+
+
+def test_a_config_gives_defaults_that_the_command_line_overrides(tmp_path):
+    config = tmp_path / 'config.yaml'
+    config.write_text('model: repopt_vgg_a1\nlr: 0.3\nmodel_kwargs: {use_se: true}\n')
+    args = parse_arguments(['-c', str(config), '--lr', '0.4'])
+    assert (args.model, args.lr, args.model_kwargs) == ('repopt_vgg_a1', 0.4, {'use_se': True})
+    config.write_text('learning_rate: 0.3\n')
+    with pytest.raises(ValueError, match="unknown argument 'learning_rate'"):
+        parse_arguments(['-c', str(config)])
+    with pytest.raises(FileNotFoundError, match='those that ship: .*quickstart'):
+        parse_arguments(['-c', 'quick'])
