@@ -46,7 +46,7 @@ def arguments(images, tmp_path):
     return make
 
 
-class Interrupted(Exception):
+class BrokenOffError(Exception):
     pass
 
 
@@ -56,7 +56,7 @@ def interrupt_after(monkeypatch, epochs):
     def train_one_epoch(state, loaders, loss_fn, clip, autocast, epoch, args):
         if epoch == epochs:
             next(iter(loaders.train))
-            raise Interrupted
+            raise BrokenOffError
         return original(state, loaders, loss_fn, clip, autocast, epoch, args)
 
     original = run.train_one_epoch
@@ -86,7 +86,7 @@ def assert_same_bits(first, second):
 def test_a_resumed_run_ends_with_the_same_bits(arguments, tmp_path, monkeypatch, workers, model, extra):
     extra = [*extra, '--workers', workers]
     main(arguments(*extra, model=model, experiment='whole'))
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+    with monkeypatch.context() as patch, pytest.raises(BrokenOffError):
         interrupt_after(patch, 2)
         main(arguments(*extra, model=model, experiment='cut'))
     main(arguments(*extra, '--resume', model=model, experiment='cut'))
@@ -215,5 +215,5 @@ def test_a_config_gives_defaults_that_the_command_line_overrides(tmp_path):
     config.write_text('learning_rate: 0.3\n')
     with pytest.raises(ValueError, match="unknown argument 'learning_rate'"):
         parse_arguments(['-c', str(config)])
-    with pytest.raises(FileNotFoundError, match='those that ship: .*quickstart'):
+    with pytest.raises(FileNotFoundError, match=r'those that ship: .*quickstart'):
         parse_arguments(['-c', 'quick'])
