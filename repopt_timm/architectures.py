@@ -36,8 +36,8 @@ class Architecture:
         use_se: Squeeze-and-excitation after the ReLU of every block.
     """
 
-    depths: tuple[int, int, int, int]
-    widths: tuple[int, int, int, int, int]
+    depths: tuple[int, ...]
+    widths: tuple[int, ...]
     use_se: bool = False
 
     def convs(self, strides: Sequence[int] = DEFAULT_STRIDES) -> list[ConvSpec]:

@@ -71,8 +71,13 @@ def select_state_dict(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     """
     for key in _STATE_DICT_KEYS:
         if isinstance(checkpoint.get(key), dict):
-            return clean_state_dict(checkpoint[key])
-    return clean_state_dict({key: value for key, value in checkpoint.items() if isinstance(value, Tensor)})
+            return _clean(checkpoint[key])
+    return _clean({key: value for key, value in checkpoint.items() if isinstance(value, Tensor)})
+
+
+def _clean(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    # Before 1.0.31 timm removes the prefix of one wrapper only.
+    return clean_state_dict(clean_state_dict(state_dict))
 
 
 def _refusal(path: Path, error: Exception) -> str:

@@ -109,6 +109,10 @@ class RepOptVgg(ByobNet):
 
     __jit_unused_properties__ = ('scales', '_model_args')
 
+    pretrained_cfg: dict[str, Any]
+    default_cfg: dict[str, Any]
+    _traits: dict[str, Any]
+
     def __init__(
         self,
         cfg: Architecture,
@@ -195,7 +199,7 @@ class RepOptVgg(ByobNet):
         scales = Scales.from_model(self)
         plain = copy.deepcopy(self)
         for block in plain.modules():
-            if isinstance(block, RepOptVggBlock):
+            if isinstance(block, RepOptVggBlock) and isinstance(block.conv, CSLAConv2d):
                 block.conv = block.conv.to_conv()
         plain.mode = 'target'
         plain.pretrained_cfg = plain.default_cfg = {
@@ -226,7 +230,9 @@ class RepOptVgg(ByobNet):
 def _byob_cfg(cfg: Architecture, mode: str, strides: Sequence[int], use_se: bool) -> ByoModelCfg:
     stages = []
     for depth, width, stride in zip(cfg.depths, cfg.widths[1:], strides[1:]):
-        block = ByoBlockCfg(type=partial(RepOptVggBlock), d=1, c=width, s=stride, gs=0)
+        # ByobNet takes a partial for a block's class, whatever its annotation says.
+        block_type: Any = partial(RepOptVggBlock)
+        block = ByoBlockCfg(type=block_type, d=1, c=width, s=stride, gs=0)
         stages.append(tuple(replace(block, block_kwargs={'mode': mode, 'index': index}) for index in range(depth)))
     return ByoModelCfg(
         blocks=tuple(stages),

@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from ..reparam import GradMults
-from .grad_mult_optimizer import GradMultOptimizer, row_blocks, use_fused
+from .grad_mult_optimizer import GradMultOptimizer, gradient, row_blocks, use_fused
 
 __all__ = ['RepOptAdamW']
 
@@ -89,7 +89,7 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
                     self._init_state(param, group)
             without = [param for param in params if param not in self.grad_mults]
             states = [self.state[param] for param in without]
-            grads = [param.grad for param in without]
+            grads = [gradient(param) for param in without]
             _update(group, without, grads, states, [state['step'] for state in states], group['weight_decay'])
             self._step_blocks(group, [param for param in params if param in self.grad_mults])
         return loss
@@ -105,7 +105,7 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
 
     def _step_blocks(self, group: dict[str, Any], params: list[Tensor]) -> None:
         for blocks in row_blocks(params, self.grad_mults):
-            grads = [block.mult.multiply(block.of(block.param.grad)) for block in blocks]
+            grads = [block.mult.multiply(block.of(gradient(block.param))) for block in blocks]
             states = []
             for block in blocks:
                 state = self.state[block.param]

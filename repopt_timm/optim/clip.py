@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reparam import GradMults
+from .grad_mult_optimizer import gradient
 
 __all__ = ['clip_grad_norm_']
 
@@ -47,10 +48,11 @@ def clip_grad_norm_(
         return torch.tensor(0.0)
     norms = []
     for param in parameters:
+        grad = gradient(param)
         if param in grad_mults:
-            norms.append((grad_mults[param].multiply(param.grad) * param.grad).sum().sqrt())
+            norms.append((grad_mults[param].multiply(grad) * grad).sum().sqrt())
         else:
-            norms.append(torch.linalg.vector_norm(param.grad))
+            norms.append(torch.linalg.vector_norm(grad))
     total_norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
     if error_if_nonfinite and not torch.isfinite(total_norm):
         raise RuntimeError(f'The CSLA norm of the gradients is {total_norm.item()}, so they cannot be clipped.')

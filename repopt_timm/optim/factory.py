@@ -30,13 +30,16 @@ _OPTIMIZERS = {
         has_betas=True,
     ),
 }
+_UPDATE_RULES = {'repoptsgd': RepOptSGD.update_rule, 'repoptadamw': RepOptAdamW.update_rule}
 _ALIASES = {'repopt_sgd': 'repoptsgd', 'repopt_adamw': 'repoptadamw'}
 
 
 class _RepOptRegistry(OptimizerRegistry):
     """timm's registry, with the model in hand: a RepOptimizer needs the scales that its convolutions carry."""
 
-    def create_optimizer(self, model_or_params: Any, opt: str, **kwargs: Any) -> torch.optim.Optimizer:
+    def create_optimizer(  # type: ignore[override]
+        self, model_or_params: Any, opt: str, **kwargs: Any
+    ) -> torch.optim.Optimizer:
         # timm takes what follows the last '_' for the optimizer's name, which would make plain SGD of 'repopt_sgd'.
         name = opt.lower()
         for alias, target in _ALIASES.items():
@@ -44,9 +47,9 @@ class _RepOptRegistry(OptimizerRegistry):
                 name = name.replace(alias, target)
         optimizer = name.removeprefix('lookahead_')
         if isinstance(model_or_params, nn.Module):
-            if optimizer in _OPTIMIZERS:
-                update_rule = _OPTIMIZERS[optimizer].opt_class.update_rule
-                kwargs.setdefault('grad_mults', make_grad_mults(model_or_params, update_rule=update_rule))
+            if optimizer in _UPDATE_RULES:
+                mults = make_grad_mults(model_or_params, update_rule=_UPDATE_RULES[optimizer])
+                kwargs.setdefault('grad_mults', mults)
             else:
                 _warn_of_unused_scales(model_or_params, opt)
         return super().create_optimizer(model_or_params, name, **kwargs)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..reparam import GradMult, GradMults
 
-__all__ = ['Block', 'GradMultOptimizer', 'row_blocks', 'use_fused']
+__all__ = ['Block', 'GradMultOptimizer', 'gradient', 'row_blocks', 'use_fused']
 
 # Elements of a block. Small enough that multiplied gradients stay in the cache until the update reads them and cost no
 # memory worth mentioning, large enough that the number of calls does not matter.
@@ -48,6 +48,12 @@ def row_blocks(params: Iterable[Tensor], grad_mults: GradMults) -> Iterator[list
         yield blocks
 
 
+def gradient(param: Tensor) -> Tensor:
+    """Returns the gradient of a parameter that has one."""
+    assert param.grad is not None
+    return param.grad
+
+
 def use_fused(group: dict[str, Any], params: Iterable[Tensor]) -> bool | None:
     """Tells whether to take torch's fused kernels: as asked for, else wherever torch has them."""
     if group['fused'] is not None or group['foreach'] is not None or group['differentiable']:
@@ -61,7 +67,7 @@ class GradMultOptimizer(torch.optim.Optimizer):
     update_rule: str
     grad_mults: GradMults
 
-    def _take_grad_mults(self, grad_mults: GradMults) -> None:
+    def _take_grad_mults(self, grad_mults: GradMults | None) -> None:
         name = type(self).__name__
         if not isinstance(grad_mults, GradMults):
             raise ValueError(

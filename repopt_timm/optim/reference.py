@@ -18,11 +18,11 @@ class ReferenceRepOptSGD(SGD):
         self.masks = {param: mult.dense(param.shape) for param, mult in grad_mults.items()}
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: Any = None) -> Any:
         for param, mask in self.masks.items():
             if param.grad is not None:
                 param.grad *= mask
-        super().step()
+        return super().step(closure)
 
 
 class ReferenceRepOptAdamW(AdamW):
@@ -33,14 +33,15 @@ class ReferenceRepOptAdamW(AdamW):
         self.masks = {param: mult.dense(param.shape) for param, mult in grad_mults.items()}
 
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: Any = None) -> Any:
         decay = {p: 1 - group['lr'] * group['weight_decay'] for group in self.param_groups for p in group['params']}
         before = {param: param.clone() for param in self.masks}
         for param, mask in self.masks.items():
             if param.grad is not None:
                 param.grad *= mask
-        super().step()
+        loss = super().step(closure)
         for param, mask in self.masks.items():
             if param.grad is not None:
                 decayed = before[param] * decay[param]
                 param.copy_(decayed + mask * (param - decayed))
+        return loss

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 from torch.optim.sgd import sgd
 
 from ..reparam import GradMults
-from .grad_mult_optimizer import GradMultOptimizer, row_blocks, use_fused
+from .grad_mult_optimizer import GradMultOptimizer, gradient, row_blocks, use_fused
 
 __all__ = ['RepOptSGD']
 
@@ -96,7 +96,7 @@ class RepOptSGD(GradMultOptimizer, SGD):
 
     def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
         buffers = [self.state[param].get('momentum_buffer') for param in params]
-        _update(group, params, [param.grad for param in params], buffers)
+        _update(group, params, [gradient(param) for param in params], buffers)
         if group['momentum']:
             for param, buffer in zip(params, buffers):
                 self.state[param]['momentum_buffer'] = buffer
@@ -107,13 +107,13 @@ class RepOptSGD(GradMultOptimizer, SGD):
                 self.state[param]['momentum_buffer'] = torch.empty_like(param)
         for blocks in row_blocks(params, self.grad_mults):
             rows = [block.of(block.param) for block in blocks]
-            grads = [block.mult.multiply(block.of(block.param.grad)) for block in blocks]
+            grads = [block.mult.multiply(block.of(gradient(block.param))) for block in blocks]
             buffers: list[Tensor | None] = [None] * len(blocks)
             if not first:
                 buffers = [block.of(self.state[block.param]['momentum_buffer']) for block in blocks]
             _update(group, rows, grads, buffers)
-            if first and group['momentum']:
-                for block, buffer in zip(blocks, buffers):
+            for block, buffer in zip(blocks, buffers):
+                if first and buffer is not None:
                     block.of(self.state[block.param]['momentum_buffer']).copy_(buffer)
 
 

@@ -1,6 +1,7 @@
 """The CSLA convolution, and its Hyper-Search twin whose scales are trained (section 3.2 of arXiv 2205.15242)."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +46,10 @@ class CSLAConv2d(nn.Module):
             raise ValueError(f"A CSLA convolution pads with zeros, not with padding_mode='{conv.padding_mode}'.")
         self.in_channels = conv.in_channels
         self.out_channels = conv.out_channels
-        self.kernel_size = conv.kernel_size
-        self.stride = conv.stride
-        self.padding = conv.padding
-        self.dilation = conv.dilation
+        self.kernel_size: Any = conv.kernel_size
+        self.stride: Any = conv.stride
+        self.padding: Any = conv.padding
+        self.dilation: Any = conv.dilation
         self.groups = conv.groups
         self.scale = scale
         self.trainable_scales = trainable_scales
@@ -73,8 +74,7 @@ class CSLAConv2d(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Gives operators PyTorch's default initialization, the identity ones, and scales their initial value."""
-        for branch in self._branches:
-            operator = self.branches[branch.name]
+        for branch, operator in self._operators():
             if branch.scaled:
                 operator.reset_parameters()
                 operator.scale.fill_(self.scale)
@@ -83,11 +83,14 @@ class CSLAConv2d(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
+    def _operators(self) -> list[tuple[Branch, Any]]:
+        return list(zip(self._branches, self.branches.values()))
+
     def vectors(self) -> dict[str, Tensor]:
         """Returns branch name to scale of shape (O,); an unscaled branch's entry is what its operator has learned."""
         return {
             branch.name: (operator.scale if branch.scaled else operator.weight.flatten()).detach()
-            for branch, operator in zip(self._branches, self.branches.values())
+            for branch, operator in self._operators()
         }
 
     @torch.no_grad()
@@ -102,8 +105,7 @@ class CSLAConv2d(nn.Module):
             ValueError: If a branch is missing or left over, or a vector does not fit.
         """
         check_vectors(module, vectors, self.out_channels, expected=self.branches.keys())
-        for branch in self._branches:
-            operator = self.branches[branch.name]
+        for branch, operator in self._operators():
             if branch.scaled:
                 operator.scale.copy_(vectors[branch.name])
             else:
@@ -112,8 +114,8 @@ class CSLAConv2d(nn.Module):
     def kernel(self) -> Tensor:
         """Returns the merged kernel of shape (O, I/g, k_h, k_w), differentiable in operators and scales."""
         shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        operators = {name: operator.weight for name, operator in self.branches.items()}
-        scales = {branch.name: self.branches[branch.name].scale for branch in self._branches if branch.scaled}
+        operators = {branch.name: operator.weight for branch, operator in self._operators()}
+        scales = {branch.name: operator.scale for branch, operator in self._operators() if branch.scaled}
         return merge(self._branches, operators, scales, shape)
 
     def to_conv(self) -> nn.Conv2d:
@@ -145,10 +147,10 @@ class CSLAConv2d(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> 'CSLAConv2d':
-        exact = {name: op.scale for name, op in self.branches.items() if 'scale' in op._buffers}
+        constant = [operator for _, operator in self._operators() if 'scale' in operator._buffers]
+        exact = [operator.scale for operator in constant]
         super()._apply(fn, recurse)
-        for name, scale in exact.items():
-            moved = self.branches[name].scale
+        for operator, scale in zip(constant, exact):
             # A cast would round the constants; leaving `meta` has no values to keep.
-            self.branches[name].scale = moved.float() if scale.is_meta else scale.to(moved.device)
+            operator.scale = operator.scale.float() if scale.is_meta else scale.to(operator.scale.device)
         return self

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
-from torch.utils.data import Dataset
 
 from .digits import write_digits
 
@@ -32,7 +31,7 @@ class Loaders:
     collate_mixup: FastCollateMixup | None
 
 
-def make_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
+def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
     """Makes training and validation set.
 
     Raises:
@@ -59,7 +58,7 @@ def make_datasets(args: argparse.Namespace) -> tuple[Dataset, Dataset]:
     return train, validation
 
 
-def count_classes(dataset: Dataset) -> int | None:
+def count_classes(dataset: Any) -> int | None:
     """Counts a dataset's classes, if it tells them."""
     for owner in (dataset, getattr(dataset, 'reader', None)):
         for attribute in ('class_to_idx', 'classes'):
@@ -71,7 +70,7 @@ def count_classes(dataset: Dataset) -> int | None:
 
 def make_loaders(
     args: argparse.Namespace,
-    datasets: tuple[Dataset, Dataset],
+    datasets: tuple[Any, Any],
     data_config: dict[str, Any],
     num_classes: int,
     device: torch.device,

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from huggingface_hub.utils import tqdm
 from timm.utils import accuracy
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .data import Loaders
 from .state import TrainState
@@ -90,8 +91,7 @@ def train_one_epoch(
         update, position = divmod(index, args.grad_accum_steps)
         group = min(args.grad_accum_steps, batches - update * args.grad_accum_steps)
         last = position == group - 1
-        synchronize = nullcontext() if last or not hasattr(model, 'no_sync') else model.no_sync()
-        with synchronize:
+        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
             with autocast():
                 output = model(images)
                 loss = loss_fn(output, target)

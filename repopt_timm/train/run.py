@@ -166,7 +166,7 @@ def _folder(args: argparse.Namespace) -> tuple[Path, Path | None]:
 
 
 def _make_model(args: argparse.Namespace, dataset: Any, device: torch.device) -> nn.Module:
-    model = timm.create_model(
+    model: Any = timm.create_model(
         args.model,
         pretrained=args.pretrained,
         num_classes=args.num_classes or count_classes(dataset),
@@ -180,8 +180,9 @@ def _make_model(args: argparse.Namespace, dataset: Any, device: torch.device) ->
         load_checkpoint(model, args.initial_checkpoint)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    model.to(device=device, memory_format=memory_format)
+    model.to(device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
     if args.sync_bn and args.distributed:
         model = timm.layers.convert_sync_batchnorm(model)
     if args.rank == 0:
@@ -204,7 +205,7 @@ def _scales(args: argparse.Namespace) -> Scales | None:
     return None
 
 
-def _wrap(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
+def _wrap(model: Any, args: argparse.Namespace, device: torch.device) -> nn.Module:
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile)
     if args.distributed:

@@ -78,7 +78,8 @@ def test_weight_decay_spares_what_timm_spares():
 
 def test_a_search_never_decays_its_scales():
     model = tiny_model('_hs')
-    optimizer = create_optimizer_v2(model, 'sgd', lr=0.1, weight_decay=0.01, filter_bias_and_bn=False)
+    assert model.no_weight_decay() == {name for name, _ in model.named_parameters() if name.endswith('.scale')}
+    optimizer = create_optimizer_v2(model, 'sgd', lr=0.1, weight_decay=0.01)
     decays = {param: group['weight_decay'] for group in optimizer.param_groups for param in group['params']}
     identity = model.stages[1][1].conv.branches['identity']
     assert decays[identity.weight] == 0.01
