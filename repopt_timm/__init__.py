@@ -1,5 +1,6 @@
 """RepOpt-VGG and RepOptimizers for timm: importing this package registers them with timm's factories."""
 
+from .hub import push_to_hub, save_pretrained
 from .models import RepOptVgg
 from .optim import RepOptAdamW, RepOptSGD, build_repopt_sgd, clip_grad_norm_
 from .reparam import CSLAConv2d, GradMults, attach_scales, initialize, make_grad_mults
@@ -19,4 +20,6 @@ __all__ = [
     'clip_grad_norm_',
     'initialize',
     'make_grad_mults',
+    'push_to_hub',
+    'save_pretrained',
 ]

@@ -1,25 +1,213 @@
 """The command line, `repopt-timm`."""
 
+import argparse
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
+from .architectures import ARCHITECTURES
+from .convert import model_from_reference
+from .hub import push_to_hub, save_pretrained
+from .plot import plot_scales
+from .repository import parse_hub_source
+from .scales import Scales
+from .sources import load_scales
+from .tables import scales_table
 from .train.main import main as train_main
 
 __all__ = ['main']
 
+_SOURCE = "file, folder, model card, 'hf-hub:user/repo[@revision]', shipped name, or 'initial' with --architecture"
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `repopt-timm`."""
+    """Runs `repopt-timm`.
+
+    Args:
+        argv: Command-line arguments; those of the process when left out.
+
+    Returns:
+        The exit code: 0, or 1 after an error, of which one line is told.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        # Training has a parser of its own, which reads configs.
         if argv[:1] == ['train']:
             train_main(argv[1:])
         elif argv[:1] == ['quickstart']:
             train_main(['-c', 'quickstart', *argv[1:]])
-    except (ValueError, FileNotFoundError, ImportError) as error:
-        print(f'error: {error}', file=sys.stderr)
+        else:
+            args = _parser().parse_args(argv)
+            args.run(args)
+    except (ValueError, OSError, ImportError) as error:
+        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
         return 1
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='repopt-timm', description='RepOpt-VGG and RepOptimizers for timm.')
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    commands.add_parser('train', help='search scales or train a model; see repopt-timm train --help')
+    commands.add_parser('quickstart', help='search, train and report on handwritten digits, in minutes')
+    _add_scales_commands(commands.add_parser('scales', help='show, convert, draw and share searched scales'))
+
+    push = _command(commands, 'push', _push, 'publish a checkpoint as a model on the Hub, with its scales in the card')
+    push.add_argument('checkpoint', help='checkpoint of a training run')
+    push.add_argument('repo', help='repository on the Hub, user/repo')
+    push.add_argument('--scales', metavar='SOURCE', help=f'scales that it was trained with: {_SOURCE}')
+    push.add_argument('--curves', metavar='PNG', help='picture of the training curves')
+    _add_publishing(push)
+
+    convert = _command(
+        commands, 'convert-checkpoint', _convert_checkpoint, "convert the reference repository's weights"
+    )
+    convert.add_argument('checkpoint', help='target checkpoint, such as RepOpt-VGG-B1-acc78.62.pth')
+    convert.add_argument('--out', metavar='DIR', help='folder to write, which local-dir:DIR loads')
+    convert.add_argument('--push', metavar='REPO', help='repository on the Hub to publish it in')
+    convert.add_argument('--scales', metavar='SOURCE', help=f'scales that it was trained with: {_SOURCE}')
+    _add_publishing(convert)
+    return parser
+
+
+def _add_scales_commands(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    show = _command(commands, 'show', _show, 'show scales')
+    _add_source(show)
+    extract = _command(commands, 'extract', _write, 'take the scales out of the checkpoint of a hyper-search')
+    _add_source(extract)
+    extract.add_argument('out', help='.safetensors file, or folder for a model card')
+    convert = _command(
+        commands, 'convert', _write, 'write scales as a .safetensors file, or as a folder with a model card'
+    )
+    _add_source(convert)
+    convert.add_argument('out', help='.safetensors file, or folder for a model card')
+    plot = _command(commands, 'plot', _plot, 'draw scales against depth')
+    _add_source(plot)
+    plot.add_argument('out', help='picture to write')
+    push = _command(commands, 'push', _push_scales, 'publish scales on the Hub')
+    _add_source(push)
+    push.add_argument('repo', help='repository on the Hub, user/repo')
+    _add_publishing(push)
+    pull = _command(commands, 'pull', _pull, 'get scales from the Hub')
+    pull.add_argument('repo', help='repository on the Hub, user/repo[@revision]')
+    pull.add_argument('out', help='.safetensors file, or folder for a model card')
+
+
+def _command(commands: Any, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + '.')
+    parser.add_argument('--json', action='store_true', help='print JSON, for programs')
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('source', help=_SOURCE)
+    parser.add_argument('--architecture', choices=sorted(ARCHITECTURES), help='target model that the scales are for')
+
+
+def _add_publishing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--private', action='store_true', default=None, help='make a new repository private')
+    parser.add_argument('--revision', help='branch to commit to')
+    parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of changing the branch')
+
+
+def _load(args: argparse.Namespace) -> Scales:
+    if args.source == 'initial' or args.architecture is None:
+        return load_scales(args.source, args.architecture)
+    scales = load_scales(args.source)
+    scales.check_target(args.architecture, scales.strides)
+    return scales
+
+
+def _summary(scales: Scales) -> dict[str, Any]:
+    return {
+        'architecture': scales.architecture,
+        'strides': list(scales.strides),
+        'fingerprint': scales.fingerprint,
+        'provenance': scales.provenance,
+    }
+
+
+def _tell(args: argparse.Namespace, values: dict[str, Any], text: str) -> None:
+    print(json.dumps(values, indent=2) if args.json else text)
+
+
+def _show(args: argparse.Namespace) -> None:
+    scales = _load(args)
+    rows = scales_table(scales)
+    lines = [f'{name:<13} {value}' for name, value in _summary(scales).items() if name != 'provenance']
+    lines += [f'{name:<13} {value}' for name, value in scales.provenance.items()]
+    lines += ['', f'{"stage":<10} {"branch":<10} {"mean":>9} {"min":>9} {"max":>9}']
+    lines += [
+        f'{row["stage"]:<10} {row["branch"]:<10} {row["mean"]:9.4f} {row["min"]:9.4f} {row["max"]:9.4f}' for row in rows
+    ]
+    _tell(args, {**_summary(scales), 'stages': rows}, '\n'.join(lines))
+
+
+def _write_scales(scales: Scales, args: argparse.Namespace) -> None:
+    if Path(args.out).suffix == '.safetensors':
+        scales.save(args.out)
+    else:
+        scales.save_pretrained(args.out)
+    _tell(args, {**_summary(scales), 'out': args.out}, f'{scales.architecture} {scales.fingerprint[:12]} -> {args.out}')
+
+
+def _write(args: argparse.Namespace) -> None:
+    _write_scales(_load(args), args)
+
+
+def _pull(args: argparse.Namespace) -> None:
+    _write_scales(Scales.from_hub(*parse_hub_source(f'hf-hub:{args.repo}')), args)
+
+
+def _plot(args: argparse.Namespace) -> None:
+    scales = _load(args)
+    plot_scales(scales, args.out, scales.title)
+    _tell(args, {**_summary(scales), 'out': args.out}, f'{scales.architecture} -> {args.out}')
+
+
+def _push_scales(args: argparse.Namespace) -> None:
+    scales = _load(args)
+    url = scales.push_to_hub(args.repo, args.private, args.revision, args.create_pr)
+    _tell(args, {**_summary(scales), 'url': url}, f'{scales.architecture} {scales.fingerprint[:12]} -> {url}')
+
+
+def _push(args: argparse.Namespace) -> None:
+    url = push_to_hub(
+        args.checkpoint,
+        args.repo,
+        scales=args.scales,
+        curves=args.curves,
+        private=args.private,
+        revision=args.revision,
+        create_pr=args.create_pr,
+    )
+    _tell(args, {'checkpoint': args.checkpoint, 'url': url}, f'{args.checkpoint} -> {url}')
+
+
+def _convert_checkpoint(args: argparse.Namespace) -> None:
+    if not args.out and not args.push:
+        raise ValueError('Name a folder to write with --out, a repository to publish in with --push, or both.')
+    model = model_from_reference(args.checkpoint)
+    told: dict[str, Any] = {'architecture': model.architecture, 'num_classes': model.num_classes}
+    training = {'converted_from': Path(args.checkpoint).name, 'method': "published by the method's authors"}
+    if args.out:
+        save_pretrained(model, args.out, scales=args.scales, training=training)
+        told['out'] = args.out
+    if args.push:
+        told['url'] = push_to_hub(
+            model,
+            args.push,
+            scales=args.scales,
+            training=training,
+            private=args.private,
+            revision=args.revision,
+            create_pr=args.create_pr,
+        )
+    _tell(args, told, ', '.join(f'{name} {value}' for name, value in told.items()))
 
 
 if __name__ == '__main__':

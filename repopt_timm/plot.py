@@ -4,8 +4,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from .files import replacing
-from .scales import Scales
 
 __all__ = ['plot_curves', 'plot_scales']
 
@@ -34,12 +35,13 @@ def _save(figure: Any, path: str | os.PathLike) -> None:
     _pyplot().close(figure)
 
 
-def plot_scales(scales: Scales, path: str | os.PathLike) -> None:
+def plot_scales(scales: Mapping[str, Mapping[str, Tensor]], path: str | os.PathLike, title: str = '') -> None:
     """Draws mean and range over the channels of each branch's scale against depth.
 
     Args:
-        scales: What to draw.
+        scales: `Scales`, or module name to branch name to vector, in the order of the network.
         path: Picture to write, in the format that its suffix names.
+        title: Text above the picture.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -60,7 +62,7 @@ def plot_scales(scales: Scales, path: str | os.PathLike) -> None:
         axes.text(depth - 0.4, 1.01, f'stage {stage}', transform=axes.get_xaxis_transform(), fontsize=8, color='0.4')
     axes.axhline(0, color='0.7', lw=0.8, zorder=0)
     axes.set(xlabel='convolution, from the stem on', ylabel='scale: mean, and range over channels')
-    axes.set_title(f'{scales.architecture} ({scales.fingerprint[:8]})', loc='left', pad=16)
+    axes.set_title(title, loc='left', pad=16)
     axes.legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
     _save(figure, path)
 

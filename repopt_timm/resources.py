@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-__all__ = ['resource_dir']
+__all__ = ['resource_dir', 'shipped_repositories']
 
 
 def resource_dir(name: str) -> Path:
@@ -10,3 +10,9 @@ def resource_dir(name: str) -> Path:
     package = Path(__file__).resolve().parent
     inside = package / name
     return inside if inside.is_dir() else package.parent / name
+
+
+def shipped_repositories() -> dict[str, Path]:
+    """Returns the folders `pretrained/<model>.<tag>`, each one the content of a Hub repository, by name."""
+    folders = sorted(resource_dir('pretrained').glob('*.*/'))
+    return {folder.name: folder for folder in folders if (folder / 'README.md').is_file()}

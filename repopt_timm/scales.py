@@ -12,10 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture, infer_architecture, initial_scale
+from .card import CARD_FILE, CardEntry, decode_entry, encode_entry, read_entry
 from .checkpoint import read_checkpoint, select_state_dict
 from .files import replacing
+from .publishing import write_card
+from .reference_layout import scale_name
 from .reparam import CSLAConv2d, carried_scales
 from .reparam.vectors import check_vectors, fingerprint
+from .repository import check_source, download, push_folder
 
 __all__ = ['Scales']
 
@@ -23,8 +27,6 @@ _FORMAT = 'repopt_timm.scales'
 _FORMAT_VERSION = 1
 # Key of a scale, or of the identity's operator, in a state dict of ours: module, branch.
 _OWN_KEY = re.compile(r'(.+)\.branches\.(?:([^.]+)\.scale|(identity)\.weight)')
-# The same in the reference repository's files: stage (0 is the stem), block, branch.
-_REFERENCE_KEY = re.compile(r'stage(\d+)(?:\.(\d+))?\.scale_(identity|1x1|conv)\.weight')
 
 
 class Scales(Mapping[str, Mapping[str, Tensor]]):
@@ -115,6 +117,11 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         """The sha256 of architecture, strides, names and float32 bits, in 64 hexadecimal digits."""
         return self._fingerprint
 
+    @property
+    def title(self) -> str:
+        """Architecture and the begin of the fingerprint, for pictures."""
+        return f'{self._architecture} ({self._fingerprint[:8]})'
+
     def __getitem__(self, module: str) -> dict[str, Tensor]:
         return {branch: vector.clone() for branch, vector in self._modules[module].items()}
 
@@ -172,7 +179,9 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         modules = {}
         for spec in ARCHITECTURES[architecture].convs(strides):
             values = {name: 1.0 if name == 'identity' else initial_scale(spec.index) for name in spec.branches}
-            modules[spec.name] = {name: torch.full((spec.out_channels,), value) for name, value in values.items()}
+            modules[spec.name] = {
+                name: torch.full((spec.out_channels,), value, device='cpu') for name, value in values.items()
+            }
         return cls(architecture, modules, strides, {'method': 'initial values, not searched'}, 'initial')
 
     @classmethod
@@ -287,6 +296,127 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata)
 
+    def to_metadata(self) -> dict[str, Any]:
+        """Returns the `repopt` entry of a model card: plain data, with the float32 bits of every vector.
+
+        Raises:
+            ValueError: If a name or a size is beyond what a card may have.
+        """
+        return encode_entry(self.to_entry())
+
+    @classmethod
+    def from_metadata(cls, metadata: object, source: str) -> 'Scales':
+        """Decodes the `repopt` entry of a model card, which may come from anyone.
+
+        Args:
+            metadata: What `to_metadata` returned.
+            source: Card that it comes from, for errors.
+
+        Raises:
+            ValueError: If it is newer than this package, not in the format, too large, does not match its fingerprint,
+                or its scales do not fit the architecture.
+        """
+        return cls._from_entry(decode_entry(metadata, source), source)
+
+    @classmethod
+    def from_card(cls, path: str | os.PathLike, source: str | None = None) -> 'Scales':
+        """Reads scales from a model card.
+
+        Args:
+            path: A `README.md`.
+            source: What to call it in errors; its path when left out.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If the card has no scales, or for a reason that `from_metadata` lists.
+        """
+        source = source or os.fspath(path)
+        return cls._from_entry(read_entry(path, source), source)
+
+    @classmethod
+    def from_hub(
+        cls,
+        repo_id: str,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        token: str | bool | None = None,
+    ) -> 'Scales':
+        """Reads scales from the card of a repository on the Hugging Face Hub.
+
+        Args:
+            repo_id: Name of the repository, `user/repo`.
+            revision: Branch, tag or commit.
+            cache_dir: The client's cache when left out.
+            token: The token of `hf auth login` when left out.
+
+        Raises:
+            HubError: If the card cannot be had: no such repository, revision or card, no permission, no connection.
+            ValueError: If the card has no scales, or for a reason that `from_metadata` lists.
+
+        Example:
+            >>> scales = Scales.from_hub('user/repopt_vgg_a0.cifar10')  # doctest: +SKIP
+        """
+        source = str(check_source(repo_id, revision))
+        return cls.from_card(download(repo_id, CARD_FILE, revision, cache_dir, token), source)
+
+    def save_pretrained(self, directory: str | os.PathLike, repo_id: str | None = None) -> None:
+        """Writes a repository of scales without weights: a model card with a picture.
+
+        A card that is there already keeps its other metadata, and the text outside the marks of this package.
+
+        Args:
+            directory: Where to.
+            repo_id: Name that it has on the Hub, for the snippets in the card.
+
+        Raises:
+            ValueError: If an existing card cannot be read, or could not be carried through unchanged.
+        """
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        write_card(Path(directory), repo_id, self._architecture, self.to_entry())
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | bool | None = None,
+        commit_message: str = 'Scales of repopt-timm',
+    ) -> str:
+        """Publishes the scales on the Hugging Face Hub; weights that the repository has stay as they are.
+
+        Args:
+            repo_id: Name of the repository, `user/repo`, made if there is none.
+            private: Whether a new repository is private.
+            revision: Branch to commit to, made if there is none.
+            create_pr: Open a pull request instead of changing the branch.
+            token: The token of `hf auth login` when left out.
+            commit_message: Title of the commit.
+
+        Returns:
+            Address of the commit or pull request.
+
+        Raises:
+            HubError: If the repository cannot be written to.
+            ValueError: If its card cannot be read, or could not be carried through unchanged.
+        """
+        entry = self.to_entry()
+
+        def write(folder: Path, name: str, published: frozenset[str]) -> None:
+            write_card(folder, name, self._architecture, entry, published=published)
+
+        return push_folder(repo_id, write, commit_message, private, revision, create_pr, token)
+
+    def to_entry(self) -> CardEntry:
+        """Returns the scales as the code that writes model cards takes them."""
+        return CardEntry(self._architecture, self._strides, self._modules, self._fingerprint, self.provenance)
+
+    @classmethod
+    def _from_entry(cls, entry: CardEntry, source: str) -> 'Scales':
+        scales = cls(entry.architecture, entry.modules, entry.strides, entry.provenance, source)
+        scales.check_fingerprint(entry.fingerprint)
+        return scales
+
 
 def _depth_key(module: str) -> tuple[bool, list[tuple[int, str]]]:
     # Files sort their keys, which puts block 10 before block 2 and the stages before the stem.
@@ -299,10 +429,8 @@ def _modules_of(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
     for key, tensor in state_dict.items():
         if match := _OWN_KEY.fullmatch(key):
             module, branch = match[1], match[2] or match[3]
-        elif match := _REFERENCE_KEY.fullmatch(key):
-            stage = int(match[1])
-            module = 'stem.conv' if stage == 0 else f'stages.{stage - 1}.{match[2]}.conv'
-            branch = {'conv': 'kxk'}.get(match[3], match[3])
+        elif name := scale_name(key):
+            module, branch = name
         else:
             continue
         modules.setdefault(module, {})[branch] = tensor.flatten() if branch == 'identity' else tensor

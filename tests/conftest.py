@@ -3,6 +3,8 @@ import torch
 
 import repopt_timm  # noqa: F401  (registers models and optimizers)
 
+from .hub_server import HubServer, connect_client
+
 
 @pytest.fixture(autouse=True)
 def seeded():
@@ -13,3 +15,23 @@ def seeded():
 def one_thread():
     # Networks this small run no faster on more, and much slower on a busy machine.
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A Hub on loopback with the users ann and bob."""
+    with HubServer(tmp_path / 'server') as server:
+        server.add_user('ann', 'hf_ann')
+        server.add_user('bob', 'hf_bob')
+        yield server
+
+
+@pytest.fixture
+def client(hub, monkeypatch, tmp_path):
+    """Makes this process a client of `hub`, ann's at first; call it to change the cache, the user or the mode."""
+
+    def switch(home='home', token='hf_ann', offline=False):
+        connect_client(monkeypatch, hub, tmp_path / home, token, offline)
+
+    switch()
+    return switch

@@ -12,14 +12,22 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+    register_notrace_module,
+    resolve_pretrained_cfg,
+)
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, get_layer_fns
 from torch import Tensor, nn
 
 from ..architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture, initial_scale
 from ..reparam import CSLAConv2d, attach_scales, carried_scales, initialize
 from ..scales import Scales
-from ..sources import ScalesSource, load_scales
+from ..sources import ScalesSource, load_scales, scales_beside_weights
+from .weights import choose_weights, tagged_cfgs
 
 __all__ = ['RepOptVgg', 'RepOptVggBlock']
 
@@ -244,14 +252,27 @@ def _byob_cfg(cfg: Architecture, mode: str, strides: Sequence[int], use_se: bool
     )
 
 
-def _create_repopt_vgg(variant: str, pretrained: bool = False, scales: ScalesSource = None, **kwargs: Any) -> nn.Module:
+def _create_repopt_vgg(
+    variant: str,
+    pretrained: bool = False,
+    pretrained_cfg: Any = None,
+    pretrained_cfg_overlay: dict[str, Any] | None = None,
+    scales: ScalesSource = None,
+    **kwargs: Any,
+) -> nn.Module:
     mode = next(mode for mode in ('hs', 'csla', 'target') if variant.endswith(_SUFFIXES[mode]))
     architecture = variant.removesuffix(_SUFFIXES[mode])
-    strides = kwargs.get('strides') or DEFAULT_STRIDES
+    strides = tuple(kwargs.get('strides') or DEFAULT_STRIDES)
+    pretrained_cfg = choose_weights(variant, pretrained, pretrained_cfg, pretrained_cfg_overlay)
+    weights = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
+    if scales == _downloaded_scales(weights, kwargs):
+        scales = None
+    # Before the model is built, so that a mistake is told at once.
     if scales is not None:
-        # Before the model is built, so that a mistake is told at once.
         scales = load_scales(scales, architecture, strides)
-    elif mode == 'csla':
+    elif pretrained or weights.get('source') in ('hf-hub', 'local-dir'):
+        scales = scales_beside_weights(weights)
+    if scales is None and mode == 'csla':
         raise ValueError(
             f"{variant} needs scales=...: a file, 'hf-hub:user/repo' or 'initial'. Search some with {architecture}_hs."
         )
@@ -260,12 +281,25 @@ def _create_repopt_vgg(variant: str, pretrained: bool = False, scales: ScalesSou
         build,
         variant,
         pretrained,
+        pretrained_cfg=pretrained_cfg,
+        pretrained_cfg_overlay=pretrained_cfg_overlay,
         model_cfg=ARCHITECTURES[architecture],
         feature_cfg={'flatten_sequential': True, 'out_indices': tuple(range(_num_features(strides)))},
         architecture=architecture,
         mode=mode,
         **kwargs,
     )
+
+
+def _downloaded_scales(weights: dict[str, Any], kwargs: dict[str, Any]) -> Any:
+    """Takes `scales` out of the model arguments of a downloaded config: it could name any file or repository."""
+    args = kwargs.get('pretrained_model_args')
+    if args is None and weights.get('source') == 'hf-hub':
+        # Before 1.0.31 timm does not tell which arguments come from the config.
+        args = load_model_config_from_hf(weights['hf_hub_id'])[2]
+    elif args is None and weights.get('source') == 'local-dir':
+        args = load_model_config_from_path(weights['file'])[2]
+    return args.pop('scales', None) if args else None
 
 
 def _build(scales: Scales | None, init: bool, **kwargs: Any) -> RepOptVgg:
@@ -306,9 +340,13 @@ def _cfg(mode: str, **kwargs: Any) -> dict[str, Any]:
 
 
 # timm makes the first tag with weights an architecture's default, also for an untrained model, which would then have
-# the checkpoint's classes and input size. A trailing '*' marks the default: here the untagged, untrained one.
+# the checkpoint's classes and input size. A trailing '*' marks the default: here the untagged, untrained one, which
+# has to come after the tags.
 default_cfgs = generate_default_cfgs(
-    {f'{name}{suffix}.*': _cfg(mode) for name in ARCHITECTURES for mode, suffix in _SUFFIXES.items()}
+    {
+        **{name: _cfg('target', **cfg) for name, cfg in tagged_cfgs().items()},
+        **{f'{name}{suffix}.*': _cfg(mode) for name in ARCHITECTURES for mode, suffix in _SUFFIXES.items()},
+    }
 )
 
 

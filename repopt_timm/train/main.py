@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         ValueError: If arguments do not go together.
         FileNotFoundError: If a file that they name is not there.
     """
-    logging.basicConfig(level=logging.INFO, format='%(message)s', force=True)
-    logging.getLogger('timm').setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format='%(message)s', force=True)
+    logging.getLogger('repopt_timm').setLevel(logging.INFO)
     args = parse_arguments(argv)
     if args.search_first:
         _search_and_train(args)
@@ -70,7 +70,7 @@ def _report(folder: Path, arguments: dict[str, argparse.Namespace], results: dic
     scales = Scales.load(results['search'].folder / SCALES_FILE)
     try:
         plot_curves({name: result.history for name, result in results.items()}, folder / 'curves.png')
-        plot_scales(scales, folder / 'scales.png')
+        plot_scales(scales, folder / 'scales.png', scales.title)
     except ImportError as error:
         _logger.warning(f'No pictures: {error}')
     print(f'Report, scales, checkpoints and pictures are in {folder}')

@@ -319,6 +319,6 @@ def _save_scales(args: argparse.Namespace, result: Result) -> None:
     scales.save(result.folder / SCALES_FILE)
     _logger.info(f'Scales {scales.fingerprint[:12]} are in {result.folder / SCALES_FILE}')
     try:
-        plot_scales(scales, result.folder / 'scales.png')
+        plot_scales(scales, result.folder / 'scales.png', scales.title)
     except ImportError as error:
         _logger.warning(f'No picture of the scales: {error}')

@@ -1,0 +1,181 @@
+"""The text of a model card that people read."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from .architectures import DEFAULT_STRIDES
+from .card import CardEntry
+from .tables import scales_table
+
+__all__ = ['CURVES_FILE', 'SCALES_PICTURE', 'WEIGHTS_FILE', 'render_body']
+
+SCALES_PICTURE = 'scales.png'
+CURVES_FILE = 'curves.png'
+WEIGHTS_FILE = 'model.safetensors'
+
+_CITATION = """```bibtex
+@inproceedings{ding2023reparameterizing,
+  title     = {Re-parameterizing Your Optimizers rather than Architectures},
+  author    = {Ding, Xiaohan and Chen, Honghao and Zhang, Xiangyu and Huang, Kaiqi and Han, Jungong and Ding, Guiguang},
+  booktitle = {International Conference on Learning Representations (ICLR)},
+  year      = {2023},
+  url       = {https://arxiv.org/abs/2205.15242}
+}
+```"""
+
+
+def render_body(
+    repo_id: str,
+    model_name: str,
+    files: Collection[str],
+    entry: CardEntry | None = None,
+    training: Mapping[str, Any] | None = None,
+    license_name: str = 'apache-2.0',
+) -> str:
+    """Renders what a card says about a repository, in Markdown.
+
+    Args:
+        repo_id: Name of the repository on the Hub.
+        model_name: Name of the model in timm.
+        files: Names of the files beside the card.
+        entry: Its scales, if it has any.
+        training: How the weights were trained, as far as known.
+        license_name: Licence that the card's metadata names.
+    """
+    weights = WEIGHTS_FILE in files
+    sections = [
+        f'# {repo_id.split("/")[-1]}',
+        _summary(model_name, weights, entry),
+        '## Usage',
+        '`pip install repopt-timm`; `import repopt_timm` makes its models and optimizers known to timm.',
+        *_usage(repo_id, model_name, weights, entry),
+        *_history(files, entry, training),
+        *_scales_section(files, entry),
+        '## Limits',
+        *_limits(weights, entry),
+        '## Citation',
+        _CITATION,
+        '## Licence',
+        _cell(license_name),
+    ]
+    return '\n\n'.join(sections)
+
+
+def _summary(model_name: str, weights: bool, entry: CardEntry | None) -> str:
+    paper = '[RepOptimizers](https://arxiv.org/abs/2205.15242)'
+    if weights and entry is not None:
+        return (
+            f'Weights of `{model_name}` for [timm](https://github.com/huggingface/pytorch-image-models), and the '
+            f'scales of {paper} that belong to them: an image classifier of plain 3x3 convolutions, whose structural '
+            f'prior is in its optimizer instead of its branches. The scales are in the metadata of this card.'
+        )
+    if weights:
+        return (
+            f'Weights of `{model_name}` for [timm](https://github.com/huggingface/pytorch-image-models), an image '
+            f'classifier of plain 3x3 convolutions from {paper}. Its scales are not part of this repository.'
+        )
+    return (
+        f'Scales of `{model_name}` for {paper}: the constants by which a RepOptimizer initializes and trains the plain '
+        f'model, on any data. They are in the metadata of this card; there are no weights in this repository.'
+    )
+
+
+def _usage(repo_id: str, model_name: str, weights: bool, entry: CardEntry | None) -> list[str]:
+    hub = f"'hf-hub:{repo_id}'"
+    load = f'model = timm.create_model({hub}, pretrained=True).eval()'
+    snippets = []
+    if weights:
+        snippets += ['Load the model:', _python(load)]
+    elif entry is not None:
+        snippets += [
+            'Load the scales:',
+            f"```python\nfrom repopt_timm import Scales\n\nscales = Scales.from_hub('{repo_id}')\n```",
+        ]
+    if entry is not None:
+        strides = '' if entry.strides == DEFAULT_STRIDES else f', strides={entry.strides}'
+        make = f"model = timm.create_model('{entry.architecture}', num_classes=100{strides}, scales={hub})"
+        snippets += ['Train a new model with these scales:', _python(make, _optimizer(0.1))]
+    if weights:
+        rule = _optimizer(0.01) if entry is not None else _optimizer(0.01).replace('repopt_sgd', 'sgd')
+        snippets += ['Fine-tune:', _python(f'model = timm.create_model({hub}, pretrained=True, num_classes=10)', rule)]
+    elif entry is not None:
+        search = f"model = timm.create_model('{entry.architecture}_hs', num_classes=100{strides}, scales={hub})"
+        snippets += ['Fine-tune the scales, in a search on other data that starts from them:', _python(search)]
+    return snippets
+
+
+def _optimizer(lr: float) -> str:
+    return f"optimizer = timm.optim.create_optimizer_v2(model, 'repopt_sgd', lr={lr}, momentum=0.9, weight_decay=4e-5)"
+
+
+def _python(*lines: str) -> str:
+    return '\n'.join(['```python', 'import repopt_timm, timm', '', *lines, '```'])
+
+
+def _history(files: Collection[str], entry: CardEntry | None, training: Mapping[str, Any] | None) -> list[str]:
+    sections = []
+    if entry is not None:
+        sections += ['## How the scales were searched', _facts(entry.provenance) or 'Not recorded.']
+    if training:
+        sections += ['## How the weights were trained', _facts(training)]
+    if CURVES_FILE in files:
+        sections.append(f'![Training loss and accuracy against epochs]({CURVES_FILE})')
+    return sections
+
+
+def _scales_section(files: Collection[str], entry: CardEntry | None) -> list[str]:
+    if entry is None:
+        return []
+    strides = ', '.join(str(stride) for stride in entry.strides)
+    sections = [
+        '## Scales',
+        f'One value per branch and channel of {len(entry.modules)} convolutions, searched with the strides {strides}. '
+        f'Fingerprint `{entry.fingerprint}`.',
+        _table(entry.modules),
+    ]
+    if SCALES_PICTURE in files:
+        sections.append(f'![Scales against depth: mean, and range over channels]({SCALES_PICTURE})')
+    return sections
+
+
+def _limits(weights: bool, entry: CardEntry | None) -> list[str]:
+    limits = []
+    if entry is not None:
+        limits.append(
+            f'* The scales belong to `{entry.architecture}` with these strides, and to no other network. They are '
+            f'meant to be carried from one data set to another; how well that works for yours, a comparison with '
+            f'`--scales initial`, the unsearched values, tells.'
+        )
+    if weights:
+        limits.append(
+            '* The weights know the classes and the kind of images that they were trained on, and share the biases of '
+            'these. Measure on your own data before you rely on them.'
+        )
+    return ['\n'.join(limits)]
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    lines = []
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            value = ', '.join(f'{key} {item}' for key, item in value.items())
+        elif isinstance(value, list | tuple):
+            value = ' x '.join(str(item) for item in value)
+        lines.append(f'| {_cell(name.replace("_", " "))} | {_cell(value)} |')
+    return '\n'.join(['| | |', '|---|---|', *lines]) if lines else ''
+
+
+def _table(modules: Mapping[str, Mapping[str, Tensor]]) -> str:
+    lines = ['| stage | branch | mean | min | max |', '|---|---|---:|---:|---:|']
+    for row in scales_table(modules):
+        numbers = ' | '.join(f'{row[name]:.4f}' for name in ('mean', 'min', 'max'))
+        lines.append(f'| {_cell(row["stage"])} | {_cell(row["branch"])} | {numbers} |')
+    return '\n'.join(lines)
+
+
+def _cell(value: object) -> str:
+    # Provenance may come from anyone's file: neither a table nor the page may break on it.
+    text = ' '.join(str(value).split()).replace('&', '&amp;').replace('<', '&lt;')
+    return text.replace('\\', '\\\\').replace('|', '\\|').replace('[', '\\[')

@@ -1,0 +1,296 @@
+"""Models with their scales as repositories in timm's format: local folders, and the Hugging Face Hub."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import save_for_hf
+from torch import nn
+
+from .architectures import ARCHITECTURES, DEFAULT_STRIDES
+from .card import CARD_FILE, eval_results
+from .card_body import CURVES_FILE, SCALES_PICTURE, WEIGHTS_FILE
+from .checkpoint import read_checkpoint, select_state_dict
+from .files import replacing
+from .models import RepOptVgg
+from .publishing import write_card
+from .repository import push_folder
+from .scales import Scales
+from .sources import ScalesSource, load_scales
+
+__all__ = ['model_from_checkpoint', 'push_to_hub', 'save_pretrained']
+
+CONFIG_FILE = 'config.json'
+
+# Arguments of a run that a card tells, as far as they are set.
+_TOLD = (
+    'epochs',
+    'opt',
+    'lr',
+    'weight_decay',
+    'batch_size',
+    'grad_accum_steps',
+    'smoothing',
+    'mixup',
+    'cutmix',
+    'seed',
+)
+
+
+class _Publication(NamedTuple):
+    model: nn.Module
+    scales: Scales | None
+    metrics: Mapping[str, float | str]
+    training: Mapping[str, Any]
+    curves: str | os.PathLike | None
+
+
+def save_pretrained(
+    model: nn.Module | str | os.PathLike,
+    directory: str | os.PathLike,
+    scales: ScalesSource = None,
+    metrics: Mapping[str, float | str] | None = None,
+    training: Mapping[str, Any] | None = None,
+    curves: str | os.PathLike | None = None,
+    repo_id: str | None = None,
+) -> None:
+    """Writes a model as a repository in timm's format, whose card holds the scales.
+
+    The files are `config.json`, `model.safetensors`, `README.md`, `scales.png`; each appears whole or not at all. With
+    the same `repo_id` they are those that `push_to_hub` uploads. `timm.create_model('local-dir:<directory>',
+    pretrained=True)` loads them. A card that is there already keeps its other metadata, and the text outside the marks.
+
+    Args:
+        model: A timm model, or a checkpoint of a run.
+        directory: Where to.
+        scales: The scales that it was trained with; those that the model carries when left out.
+        metrics: Results as the Hub shows them, such as `{'dataset': 'cifar10', 'top1': 93.1}`, in percent; those of the
+            checkpoint when left out.
+        training: How the weights were trained, plain data for the card; told from the checkpoint when left out.
+        curves: Picture of the training curves to put beside, a PNG file.
+        repo_id: Name that the repository has on the Hub, for the snippets in the card.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint or source of scales.
+        ValueError: If the checkpoint does not tell its model, or the scales are missing or another model's.
+    """
+    publication = _prepare(model, scales, metrics, training, curves)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    # Everything is made beside its place first: an error in the middle leaves the directory as it was.
+    with TemporaryDirectory(prefix='.repopt-timm-', dir=directory) as name:
+        folder = Path(name)
+        if (directory / CARD_FILE).is_file():
+            (folder / CARD_FILE).write_bytes((directory / CARD_FILE).read_bytes())
+        published = frozenset(file.name for file in directory.iterdir())
+        _write(publication, folder, repo_id or f'USER/{directory.resolve().name}', published)
+        for file in (WEIGHTS_FILE, CONFIG_FILE, SCALES_PICTURE, CURVES_FILE, CARD_FILE):
+            if (folder / file).is_file():
+                with replacing(directory / file) as temporary:
+                    os.replace(folder / file, temporary)
+
+
+def push_to_hub(
+    model: nn.Module | str | os.PathLike,
+    repo_id: str,
+    scales: ScalesSource = None,
+    metrics: Mapping[str, float | str] | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    training: Mapping[str, Any] | None = None,
+    curves: str | os.PathLike | None = None,
+    commit_message: str = 'Model with scales of repopt-timm',
+) -> str:
+    """Publishes a model on the Hugging Face Hub, in timm's format, with its scales in the card.
+
+    Args:
+        model: A timm model, or a checkpoint of a run.
+        repo_id: Name of the repository, `user/repo`, made if there is none.
+        scales: See `save_pretrained`, as for `metrics`, `training` and `curves`.
+        metrics: See there.
+        private: Whether a new repository is private.
+        revision: Branch to commit to, made if there is none.
+        create_pr: Open a pull request instead of changing the branch.
+        token: The token of `hf auth login` when left out.
+        training: See there.
+        curves: See there.
+        commit_message: Title of the commit.
+
+    Returns:
+        Address of the commit or pull request.
+
+    Raises:
+        HubError: If the repository cannot be written to.
+        FileNotFoundError: If there is no such checkpoint or source of scales.
+        ValueError: If the checkpoint does not tell its model, or the scales are missing or another model's.
+
+    Example:
+        >>> push_to_hub(model, 'user/a0', metrics={'dataset': 'cifar10', 'top1': 93.1})  # doctest: +SKIP
+    """
+    publication = _prepare(model, scales, metrics, training, curves)
+
+    def write(folder: Path, name: str, published: frozenset[str]) -> None:
+        _write(publication, folder, name, published)
+
+    return push_folder(repo_id, write, commit_message, private, revision, create_pr, token)
+
+
+def model_from_checkpoint(path: str | os.PathLike, scales: ScalesSource = None) -> nn.Module:
+    """Creates the model of a run's checkpoint, with its weights, and its data configuration in `pretrained_cfg`.
+
+    Args:
+        path: A checkpoint that the training command, or timm's script, wrote.
+        scales: Scales for a target model to carry; those of an `_hs` or `_csla` model are in its checkpoint.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint or source of scales.
+        ValueError: If the checkpoint does not tell its model, or its weights are not that model's.
+    """
+    return _model_of(read_checkpoint(path), os.fspath(path), scales)
+
+
+def _prepare(
+    model: nn.Module | str | os.PathLike,
+    scales: ScalesSource,
+    metrics: Mapping[str, float | str] | None,
+    training: Mapping[str, Any] | None,
+    curves: str | os.PathLike | None,
+) -> _Publication:
+    if not isinstance(model, nn.Module):
+        source, checkpoint = os.fspath(model), read_checkpoint(model)
+        model = _model_of(checkpoint, source, scales)
+        training = _training_of(checkpoint) if training is None else training
+        metrics = _metrics_of(checkpoint) if metrics is None else metrics
+    if scales is not None:
+        architecture = getattr(model, 'architecture', type(model).__name__)
+        strides = getattr(model, 'strides', DEFAULT_STRIDES)
+        found: Scales | None = load_scales(scales, architecture, strides)
+    else:
+        found = getattr(model, 'scales', None)
+    training, metrics = dict(training or {}), dict(metrics or {})
+    if metrics and 'dataset' in training:
+        metrics = {'dataset': training['dataset'], **metrics}
+    if metrics:
+        eval_results(metrics)
+    if curves is not None and not Path(curves).is_file():
+        raise FileNotFoundError(f"There is no picture '{os.fspath(curves)}'.")
+    return _Publication(model, found, metrics, training, curves)
+
+
+def _write(publication: _Publication, folder: Path, repo_id: str, published: frozenset[str]) -> None:
+    model, scales, metrics, training, curves = publication
+    save_for_hf(model, str(folder), model_args=_model_args(model), safe_serialization=True)
+    if curves is not None:
+        (folder / CURVES_FILE).write_bytes(Path(curves).read_bytes())
+    entry = None if scales is None else scales.to_entry()
+    results = eval_results(metrics) if metrics else []
+    write_card(folder, repo_id, _timm_name(model), entry, results, training, published)
+
+
+def _timm_name(model: nn.Module) -> str:
+    config: Any = getattr(model, 'pretrained_cfg', None) or {}
+    if 'architecture' not in config:
+        raise ValueError(
+            f'{type(model).__name__} is no model of timm: create it with timm.create_model, then publish it.'
+        )
+    return config['architecture']
+
+
+def _model_args(model: nn.Module) -> dict[str, Any]:
+    # Later versions of timm record them themselves, those about 1.0.22 write only what is named here.
+    args: dict[str, Any] = {}
+    if isinstance(model, RepOptVgg):
+        if tuple(model.strides) != DEFAULT_STRIDES:
+            args['strides'] = list(model.strides)
+        use_se = not isinstance(model.stem.attn, nn.Identity)
+        if use_se != ARCHITECTURES[model.architecture].use_se:
+            args['use_se'] = use_se
+        if model.stem.conv.in_channels != 3:
+            args['in_chans'] = model.stem.conv.in_channels
+    return args
+
+
+def _model_of(checkpoint: Mapping[str, Any], source: str, scales: ScalesSource) -> nn.Module:
+    name = checkpoint.get('arch')
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{source}: the checkpoint does not name its model (no 'arch', as the training command writes it). Create "
+            f'the model with timm.create_model, load the weights into it, and give that.'
+        )
+    if not timm.is_model(name):
+        raise ValueError(
+            f"{source}: its model '{name}' is unknown to timm. Import the package that registers it first."
+        )
+    args = _args_of(checkpoint)
+    state = select_state_dict(dict(checkpoint))
+    # The file itself holds them; a path in its arguments could name anything.
+    kwargs = {key: value for key, value in (args.get('model_kwargs') or {}).items() if key != 'scales'}
+    if name.endswith(('_hs', '_csla')):
+        kwargs['scales'] = Scales.load(source)
+    elif scales is None and _trained_with(checkpoint):
+        raise ValueError(
+            f'{source}: {name} was trained with scales, which are not in its checkpoint. Name those that the run had '
+            f'(scales=..., --scales).'
+        )
+    if 'head.fc.weight' in state:
+        kwargs['num_classes'] = len(state['head.fc.weight'])
+    if args.get('in_chans') or args.get('input_size'):
+        kwargs['in_chans'] = args.get('in_chans') or args['input_size'][0]
+    model: Any = timm.create_model(name, **kwargs)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f'{source}: its weights are not those of {name}: {error}') from None
+    if scales is not None and isinstance(model, RepOptVgg) and model.mode == 'target':
+        given = load_scales(scales, model.architecture, model.strides)
+        _check_trained_with(given, checkpoint, source)
+        model.set_scales(given, init=False)
+    data = resolve_data_config(args, model=model)
+    model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes}
+    return model.eval()
+
+
+def _trained_with(checkpoint: Mapping[str, Any]) -> set[str]:
+    """Fingerprints of the scales in the optimizer's state."""
+    groups = (checkpoint.get('optimizer') or {}).get('param_groups', [])
+    return {group['scales_fingerprint'] for group in groups if 'scales_fingerprint' in group}
+
+
+def _check_trained_with(scales: Scales, checkpoint: Mapping[str, Any], source: str) -> None:
+    found = _trained_with(checkpoint)
+    if found and found != {scales.fingerprint}:
+        raise ValueError(
+            f'{source}: it was trained with the scales {", ".join(found)}, but those given are {scales.fingerprint}. '
+            f'Name the scales that the run had.'
+        )
+
+
+def _args_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    args = checkpoint.get('args')
+    return dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
+
+
+def _training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    args = _args_of(checkpoint)
+    training: dict[str, Any] = {}
+    if data := args.get('dataset') or args.get('data_dir') or args.get('data'):
+        # A name, not a path of the machine that it was trained on.
+        training['dataset'] = str(data) if args.get('dataset') else Path(data).name
+    training |= {key: args[key] for key in _TOLD if isinstance(args.get(key), int | float | str) and args[key]}
+    if isinstance(checkpoint.get('epoch'), int):
+        training['epochs'] = checkpoint['epoch'] + 1
+    return {**training, 'versions': {'timm': timm.__version__, 'torch': torch.__version__}} if training else {}
+
+
+def _metrics_of(checkpoint: Mapping[str, Any]) -> dict[str, float | str]:
+    history = checkpoint.get('history') or [{}]
+    found = {name: history[-1].get(f'eval_{name}') for name in ('top1', 'top5')}
+    return {name: round(value, 3) for name, value in found.items() if value is not None}

@@ -1,0 +1,69 @@
+"""Where trained weights come from: those that ship with the package first, then the Hub."""
+
+import json
+import os
+from typing import Any
+
+from timm.models import resolve_pretrained_cfg
+from timm.models._registry import get_arch_pretrained_cfgs
+
+from ..resources import shipped_repositories
+
+__all__ = ['choose_weights', 'tagged_cfgs']
+
+# Owner of the repositories `<model>.<tag>` on the Hub. Empty: nothing is published there, so no tag names the Hub.
+HUB_NAMESPACE = os.environ.get('REPOPT_TIMM_HUB_NAMESPACE', '')
+
+# Weights that their authors publish in a format of their own, for everyone to convert.
+_CONVERTIBLE = ('repopt_vgg_b1', 'repopt_vgg_b2', 'repopt_vgg_l1', 'repopt_vgg_l2')
+_CONVERTIBLE_TAG = 'in1k'
+
+
+def tagged_cfgs() -> dict[str, dict[str, Any]]:
+    """Makes timm's configurations of all tags: `<model>.<tag>` to what differs from an untrained model's."""
+    cfgs: dict[str, dict[str, Any]] = {f'{name}.{_CONVERTIBLE_TAG}': {} for name in _CONVERTIBLE}
+    for name, folder in shipped_repositories().items():
+        weights = folder / 'model.safetensors'
+        if weights.is_file():
+            config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+            cfgs[name] = {**config['pretrained_cfg'], 'num_classes': config['num_classes'], 'file': str(weights)}
+    for name, cfg in cfgs.items():
+        cfg.pop('tag', None)
+        if HUB_NAMESPACE and 'file' not in cfg:
+            cfg['hf_hub_id'] = f'{HUB_NAMESPACE}/{name}'
+    return cfgs
+
+
+def choose_weights(variant: str, pretrained: bool, cfg: Any, overlay: dict[str, Any] | None) -> Any:
+    """Chooses the weights that `pretrained=True` means: those asked for, else the variant's first that can be had.
+
+    Args:
+        variant: Name of the model.
+        pretrained: Whether weights are asked for.
+        cfg: timm's `pretrained_cfg` argument: a tag, a configuration or nothing.
+        overlay: timm's `pretrained_cfg_overlay` argument.
+
+    Returns:
+        A `pretrained_cfg` argument for timm.
+
+    Raises:
+        ValueError: If there are no such weights; says how to get some.
+    """
+    resolved = resolve_pretrained_cfg(variant, cfg, overlay)
+    if not pretrained or resolved.has_weights or resolved.state_dict:
+        return cfg
+    available = {name: found for name, found in get_arch_pretrained_cfgs(variant).items() if found.has_weights}
+    if not resolved.tag and available:
+        return next(iter(available.values())).tag
+    if resolved.tag == _CONVERTIBLE_TAG:
+        raise ValueError(
+            f"The weights '{variant}.{resolved.tag}' are published by the method's authors as a file of their own. Get "
+            f'RepOpt-VGG-{variant[-2:].upper()}*.pth from https://github.com/DingXiaoH/RepOptimizers, then convert it: '
+            f'`repopt-timm convert-checkpoint FILE --out DIR`, and load it as local-dir:DIR (or publish it with --push '
+            f'USER/{variant}.{resolved.tag} and set REPOPT_TIMM_HUB_NAMESPACE=USER).'
+        )
+    name = f'{variant}.{resolved.tag}' if resolved.tag else variant
+    raise ValueError(
+        f"There are no trained weights '{name}' here. Those that can be had: {', '.join(available) or 'none'}. Train "
+        f"some with train.py, name a repository with 'hf-hub:user/repo', or leave pretrained=True out."
+    )

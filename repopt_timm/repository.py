@@ -1,0 +1,256 @@
+"""Repositories on the Hugging Face Hub: files down, folders up, and one kind of error for whatever goes wrong."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import get_token, validate_repo_id
+
+from .card import CARD_FILE
+from .files import replacing
+from .tokens import scrub
+
+__all__ = ['HUB_PREFIX', 'HubError', 'HubFileNotFoundError', 'HubSource', 'download', 'parse_hub_source', 'push_folder']
+
+HUB_PREFIX = 'hf-hub:'
+
+# What git allows in the name of a branch or tag, less what could lead out of the cache.
+_REVISION = re.compile(r'\w[\w.+#/-]*')
+
+
+class HubError(OSError):
+    """Something on the Hub is missing, closed or out of reach; the text names the repository and the next step."""
+
+
+class HubFileNotFoundError(HubError):
+    """The repository is there, and the file is not in it."""
+
+
+class HubSource(NamedTuple):
+    """A repository on the Hub, at a branch, tag or commit; at its main branch without one."""
+
+    repo_id: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return HUB_PREFIX + self.repo_id + (f'@{self.revision}' if self.revision else '')
+
+
+def parse_hub_source(text: str) -> HubSource:
+    """Parses `hf-hub:user/repo[@revision]`.
+
+    Raises:
+        ValueError: If it is not of this form; names what is wrong with it.
+    """
+    if not text.startswith(HUB_PREFIX):
+        raise ValueError(
+            f"'{text}' is no source on the Hub, expected {HUB_PREFIX}user/repo or {HUB_PREFIX}user/repo@revision."
+        )
+    repo_id, at, revision = text.removeprefix(HUB_PREFIX).partition('@')
+    if at and not revision:
+        raise ValueError(f"'{text}' names no revision after the '@': leave it out, or add a branch, tag or commit.")
+    return check_source(repo_id, revision or None)
+
+
+def check_source(repo_id: str, revision: str | None = None) -> HubSource:
+    """Checks the names of a repository and a revision.
+
+    Raises:
+        ValueError: If one of them is no such name.
+    """
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"'{repo_id}' is no name of a repository on the Hub, such as user/repo: {error}") from None
+    if revision is not None and (not _REVISION.fullmatch(revision) or '..' in revision):
+        raise ValueError(f"{repo_id}: '{revision}' is no name of a revision, expected a branch, tag or commit.")
+    return HubSource(repo_id, revision)
+
+
+def download(
+    repo_id: str,
+    file: str,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """Downloads a file of a model repository into the cache, unless it is there already.
+
+    Args:
+        repo_id: Name of the repository, `user/repo`.
+        file: Name of the file in it.
+        revision: Branch, tag or commit.
+        cache_dir: The client's cache when left out.
+        token: The token of `hf auth login` when left out.
+
+    Returns:
+        Where it is in the cache.
+
+    Raises:
+        ValueError: If a name is no name of a repository or revision.
+        HubFileNotFoundError: If the repository has no such file.
+        HubError: If the file cannot be had for another reason.
+    """
+    source = check_source(repo_id, revision)
+    cache = None if cache_dir is None else os.fspath(cache_dir)
+    if constants.HF_HUB_OFFLINE and try_to_load_from_cache(repo_id, file, cache, revision) is _CACHED_NO_EXIST:
+        # The client knows that there is none, but tells it apart from an unknown file only while it is online.
+        raise HubFileNotFoundError(_no_such_file(source, file))
+    with _clear_errors(source, file, token):
+        return Path(hf_hub_download(repo_id, file, revision=revision, cache_dir=cache, token=token))
+
+
+def push_folder(
+    repo_id: str,
+    write: Callable[[Path, str, frozenset[str]], None],
+    message: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+) -> str:
+    """Writes files into a folder and uploads them in one commit; the repository and the branch are made if need be.
+
+    Args:
+        repo_id: Name of the repository, `user/repo`, or `repo` for one of the token's owner.
+        write: Called with a folder that has the repository's card, if there is one, with the repository's full name,
+            and with the names of its files; writes what is to be uploaded into the folder.
+        message: Title of the commit.
+        private: Whether a new repository is private; the owner's default when left out.
+        revision: Branch to commit to.
+        create_pr: Open a pull request instead of changing the branch.
+        token: The token of `hf auth login` when left out.
+
+    Returns:
+        Address of the commit or pull request.
+
+    Raises:
+        ValueError: If a name is no name of a repository or revision.
+        HubError: If the repository cannot be written to.
+    """
+    source = check_source(repo_id, revision)
+    api = HfApi(token=token)
+    with TemporaryDirectory(prefix='repopt-timm-') as name:
+        folder = Path(name)
+        with _clear_errors(source, None, token):
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not create_pr and not revision.startswith('refs/'):
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            files = frozenset(api.list_repo_files(repo_id, revision=revision))
+        if CARD_FILE in files:
+            with TemporaryDirectory(prefix='repopt-timm-') as cache, replacing(folder / CARD_FILE) as card:
+                card.write_bytes(download(repo_id, CARD_FILE, revision, cache, token).read_bytes())
+        write(folder, repo_id, files)
+        with _clear_errors(source, None, token, folder / CARD_FILE):
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                create_pr=create_pr,
+                commit_message=message,
+            )
+    return commit.pr_url or commit.commit_url
+
+
+@contextmanager
+def _clear_errors(
+    source: HubSource, file: str | None, token: str | bool | None, card: Path | None = None
+) -> Iterator[None]:
+    kind = HubError
+    try:
+        yield
+    except (EntryNotFoundError, HTTPError, OfflineModeIsEnabled, ConnectionError, TimeoutError, RuntimeError) as error:
+        text = _explain(error, source, file, card)
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            kind = HubFileNotFoundError
+    except OSError as error:
+        # The client says so when fewer bytes arrive than were announced; other such errors are about the local disk.
+        if 'Consistency check failed' not in str(error):
+            raise
+        text = _unreachable(source, file, error)
+    else:
+        return
+    # Without the client's own error as a cause: its text, and those that led to it, may show a token.
+    raise kind(scrub(text, token, get_token())) from None
+
+
+def _explain(error: Exception, source: HubSource, file: str | None, card: Path | None) -> str:
+    wanted = _wanted(source, file)
+    if isinstance(error, RevisionNotFoundError):
+        return (
+            f'{wanted}: the repository has no such revision. Look at its branches and tags, or leave the revision out.'
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return (
+            f'{wanted}: there is no such repository, or it is private and this token may not see it. Check the name; '
+            f'for a private or gated one log in with `hf auth login` or set HF_TOKEN.'
+        )
+    if isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled):
+        return (
+            _offline(source, file) if constants.HF_HUB_OFFLINE else _unreachable(source, file, error.__cause__ or error)
+        )
+    if isinstance(error, EntryNotFoundError):
+        return _no_such_file(source, file)
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        return _explain_status(error, source, wanted, card)
+    return _unreachable(source, file, error)
+
+
+def _explain_status(error: HfHubHTTPError, source: HubSource, wanted: str, card: Path | None) -> str:
+    status = error.response.status_code
+    if status == 401:
+        return f'{wanted}: the Hub does not accept the token (401). Log in again with `hf auth login` or set HF_TOKEN.'
+    if status == 403:
+        return (
+            f'{wanted}: this token may not do that (403). Use one with write access to {source.repo_id}, push to a '
+            f'repository of your own, or open a pull request with create_pr=True.'
+        )
+    if status == 413 and card is not None and card.is_file():
+        return (
+            f'{wanted}: the Hub refuses the card {CARD_FILE} of {card.stat().st_size} bytes as too large (413). '
+            f'Shorten its text, or its provenance.'
+        )
+    return f'{wanted}: the Hub answers {status}: {_reason(error)}. Try again later.'
+
+
+def _offline(source: HubSource, file: str | None) -> str:
+    revision = f' --revision {source.revision}' if source.revision else ''
+    command = f'`hf download {source.repo_id}{" " + file if file else ""}{revision}`'
+    return (
+        f'{_wanted(source, file)} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE=1 forbids asking '
+        f'the Hub. Run {command} once with a network, or unset HF_HUB_OFFLINE.'
+    )
+
+
+def _no_such_file(source: HubSource, file: str | None) -> str:
+    return f'{_wanted(source, file)}: the repository has no such file. Check the repository and its revision.'
+
+
+def _unreachable(source: HubSource, file: str | None, error: BaseException) -> str:
+    return (
+        f'{_wanted(source, file)}: the connection to {constants.ENDPOINT} failed: {_reason(error)}. No half file was '
+        f'kept; check the network (and HF_ENDPOINT), then try again.'
+    )
+
+
+def _wanted(source: HubSource, file: str | None) -> str:
+    return f'{source}, file {file}' if file else str(source)
+
+
+def _reason(error: BaseException) -> str:
+    return ' '.join(f'{error}'.split())[:300].rstrip('.') or type(error).__name__

@@ -1,0 +1,207 @@
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+from timm.models import save_for_hf
+
+from repopt_timm import Scales
+from repopt_timm.hub import push_to_hub, save_pretrained
+from repopt_timm.optim import build_repopt_sgd
+
+from .helpers import TINY, random_scales, tiny_model
+
+REPO = 'ann/tiny'
+TREE = {'README.md', 'config.json', 'model.safetensors', 'scales.png'}
+
+
+@pytest.fixture
+def images():
+    return torch.randn(2, 3, 32, 32)
+
+
+def trained(kind='', **kwargs):
+    """A model with statistics and weights as training leaves them."""
+    model = tiny_model(kind, scales=random_scales(strides=kwargs.get('strides', (2,) * 5)), **kwargs)
+    channels = kwargs.get('in_chans', 3)
+    model(torch.randn(8, channels, 32, 32))
+    return model.eval()
+
+
+def checkpoint_of(model, path, **args):
+    """A checkpoint as the training command writes it."""
+    torch.save(
+        {
+            'arch': model.pretrained_cfg['architecture'],
+            'state_dict': model.state_dict(),
+            'epoch': 2,
+            'optimizer': build_repopt_sgd(model, model.scales, lr=0.1).state_dict() if model.mode == 'target' else {},
+            'args': argparse.Namespace(model_kwargs={}, **args),
+            'history': [{'epoch': 2, 'eval_top1': 91.25, 'eval_top5': 99.5}],
+        },
+        path,
+    )
+    return path
+
+
+def read_tree(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_model_goes_from_one_cache_into_another(hub, client, images):
+    model = trained()
+    push_to_hub(model, REPO, metrics={'dataset': 'digits', 'top1': 97.5})
+    assert set(hub.repo(REPO).files()) == {'.gitattributes', *TREE}
+    client('other', token=None)
+    pulled = timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()
+    assert torch.equal(pulled(images), model(images))
+    assert pulled.num_classes == 5
+    assert Scales.from_hub(REPO) == model.scales
+    client('other', offline=True)
+    again = timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()
+    assert torch.equal(again(images), model(images))
+
+
+def test_a_model_reaches_another_process(hub, client, images, tmp_path):
+    model = trained()
+    push_to_hub(model, REPO, private=True)
+    torch.save(images, tmp_path / 'images.pt')
+    code = (
+        'import sys, timm, torch, repopt_timm\n'
+        f"model = timm.create_model('hf-hub:{REPO}', pretrained=True).eval()\n"
+        'torch.save(model(torch.load(sys.argv[1])), sys.argv[2])'
+    )
+    command = [sys.executable, '-c', code, str(tmp_path / 'images.pt'), str(tmp_path / 'logits.pt')]
+    subprocess.run(command, env={**os.environ, **hub.client_env(tmp_path / 'other', 'hf_ann')}, check=True)
+    torch.testing.assert_close(torch.load(tmp_path / 'logits.pt'), model(images))
+
+
+@pytest.mark.parametrize('kind', ['', '_hs'])
+def test_what_is_saved_is_what_is_pushed_and_loads_from_the_folder(hub, client, images, tmp_path, kind):
+    model = trained(kind, strides=(1, 2, 2, 2, 2), in_chans=3)
+    save_pretrained(model, tmp_path / 'local', metrics={'dataset': 'digits', 'top1': 97.5}, repo_id=REPO)
+    tree = read_tree(tmp_path / 'local')
+    assert set(tree) == TREE
+    push_to_hub(model, REPO, metrics={'dataset': 'digits', 'top1': 97.5})
+    assert {name: hub.repo(REPO).read(name) for name in tree} == tree
+    loaded = timm.create_model(f'local-dir:{tmp_path / "local"}', pretrained=True).eval()
+    assert loaded.strides == (1, 2, 2, 2, 2)
+    assert torch.equal(loaded(images), model(images))
+    save_pretrained(model, tmp_path / 'local', metrics={'dataset': 'digits', 'top1': 97.5}, repo_id=REPO)
+    assert read_tree(tmp_path / 'local') == tree
+
+
+def test_the_card_shows_results_and_training(hub, client):
+    training = {'dataset': 'digits', 'epochs': 3}
+    push_to_hub(trained(), REPO, metrics={'top1': 97.5}, training=training)
+    # An update of the scales alone is about the same weights.
+    random_scales().push_to_hub(REPO)
+    card = ModelCard.load(REPO)
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ('digits', 'accuracy', 97.5)
+    assert card.data.library_name == 'timm'
+    assert 'How the weights were trained' in card.text
+    assert f"timm.create_model('hf-hub:{REPO}', pretrained=True)" in card.text
+
+
+def test_a_checkpoint_becomes_a_repository(images, tmp_path):
+    model = trained(in_chans=1)
+    path = checkpoint_of(
+        model, tmp_path / 'last.pth.tar', data_dir='/somewhere/digits', in_chans=1, input_size=[1, 32, 32], mean=[0.5]
+    )
+    with pytest.raises(ValueError, match=r'last\.pth\.tar: test_repopt_vgg was trained with scales.*Name those'):
+        save_pretrained(path, tmp_path / 'local')
+    with pytest.raises(ValueError, match='it was trained with the scales'):
+        save_pretrained(path, tmp_path / 'local', scales=random_scales())
+    save_pretrained(path, tmp_path / 'local', scales=model.scales)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "local"}', pretrained=True).eval()
+    assert torch.equal(loaded(images[:, :1]), model(images[:, :1]))
+    assert tuple(loaded.pretrained_cfg['input_size']) == (1, 32, 32)
+    assert tuple(loaded.pretrained_cfg['mean']) == (0.5,)
+    text = (tmp_path / 'local/README.md').read_text()
+    assert '/somewhere' not in text
+    results = {result.metric_name: result.metric_value for result in ModelCard(text).data.eval_results}
+    assert results == {'Top-1 accuracy': 91.25, 'Top-5 accuracy': 99.5}
+
+
+def test_the_checkpoint_of_a_search_brings_its_scales(tmp_path):
+    model = trained('_hs')
+    save_pretrained(checkpoint_of(model, tmp_path / 'last.pth.tar', dataset='digits'), tmp_path / 'local')
+    assert Scales.from_card(tmp_path / 'local/README.md') == model.scales
+
+
+def test_a_checkpoint_that_does_not_tell_its_model_is_refused(tmp_path):
+    torch.save(trained().state_dict(), tmp_path / 'bare.pth')
+    with pytest.raises(ValueError, match=r'bare\.pth: the checkpoint does not name its model'):
+        save_pretrained(tmp_path / 'bare.pth', tmp_path / 'local')
+    assert not (tmp_path / 'local').exists()
+
+
+def test_scales_of_another_network_are_not_published(hub, client):
+    with pytest.raises(ValueError, match='are scales of repopt_vgg_a0, but the model is a test_repopt_vgg'):
+        push_to_hub(trained(), REPO, scales=Scales.initial('repopt_vgg_a0'))
+    with pytest.raises(ValueError, match='no dataset is named'):
+        push_to_hub(trained(), REPO, metrics={'top1': 97.5})
+    assert not hub.requests
+
+
+def test_a_model_without_scales_goes_without(tmp_path):
+    save_pretrained(tiny_model(), tmp_path)
+    assert set(read_tree(tmp_path)) == TREE - {'scales.png'}
+    with pytest.raises(ValueError, match="no key 'repopt'"):
+        Scales.from_card(tmp_path / 'README.md')
+
+
+def test_the_picture_of_the_training_curves_comes_along(hub, client, tmp_path):
+    Image.new('RGB', (4, 4)).save(tmp_path / 'c.png')
+    push_to_hub(trained(), REPO, curves=tmp_path / 'c.png')
+    assert hub.repo(REPO).read('curves.png') == (tmp_path / 'c.png').read_bytes()
+    random_scales().push_to_hub(REPO)
+    assert '(curves.png)' in ModelCard.load(REPO).text
+
+
+def test_an_error_leaves_a_folder_as_it_was(tmp_path):
+    save_pretrained(trained(), tmp_path)
+    (tmp_path / 'README.md').write_text('---\na: [\n---\n')
+    before = read_tree(tmp_path)
+    with pytest.raises(ValueError, match=r'README\.md: its metadata cannot be read'):
+        save_pretrained(trained(), tmp_path)
+    assert read_tree(tmp_path) == before
+
+
+@pytest.mark.parametrize('kind', ['', '_hs', '_csla'])
+def test_no_config_names_scales(hub, client, tmp_path, kind):
+    model = trained(kind)
+    save_pretrained(model, tmp_path / 'ours')
+    save_for_hf(model, str(tmp_path / 'timms'), safe_serialization=True)
+    timm.models.push_to_hf_hub(model, 'ann/timms')
+    configs = [(tmp_path / name / 'config.json').read_text() for name in ('ours', 'timms')]
+    configs.append(hub.repo('ann/timms').read('config.json').decode())
+    for config in configs:
+        assert 'scales' not in config
+        assert json.loads(config)['architecture'] == TINY + kind
+
+
+def test_what_timm_pushes_takes_scales_afterwards(hub, client, images):
+    model = trained()
+    timm.models.push_to_hf_hub(model, REPO)
+    model.scales.push_to_hub(REPO)
+    client('other', token=None)
+    assert Scales.from_hub(REPO) == model.scales
+    assert torch.equal(timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()(images), model(images))
+    assert 'Model card for tiny' in ModelCard.load(REPO).text
+
+
+def test_weights_that_break_off_are_not_used(hub, client, tmp_path):
+    push_to_hub(trained(), REPO)
+    client('other')
+    hub.drop_downloads('model.safetensors', after=4000, times=9, reset=True)
+    with pytest.raises(Exception, match=r'[Cc]onnection|reset|read'):
+        timm.create_model(f'hf-hub:{REPO}', pretrained=True)
+    assert not list((tmp_path / 'other').glob('hub/models--*/snapshots/*/model.safetensors'))

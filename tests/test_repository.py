@@ -1,0 +1,214 @@
+import os
+import subprocess
+import sys
+
+import pytest
+from huggingface_hub import HfApi, ModelCard, constants
+
+from repopt_timm import Scales
+from repopt_timm.repository import HubError, HubFileNotFoundError, download, parse_hub_source
+
+from .helpers import random_scales
+
+REPO = 'ann/tiny'
+
+
+@pytest.fixture
+def scales(hub, client):
+    """Scales that ann has published."""
+    scales = random_scales()
+    scales.push_to_hub(REPO)
+    hub.requests.clear()
+    return scales
+
+
+def half_files(home):
+    """Whatever a cache has of contents, whole or half."""
+    return [path for path in home.glob('hub/models--*/*/**/*') if path.is_file() and 'refs' not in path.parts]
+
+
+def test_scales_go_from_one_cache_into_another(hub, client, scales, tmp_path):
+    assert set(hub.repo(REPO).files()) == {'.gitattributes', 'README.md', 'scales.png'}
+    assert HfApi().model_info(REPO).card_data['repopt'] == scales.to_metadata()
+    client('other', token=None)
+    assert Scales.from_hub(REPO) == scales
+    assert Scales.from_hub(REPO).source == f'hf-hub:{REPO}'
+    assert not (tmp_path / 'home/hub/models--ann--tiny').exists()
+
+
+def test_scales_reach_another_process(hub, scales, tmp_path):
+    code = f"from repopt_timm import Scales\nprint(Scales.from_hub('{REPO}').fingerprint)"
+    env = {**os.environ, **hub.client_env(tmp_path / 'other')}
+    run = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == scales.fingerprint
+
+
+def test_what_is_pushed_is_what_is_saved(hub, client, scales, tmp_path):
+    scales.save_pretrained(tmp_path / 'local', repo_id=REPO)
+    saved = {file.name: file.read_bytes() for file in (tmp_path / 'local').iterdir()}
+    assert {name: hub.repo(REPO).read(name) for name in saved} == saved
+
+
+def test_a_push_keeps_what_others_wrote_on_the_hub(hub, client, scales):
+    card = ModelCard.load(REPO)
+    card.data.license, card.text = 'mit', f'{card.text}\nA note.\n'
+    card.push_to_hub(REPO)
+    update = random_scales()
+    update.push_to_hub(REPO)
+    card = ModelCard(hub.repo(REPO).read('README.md').decode())
+    assert card.data.license == 'mit'
+    assert card.text.endswith('A note.\n')
+    assert Scales.from_hub(REPO) == update
+
+
+def test_branches_and_pull_requests_are_separate(hub, client, scales):
+    branch, pull = random_scales(), random_scales()
+    branch.push_to_hub(REPO, revision='dev/1')
+    client('other', token='hf_bob')
+    address = pull.push_to_hub(REPO, create_pr=True)
+    assert address == f'{hub.endpoint}/{REPO}/discussions/1'
+    assert Scales.from_hub(REPO) == scales
+    assert Scales.from_hub(REPO, revision='dev/1') == branch
+    assert Scales.from_hub(REPO, revision='refs/pr/1') == pull
+    commit = hub.repo(REPO).resolve('dev/1')
+    assert Scales.from_hub(REPO, revision=commit) == branch
+
+
+def test_a_private_repository_is_for_its_owner(hub, client):
+    scales = random_scales()
+    scales.push_to_hub('ann/secret', private=True)
+    assert hub.repo('ann/secret').meta['private']
+    assert Scales.from_hub('ann/secret') == scales
+    client('other', token=None)
+    assert Scales.from_hub('ann/secret', token='hf_ann') == scales
+
+
+@pytest.mark.parametrize(
+    ('repo_id', 'file', 'revision', 'token', 'message'),
+    [
+        (
+            'ann/none',
+            'README.md',
+            None,
+            'hf_ann',
+            r'hf-hub:ann/none, file README\.md: there is no such repository, or it',
+        ),
+        ('ann/secret', 'README.md', None, None, 'private and this token may not see it.*`hf auth login`'),
+        ('ann/secret', 'README.md', None, 'hf_bob', 'private and this token may not see it.*`hf auth login`'),
+        (REPO, 'none.txt', None, 'hf_ann', r'hf-hub:ann/tiny, file none\.txt: the repository has no such file'),
+        (REPO, 'README.md', 'v9', 'hf_ann', 'hf-hub:ann/tiny@v9.*no such revision'),
+        (REPO, 'README.md', None, 'hf_wrong', r'does not accept the token \(401\).*Log in again'),
+    ],
+)
+def test_whatever_is_missing_is_named_with_the_next_step(client, scales, repo_id, file, revision, token, message):
+    scales.push_to_hub('ann/secret', private=True)
+    client('other', token)
+    with pytest.raises(HubError, match=message) as caught:
+        download(repo_id, file, revision)
+    assert token is None or token not in str(caught.value)
+
+
+def test_somebody_elses_repository_is_not_written_to(hub, client, scales):
+    client('other', token='hf_bob')
+    with pytest.raises(HubError, match=r'hf-hub:ann/tiny: this token may not do that \(403\)'):
+        random_scales().push_to_hub(REPO)
+    client('other', token=None)
+    with pytest.raises(HubError, match='`hf auth login`'):
+        random_scales().push_to_hub(REPO)
+    assert Scales.from_hub(REPO) == scales
+
+
+def test_a_download_that_breaks_off_is_resumed_or_leaves_nothing(hub, client, scales, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, 'DOWNLOAD_CHUNK_SIZE', 1 << 10)
+    client('other')
+    hub.drop_downloads('README.md', after=4000)
+    assert Scales.from_hub(REPO) == scales
+    client('third')
+    hub.drop_downloads('README.md', after=4000, times=9, reset=True)
+    with pytest.raises(HubError, match=r'hf-hub:ann/tiny, file README\.md: the connection to http.* failed'):
+        Scales.from_hub(REPO)
+    assert not half_files(tmp_path / 'third')
+    hub.faults.clear()
+    assert Scales.from_hub(REPO) == scales
+
+
+def test_offline_needs_a_filled_cache(hub, client, scales):
+    Scales.from_hub(REPO)
+    hub.requests.clear()
+    client(offline=True)
+    assert Scales.from_hub(REPO) == scales
+    client('empty', offline=True)
+    with pytest.raises(
+        HubError, match=r'ann/tiny, file README\.md is not in the cache.*`hf download ann/tiny README\.md'
+    ):
+        Scales.from_hub(REPO)
+    with pytest.raises(HubError, match='HF_HUB_OFFLINE=1'):
+        scales.push_to_hub(REPO)
+    assert not hub.requests
+
+
+def test_offline_knows_of_files_that_are_not_there(hub, client, scales):
+    for offline in (False, True):
+        client(offline=offline)
+        with pytest.raises(
+            HubFileNotFoundError, match=r'hf-hub:ann/tiny, file none\.txt: the repository has no such file'
+        ):
+            download(REPO, 'none.txt')
+
+
+def test_a_card_that_is_too_large_is_told_its_size(hub, client, scales):
+    hub.readme_limit = 2000
+    with pytest.raises(
+        HubError, match=r'hf-hub:ann/tiny: the Hub refuses the card README\.md of \d{4} bytes .*\(413\)'
+    ):
+        random_scales().push_to_hub(REPO)
+    assert Scales.from_hub(REPO) == scales
+
+
+def test_a_failing_hub_is_told(hub, client, scales):
+    hub.fail_requests(500, pattern='/commit/')
+    with pytest.raises(HubError, match='hf-hub:ann/tiny: the Hub answers 500'):
+        random_scales().push_to_hub(REPO)
+    assert Scales.from_hub(REPO) == scales
+
+
+def test_a_tampered_card_on_the_hub_is_refused(hub, client, scales):
+    card = ModelCard.load(REPO)
+    card.data['repopt']['strides'] = [2, 2, 2, 2, 1]
+    HfApi().upload_file(path_or_fileobj=str(card).encode(), path_in_repo='README.md', repo_id=REPO)
+    with pytest.raises(ValueError, match='hf-hub:ann/tiny'):
+        Scales.from_hub(REPO)
+
+
+@pytest.mark.parametrize('token', ['hf_' + 'x' * 34, 'odd token'])
+def test_tokens_stay_out_of_errors(hub, client, token):
+    hub.fail_requests(500, pattern='/create')
+    with pytest.raises(HubError) as caught:
+        random_scales().push_to_hub(f'ann/{token[:20].replace(" ", "-")}', token=token)
+    assert token not in str(caught.value)
+    assert not any(token in str(request) for request in hub.requests)
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('ann/tiny', 'expected hf-hub:user/repo'),
+        ('hf-hub:ann/tiny@', "names no revision after the '@'"),
+        ('hf-hub:../../secret', 'is no name of a repository'),
+        ('hf-hub:ann/../..', 'is no name of a repository'),
+        ('hf-hub:/etc', 'is no name of a repository'),
+        ('hf-hub:', 'is no name of a repository'),
+        ('hf-hub:ann/tiny@../../main', 'is no name of a revision'),
+        ('hf-hub:ann/tiny@/etc/passwd', 'is no name of a revision'),
+        ('hf-hub:ann/tiny@a@b', 'is no name of a revision'),
+    ],
+)
+def test_a_source_cannot_lead_out_of_the_cache(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_hub_source(text)
+
+
+def test_sources_are_parsed():
+    assert parse_hub_source('hf-hub:ann/tiny') == ('ann/tiny', None)
+    assert parse_hub_source('hf-hub:ann/tiny@refs/pr/1') == ('ann/tiny', 'refs/pr/1')
+    assert str(parse_hub_source('hf-hub:ann/tiny@v1.0')) == 'hf-hub:ann/tiny@v1.0'
