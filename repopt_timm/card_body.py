@@ -49,7 +49,8 @@ def render_body(
         f'# {repo_id.split("/")[-1]}',
         _summary(model_name, weights, entry),
         '## Usage',
-        '`pip install repopt-timm`; `import repopt_timm` makes its models and optimizers known to timm.',
+        '`pip install repopt-timm`; `import repopt_timm` makes its models and optimizers known to timm.'
+        + (' Replace `USER` by the owner of the repository.' if repo_id.startswith('USER/') else ''),
         *_usage(repo_id, model_name, weights, entry),
         *_history(files, entry, training),
         *_scales_section(files, entry),
@@ -95,19 +96,25 @@ def _usage(repo_id: str, model_name: str, weights: bool, entry: CardEntry | None
         ]
     if entry is not None:
         strides = '' if entry.strides == DEFAULT_STRIDES else f', strides={entry.strides}'
-        make = f"model = timm.create_model('{entry.architecture}', num_classes=100{strides}, scales={hub})"
+        make = _create(f"'{entry.architecture}'", 'num_classes=100' + strides, f'scales={hub}')
         snippets += ['Train a new model with these scales:', _python(make, _optimizer(0.1))]
     if weights:
         rule = _optimizer(0.01) if entry is not None else _optimizer(0.01).replace('repopt_sgd', 'sgd')
-        snippets += ['Fine-tune:', _python(f'model = timm.create_model({hub}, pretrained=True, num_classes=10)', rule)]
+        snippets += ['Fine-tune:', _python(_create(hub, 'pretrained=True, num_classes=10'), rule)]
     elif entry is not None:
-        search = f"model = timm.create_model('{entry.architecture}_hs', num_classes=100{strides}, scales={hub})"
+        search = _create(f"'{entry.architecture}_hs'", 'num_classes=100' + strides, f'scales={hub}')
         snippets += ['Fine-tune the scales, in a search on other data that starts from them:', _python(search)]
     return snippets
 
 
 def _optimizer(lr: float) -> str:
-    return f"optimizer = timm.optim.create_optimizer_v2(model, 'repopt_sgd', lr={lr}, momentum=0.9, weight_decay=4e-5)"
+    settings = f'lr={lr}, momentum=0.9, weight_decay=4e-5'
+    return f"optimizer = timm.optim.create_optimizer_v2(\n    model, 'repopt_sgd', {settings}\n)"
+
+
+def _create(*arguments: str) -> str:
+    lines = ''.join(f'    {argument},\n' for argument in arguments)
+    return f'model = timm.create_model(\n{lines})'
 
 
 def _python(*lines: str) -> str:
@@ -164,7 +171,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
         elif isinstance(value, list | tuple):
             value = ' x '.join(str(item) for item in value)
         lines.append(f'| {_cell(name.replace("_", " "))} | {_cell(value)} |')
-    return '\n'.join(['| | |', '|---|---|', *lines]) if lines else ''
+    return '\n'.join(['| what | value |', '|---|---|', *lines]) if lines else ''
 
 
 def _table(modules: Mapping[str, Mapping[str, Tensor]]) -> str:

@@ -82,7 +82,7 @@ def train(args: argparse.Namespace) -> Result:
     datasets = make_datasets(args)
     random_seed(args.seed, args.rank)
     model = _make_model(args, datasets[0], device)
-    optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
+    optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), **args.opt_kwargs})
     clip = _make_clip(args, model, optimizer)
     autocast, scaler = _precision(args, device)
     data_config = resolve_data_config(vars(args), model=model)

@@ -147,6 +147,20 @@ def test_lower_precision_trains(arguments, tmp_path, dtype):
     assert read(tmp_path / 'run')['state_dict']['head.fc.weight'].dtype == torch.float32
 
 
+def test_a_compiled_run_resumes_like_any_other(arguments, tmp_path):
+    extra = ['--scales', 'initial', '--torchcompile', 'aot_eager', '--opt-kwargs', 'momentum=0.8', 'nesterov=False']
+    main(arguments(*extra, '--epochs', '1'))
+    main(arguments(*extra, '--epochs', '2', '--resume'))
+    checkpoint = read(tmp_path / 'run')
+    assert 'stem.conv.weight' in checkpoint['state_dict']
+    assert {group['momentum'] for group in checkpoint['optimizer']['param_groups']} == {0.8}
+
+
+def test_tensorboard_gets_every_epoch(arguments, tmp_path):
+    main(arguments('--scales', 'initial', '--epochs', '1', '--log-tensorboard'))
+    assert list((tmp_path / 'run').glob('events.out.tfevents.*'))
+
+
 def test_timm_reads_the_checkpoints(arguments, tmp_path):
     main(arguments('--scales', 'initial'))
     last = tmp_path / 'run/last.pth.tar'
