@@ -61,7 +61,7 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
 def count_classes(dataset: Any) -> int | None:
     """Counts a dataset's classes, if it tells them."""
     for owner in (dataset, getattr(dataset, 'reader', None)):
-        for attribute in ('class_to_idx', 'classes'):
+        for attribute in ('class_to_idx', 'class_name_to_idx', 'classes'):
             classes = getattr(owner, attribute, None)
             if classes:
                 return len(classes)

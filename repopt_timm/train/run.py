@@ -80,7 +80,8 @@ def train(args: argparse.Namespace) -> Result:
     device = _setup(args)
     folder, resume_from = _folder(args)
     datasets = make_datasets(args)
-    random_seed(args.seed, args.rank)
+    # The same on all ranks: DDP spreads the first one's weights, but not its moving average.
+    random_seed(args.seed)
     model = _make_model(args, datasets[0], device)
     optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), **args.opt_kwargs})
     clip = _make_clip(args, model, optimizer)
@@ -114,7 +115,8 @@ def train(args: argparse.Namespace) -> Result:
             write_text(folder / 'summary.csv', _csv(state.history))
             for log in loggers:
                 log(row)
-            _logger.info(', '.join(f'{key} {value:.4g}' for key, value in row.items()))
+            values = ', '.join(f'{key} {value:.4g}' for key, value in row.items() if key != 'epoch')
+            _logger.info(f'epoch {epoch + 1}/{args.total_epochs}: {values}')
         if state.scheduler is not None:
             state.scheduler.step(epoch + 1, row.get('eval_top1'))
     result = Result(folder, unwrap_model(model), state.history, time.perf_counter() - start)

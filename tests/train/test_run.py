@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
@@ -159,6 +160,15 @@ def test_a_compiled_run_resumes_like_any_other(arguments, tmp_path):
 def test_tensorboard_gets_every_epoch(arguments, tmp_path):
     main(arguments('--scales', 'initial', '--epochs', '1', '--log-tensorboard'))
     assert list((tmp_path / 'run').glob('events.out.tfevents.*'))
+
+
+def test_archives_are_data_too(arguments, images, tmp_path):
+    for split in ('train', 'validation'):
+        with tarfile.open(tmp_path / f'{split}.tar', 'w') as archive:
+            archive.add(images / split, split)
+    extra = ['--train-split', 'train.tar', '--val-split', 'validation.tar', '--data-dir', str(tmp_path)]
+    main([*arguments('--scales', 'initial', '--epochs', '1', *extra)[1:]])
+    assert len(read(tmp_path / 'run')['state_dict']['head.fc.bias']) == 2
 
 
 def test_timm_reads_the_checkpoints(arguments, tmp_path):
