@@ -105,7 +105,9 @@ def test_a_killed_run_resumes_from_its_file(arguments, tmp_path):
     main(arguments(*extra, experiment='whole'))
     command = [sys.executable, '-m', 'repopt_timm.cli', 'train', *arguments(*extra, experiment='killed')]
     last = tmp_path / 'killed/last.pth.tar'
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+    # The order of sums, and so the last bit, depends on the number of threads.
+    environment = {**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while not last.exists():
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
