@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .reparam import branch_names
+
 __all__ = ['ARCHITECTURES', 'DEFAULT_STRIDES', 'Architecture', 'ConvSpec', 'infer_architecture', 'initial_scale']
 
 DEFAULT_STRIDES = (2, 2, 2, 2, 2)
@@ -22,8 +24,7 @@ class ConvSpec:
     @property
     def branches(self) -> tuple[str, ...]:
         """Names of the branches of the RepOpt-VGG block, sorted."""
-        names = ('1x1', 'identity', 'kxk')
-        return names if self.in_channels == self.out_channels and self.stride == 1 else ('1x1', 'kxk')
+        return branch_names(self.in_channels, self.out_channels, (3, 3), (self.stride, self.stride))
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,12 @@ class Architecture:
 
         Args:
             strides: Strides of the stem and of the first block of each stage.
+
+        Raises:
+            ValueError: If these are not five values of 1 or 2.
         """
+        if len(strides) != 5 or not set(strides) <= {1, 2}:
+            raise ValueError(f'strides={tuple(strides)}: expected five values of 1 or 2, for the stem and four stages.')
         specs = [ConvSpec('stem.conv', 3, self.widths[0], strides[0], 0)]
         for stage, depth in enumerate(self.depths):
             for index in range(depth):

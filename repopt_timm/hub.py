@@ -173,6 +173,12 @@ def _prepare(
         architecture = getattr(model, 'architecture', type(model).__name__)
         strides = getattr(model, 'strides', DEFAULT_STRIDES)
         found: Scales | None = load_scales(scales, architecture, strides)
+        carried = getattr(model, 'scales', None)
+        if found is not None and carried is not None and carried != found:
+            raise ValueError(
+                f'The model has the scales {carried.fingerprint}, but those given are {found.fingerprint}. Publish it '
+                f'with the scales that it was trained with; leave them out to take its own.'
+            )
     else:
         found = getattr(model, 'scales', None)
     training, metrics = dict(training or {}), dict(metrics or {})
@@ -242,6 +248,8 @@ def _model_of(checkpoint: Mapping[str, Any], source: str, scales: ScalesSource) 
         )
     if 'head.fc.weight' in state:
         kwargs['num_classes'] = len(state['head.fc.weight'])
+    if args.get('gp'):
+        kwargs['global_pool'] = args['gp']
     if args.get('in_chans') or args.get('input_size'):
         kwargs['in_chans'] = args.get('in_chans') or args['input_size'][0]
     model: Any = timm.create_model(name, **kwargs)

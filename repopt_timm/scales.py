@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture, infer_architecture, initial_scale
@@ -62,8 +63,6 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
     ):
         if not modules:
             raise ValueError(f'{source or architecture}: there are no scales in it.')
-        for module, vectors in modules.items():
-            check_vectors(module, vectors, source=source)
         self._architecture = architecture
         self._strides = tuple(int(stride) for stride in strides)
         self._provenance = json.dumps(dict(provenance or {}))
@@ -74,6 +73,8 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
             }
             for module, vectors in sorted(modules.items(), key=lambda item: _depth_key(item[0]))
         }
+        for module, vectors in self._modules.items():
+            check_vectors(module, vectors, source=source)
         if architecture in ARCHITECTURES:
             self._check_layout(ARCHITECTURES[architecture])
         identity = {'architecture': self._architecture, 'strides': self._strides}
@@ -195,6 +196,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         Raises:
             ValueError: If the model has no scales.
         """
+        model = unwrap_model(unwrap_model(model))
         modules = {name: module.vectors() for name, module in model.named_modules() if isinstance(module, CSLAConv2d)}
         if not modules:
             modules = {name: carried.vectors for name, carried in carried_scales(model).items()}
@@ -209,7 +211,12 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         return cls(architecture, modules, strides, provenance)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, architecture: str | None = None) -> 'Scales':
+    def load(
+        cls,
+        path: str | os.PathLike,
+        architecture: str | None = None,
+        strides: Sequence[int] = DEFAULT_STRIDES,
+    ) -> 'Scales':
         """Reads scales from a file.
 
         Args:
@@ -217,6 +224,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
                 safetensors write it; a `*-scales.pth` or a hyper-search checkpoint of the reference repository.
             architecture: Name of the target model that is hoped for, where the file does not tell and its shapes fit
                 several, or no known one.
+            strides: Strides of stem and stages, where the file does not tell: a bare state dict has no trace of them.
 
         Raises:
             FileNotFoundError: If there is no such file.
@@ -226,7 +234,10 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         checkpoint = read_checkpoint(path)
         metadata = checkpoint.get('__metadata__', {})
         if metadata.get('format') == _FORMAT:
-            return cls._from_own_file(checkpoint, metadata, source)
+            try:
+                return cls._from_own_file(checkpoint, metadata, source)
+            except (KeyError, TypeError) as error:
+                raise ValueError(f'{source}: its header is damaged ({type(error).__name__}: {error}).') from None
         modules = _modules_of(select_state_dict(checkpoint))
         if not modules:
             raise ValueError(
@@ -240,7 +251,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
                 f'{source}: the scales of its {len(modules)} modules fit no known architecture '
                 f'({", ".join(ARCHITECTURES)}). Name the architecture if it is one of your own.'
             )
-        return cls(found, modules, _strides_of(checkpoint), {'converted_from': Path(source).name}, source)
+        return cls(found, modules, _strides_of(checkpoint) or strides, {'converted_from': Path(source).name}, source)
 
     @classmethod
     def _from_own_file(cls, tensors: dict[str, Any], metadata: Mapping[str, str], source: str) -> 'Scales':
@@ -449,6 +460,6 @@ def _architecture_of(
     return infer_architecture(channels, preferred)
 
 
-def _strides_of(checkpoint: Mapping[str, Any]) -> Sequence[int]:
+def _strides_of(checkpoint: Mapping[str, Any]) -> Sequence[int] | None:
     arguments = getattr(checkpoint.get('args'), 'model_kwargs', None) or {}
-    return arguments.get('strides') or DEFAULT_STRIDES
+    return arguments.get('strides')

@@ -44,15 +44,15 @@ def load_scales(
     elif isinstance(source, str) and source.startswith(HUB_PREFIX):
         scales = Scales.from_hub(*parse_hub_source(source))
     else:
-        scales = _read_local(Path(source), architecture)
+        scales = _read_local(Path(source), architecture, strides)
     if architecture is not None:
         scales.check_target(architecture, strides)
     return scales
 
 
-def _read_local(path: Path, architecture: str | None) -> Scales:
+def _read_local(path: Path, architecture: str | None, strides: Sequence[int]) -> Scales:
     if path.is_file():
-        return Scales.from_card(path) if path.suffix == '.md' else Scales.load(path, architecture)
+        return Scales.from_card(path) if path.suffix == '.md' else Scales.load(path, architecture, strides)
     shipped = shipped_repositories()
     folder = path if path.is_dir() else shipped.get(str(path))
     if folder is None:

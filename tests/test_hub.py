@@ -110,6 +110,11 @@ def test_the_card_shows_results_and_training(hub, client):
     assert f"timm.create_model('hf-hub:{REPO}', pretrained=True)" in card.text
 
 
+def test_a_model_is_not_published_with_other_scales(tmp_path):
+    with pytest.raises(ValueError, match='Publish it with the scales that it was trained with'):
+        save_pretrained(trained(), tmp_path, scales=random_scales())
+
+
 def test_a_checkpoint_becomes_a_repository(images, tmp_path):
     model = trained(in_chans=1)
     path = checkpoint_of(

@@ -95,6 +95,22 @@ def test_scales_are_read_from_the_checkpoints_of_a_search(tmp_path, wrap):
     assert Scales.load(tmp_path / 'model.safetensors') == Scales.from_model(model)
 
 
+def test_a_bare_state_dict_has_the_strides_of_the_model_that_wants_it(tmp_path):
+    strides = (1, 2, 2, 2, 2)
+    torch.save(tiny_model('_hs', strides=strides).state_dict(), tmp_path / 'bare.pth')
+    assert tiny_model(scales=tmp_path / 'bare.pth', strides=strides).scales.strides == strides
+
+
+def test_vectors_are_judged_as_float32():
+    with pytest.raises(ValueError, match="'kxk' is inf"):
+        changed(random_scales(), kxk=torch.full((16,), 1e300, dtype=torch.float64))
+
+
+def test_a_wrapped_search_has_the_same_scales():
+    model = tiny_model('_hs')
+    assert Scales.from_model(torch.compile(torch.nn.DataParallel(model))) == Scales.from_model(model)
+
+
 def test_the_strides_of_a_search_are_read_from_its_arguments(tmp_path):
     strides = (2, 1, 2, 2, 2)
     model = tiny_model('_hs', strides=strides)

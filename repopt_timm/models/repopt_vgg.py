@@ -136,8 +136,7 @@ class RepOptVgg(ByobNet):
         **kwargs: Any,
     ):
         strides = tuple(strides)
-        if len(strides) != 5 or not set(strides) <= {1, 2}:
-            raise ValueError(f'strides={strides}: expected five values of 1 or 2, for the stem and four stages.')
+        cfg.convs(strides)  # checks the strides
         if drop_path_rate:
             raise ValueError(f'drop_path_rate={drop_path_rate}: a plain network has no residual branch to drop.')
         use_se = cfg.use_se if use_se is None else use_se

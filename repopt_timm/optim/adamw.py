@@ -24,7 +24,8 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
     Equivalent to `torch.optim.AdamW` on the CSLA network up to what `eps` does; the decay is exact.
 
     Args:
-        params: Parameters or groups, as for `torch.optim.AdamW`; those without a Grad Mult are updated as usual.
+        params: Parameters or groups, as for `torch.optim.AdamW`; those without a Grad Mult are updated as usual,
+            also in groups that are added later.
         lr: Learning rate.
         betas: Decay rates of the moments.
         eps: Added to the denominator.
@@ -96,7 +97,7 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
-        device = param.device if use_fused(group, [param]) else 'cpu'
+        device = param.device if use_fused(group, [param], [param.grad]) else 'cpu'
         state['step'] = torch.zeros((), dtype=torch.float32, device=device)
         state['exp_avg'] = torch.zeros_like(param)
         state['exp_avg_sq'] = torch.zeros_like(param)
@@ -141,7 +142,9 @@ def _update(
         [state['max_exp_avg_sq'] for state in states] if group['amsgrad'] else [],
         steps,
         foreach=group['foreach'],
-        fused=use_fused(group, params),
+        fused=use_fused(
+            group, params, grads, *([state[name] for state in states] for name in ('exp_avg', 'exp_avg_sq'))
+        ),
         differentiable=group['differentiable'],
         amsgrad=group['amsgrad'],
         beta1=beta1,

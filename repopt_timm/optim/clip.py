@@ -50,7 +50,10 @@ def clip_grad_norm_(
     for param in parameters:
         grad = gradient(param)
         if param in grad_mults:
-            norms.append((grad_mults[param].multiply(grad) * grad).sum().sqrt())
+            mult = grad_mults[param]
+            # Squares of small float16 gradients are zero in float16.
+            exact = grad.to(torch.promote_types(grad.dtype, mult.base.dtype))
+            norms.append((mult.multiply(exact) * exact).sum().sqrt())
         else:
             norms.append(torch.linalg.vector_norm(grad))
     total_norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))

@@ -48,8 +48,8 @@ class _RepOptRegistry(OptimizerRegistry):
         optimizer = name.removeprefix('lookahead_')
         if isinstance(model_or_params, nn.Module):
             if optimizer in _UPDATE_RULES:
-                mults = make_grad_mults(model_or_params, update_rule=_UPDATE_RULES[optimizer])
-                kwargs.setdefault('grad_mults', mults)
+                if kwargs.get('grad_mults') is None:
+                    kwargs['grad_mults'] = make_grad_mults(model_or_params, update_rule=_UPDATE_RULES[optimizer])
             else:
                 _warn_of_unused_scales(model_or_params, opt)
         return super().create_optimizer(model_or_params, name, **kwargs)

@@ -1,6 +1,6 @@
 """What RepOptSGD and RepOptAdamW share: their Grad Mults, and stepping in blocks of a kernel's rows."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,11 +54,22 @@ def gradient(param: Tensor) -> Tensor:
     return param.grad
 
 
-def use_fused(group: dict[str, Any], params: Iterable[Tensor]) -> bool | None:
-    """Tells whether to take torch's fused kernels: as asked for, else wherever torch has them."""
+def use_fused(group: dict[str, Any], params: Sequence[Tensor], *others: Sequence[Tensor | None]) -> bool | None:
+    """Tells whether to take torch's fused kernels: as asked for, else wherever they work.
+
+    Args:
+        group: Parameter group.
+        params: Parameters that are stepped together.
+        others: Their gradients and states; the kernels on the CPU take them to lie in memory like the parameters.
+    """
     if group['fused'] is not None or group['foreach'] is not None or group['differentiable']:
         return group['fused']
-    return all(param.device.type in ('cpu', 'cuda') and param.is_floating_point() for param in params)
+    for param, *rest in zip(params, *others):
+        if param.device.type not in ('cpu', 'cuda') or not param.is_floating_point():
+            return False
+        if any(tensor is not None and (tensor.is_sparse or tensor.stride() != param.stride()) for tensor in rest):
+            return False
+    return True
 
 
 class GradMultOptimizer(torch.optim.Optimizer):
@@ -107,6 +118,11 @@ class GradMultOptimizer(torch.optim.Optimizer):
                     f'{expected}. Resume with the scales that the run was started with.'
                 )
         super().load_state_dict(state_dict)
+        for param, state in self.state.items():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.shape == param.shape:
+                    # As if it had been made for this parameter, whose memory format may have changed since.
+                    state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), 'grad_mults': self.grad_mults}

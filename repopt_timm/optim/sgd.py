@@ -22,7 +22,8 @@ class RepOptSGD(GradMultOptimizer, SGD):
     momentum, Nesterov and dampening, and for weight decay if all branches are decayed.
 
     Args:
-        params: Parameters or groups, as for `torch.optim.SGD`; those without a Grad Mult are updated as usual.
+        params: Parameters or groups, as for `torch.optim.SGD`; those without a Grad Mult are updated as usual, also in
+            groups that are added later.
         lr: Learning rate.
         momentum: Momentum factor.
         dampening: Dampening of the momentum.
@@ -124,7 +125,7 @@ def _update(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], bu
         buffers,
         has_sparse_grad=any(grad.is_sparse for grad in grads),
         foreach=group['foreach'],
-        fused=use_fused(group, params),
+        fused=use_fused(group, params, grads, buffers),
         weight_decay=group['weight_decay'],
         momentum=group['momentum'],
         lr=group['lr'],

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .branches import Branch
 from .csla import CSLAConv2d
 from .initialization import ScalesMapping, carried_scales, scaled_convs
+from .vectors import fingerprint_of
 
 __all__ = ['UPDATE_RULES', 'GradMult', 'GradMults', 'make_grad_mults']
 
@@ -111,7 +112,7 @@ def make_grad_mults(model: nn.Module, scales: ScalesMapping | None = None, updat
         vectors: ScalesMapping = {name: scale.vectors for name, scale in carried.items()}
         fingerprint = '+'.join(sorted({scale.fingerprint for scale in carried.values()}))
     else:
-        vectors, fingerprint = scales, getattr(scales, 'fingerprint', '')
+        vectors, fingerprint = scales, fingerprint_of(scales)
     if not vectors:
         raise ValueError(
             f'No convolution of {type(model).__name__} carries scales, so there is nothing to multiply its gradients '

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .branches import Branch, merge
-from .vectors import check_vectors, fingerprint
+from .vectors import check_vectors, fingerprint_of
 
 __all__ = ['CarriedScales', 'ScalesMapping', 'attach_scales', 'carried_scales', 'initialize', 'scaled_convs']
 
@@ -72,7 +72,7 @@ def attach_scales(model: nn.Module, scales: ScalesMapping, initialized: bool = F
     Raises:
         ValueError: If the scales do not fit the model.
     """
-    identity = getattr(scales, 'fingerprint', None) or fingerprint(scales)
+    identity = fingerprint_of(scales)
     for name, conv in scaled_convs(model, scales):
         vectors = {branch: vector.detach().to('cpu', torch.float32).clone() for branch, vector in scales[name].items()}
         setattr(conv, _ATTRIBUTE, CarriedScales(vectors, identity, initialized))

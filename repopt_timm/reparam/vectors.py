@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ['check_vectors', 'fingerprint']
+__all__ = ['check_vectors', 'fingerprint', 'fingerprint_of']
 
 
 def check_vectors(
@@ -63,3 +63,8 @@ def fingerprint(scales: Mapping[str, Mapping[str, Tensor]], identity: Mapping[st
             digest.update(json.dumps([module, branch, vector.numel()]).encode())
             digest.update(vector.numpy().astype('<f4').tobytes())
     return digest.hexdigest()
+
+
+def fingerprint_of(scales: Mapping[str, Mapping[str, Tensor]]) -> str:
+    """Returns the fingerprint that scales have, or that of their vectors if they are a plain mapping."""
+    return getattr(scales, 'fingerprint', None) or fingerprint(scales)

@@ -50,8 +50,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         '--scales',
         metavar='SOURCE',
-        help="scales of a target or _csla model: a file, 'initial' for the unsearched values; default: those that ship "
-        'for the variant',
+        help="scales: a file, a folder with a model card, 'hf-hub:user/repo[@revision]', the name of scales that ship, "
+        "or 'initial' for the unsearched values (default: those that ship for a target)",
     )
     add('--pretrained', action='store_true', help='start from pretrained weights')
     add('--initial-checkpoint', default='', metavar='FILE', help='start from the weights of a checkpoint')
@@ -221,6 +221,14 @@ def check_names(names: Sequence[str], parser: argparse.ArgumentParser, where: st
             raise ValueError(f"{where}: unknown argument '{name}'.{hint}")
 
 
+def _check_choices(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    # argparse checks what is on the command line, not what a config sets.
+    for action in parser._actions:
+        value = getattr(args, action.dest, None)
+        if action.choices and value is not None and value not in action.choices:
+            raise ValueError(f"'{action.dest}' is {value!r}, expected one of {', '.join(map(repr, action.choices))}.")
+
+
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line; values of the `-c` file replace the defaults.
 
@@ -236,5 +244,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**config)
     args = parser.parse_args(argv)
     check_names(list(args.search_kwargs), parser, '--search-kwargs')
+    _check_choices(args, parser)
+    args.resume = 'auto' if args.resume is True else args.resume
     args.data_dir = args.data or args.data_dir
     return args

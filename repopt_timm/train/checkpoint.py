@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from timm.utils import get_state_dict, unwrap_model
+from torch import nn
 
 from ..files import replacing
 from .state import TrainState
 
-__all__ = ['CheckpointSaver', 'LAST_CHECKPOINT', 'restore']
+__all__ = ['LAST_CHECKPOINT', 'CheckpointSaver', 'load_weights', 'restore']
 
 LAST_CHECKPOINT = 'last.pth.tar'
 
@@ -57,9 +58,11 @@ class CheckpointSaver:
 
 
 def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:
+    model: Any = unwrap_model(state.model)
     content = {
         'epoch': state.history[-1]['epoch'],
-        'arch': args.model,
+        # Not --model, which may name a tag or a repository.
+        'arch': model.pretrained_cfg['architecture'],
         'state_dict': get_state_dict(state.model, unwrap_model),
         'optimizer': state.optimizer.state_dict(),
         'version': 2,
@@ -94,13 +97,25 @@ def restore(state: TrainState, checkpoint: dict[str, Any], source: str) -> None:
             f"'{source}' has no {', '.join(missing)}, so the run cannot go on from it as if uninterrupted. Resume "
             f'with the arguments of that run, or start a new one with --initial-checkpoint.'
         )
-    unwrap_model(state.model).load_state_dict(checkpoint['state_dict'])
+    load_weights(unwrap_model(state.model), checkpoint['state_dict'], source)
     state.optimizer.load_state_dict(checkpoint['optimizer'])
     if state.ema is not None:
         unwrap_model(state.ema).load_state_dict(checkpoint['state_dict_ema'])
     if state.scaler is not None:
         state.scaler.load_state_dict(checkpoint['amp_scaler'])
     state.history = checkpoint['history']
+
+
+def load_weights(model: nn.Module, state_dict: dict[str, Any], source: str) -> None:
+    """Loads weights.
+
+    Raises:
+        ValueError: If they are not those of the model; names the file.
+    """
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as error:
+        raise ValueError(f"'{source}' does not hold the weights of this model: {error}") from None
 
 
 def _duplicate(source: Path, target: Path) -> None:

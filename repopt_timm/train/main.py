@@ -10,7 +10,7 @@ from ..files import write_text
 from ..plot import plot_curves, plot_scales
 from ..scales import Scales
 from .arguments import parse_arguments
-from .run import SCALES_FILE, Result, train
+from .run import SCALES_FILE, Result, prepare_device, train
 
 __all__ = ['main']
 
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format='%(message)s', force=True)
     logging.getLogger('repopt_timm').setLevel(logging.INFO)
     args = parse_arguments(argv)
+    prepare_device(args)
     if args.search_first:
         _search_and_train(args)
     else:
@@ -46,9 +47,11 @@ def _search_and_train(args: argparse.Namespace) -> None:
     folder = Path(args.output) / experiment
     args.output, args.experiment = str(folder), 'target'
     search_args = copy.deepcopy(args)
-    search_args.model, search_args.experiment, search_args.opt = f'{args.model}_hs', 'search', 'sgd'
+    search_args.model, search_args.experiment, search_args.opt = f'{args.model.split(".")[0]}_hs', 'search', 'sgd'
+    # These are for the target.
+    search_args.pretrained, search_args.initial_checkpoint = False, ''
     for name, value in args.search_kwargs.items():
-        setattr(search_args, name, value)
+        setattr(search_args, 'data_dir' if name == 'data' else name, value)
 
     results = {'search': train(search_args)}
     args.scales = str(results['search'].folder / SCALES_FILE)

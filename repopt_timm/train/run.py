@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+import difflib
 import io
 import logging
 import time
@@ -17,7 +18,8 @@ import torch
 import torchvision
 from timm.data import resolve_data_config
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import load_checkpoint, safe_model_name
+from timm.models import parse_model_name, safe_model_name
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, distribute_bn, init_distributed_device, random_seed, unwrap_model
@@ -25,7 +27,8 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoint import read_checkpoint
+from ..architectures import ARCHITECTURES, DEFAULT_STRIDES
+from ..checkpoint import read_checkpoint, select_state_dict
 from ..files import write_text
 from ..models import RepOptVgg
 from ..optim import RepOptAdamW, RepOptSGD, clip_grad_norm_
@@ -33,13 +36,13 @@ from ..plot import plot_scales
 from ..reparam import make_grad_mults
 from ..scales import Scales
 from ..sources import default_scales, load_scales
-from .checkpoint import LAST_CHECKPOINT, CheckpointSaver, restore
+from .checkpoint import LAST_CHECKPOINT, CheckpointSaver, load_weights, restore
 from .data import count_classes, make_datasets, make_loaders
 from .engine import train_one_epoch, validate
 from .loggers import make_loggers
 from .state import TrainState
 
-__all__ = ['Result', 'train']
+__all__ = ['Result', 'prepare_device', 'train']
 
 _logger = logging.getLogger(__name__)
 
@@ -51,7 +54,7 @@ class Result:
 
     Attributes:
         folder: Folder of the run.
-        model: The trained model.
+        model: The trained model, or its moving average if the run keeps one.
         history: A row for each epoch, see `TrainState`.
         seconds: Time that this call took.
     """
@@ -67,7 +70,7 @@ def train(args: argparse.Namespace) -> Result:
     """Runs a training: builds everything from the arguments, trains, evaluates and saves each epoch.
 
     Args:
-        args: What `parse_arguments` returned.
+        args: What `parse_arguments` returned, after `prepare_device`.
 
     Returns:
         Where the run is, and what came out.
@@ -77,17 +80,24 @@ def train(args: argparse.Namespace) -> Result:
         FileNotFoundError: If a file that they name is not there.
     """
     start = time.perf_counter()
-    device = _setup(args)
+    device = torch.device(args.device)
+    variant, saved_args = _variant(args.model)
+    _set_defaults(args, variant, device)
     folder, resume_from = _folder(args)
     datasets = make_datasets(args)
     # The same on all ranks: DDP spreads the first one's weights, but not its moving average.
     random_seed(args.seed)
-    model = _make_model(args, datasets[0], device)
+    model = _make_model(args, _scales(args, variant, saved_args), datasets[0], device)
     optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), **args.opt_kwargs})
     clip = _make_clip(args, model, optimizer)
     autocast, scaler = _precision(args, device)
     data_config = resolve_data_config(vars(args), model=model)
     loaders = make_loaders(args, datasets, data_config, unwrap_model(model).num_classes, device)
+    if len(loaders.train) == 0:
+        raise ValueError(
+            f'The {len(datasets[0])} training images do not fill one batch of {args.batch_size} per process: choose a '
+            f'smaller --batch-size.'
+        )
     updates = -(-len(loaders.train) // args.grad_accum_steps)
     scheduler, args.total_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
     ema = None
@@ -119,24 +129,45 @@ def train(args: argparse.Namespace) -> Result:
             _logger.info(f'epoch {epoch + 1}/{args.total_epochs}: {values}')
         if state.scheduler is not None:
             state.scheduler.step(epoch + 1, row.get('eval_top1'))
-    result = Result(folder, unwrap_model(model), state.history, time.perf_counter() - start)
+    result = Result(folder, unwrap_model(model if ema is None else ema), state.history, time.perf_counter() - start)
     if primary:
         _save_scales(args, result)
+    if args.distributed:
+        # What follows on other ranks may read the files of this run.
+        torch.distributed.barrier()
     return result
 
 
-def _setup(args: argparse.Namespace) -> torch.device:
+def prepare_device(args: argparse.Namespace) -> None:
+    """Joins the processes of a parallel run, if it is one, and sets `device`, `distributed`, `rank`, `world_size`."""
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    device = init_distributed_device(args)
+    args.device = str(init_distributed_device(args))
+
+
+def _variant(model_name: str) -> tuple[str, dict[str, Any]]:
+    """Returns the name in timm's registry, without a tag, and the arguments that a repository keeps for its model."""
+    source, name = parse_model_name(model_name)
+    saved_args: dict[str, Any] = {}
+    if source == 'hf-hub':
+        _, name, saved_args = load_model_config_from_hf(name)
+    elif source == 'local-dir':
+        _, name, saved_args = load_model_config_from_path(name)
+    variant = name.split('.')[0]
+    if not timm.is_model(variant):
+        near = difflib.get_close_matches(variant, timm.list_models(), 3)
+        raise ValueError(f"timm knows no model '{variant}'." + (f' Did you mean {" or ".join(near)}?' if near else ''))
+    return variant, saved_args
+
+
+def _set_defaults(args: argparse.Namespace, variant: str, device: torch.device) -> None:
     if args.sync_bn and device.type != 'cuda':
         raise ValueError(
             f'--sync-bn works on GPUs, not on {device.type}. Leave it out; --dist-bn averages the statistics.'
         )
     if args.opt is None:
-        args.opt = 'repopt_sgd' if _is_target(args.model) else 'sgd'
+        args.opt = 'repopt_sgd' if _is_target(variant) else 'sgd'
     if args.lr is None:
         args.lr = args.lr_base * _batch_ratio(args)
-    return device
 
 
 def _batch_ratio(args: argparse.Namespace) -> float:
@@ -145,9 +176,8 @@ def _batch_ratio(args: argparse.Namespace) -> float:
     return ratio**0.5 if scale == 'sqrt' else ratio
 
 
-def _is_target(model_name: str) -> bool:
-    name = model_name.split('.')[0]
-    return 'repopt_vgg' in name and not name.endswith(('_hs', '_csla'))
+def _is_target(variant: str) -> bool:
+    return variant in ARCHITECTURES
 
 
 def _folder(args: argparse.Namespace) -> tuple[Path, Path | None]:
@@ -167,7 +197,7 @@ def _folder(args: argparse.Namespace) -> tuple[Path, Path | None]:
     return folder, last if last.exists() else None
 
 
-def _make_model(args: argparse.Namespace, dataset: Any, device: torch.device) -> nn.Module:
+def _make_model(args: argparse.Namespace, scales: Scales | None, dataset: Any, device: torch.device) -> nn.Module:
     model: Any = timm.create_model(
         args.model,
         pretrained=args.pretrained,
@@ -175,11 +205,11 @@ def _make_model(args: argparse.Namespace, dataset: Any, device: torch.device) ->
         in_chans=args.in_chans or (args.input_size[0] if args.input_size else None),
         global_pool=args.gp,
         drop_rate=args.drop,
-        scales=_scales(args),
+        scales=scales,
         **args.model_kwargs,
     )
     if args.initial_checkpoint:
-        load_checkpoint(model, args.initial_checkpoint)
+        load_weights(model, select_state_dict(read_checkpoint(args.initial_checkpoint)), args.initial_checkpoint)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     model.to(device)
@@ -190,19 +220,20 @@ def _make_model(args: argparse.Namespace, dataset: Any, device: torch.device) ->
     if args.rank == 0:
         count = sum(param.numel() for param in model.parameters())
         carried = getattr(model, 'scales', None)
-        scales = f', scales {carried.fingerprint[:12]}' if carried is not None else ''
-        _logger.info(f'{args.model}: {count / 1e6:.1f} M parameters, {model.num_classes} classes, {args.opt}{scales}')
+        told = f', scales {carried.fingerprint[:12]}' if carried is not None else ''
+        _logger.info(f'{args.model}: {count / 1e6:.1f} M parameters, {model.num_classes} classes, {args.opt}{told}')
     return model
 
 
-def _scales(args: argparse.Namespace) -> Scales | None:
+def _scales(args: argparse.Namespace, variant: str, saved_args: dict[str, Any]) -> Scales | None:
     if 'scales' in args.model_kwargs:
         raise ValueError('Give scales with --scales instead of --model-kwargs.')
-    strides = args.model_kwargs.get('strides') or (2, 2, 2, 2, 2)
-    architecture = args.model.split('.')[0].removesuffix('_hs').removesuffix('_csla')
+    strides = args.model_kwargs.get('strides') or saved_args.get('strides') or DEFAULT_STRIDES
     if args.scales:
-        return load_scales(args.scales, architecture, strides)
-    if _is_target(args.model) and args.opt.removeprefix('lookahead_').startswith('repopt'):
+        return load_scales(args.scales, variant.removesuffix('_hs').removesuffix('_csla'), strides)
+    # The model of a repository brings the scales of its card.
+    own = parse_model_name(args.model)[0] is not None
+    if _is_target(variant) and not own and args.opt.removeprefix('lookahead_').startswith('repopt'):
         return default_scales(args.model, strides)
     return None
 

@@ -143,6 +143,8 @@ def test_scales_are_kept_out_of_a_models_arguments():
 def test_strides_and_drop_path_are_checked():
     with pytest.raises(ValueError, match='expected five values of 1 or 2'):
         tiny_model(strides=(2, 2, 2))
+    with pytest.raises(ValueError, match='expected five values of 1 or 2'):
+        tiny_model(strides=(2, 2, 2), scales='initial')
     with pytest.raises(ValueError, match='no residual branch to drop'):
         tiny_model(drop_path_rate=0.1)
 

@@ -18,6 +18,19 @@ def test_it_clips_by_the_norm_of_the_branches_gradients():
     torch.testing.assert_close(plain.stem.conv.weight.grad, before * 0.1 / (expected + 1e-6))
 
 
+def test_small_half_precision_gradients_count():
+    model = tiny_model(scales='initial').half()
+    for param in model.parameters():
+        param.grad = torch.full_like(param, 1e-4)
+    norm = clip_grad_norm_(model.parameters(), 1.0, make_grad_mults(model))
+    exact = tiny_model(scales='initial')
+    for param in exact.parameters():
+        param.grad = torch.full_like(param, 1e-4)
+    torch.testing.assert_close(
+        norm.float(), clip_grad_norm_(exact.parameters(), 1.0, make_grad_mults(exact)), rtol=0.02, atol=0
+    )
+
+
 def test_small_gradients_pass():
     model = tiny_model(scales='initial')
     for param in model.parameters():

@@ -81,6 +81,43 @@ def test_a_saved_state_goes_on_where_it_was(rule):
     same(model, twin, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('rule', CLASSES)
+@pytest.mark.parametrize('when', ['after loading', 'while training'])
+def test_another_memory_format_does_not_permute_the_state(rule, when):
+    model = scaled_model()
+    twin = copy.deepcopy(model)
+    settings = {'lr': 0.01, **({'momentum': 0.9} if rule == 'sgd' else {})}
+    optimizer, reference = make(model, rule, **settings), make(twin, rule, **settings, fused=False, foreach=False)
+    for step in range(3):
+        if step == 1:
+            model.to(memory_format=torch.channels_last)
+            if when == 'after loading':
+                state = optimizer.state_dict()
+                optimizer = make(model, rule, **settings)
+                optimizer.load_state_dict(state)
+        gradients(twin, step)
+        for param, other in zip(model.parameters(), twin.parameters()):
+            param.grad = torch.empty_like(param).copy_(other.grad)
+        optimizer.step()
+        reference.step()
+    same(model, twin, rtol=1e-9, atol=1e-12)
+
+
+def test_sparse_gradients_of_other_parameters_work():
+    model = nn.ModuleDict({'net': scaled_model(torch.float32), 'words': nn.Embedding(5, 2, sparse=True)})
+    model['words'](torch.tensor([1])).sum().backward()
+    before = model['words'].weight.detach().clone()
+    make(model, 'sgd', lr=1.0).step()
+    torch.testing.assert_close(before - model['words'].weight.detach(), torch.eye(5)[:, 1:2].expand(5, 2))
+
+
+def test_plain_vectors_have_a_fingerprint_too():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1))
+    first = build_repopt_sgd(model, {'0': {'kxk': torch.ones(8)}}, lr=0.1)
+    with pytest.raises(ValueError, match='saved with the scales'):
+        build_repopt_sgd(model, {'0': {'kxk': torch.full((8,), 2.0)}}, lr=0.1).load_state_dict(first.state_dict())
+
+
 def test_a_state_that_was_saved_with_other_scales_is_refused():
     first, second = scaled_model(), scaled_model()
     with pytest.raises(ValueError, match='saved with the scales'):

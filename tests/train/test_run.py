@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from timm.models import resume_checkpoint
 
-from repopt_timm import Scales
+from repopt_timm import Scales, save_pretrained
 from repopt_timm.train import run
 from repopt_timm.train.arguments import parse_arguments
 from repopt_timm.train.main import main
@@ -203,6 +203,22 @@ def test_the_whole_way_in_one_call(arguments, tmp_path, capsys):
     main(arguments('--search-first', '--search-kwargs', 'epochs=2', 'lr=0.01', '--resume'))
 
 
+def test_a_published_model_is_fine_tuned_with_its_own_scales(arguments, tmp_path):
+    scales = Scales.initial(TINY)
+    save_pretrained(timm.create_model(TINY, num_classes=7, scales=scales), tmp_path / 'published')
+    model = f'local-dir:{tmp_path / "published"}'
+    main(arguments('--pretrained', '--epochs', '1', model=model))
+    checkpoint = read(tmp_path / 'run')
+    assert checkpoint['arch'] == TINY
+    assert checkpoint['args'].opt == 'repopt_sgd'
+    assert checkpoint['optimizer']['param_groups'][0]['scales_fingerprint'] == scales.fingerprint
+
+
+def test_an_averaged_search_leaves_the_averaged_scales(arguments, tmp_path):
+    main(arguments('--model-ema', '--model-ema-decay', '0.5', model=f'{TINY}_hs'))
+    assert Scales.load(tmp_path / 'run/scales.safetensors') == Scales.load(tmp_path / 'run/last.pth.tar')
+
+
 @pytest.mark.parametrize(
     ('extra', 'message'),
     [
@@ -211,6 +227,8 @@ def test_the_whole_way_in_one_call(arguments, tmp_path, capsys):
         (['--scales', 'initial', '--sync-bn'], '--sync-bn works on GPUs'),
         (['--scales', 'nowhere.safetensors'], 'No scales found'),
         (['--search-first', '--scales', 'initial'], 'does not go with --scales'),
+        (['--scales', 'initial', '--batch-size', '999'], 'do not fill one batch of 999'),
+        (['--model', 'repopt_vgg_a00'], "timm knows no model 'repopt_vgg_a00'. Did you mean repopt_vgg_a0"),
         (['--search-kwargs', 'epoch=3'], "unknown argument 'epoch'. Did you mean 'epochs'"),
     ],
 )
@@ -238,6 +256,9 @@ def test_a_config_gives_defaults_that_the_command_line_overrides(tmp_path):
     config.write_text('model: repopt_vgg_a1\nlr: 0.3\nmodel_kwargs: {use_se: true}\n')
     args = parse_arguments(['-c', str(config), '--lr', '0.4'])
     assert (args.model, args.lr, args.model_kwargs) == ('repopt_vgg_a1', 0.4, {'use_se': True})
+    config.write_text('amp_dtype: bf16\n')
+    with pytest.raises(ValueError, match="'amp_dtype' is 'bf16', expected one of 'float16', 'bfloat16'"):
+        parse_arguments(['-c', str(config)])
     config.write_text('learning_rate: 0.3\n')
     with pytest.raises(ValueError, match="unknown argument 'learning_rate'"):
         parse_arguments(['-c', str(config)])
