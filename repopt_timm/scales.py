@@ -13,7 +13,7 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from .architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture, infer_architecture, initial_scale
-from .card import CARD_FILE, CardEntry, decode_entry, encode_entry, read_entry
+from .card import CARD_FILE, CardEntry, read_entry
 from .checkpoint import read_checkpoint, select_state_dict
 from .files import replacing
 from .publishing import write_card
@@ -307,28 +307,6 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata)
 
-    def to_metadata(self) -> dict[str, Any]:
-        """Returns the `repopt` entry of a model card: plain data, with the float32 bits of every vector.
-
-        Raises:
-            ValueError: If a name or a size is beyond what a card may have.
-        """
-        return encode_entry(self.to_entry())
-
-    @classmethod
-    def from_metadata(cls, metadata: object, source: str) -> 'Scales':
-        """Decodes the `repopt` entry of a model card, which may come from anyone.
-
-        Args:
-            metadata: What `to_metadata` returned.
-            source: Card that it comes from, for errors.
-
-        Raises:
-            ValueError: If it is newer than this package, not in the format, too large, does not match its fingerprint,
-                or its scales do not fit the architecture.
-        """
-        return cls._from_entry(decode_entry(metadata, source), source)
-
     @classmethod
     def from_card(cls, path: str | os.PathLike, source: str | None = None) -> 'Scales':
         """Reads scales from a model card.
@@ -339,10 +317,14 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the card has no scales, or for a reason that `from_metadata` lists.
+            ValueError: If the card has no scales, is newer than this package, too large or not in the format, does not
+                match its fingerprint, or its scales do not fit the architecture.
         """
         source = source or os.fspath(path)
-        return cls._from_entry(read_entry(path, source), source)
+        entry = read_entry(path, source)
+        scales = cls(entry.architecture, entry.modules, entry.strides, entry.provenance, source)
+        scales.check_fingerprint(entry.fingerprint)
+        return scales
 
     @classmethod
     def from_hub(
@@ -362,7 +344,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
 
         Raises:
             HubError: If the card cannot be had: no such repository, revision or card, no permission, no connection.
-            ValueError: If the card has no scales, or for a reason that `from_metadata` lists.
+            ValueError: If the card has no scales, or for a reason that `from_card` lists.
 
         Example:
             >>> scales = Scales.from_hub('user/repopt_vgg_a0.cifar10')  # doctest: +SKIP
@@ -421,12 +403,6 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
     def to_entry(self) -> CardEntry:
         """Returns the scales as the code that writes model cards takes them."""
         return CardEntry(self._architecture, self._strides, self._modules, self._fingerprint, self.provenance)
-
-    @classmethod
-    def _from_entry(cls, entry: CardEntry, source: str) -> 'Scales':
-        scales = cls(entry.architecture, entry.modules, entry.strides, entry.provenance, source)
-        scales.check_fingerprint(entry.fingerprint)
-        return scales
 
 
 def _depth_key(module: str) -> tuple[bool, list[tuple[int, str]]]:

@@ -9,7 +9,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from repopt_timm import Scales
-from repopt_timm.card import BEGIN, END, eval_results
+from repopt_timm.card import BEGIN, END, decode_entry, encode_entry, eval_results
 from repopt_timm.publishing import write_card
 
 from .helpers import TINY, random_scales
@@ -51,9 +51,11 @@ def test_every_bit_comes_back():
     scales = random_scales(strides=(1, 1, 2, 2, 2)).with_provenance({'dataset': 'digits', 'versions': {'timm': '1'}})
     odd = dict(scales['stem.conv'], kxk=torch.tensor([-0.0, 1e-45, 3e38, 0.1] * 4))
     scales = Scales(TINY, {**scales, 'stem.conv': odd}, scales.strides, scales.provenance)
-    text = yaml.safe_dump(scales.to_metadata())
-    back = Scales.from_metadata(yaml.safe_load(text), 'text')
+    text = yaml.safe_dump(encode_entry(scales.to_entry()))
+    entry = decode_entry(yaml.safe_load(text), 'text')
+    back = Scales(entry.architecture, entry.modules, entry.strides, entry.provenance)
     assert back == scales
+    assert entry.fingerprint == scales.fingerprint
     assert back.provenance == scales.provenance
     assert back.strides == (1, 1, 2, 2, 2)
 

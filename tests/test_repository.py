@@ -6,6 +6,7 @@ import pytest
 from huggingface_hub import HfApi, ModelCard, constants
 
 from repopt_timm import Scales
+from repopt_timm.card import encode_entry
 from repopt_timm.repository import HubError, HubFileNotFoundError, download, parse_hub_source
 
 from .helpers import random_scales
@@ -29,7 +30,7 @@ def half_files(home):
 
 def test_scales_go_from_one_cache_into_another(hub, client, scales, tmp_path):
     assert set(hub.repo(REPO).files()) == {'.gitattributes', 'README.md', 'scales.png'}
-    assert HfApi().model_info(REPO).card_data['repopt'] == scales.to_metadata()
+    assert HfApi().model_info(REPO).card_data['repopt'] == encode_entry(scales.to_entry())
     client('other', token=None)
     assert Scales.from_hub(REPO) == scales
     assert Scales.from_hub(REPO).source == f'hf-hub:{REPO}'
