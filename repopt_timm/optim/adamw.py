@@ -10,7 +10,9 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 
 from ..reparam import GradMults
-from .grad_mult_optimizer import GradMultOptimizer, gradient, row_blocks, use_fused
+from .compiled import adamw_update, compiled
+from .grad_mult_optimizer import GradMultOptimizer, gradient, hyperparameter, use_fused
+from .sharding import local
 
 __all__ = ['RepOptAdamW']
 
@@ -25,7 +27,7 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
 
     Args:
         params: Parameters or groups, as for `torch.optim.AdamW`; those without a Grad Mult are updated as usual,
-            also in groups that are added later.
+            also in groups that are added later. `fully_shard` may have sharded them.
         lr: Learning rate.
         betas: Decay rates of the moments.
         eps: Added to the denominator.
@@ -36,6 +38,8 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
         foreach: Use torch's multi-tensor implementation.
         differentiable: Let autograd record the step.
         fused: Use torch's fused implementation; the default where there is one, unless `foreach` is given.
+        compiled: Update kernels with code that `torch.compile` makes at the first step: one pass over memory, at the
+            price of some seconds and of the compiler that it needs.
 
     Raises:
         ValueError: If the Grad Mults are missing, belong to other parameters or to another update rule.
@@ -57,6 +61,7 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        compiled: bool = False,
     ):
         super().__init__(
             params,
@@ -70,7 +75,7 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._take_grad_mults(grad_mults)
+        self._take_grad_mults(grad_mults, compiled)
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -88,16 +93,22 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
             for param in params:
                 if not self.state[param]:
                     self._init_state(param, group)
-            without = [param for param in params if param not in self.grad_mults]
-            states = [self.state[param] for param in without]
-            grads = [gradient(param) for param in without]
-            _update(group, without, grads, states, [state['step'] for state in states], group['weight_decay'])
-            self._step_blocks(group, [param for param in params if param in self.grad_mults])
+            plain = [param for param in params if param not in self.grad_mults]
+            states = [{key: local(value) for key, value in self.state[param].items()} for param in plain]
+            grads = [gradient(param) for param in plain]
+            steps = [state['step'] for state in states]
+            _update(group, [local(param) for param in plain], grads, states, steps, group['weight_decay'])
+            kernels = [param for param in params if param in self.grad_mults]
+            if self._compiled:
+                for param in kernels:
+                    self._step_compiled(group, param)
+            else:
+                self._step_blocks(group, kernels)
         return loss
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
-        device = param.device if use_fused(group, [param], [param.grad]) else 'cpu'
+        device = param.device if use_fused(group, [local(param)], [gradient(param)]) else 'cpu'
         state['step'] = torch.zeros((), dtype=torch.float32, device=device)
         state['exp_avg'] = torch.zeros_like(param)
         state['exp_avg_sq'] = torch.zeros_like(param)
@@ -105,22 +116,39 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
             state['max_exp_avg_sq'] = torch.zeros_like(param)
 
     def _step_blocks(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        for blocks in row_blocks(params, self.grad_mults):
-            grads = [block.mult.multiply(block.of(gradient(block.param))) for block in blocks]
+        for blocks in self._row_blocks(params):
+            grads = self._multiply(blocks, [block.of(gradient(block.param)) for block in blocks], 'grads')
             states = []
             for block in blocks:
                 state = self.state[block.param]
                 states.append({key: block.of(value) for key, value in state.items() if key != 'step'})
             # Each block counts for itself, the kernel's own counter advances once, below.
             steps = [self.state[block.param]['step'].clone() for block in blocks]
-            updates = [torch.zeros_like(grad) for grad in grads]
+            places = self._like(grads, 'updates')
+            updates = [torch.zeros_like(grad) if out is None else out.zero_() for grad, out in zip(grads, places)]
             _update(group, updates, grads, states, steps, weight_decay=0.0)
+            updates = self._multiply(blocks, updates, 'grads')
             for block, update in zip(blocks, updates):
-                rows = block.of(block.param)
-                rows.mul_(1 - group['lr'] * group['weight_decay'])
-                rows.add_(block.mult.multiply(update))
+                block.of(block.param).mul_(1 - group['lr'] * group['weight_decay']).add_(update)
         for param in params:
             self.state[param]['step'] += 1
+
+    def _step_compiled(self, group: dict[str, Any], param: Tensor) -> None:
+        state = self.state[param]
+        state['step'] += 1
+        step = state['step'].double()
+        compiled(adamw_update)(
+            local(param).detach(),
+            gradient(param),
+            local(state['exp_avg']),
+            local(state['exp_avg_sq']),
+            local(state.get('max_exp_avg_sq')),
+            self._local_mult(param),
+            betas=[hyperparameter(beta, param) for beta in group['betas']],
+            corrections=[hyperparameter(1 / (1 - beta**step), param) for beta in group['betas']],
+            **{name: hyperparameter(group[name], param) for name in ('lr', 'eps', 'weight_decay')},
+            maximize=group['maximize'],
+        )
 
 
 def _update(

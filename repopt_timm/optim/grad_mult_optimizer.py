@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..reparam import GradMult, GradMults
+from .sharding import local, local_rows
 
-__all__ = ['Block', 'GradMultOptimizer', 'gradient', 'row_blocks', 'use_fused']
+__all__ = ['Block', 'GradMultOptimizer', 'gradient', 'hyperparameter', 'use_fused']
 
 # Elements of a block. Small enough that multiplied gradients stay in the cache until the update reads them and cost no
 # memory worth mentioning, large enough that the number of calls does not matter.
@@ -18,7 +19,14 @@ _BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Block:
-    """Some output channels of one kernel, and their Grad Mult."""
+    """Some output channels of one kernel, and their Grad Mult.
+
+    Attributes:
+        param: The kernel.
+        start: First row, of those that this process holds.
+        stop: Row after the last.
+        mult: Grad Mult of the rows.
+    """
 
     param: Tensor
     start: int
@@ -27,31 +35,21 @@ class Block:
 
     def of(self, tensor: Tensor) -> Tensor:
         """Returns these rows of a tensor of the kernel's shape, as a view."""
-        return tensor[self.start : self.stop]
-
-
-def row_blocks(params: Iterable[Tensor], grad_mults: GradMults) -> Iterator[list[Block]]:
-    """Cuts kernels into blocks of rows, and yields lists of them with about a million elements each."""
-    blocks: list[Block] = []
-    size = 0
-    for param in params:
-        row_size = param[0].numel()
-        rows = max(1, _BLOCK // row_size)
-        for start in range(0, len(param), rows):
-            stop = min(start + rows, len(param))
-            blocks.append(Block(param, start, stop, grad_mults[param].rows(start, stop)))
-            size += (stop - start) * row_size
-            if size >= _BLOCK:
-                yield blocks
-                blocks, size = [], 0
-    if blocks:
-        yield blocks
+        return local(tensor)[self.start : self.stop]
 
 
 def gradient(param: Tensor) -> Tensor:
-    """Returns the gradient of a parameter that has one."""
+    """Returns the gradient of a parameter that has one, or the part of it that this process holds."""
     assert param.grad is not None
-    return param.grad
+    return local(param.grad)
+
+
+def hyperparameter(value: float | Tensor, param: Tensor) -> Tensor:
+    """Makes a scalar tensor of a setting: compiled code is not made anew when its value changes.
+
+    Of float32 for a kernel of float32, which arithmetic in float64 would slow down.
+    """
+    return torch.as_tensor(value, dtype=torch.promote_types(param.dtype, torch.float32))
 
 
 def use_fused(group: dict[str, Any], params: Sequence[Tensor], *others: Sequence[Tensor | None]) -> bool | None:
@@ -78,7 +76,7 @@ class GradMultOptimizer(torch.optim.Optimizer):
     update_rule: str
     grad_mults: GradMults
 
-    def _take_grad_mults(self, grad_mults: GradMults | None) -> None:
+    def _take_grad_mults(self, grad_mults: GradMults | None, compiled: bool) -> None:
         name = type(self).__name__
         if not isinstance(grad_mults, GradMults):
             raise ValueError(
@@ -96,12 +94,75 @@ class GradMultOptimizer(torch.optim.Optimizer):
                 f'None of the {len(params)} parameters given to {name} has a Grad Mult: it would train them as without '
                 f'scales. Make the Grad Mults from the very model whose parameters these are.'
             )
+        if compiled and self.defaults['differentiable']:
+            raise ValueError(f'{name} cannot be compiled and differentiable: leave one of them out.')
         self.grad_mults = grad_mults
+        self._compiled = compiled
+        self._forget_buffers()
         self.defaults['scales_fingerprint'] = grad_mults.fingerprint
         for group in self.param_groups:
             group['scales_fingerprint'] = grad_mults.fingerprint
         # Multiplied gradients are copies, so GradScaler's way of unscaling inside the kernel does not apply.
         self._step_supports_amp_scaling = False
+
+    def _forget_buffers(self) -> None:
+        self._local_mults: dict[Tensor, GradMult] = {}
+        self._blocks: dict[Tensor, list[Block]] = {}
+        self._memory: dict[Any, Tensor] = {}
+
+    def _local_mult(self, param: Tensor) -> GradMult:
+        if param not in self._local_mults:
+            self._local_mults[param] = self.grad_mults[param].rows(*local_rows(param))
+        return self._local_mults[param]
+
+    def _blocks_of(self, param: Tensor) -> list[Block]:
+        if param not in self._blocks:
+            mult, size = self._local_mult(param), len(local(param))
+            rows = max(1, _BLOCK // param[0].numel())
+            spans = [(start, min(start + rows, size)) for start in range(0, size, rows)]
+            self._blocks[param] = [Block(param, start, stop, mult.rows(start, stop)) for start, stop in spans]
+        return self._blocks[param]
+
+    def _row_blocks(self, params: Iterable[Tensor]) -> Iterator[list[Block]]:
+        """Cuts kernels into blocks of rows, and yields lists of them with about a million elements each."""
+        blocks: list[Block] = []
+        room = _BLOCK
+        for param in params:
+            row_size = param[0].numel()
+            for block in self._blocks_of(param):
+                size = (block.stop - block.start) * row_size
+                if blocks and size > room:
+                    yield blocks
+                    blocks, room = [], _BLOCK
+                blocks.append(block)
+                room -= size
+        if blocks:
+            yield blocks
+
+    def _like(self, tensors: Sequence[Tensor], purpose: str) -> list[Tensor | None]:
+        """Returns memory that lies like the tensors, the same at each call: allocating takes longer than a block does.
+
+        There is none for a tensor with gaps, and none to be differentiated.
+        """
+        places: list[Tensor | None] = []
+        used = 0
+        for tensor in tensors:
+            key = (purpose, tensor.device, tensor.dtype)
+            if key not in self._memory:
+                self._memory[key] = tensor.new_empty(_BLOCK)
+            memory, size = self._memory[key], tensor.numel()
+            dense = tensor.stride(0) * len(tensor) == size
+            if not dense or used + size > len(memory) or self.defaults['differentiable']:
+                places.append(None)
+                continue
+            places.append(memory.as_strided(tensor.shape, tensor.stride(), used))
+            used += size
+        return places
+
+    def _multiply(self, blocks: Sequence[Block], tensors: Sequence[Tensor], purpose: str) -> list[Tensor]:
+        """Multiplies rows of kernels with their Grad Mults; the products last until the next call."""
+        places = self._like(tensors, purpose)
+        return [block.mult.multiply(tensor, out) for block, tensor, out in zip(blocks, tensors, places)]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads the state of a run with the same scales.
@@ -125,4 +186,8 @@ class GradMultOptimizer(torch.optim.Optimizer):
                     state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), 'grad_mults': self.grad_mults}
+        return {**super().__getstate__(), 'grad_mults': self.grad_mults, '_compiled': self._compiled}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget_buffers()

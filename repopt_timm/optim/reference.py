@@ -15,7 +15,7 @@ class ReferenceRepOptSGD(SGD):
 
     def __init__(self, params: Any, grad_mults: GradMults, **kwargs: Any):
         super().__init__(params, **kwargs)
-        self.masks = {param: mult.dense(param.shape) for param, mult in grad_mults.items()}
+        self.masks = {param: mult.dense().expand_as(param) for param, mult in grad_mults.items()}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -30,7 +30,7 @@ class ReferenceRepOptAdamW(AdamW):
 
     def __init__(self, params: Any, grad_mults: GradMults, **kwargs: Any):
         super().__init__(params, **kwargs)
-        self.masks = {param: mult.dense(param.shape) for param, mult in grad_mults.items()}
+        self.masks = {param: mult.dense().expand_as(param) for param, mult in grad_mults.items()}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:

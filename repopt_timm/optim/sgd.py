@@ -10,7 +10,9 @@ from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
 from torch.optim.sgd import sgd
 
 from ..reparam import GradMults
-from .grad_mult_optimizer import GradMultOptimizer, gradient, row_blocks, use_fused
+from .compiled import compiled, sgd_update
+from .grad_mult_optimizer import GradMultOptimizer, gradient, hyperparameter, use_fused
+from .sharding import local
 
 __all__ = ['RepOptSGD']
 
@@ -23,7 +25,7 @@ class RepOptSGD(GradMultOptimizer, SGD):
 
     Args:
         params: Parameters or groups, as for `torch.optim.SGD`; those without a Grad Mult are updated as usual, also in
-            groups that are added later.
+            groups that are added later. `fully_shard` may have sharded them.
         lr: Learning rate.
         momentum: Momentum factor.
         dampening: Dampening of the momentum.
@@ -34,6 +36,8 @@ class RepOptSGD(GradMultOptimizer, SGD):
         foreach: Use torch's multi-tensor implementation.
         differentiable: Let autograd record the step.
         fused: Use torch's fused implementation; the default where there is one, unless `foreach` is given.
+        compiled: Update kernels with code that `torch.compile` makes at the first step: one pass over memory, at the
+            price of some seconds and of the compiler that it needs.
 
     Raises:
         ValueError: If the Grad Mults are missing, belong to other parameters or to another update rule.
@@ -58,6 +62,7 @@ class RepOptSGD(GradMultOptimizer, SGD):
         foreach: bool | None = None,
         differentiable: bool = False,
         fused: bool | None = None,
+        compiled: bool = False,
     ):
         super().__init__(
             params,
@@ -71,7 +76,7 @@ class RepOptSGD(GradMultOptimizer, SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._take_grad_mults(grad_mults)
+        self._take_grad_mults(grad_mults, compiled)
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -87,35 +92,47 @@ class RepOptSGD(GradMultOptimizer, SGD):
         for group in self.param_groups:
             params = [param for param in group['params'] if param.grad is not None]
             fresh = [param for param in params if self.state[param].get('momentum_buffer') is None]
-            # torch's kernels take a whole list to be at its first step, or none of it.
-            self._step_plain(group, [param for param in fresh if param not in self.grad_mults])
-            self._step_blocks(group, [param for param in fresh if param in self.grad_mults], first=True)
             seen = [param for param in params if param not in set(fresh)]
-            self._step_plain(group, [param for param in seen if param not in self.grad_mults])
-            self._step_blocks(group, [param for param in seen if param in self.grad_mults], first=False)
+            for each in fresh if group['momentum'] else ():
+                self.state[each]['momentum_buffer'] = torch.zeros_like(each)
+            # Torch's kernels take one dampening for a whole list, and nothing dampens a momentum's first step.
+            self._step_params({**group, 'dampening': 0.0}, fresh)
+            self._step_params(group, seen)
         return loss
 
-    def _step_plain(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        buffers = [self.state[param].get('momentum_buffer') for param in params]
-        _update(group, params, [gradient(param) for param in params], buffers)
-        if group['momentum']:
-            for param, buffer in zip(params, buffers):
-                self.state[param]['momentum_buffer'] = buffer
+    def _step_params(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        plain = [param for param in params if param not in self.grad_mults]
+        buffers = [local(self.state[param].get('momentum_buffer')) for param in plain]
+        _update(group, [local(param) for param in plain], [gradient(param) for param in plain], buffers)
+        kernels = [param for param in params if param in self.grad_mults]
+        if self._compiled:
+            self._step_compiled(group, kernels)
+        else:
+            self._step_blocks(group, kernels)
 
-    def _step_blocks(self, group: dict[str, Any], params: list[Tensor], first: bool) -> None:
-        if first and group['momentum']:
-            for param in params:
-                self.state[param]['momentum_buffer'] = torch.empty_like(param)
-        for blocks in row_blocks(params, self.grad_mults):
+    def _step_blocks(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for blocks in self._row_blocks(params):
             rows = [block.of(block.param) for block in blocks]
-            grads = [block.mult.multiply(block.of(gradient(block.param))) for block in blocks]
-            buffers: list[Tensor | None] = [None] * len(blocks)
-            if not first:
-                buffers = [block.of(self.state[block.param]['momentum_buffer']) for block in blocks]
+            grads = self._multiply(blocks, [block.of(gradient(block.param)) for block in blocks], 'grads')
+            buffers = [self.state[block.param].get('momentum_buffer') for block in blocks]
+            buffers = [buffer if buffer is None else block.of(buffer) for block, buffer in zip(blocks, buffers)]
             _update(group, rows, grads, buffers)
-            for block, buffer in zip(blocks, buffers):
-                if first and buffer is not None:
-                    block.of(self.state[block.param]['momentum_buffer']).copy_(buffer)
+
+    def _step_compiled(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        names = ('lr', 'momentum', 'dampening', 'weight_decay')
+        settings: dict[torch.dtype, dict[str, Tensor]] = {}
+        for param in params:
+            if param.dtype not in settings:
+                settings[param.dtype] = {name: hyperparameter(group[name], param) for name in names}
+            compiled(sgd_update)(
+                local(param).detach(),
+                gradient(param),
+                local(self.state[param].get('momentum_buffer')),
+                self._local_mult(param),
+                **settings[param.dtype],
+                nesterov=group['nesterov'],
+                maximize=group['maximize'],
+            )
 
 
 def _update(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]) -> None:

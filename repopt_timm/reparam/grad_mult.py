@@ -1,6 +1,6 @@
 """Grad Mults, the Rule of Iteration (section 3.3 and appendix A of arXiv 2205.15242)."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,26 @@ Taps = tuple[slice, slice]
 
 
 @dataclass(frozen=True)
+class Support:
+    """Where a branch adds to a Grad Mult, and what.
+
+    Attributes:
+        taps: Height and width of the window in the kernel.
+        vector: What is added for each output channel, shape (O, 1, 1, 1).
+        pattern: The support in one row of the kernel, shape (1, I/g, k_h, k_w). Of a window: 1 on its taps, else 0. Of
+            a diagonal: the input channel on its taps, else -1, int32.
+    """
+
+    taps: Taps
+    vector: Tensor
+    pattern: Tensor
+
+    def rows(self, start: int, stop: int) -> 'Support':
+        """Returns the part for the output channels `start` to `stop`."""
+        return Support(self.taps, self.vector[start:stop], self.pattern)
+
+
+@dataclass(frozen=True)
 class GradMult:
     """The Grad Mult of one kernel of shape (O, I/g, k_h, k_w): `M = sum_b |s_b|^power M_b`.
 
@@ -28,37 +48,69 @@ class GradMult:
 
     Attributes:
         base: What is added everywhere, shape (O, 1, 1, 1).
-        windows: What is added on some taps for all input channels: taps, vector of shape (O, 1, 1, 1).
-        diagonals: What is added on some taps of the channel diagonal: taps, vector of shape (O, 1, 1).
-        columns: The diagonal's input channel for each output channel, shape (O,), int64.
+        windows: What is added on some taps for all input channels.
+        diagonals: What is added on some taps of the (group-wise) channel diagonal.
+        first_row: Output channel of the kernel that the first row belongs to.
     """
 
     base: Tensor
-    windows: tuple[tuple[Taps, Tensor], ...]
-    diagonals: tuple[tuple[Taps, Tensor], ...]
-    columns: Tensor
+    windows: tuple[Support, ...]
+    diagonals: tuple[Support, ...]
+    first_row: int = 0
 
     def rows(self, start: int, stop: int) -> 'GradMult':
         """Returns the Grad Mult of the output channels `start` to `stop`."""
-        windows = tuple((taps, vector[start:stop]) for taps, vector in self.windows)
-        diagonals = tuple((taps, vector[start:stop]) for taps, vector in self.diagonals)
-        return GradMult(self.base[start:stop], windows, diagonals, self.columns[start:stop])
+        windows = tuple(window.rows(start, stop) for window in self.windows)
+        diagonals = tuple(diagonal.rows(start, stop) for diagonal in self.diagonals)
+        return GradMult(self.base[start:stop], windows, diagonals, self.first_row + start)
 
-    def multiply(self, grad: Tensor) -> Tensor:
-        """Returns `M * grad` in `grad`'s dtype, computed in float32 or better."""
+    @property
+    def nbytes(self) -> int:
+        """Memory that it holds, in bytes."""
+        supports = (*self.windows, *self.diagonals)
+        tensors = [self.base, *(tensor for support in supports for tensor in (support.vector, support.pattern))]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def dense(self) -> Tensor:
+        """Returns M as a mask that broadcasts to the kernel; a compiler fuses it into what reads it."""
+        mask = self.base
+        for window in self.windows:
+            mask = mask + window.vector * window.pattern
+        rows = torch.arange(len(self.base), device=self.base.device, dtype=torch.int32) + self.first_row
+        for diagonal in self.diagonals:
+            columns = (rows % diagonal.pattern.shape[1]).view(-1, 1, 1, 1)
+            mask = mask + torch.where(diagonal.pattern == columns, diagonal.vector, 0.0)
+        return mask
+
+    def multiply(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
+        """Returns `M * grad` in `grad`'s dtype, computed in float32 or better, without making M.
+
+        Args:
+            grad: Tensor of the kernel's shape.
+            out: Memory that may be taken for the product.
+        """
         exact = grad.to(torch.promote_types(grad.dtype, self.base.dtype))
-        product = exact * self.base
-        for (height, width), vector in self.windows:
-            product[:, :, height, width].addcmul_(exact[:, :, height, width], vector)
-        if self.diagonals:
-            rows = torch.arange(grad.shape[0], device=grad.device)
-            for (height, width), vector in self.diagonals:
-                product[rows, self.columns, height, width] += exact[rows, self.columns, height, width] * vector
+        # Sums are not made in a lower precision.
+        product = torch.mul(exact, self.base, out=out if exact is grad else None)
+        for window in self.windows:
+            height, width = window.taps
+            product[:, :, height, width].addcmul_(exact[:, :, height, width], window.vector)
+        for diagonal in self.diagonals:
+            for start, stop, column in _diagonal_runs(self.first_row, *grad.shape[:2]):
+                index = (slice(start, stop), slice(column, column + stop - start), *diagonal.taps)
+                on_diagonal = diagonal.vector[start:stop, 0, 0, 0]
+                product[index].diagonal().addcmul_(exact[index].diagonal(), on_diagonal)
         return product.to(grad.dtype)
 
-    def dense(self, shape: Sequence[int]) -> Tensor:
-        """Returns M as a mask of the kernel's shape (O, I/g, k_h, k_w)."""
-        return self.multiply(torch.ones(tuple(shape), device=self.base.device, dtype=self.base.dtype))
+
+def _diagonal_runs(first_row: int, rows: int, channels: int) -> Iterator[tuple[int, int, int]]:
+    """Yields `start`, `stop`, first input channel of the runs of rows that belong to one group of a convolution."""
+    start = 0
+    while start < rows:
+        column = (first_row + start) % channels
+        stop = min(start + channels - column, rows)
+        yield start, stop, column
+        start = stop
 
 
 class GradMults(Mapping[Tensor, GradMult]):
@@ -131,18 +183,25 @@ def _grad_mult(conv: nn.Conv2d, vectors: Mapping[str, Tensor], power: int) -> Gr
     diagonals = []
     for name, vector in vectors.items():
         branch = Branch.of(name, conv)
-        added = vector.to(weight.device, dtype).abs().pow(power) if branch.scaled else torch.ones_like(base)
-        if branch.diagonal:
-            diagonals.append((_taps(branch, weight.shape), added.view(-1, 1, 1)))
+        added = torch.ones_like(base)
+        if branch.scaled:
+            added = vector.to(weight.device, dtype).abs().pow(power).view(-1, 1, 1, 1)
+        if branch.diagonal and weight.shape[1] > 1:
+            channels = torch.arange(weight.shape[1], device=weight.device, dtype=torch.int32)
+            diagonals.append(_support(branch, weight, added, channels.view(1, -1, 1, 1), outside=-1))
         elif branch.kernel_size == tuple(weight.shape[2:]):
-            base += added.view(-1, 1, 1, 1)
+            base += added
         else:
-            windows.append((_taps(branch, weight.shape), added.view(-1, 1, 1, 1)))
-    columns = torch.arange(weight.shape[0], device=weight.device) % weight.shape[1]
-    return GradMult(base, tuple(windows), tuple(diagonals), columns)
+            windows.append(_support(branch, weight, added, torch.ones_like(base[:1]), outside=0))
+    return GradMult(base, tuple(windows), tuple(diagonals))
 
 
-def _taps(branch: Branch, kernel_shape: Sequence[int]) -> Taps:
-    starts = [(outer - inner) // 2 for outer, inner in zip(kernel_shape[2:], branch.kernel_size)]
+def _support(branch: Branch, weight: Tensor, added: Tensor, inside: Tensor, outside: int) -> Support:
+    starts = [(outer - inner) // 2 for outer, inner in zip(weight.shape[2:], branch.kernel_size)]
     height, width = (slice(start, start + size) for start, size in zip(starts, branch.kernel_size))
-    return height, width
+    pattern = inside.new_full((1, *weight.shape[1:]), outside)
+    pattern[:, :, height, width] = inside
+    if weight.stride(1) == 1:
+        # A mask is read along with the kernel, fastest if both lie in memory alike.
+        pattern = pattern.contiguous(memory_format=torch.channels_last)
+    return Support((height, width), added, pattern)

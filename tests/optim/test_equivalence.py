@@ -60,9 +60,9 @@ def test_a_wrong_grad_mult_would_be_noticed(mutation):
         if mutation == 'power':
             wrong[kernel] = dataclasses.replace(mult, base=mult.base.sqrt())
         elif mutation == 'diagonal':
-            wrong[kernel] = dataclasses.replace(mult, columns=mult.columns.flip(0))
+            wrong[kernel] = dataclasses.replace(mult, first_row=1)
         else:
-            windows = tuple(((slice(0, 1), taps[1]), vector) for taps, vector in mult.windows)
+            windows = tuple(dataclasses.replace(window, taps=(slice(0, 1), window.taps[1])) for window in mult.windows)
             wrong[kernel] = dataclasses.replace(mult, windows=windows)
     csla_optimizer = torch.optim.SGD(csla.parameters(), lr=0.01)
     optimizer = RepOptSGD(plain.parameters(), lr=0.01, grad_mults=GradMults(wrong, 'sgd', right.fingerprint))

@@ -32,7 +32,7 @@ def step_of(model, name, **kwargs):
 @pytest.mark.parametrize('name', ['repopt_sgd', 'repoptsgd', 'RepOpt_SGD', 'lookahead_repopt_sgd'])
 def test_every_spelling_moves_the_weights_by_grad_mult_times_gradient(name):
     model = scaled_model()
-    expected = [mult.dense(kernel.shape) for kernel, mult in make_grad_mults(model).items()]
+    expected = [mult.dense().expand_as(kernel) for kernel, mult in make_grad_mults(model).items()]
     moved, _ = step_of(model, name)
     for delta, mask in zip(moved, expected):
         torch.testing.assert_close(delta, mask, rtol=1e-4, atol=1e-4)
@@ -114,7 +114,7 @@ def test_scales_are_found_inside_of_wrappers(wrap):
     kernels = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d)]
     for kernel, delta in zip(kernels, moved):
         if kernel in mults:
-            torch.testing.assert_close(delta, mults[kernel].dense(kernel.shape), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(delta, mults[kernel].dense().expand_as(kernel), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,9 @@ def same(first, second, **kwargs):
         torch.testing.assert_close(a, b, **kwargs)
 
 
-@pytest.mark.parametrize('implementation', [{}, {'fused': True}, {'foreach': True}, {'foreach': False}])
+@pytest.mark.parametrize(
+    'implementation', [{}, {'fused': True}, {'foreach': True}, {'foreach': False}, {'compiled': True}]
+)
 @pytest.mark.parametrize(
     ('rule', 'settings'),
     [
@@ -63,6 +65,24 @@ def test_gradients_are_left_as_they_were(rule, dtype):
     before = [param.grad.clone() for param in model.parameters()]
     make(model, rule).step()
     assert all(torch.equal(param.grad, grad) for param, grad in zip(model.parameters(), before))
+
+
+@pytest.mark.parametrize('rule', CLASSES)
+def test_bfloat16_kernels_are_multiplied_in_float32(rule):
+    model = scaled_model(torch.bfloat16)
+    exact = copy.deepcopy(model).float()
+    gradients(model)
+    for param, other in zip(model.parameters(), exact.parameters()):
+        other.grad = param.grad.float()
+    for net in (model, exact):
+        make(net, rule, lr=0.125).step()
+    for param, other in zip(model.parameters(), exact.parameters()):
+        torch.testing.assert_close(param.float(), other, rtol=2**-6, atol=2**-6)
+
+
+def test_compiled_and_differentiable_exclude_each_other():
+    with pytest.raises(ValueError, match='leave one of them out'):
+        make(scaled_model(), 'sgd', compiled=True, differentiable=True)
 
 
 @pytest.mark.parametrize('rule', CLASSES)
