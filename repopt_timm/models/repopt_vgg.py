@@ -5,15 +5,18 @@ The target is a plain stack of 3x3 convolutions, BatchNorm and ReLU. Its `_hs` c
 """
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     build_model_with_cfg,
+    checkpoint_seq,
     generate_default_cfgs,
     register_model,
     register_notrace_module,
@@ -22,6 +25,7 @@ from timm.models import (
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, get_layer_fns
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture, initial_scale
 from ..reparam import CSLAConv2d, attach_scales, carried_scales, initialize
@@ -89,8 +93,31 @@ class RepOptVggBlock(nn.Module):
         if isinstance(self.conv, CSLAConv2d):
             self.conv.reset_parameters()
 
+    def activate(self, x: Tensor) -> Tensor:
+        """Returns what follows the convolution's output `x`."""
+        return self.attn(self.bn(x))
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.attn(self.bn(self.conv(x)))
+        return self.activate(self.conv(x))
+
+
+def _activate_and_convolve(x: Tensor, block: RepOptVggBlock, following: RepOptVggBlock) -> Tensor:
+    return following.conv(block.activate(x))
+
+
+def _checkpoint_contexts(norm: Any) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _without_counting(norm)
+
+
+@contextmanager
+def _without_counting(norm: Any) -> Iterator[None]:
+    """Keeps a BatchNorm that runs on a batch a second time from counting it twice in its running statistics."""
+    buffers = dict(norm._buffers)
+    norm._buffers.update({name: None if buffer is None else buffer.clone() for name, buffer in buffers.items()})
+    try:
+        yield
+    finally:
+        norm._buffers.update(buffers)
 
 
 class RepOptVgg(ByobNet):
@@ -218,6 +245,35 @@ class RepOptVgg(ByobNet):
             plain._traits = {**plain._traits, 'first_conv': _FIRST_CONV['target']}
         attach_scales(plain, scales, initialized=True)
         return plain
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Returns the last stage's output, shape (N, C, H, W); see `set_grad_checkpointing`."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = self._forward_checkpointed(x)
+        else:
+            x = self.stages(self.stem(x))
+        return self.final_conv(x)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes BatchNorm and ReLU in the backward pass.
+
+        Half of what a plain network keeps for the backward pass are outputs of its ReLUs, which cost little to make
+        again. No convolution of a target is run twice, unlike with timm's checkpoints of whole stages, which stay in
+        use under `torch.compile`.
+        """
+        super().set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def _forward_checkpointed(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return checkpoint_seq(self.stages, self.stem(x))
+        blocks: list[Any] = [self.stem, *(block for stage in self.stages for block in stage)]
+        x = blocks[0].conv(x)
+        for block, following in pairwise(blocks):
+            contexts = partial(_checkpoint_contexts, block.bn)
+            x = checkpoint(_activate_and_convolve, x, block, following, use_reentrant=False, context_fn=contexts)
+        return blocks[-1].activate(x)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..reparam import GradMults
 from .grad_mult_optimizer import gradient
+from .sharding import local_rows, sum_over_shards
 
 __all__ = ['clip_grad_norm_']
 
@@ -25,7 +26,7 @@ def clip_grad_norm_(
     times and by other factors. The power is 2 whatever the optimizer, RepOptAdamW too.
 
     Args:
-        parameters: Parameters whose gradients are clipped in place.
+        parameters: Parameters whose gradients are clipped in place; `fully_shard` may have sharded them.
         max_norm: Largest norm that is let through.
         grad_mults: What `make_grad_mults(model, update_rule='sgd')` returned.
         error_if_nonfinite: Raise if the norm is NaN or infinite.
@@ -46,17 +47,17 @@ def clip_grad_norm_(
     parameters = [param for param in parameters if param.grad is not None]
     if not parameters:
         return torch.tensor(0.0)
-    norms = []
+    squares = []
     for param in parameters:
         grad = gradient(param)
+        # Squares of small float16 gradients are zero in float16.
+        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
         if param in grad_mults:
-            mult = grad_mults[param]
-            # Squares of small float16 gradients are zero in float16.
-            exact = grad.to(torch.promote_types(grad.dtype, mult.base.dtype))
-            norms.append((mult.multiply(exact) * exact).sum().sqrt())
+            weighted = grad_mults[param].rows(*local_rows(param)).multiply(grad)
+            squares.append((weighted * grad).sum())
         else:
-            norms.append(torch.linalg.vector_norm(grad))
-    total_norm = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+            squares.append(grad.square().sum())
+    total_norm = sum_over_shards(parameters, squares).sqrt()
     if error_if_nonfinite and not torch.isfinite(total_norm):
         raise RuntimeError(f'The CSLA norm of the gradients is {total_norm.item()}, so they cannot be clipped.')
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach=foreach)

@@ -1,10 +1,12 @@
 """Parameters that FSDP2 (`fully_shard`) has spread over processes, seen from one of them."""
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ['local', 'local_rows']
+__all__ = ['local', 'local_rows', 'sum_over_shards']
 
 
 def _is_sharded(tensor: Tensor) -> bool:
@@ -35,3 +37,28 @@ def local_rows(tensor: Tensor) -> tuple[int, int]:
             f'rows. Shard it along dimension 0, as fully_shard does.'
         )
     return offset[0], offset[0] + shape[0]
+
+
+def sum_over_shards(params: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """Adds up what was computed of each parameter's local part, over parameters and processes.
+
+    Args:
+        params: The parameters.
+        values: A scalar for each.
+
+    Returns:
+        The sum, the same on all processes, on the first value's device.
+    """
+    totals: dict[Any, Tensor] = {}
+    for param, value in zip(params, values):
+        sharded: Any = param
+        key = (sharded.device_mesh, sharded.placements) if _is_sharded(param) else None
+        totals[key] = totals[key] + value.to(totals[key].device) if key in totals else value
+    for key, total in totals.items():
+        if key is not None:
+            from torch.distributed.tensor import DTensor, Partial, Replicate
+
+            mesh, placements = key
+            partial = [Partial() if placement.is_shard() else Replicate() for placement in placements]
+            totals[key] = DTensor.from_local(total, mesh, partial).full_tensor()
+    return torch.stack([total.to(values[0].device) for total in totals.values()]).sum()

@@ -5,10 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ['Branch', 'branch_names', 'embed', 'merge']
+__all__ = ['Branch', 'branch_names', 'embed', 'merge', 'merge_backward']
 
 _WINDOW = re.compile(r'([1-9]\d*)x([1-9]\d*)')
 
@@ -91,26 +90,40 @@ def branch_names(
     return tuple(sorted(names))
 
 
-def embed(operator: Tensor, kernel_shape: Sequence[int], diagonal: bool = False) -> Tensor:
+def support(kernel: Tensor, branch: Branch) -> Tensor:
+    """Returns the view of a kernel's entries that a branch reaches.
+
+    Args:
+        kernel: Kernel of shape (O, I/g, k_h, k_w), or a tensor of that shape such as its gradient.
+        branch: The branch.
+
+    Returns:
+        View of shape (O, I/g, h, w); of a diagonal branch (g, O/g, h, w).
+    """
+    tops = [(outer - inner) // 2 for outer, inner in zip(kernel.shape[2:], branch.kernel_size)]
+    height, width = (slice(top, top + size) for top, size in zip(tops, branch.kernel_size))
+    window = kernel[:, :, height, width]
+    if not branch.diagonal:
+        return window
+    group_channels = kernel.shape[1]
+    return window.unflatten(0, (-1, group_channels)).diagonal(dim1=1, dim2=2).movedim(-1, 1)
+
+
+def embed(operator: Tensor, kernel_shape: Sequence[int], branch: Branch) -> Tensor:
     """Embeds a branch's tensor in the kernel: `A_b theta_b`.
 
     Args:
         operator: Tensor of shape (O, I/g, h, w), or (O, 1, h, w) for a diagonal branch.
         kernel_shape: Shape (O, I/g, k_h, k_w) of the whole kernel.
-        diagonal: Place the operator on the (group-wise) channel diagonal.
+        branch: The branch.
 
     Returns:
         Tensor of shape `kernel_shape`, zero outside of the branch's support.
     """
-    out_channels, group_channels, height, width = kernel_shape
-    if diagonal:
-        rows = torch.arange(out_channels, device=operator.device)
-        full = operator.new_zeros((out_channels, group_channels, *operator.shape[2:]))
-        full[rows, rows % group_channels] = operator[:, 0]
-        operator = full
-    pad_height = (height - operator.shape[2]) // 2
-    pad_width = (width - operator.shape[3]) // 2
-    return F.pad(operator, (pad_width, pad_width, pad_height, pad_height))
+    kernel = operator.new_zeros(tuple(kernel_shape))
+    part = support(kernel, branch)
+    part += operator.reshape(part.shape)
+    return kernel
 
 
 def merge(
@@ -132,13 +145,53 @@ def merge(
     """
     dtype = operators[branches[0].name].dtype
     exact = torch.promote_types(dtype, torch.float32)
-    parts = []
-    for branch in branches:
-        operator = operators[branch.name].to(exact)
+    # The largest first: the others are added to it in place.
+    kernel = None
+    for branch in sorted(branches, key=lambda branch: branch.name != 'kxk'):
+        term = operators[branch.name].to(exact)
         if branch.scaled:
-            operator = operator * scales[branch.name].to(operator.device, exact).view(-1, 1, 1, 1)
-        parts.append(embed(operator, kernel_shape, branch.diagonal))
-    return sum(parts[1:], parts[0]).to(dtype)
+            term = term * scales[branch.name].to(term.device, exact).view(-1, 1, 1, 1)
+        if kernel is None:
+            kernel = term if branch.name == 'kxk' else embed(term, kernel_shape, branch)
+            continue
+        part = support(kernel, branch)
+        part += term.reshape(part.shape)
+    assert kernel is not None
+    return kernel.to(dtype)
+
+
+def merge_backward(
+    branches: Sequence[Branch],
+    operators: Mapping[str, Tensor],
+    scales: Mapping[str, Tensor],
+    grad_kernel: Tensor,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Splits the gradient of a merged kernel into those of operators and scales.
+
+    Args:
+        branches: The branches that were added up.
+        operators: Branch name to operator.
+        scales: Branch name to scale of shape (O,).
+        grad_kernel: Gradient of the kernel, in float32 or better; overwritten.
+
+    Returns:
+        Branch name to gradient of its operator, in the operator's shape and `grad_kernel`'s dtype, and branch name to
+        gradient of its scale.
+    """
+    exact = grad_kernel.dtype
+    grad_operators, grad_scales = {}, {}
+    # The largest last: its gradient takes the kernel's place.
+    for branch in sorted(branches, key=lambda branch: branch.name == 'kxk'):
+        operator = operators[branch.name]
+        part = support(grad_kernel, branch)
+        if branch.scaled:
+            scale = scales[branch.name].to(part.device, exact).view(-1, 1, 1, 1)
+            grad_scales[branch.name] = torch.einsum('oihw,oihw->o', part, operator.to(exact))
+            part = part.mul_(scale) if branch.name == 'kxk' else part * scale
+        else:
+            part = part.clone()
+        grad_operators[branch.name] = part.reshape(operator.shape)
+    return grad_operators, grad_scales
 
 
 def _pair(value: int | Sequence[int]) -> tuple[int, int]:

@@ -6,11 +6,58 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from .branches import Branch, branch_names, merge
+from .branches import Branch, branch_names, merge, merge_backward
 from .vectors import check_vectors
 
 __all__ = ['CSLAConv2d']
+
+
+class _MergedConv2d(torch.autograd.Function):
+    """A convolution with a merged kernel, which the backward pass merges again instead of keeping it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        branches: Sequence[Branch],
+        shape: Sequence[int],
+        geometry: Sequence[Any],
+        *tensors: Tensor,
+    ) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        ctx.save_for_backward(x, *tensors)
+        ctx.branches, ctx.shape, ctx.geometry = branches, shape, geometry
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return F.conv2d(x, merge(branches, *_by_name(branches, tensors), shape), bias, *geometry)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, *tensors = ctx.saved_tensors
+        operators, scales = _by_name(ctx.branches, tensors)
+        stride, padding, dilation, groups = ctx.geometry
+        needed = [ctx.needs_input_grad[0], True, ctx.bias_dtype is not None]
+        kernel = merge(ctx.branches, operators, scales, ctx.shape).to(x.dtype)
+        grad_x, grad_kernel, grad_bias = torch.ops.aten.convolution_backward(
+            grad, x, kernel, [ctx.shape[0]], stride, padding, dilation, False, [0, 0], groups, needed
+        )
+        exact = torch.promote_types(tensors[0].dtype, torch.float32)
+        grad_operators, grad_scales = merge_backward(ctx.branches, operators, scales, grad_kernel.to(exact))
+        grads = [grad_operators[branch.name] for branch in ctx.branches]
+        grads += [grad_scales[branch.name] for branch in ctx.branches if branch.scaled]
+        grads = [part.to(tensor.dtype) for part, tensor in zip(grads, tensors)]
+        grad_bias = None if grad_bias is None else grad_bias.to(ctx.bias_dtype)
+        return grad_x, grad_bias, None, None, None, *grads
+
+
+def _by_name(branches: Sequence[Branch], tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    scaled = [branch for branch in branches if branch.scaled]
+    operators = {branch.name: tensor for branch, tensor in zip(branches, tensors)}
+    return operators, {branch.name: tensor for branch, tensor in zip(scaled, tensors[len(branches) :])}
 
 
 class CSLAConv2d(nn.Module):
@@ -113,10 +160,15 @@ class CSLAConv2d(nn.Module):
 
     def kernel(self) -> Tensor:
         """Returns the merged kernel of shape (O, I/g, k_h, k_w), differentiable in operators and scales."""
-        shape = (self.out_channels, self.in_channels // self.groups, *self.kernel_size)
-        operators = {branch.name: operator.weight for branch, operator in self._operators()}
-        scales = {branch.name: operator.scale for branch, operator in self._operators() if branch.scaled}
-        return merge(self._branches, operators, scales, shape)
+        return merge(self._branches, *_by_name(self._branches, self._tensors()), self._shape)
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return self.out_channels, self.in_channels // self.groups, *self.kernel_size
+
+    def _tensors(self) -> list[Tensor]:
+        operators = [operator.weight for _, operator in self._operators()]
+        return operators + [operator.scale for branch, operator in self._operators() if branch.scaled]
 
     def to_conv(self) -> nn.Conv2d:
         """Returns the plain convolution with the merged kernel; same device, dtype and mode."""
@@ -138,7 +190,11 @@ class CSLAConv2d(nn.Module):
         return conv.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.kernel(), self.bias, self.stride, self.padding, self.dilation, self.groups)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        # A compiler finds out by itself what to keep; a padding with a name is not one of the backward function's.
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or isinstance(self.padding, str):
+            return F.conv2d(x, self.kernel(), self.bias, *geometry)
+        return _MergedConv2d.apply(x, self.bias, self._branches, self._shape, geometry, *self._tensors())
 
     def extra_repr(self) -> str:
         return (

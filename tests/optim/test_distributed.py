@@ -3,35 +3,115 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from timm.layers import freeze_batch_norm_2d
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
+
+from repopt_timm import clip_grad_norm_, make_grad_mults
+from repopt_timm.optim import RepOptAdamW, RepOptSGD
 
 from ..helpers import relative_difference
 from .equivalence import optimizers, twins
 
-PROCESSES = 2
+GLOBAL_BATCH = 8
+SETTINGS = {'lr': 0.01, 'momentum': 0.9, 'weight_decay': 5e-3}
 
 
-def train_in_process(rank, rendezvous, results):
+def in_processes(count, function, tmp_path, *args):
+    """Runs a function of rank and arguments in processes that form a group, and returns what it returned on each."""
+    mp.spawn(_run, (count, tmp_path, function, args), nprocs=count)
+    return [torch.load(tmp_path / str(rank)) for rank in range(count)]
+
+
+def _run(rank, count, folder, function, args):
     torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{rendezvous}', rank=rank, world_size=PROCESSES)
+    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=count)
     torch.manual_seed(0)
-    csla, plain = twins()
-    # Wrapped before the optimizer is made: it has to find the scales inside.
-    wrapped = [DistributedDataParallel(csla), DistributedDataParallel(plain)]
-    pair = optimizers(*wrapped, 'sgd', lr=0.01, momentum=0.9, weight_decay=5e-3)
-    torch.manual_seed(rank)
-    for _ in range(50):
-        images, labels = torch.randn(8, 3, 32, 32, dtype=torch.float64), torch.randint(0, 5, (8,))
-        for net, optimizer in zip(wrapped, pair):
-            optimizer.zero_grad()
-            F.cross_entropy(net(images), labels).backward()
-            optimizer.step()
-    torch.save(relative_difference(plain, csla.to_plain()), f'{results}/{rank}')
+    torch.save(function(rank, count, *args), folder / str(rank))
     dist.destroy_process_group()
 
 
+def batches(steps=20, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        images = torch.randn(GLOBAL_BATCH, 3, 32, 32, dtype=torch.float64, generator=generator)
+        yield images, torch.randint(0, 5, (GLOBAL_BATCH,), generator=generator)
+
+
+def fixed_net():
+    """A plain net with scales and frozen BatchNorm: what one sample does not depend on the others."""
+    return freeze_batch_norm_2d(twins()[1])
+
+
+def train(net, optimizer, rank=0, count=1, clip=None):
+    for images, labels in batches():
+        optimizer.zero_grad()
+        F.cross_entropy(net(images[rank::count]), labels[rank::count]).backward()
+        if clip is not None:
+            clip()
+        optimizer.step()
+
+
+def equivalence_under_ddp(rank, count):
+    csla, plain = twins()
+    # Wrapped before the optimizer is made: it has to find the scales inside.
+    wrapped = [DistributedDataParallel(csla), DistributedDataParallel(plain)]
+    for net, optimizer in zip(wrapped, optimizers(*wrapped, 'sgd', **SETTINGS)):
+        train(net, optimizer, rank, count)
+    return relative_difference(plain, csla.to_plain())
+
+
+def ddp_against_one_process(rank, count):
+    torch.manual_seed(0)
+    nets = fixed_net(), fixed_net()
+    nets[1].load_state_dict(nets[0].state_dict())
+    nets[1].set_scales(nets[0].scales, init=False)
+    train(nets[0], RepOptSGD(nets[0].parameters(), grad_mults=make_grad_mults(nets[0]), **SETTINGS))
+    spread = DistributedDataParallel(nets[1])
+    train(spread, RepOptSGD(spread.parameters(), grad_mults=make_grad_mults(spread), **SETTINGS), rank, count)
+    return relative_difference(*nets)
+
+
+def fsdp_against_one_process(rank, count, rule, kwargs):
+    torch.manual_seed(0)
+    net, sharded = fixed_net(), fixed_net()
+    sharded.load_state_dict(net.state_dict())
+    sharded.set_scales(net.scales, init=False)
+    mesh = init_device_mesh('cpu', (count,))
+    for stage in sharded.stages:
+        fully_shard(stage, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    for each, part in ((net, (0, 1)), (sharded, (rank, count))):
+        mults = make_grad_mults(each, update_rule=rule)
+        clipping = make_grad_mults(each)
+        optimizer = {'sgd': RepOptSGD, 'adamw': RepOptAdamW}[rule](each.parameters(), grad_mults=mults, **kwargs)
+        params = list(each.parameters())
+        train(each, optimizer, *part, clip=lambda params=params, mults=clipping: clip_grad_norm_(params, 0.5, mults))
+    whole = {name: param.full_tensor() for name, param in sharded.named_parameters()}
+    return max((whole[name] - param).abs().max().item() for name, param in net.named_parameters())
+
+
 @pytest.mark.slow
-def test_the_equivalence_holds_in_two_processes(tmp_path):
-    mp.spawn(train_in_process, (tmp_path / 'rendezvous', tmp_path), nprocs=PROCESSES)
-    for rank in range(PROCESSES):
-        assert torch.load(tmp_path / str(rank)) < 1e-12
+@pytest.mark.parametrize('count', [2, 4])
+def test_the_equivalence_holds_in_parallel(count, tmp_path):
+    assert max(in_processes(count, equivalence_under_ddp, tmp_path)) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count', [2, 4])
+def test_with_frozen_batchnorm_processes_do_what_one_does_on_the_whole_batch(count, tmp_path):
+    assert max(in_processes(count, ddp_against_one_process, tmp_path)) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('rule', 'kwargs'),
+    [
+        ('sgd', {**SETTINGS, 'nesterov': True}),
+        ('sgd', {**SETTINGS, 'compiled': True}),
+        ('adamw', {'lr': 1e-3, 'weight_decay': 0.05}),
+    ],
+)
+def test_sharded_parameters_go_the_same_way(rule, kwargs, tmp_path):
+    assert max(in_processes(2, fsdp_against_one_process, tmp_path, rule, kwargs)) < 1e-10

@@ -32,9 +32,9 @@ def convs(draw):
     )
 
 
-def csla(conv):
+def csla(conv, **kwargs):
     """A CSLA convolution with scales that differ from channel to channel."""
-    module = CSLAConv2d(conv, dtype=conv.weight.dtype)
+    module = CSLAConv2d(conv, dtype=conv.weight.dtype, **kwargs)
     module.set_vectors({name: torch.randn(conv.out_channels) + 0.1 for name in module.branches})
     return module
 
@@ -58,6 +58,17 @@ def test_one_merged_convolution_is_the_sum_of_the_branches(conv):
     module = csla(conv)
     x = torch.randn(2, conv.in_channels, 9, 8, dtype=conv.weight.dtype)
     torch.testing.assert_close(module(x), separately(module, x), atol=TOLERANCE[x.dtype], rtol=TOLERANCE[x.dtype])
+
+
+@settings(deadline=None)
+@given(convs(), st.booleans())
+def test_its_gradients_are_those_of_the_branches(conv, trainable_scales):
+    module = csla(conv, trainable_scales=trainable_scales)
+    x = torch.randn(2, conv.in_channels, 9, 8, dtype=conv.weight.dtype, requires_grad=True)
+    inputs = [x, *module.parameters()]
+    merged = torch.autograd.grad(module(x).square().sum(), inputs)
+    expected = torch.autograd.grad(separately(module, x).square().sum(), inputs)
+    torch.testing.assert_close(merged, expected, rtol=10 * TOLERANCE[x.dtype], atol=1e3 * TOLERANCE[x.dtype])
 
 
 @settings(deadline=None)
@@ -85,7 +96,7 @@ def test_a_grad_mult_is_the_sum_of_scaled_support_masks(conv, update_rule):
     expected = torch.zeros_like(conv.weight)
     for name, vector in vectors.items():
         branch = Branch.of(name, conv)
-        mask = embed(torch.ones_like(branch.operator(conv).weight), conv.weight.shape, branch.diagonal)
+        mask = embed(torch.ones_like(branch.operator(conv).weight), conv.weight.shape, branch)
         power = {'sgd': 2, 'adamw': 1}[update_rule]
         expected += mask if name == 'identity' else vector.abs().view(-1, 1, 1, 1) ** power * mask
     mult = make_grad_mults(nn.Sequential(conv), {'0': vectors}, update_rule)[conv.weight]
@@ -98,7 +109,7 @@ def test_the_identity_of_a_grouped_convolution_lies_on_each_groups_diagonal():
     conv = nn.Conv2d(6, 6, 3, padding=1, groups=2, bias=False)
     x = torch.randn(1, 6, 5, 5)
     with torch.no_grad():
-        conv.weight.copy_(embed(torch.ones(6, 1, 1, 1), conv.weight.shape, diagonal=True))
+        conv.weight.copy_(embed(torch.ones(6, 1, 1, 1), conv.weight.shape, Branch.of('identity', conv)))
     torch.testing.assert_close(conv(x), x)
 
 

@@ -31,6 +31,30 @@ def test_gradients_reach_operators_and_trainable_scales():
     assert all(param.grad.abs().sum() > 0 for param in module.parameters())
 
 
+def test_no_kernel_is_kept_for_the_backward_pass():
+    module, x = CSLAConv2d(CONV, trainable_scales=True), torch.randn(1, 6, 2, 2, requires_grad=True)
+    known = {tensor.data_ptr() for tensor in (x, *module.parameters())}
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        module(x)
+    assert kept
+    assert {tensor.data_ptr() for tensor in kept} <= known
+
+
+def test_under_autocast_gradients_have_the_parameters_dtype():
+    conv = nn.Conv2d(6, 6, 3, padding=1)
+    module, x = CSLAConv2d(conv, trainable_scales=True), torch.randn(2, 6, 5, 5)
+    with torch.autocast('cpu', torch.bfloat16):
+        y = module(x)
+        assert y.dtype == torch.bfloat16
+        plain = torch.nn.functional.conv2d(x, module.kernel(), module.bias, padding=1)
+    params = list(module.parameters())
+    grads = torch.autograd.grad(y.float().square().sum(), params)
+    expected = torch.autograd.grad(plain.float().square().sum(), params)
+    assert all(grad.dtype == torch.float32 for grad in grads)
+    torch.testing.assert_close(grads, expected, rtol=0.05, atol=0.5)
+
+
 def test_the_identity_starts_at_its_searched_value():
     module = CSLAConv2d(CONV)
     module.set_vectors(VECTORS)
