@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 from torch import Tensor
 
+from .packing import unpack
+
 __all__ = ['read_checkpoint', 'select_state_dict']
 
 # In the order in which timm's own loader looks for them.
@@ -64,7 +66,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def select_state_dict(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
-    """Selects the model's tensors of a checkpoint: averaged weights first, wrappers' prefixes removed.
+    """Selects the model's tensors of a checkpoint: averaged weights first, prefixes removed, 8-bit ones restored.
 
     Args:
         checkpoint: What `read_checkpoint` returned: with `state_dict_ema`, `state_dict` or `model` inside, or bare.
@@ -72,10 +74,11 @@ def select_state_dict(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     for key in _STATE_DICT_KEYS:
         if isinstance(checkpoint.get(key), dict):
             return _clean(checkpoint[key])
-    return _clean({key: value for key, value in checkpoint.items() if isinstance(value, Tensor)})
+    return _clean(checkpoint)
 
 
 def _clean(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    state_dict = unpack({name: value for name, value in state_dict.items() if isinstance(value, Tensor)})
     # Before 1.0.31 timm removes the prefix of one wrapper only.
     return clean_state_dict(clean_state_dict(state_dict))
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from torch import nn
@@ -19,6 +20,7 @@ from .card_body import CURVES_FILE, SCALES_PICTURE, WEIGHTS_FILE
 from .checkpoint import read_checkpoint, select_state_dict
 from .files import replacing
 from .models import RepOptVgg
+from .packing import PRECISIONS, pack
 from .publishing import write_card
 from .repository import push_folder
 from .scales import Scales
@@ -49,6 +51,7 @@ class _Publication(NamedTuple):
     metrics: Mapping[str, float | str]
     training: Mapping[str, Any]
     curves: str | os.PathLike | None
+    precision: str
 
 
 def save_pretrained(
@@ -58,6 +61,7 @@ def save_pretrained(
     metrics: Mapping[str, float | str] | None = None,
     training: Mapping[str, Any] | None = None,
     curves: str | os.PathLike | None = None,
+    precision: str = 'float32',
     repo_id: str | None = None,
 ) -> None:
     """Writes a model as a repository in timm's format, whose card holds the scales.
@@ -74,13 +78,14 @@ def save_pretrained(
             checkpoint when left out.
         training: How the weights were trained, plain data for the card; told from the checkpoint when left out.
         curves: Picture of the training curves to put beside, a PNG file.
+        precision: `float32`, or `float16` or `int8` for smaller kernels, see `packing.pack`; loading restores them.
         repo_id: Name that the repository has on the Hub, for the snippets in the card.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint or source of scales.
         ValueError: If the checkpoint does not tell its model, or the scales are missing or another model's.
     """
-    publication = _prepare(model, scales, metrics, training, curves)
+    publication = _prepare(model, scales, metrics, training, curves, precision)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # Everything is made beside its place first: an error in the middle leaves the directory as it was.
@@ -107,6 +112,7 @@ def push_to_hub(
     token: str | bool | None = None,
     training: Mapping[str, Any] | None = None,
     curves: str | os.PathLike | None = None,
+    precision: str = 'float32',
     commit_message: str = 'Model with scales of repopt-timm',
 ) -> str:
     """Publishes a model on the Hugging Face Hub, in timm's format, with its scales in the card.
@@ -122,6 +128,7 @@ def push_to_hub(
         token: The token of `hf auth login` when left out.
         training: See there.
         curves: See there.
+        precision: See there.
         commit_message: Title of the commit.
 
     Returns:
@@ -135,7 +142,7 @@ def push_to_hub(
     Example:
         >>> push_to_hub(model, 'user/a0', metrics={'dataset': 'cifar10', 'top1': 93.1})  # doctest: +SKIP
     """
-    publication = _prepare(model, scales, metrics, training, curves)
+    publication = _prepare(model, scales, metrics, training, curves, precision)
 
     def write(folder: Path, name: str, published: frozenset[str]) -> None:
         _write(publication, folder, name, published)
@@ -163,7 +170,10 @@ def _prepare(
     metrics: Mapping[str, float | str] | None,
     training: Mapping[str, Any] | None,
     curves: str | os.PathLike | None,
+    precision: str,
 ) -> _Publication:
+    if precision not in PRECISIONS:
+        raise ValueError(f"Unknown precision '{precision}', expected one of {', '.join(PRECISIONS)}.")
     if not isinstance(model, nn.Module):
         source, checkpoint = os.fspath(model), read_checkpoint(model)
         model = _model_of(checkpoint, source, scales)
@@ -188,12 +198,16 @@ def _prepare(
         eval_results(metrics)
     if curves is not None and not Path(curves).is_file():
         raise FileNotFoundError(f"There is no picture '{os.fspath(curves)}'.")
-    return _Publication(model, found, metrics, training, curves)
+    if precision != 'float32':
+        training['weights'] = precision
+    return _Publication(model, found, metrics, training, curves, precision)
 
 
 def _write(publication: _Publication, folder: Path, repo_id: str, published: frozenset[str]) -> None:
-    model, scales, metrics, training, curves = publication
+    model, scales, metrics, training, curves, precision = publication
     save_for_hf(model, str(folder), model_args=_model_args(model), safe_serialization=True)
+    if precision != 'float32':
+        save_file(pack(model.state_dict(), precision), folder / WEIGHTS_FILE, {'format': 'pt'})
     if curves is not None:
         (folder / CURVES_FILE).write_bytes(Path(curves).read_bytes())
     entry = None if scales is None else scales.to_entry()

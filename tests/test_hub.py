@@ -210,3 +210,23 @@ def test_weights_that_break_off_are_not_used(hub, client, tmp_path):
     with pytest.raises(Exception, match=r'[Cc]onnection|reset|read'):
         timm.create_model(f'hf-hub:{REPO}', pretrained=True)
     assert not list((tmp_path / 'other').glob('hub/models--*/snapshots/*/model.safetensors'))
+
+
+@pytest.mark.parametrize(('precision', 'part'), [('float16', 0.55), ('int8', 0.35)])
+def test_weights_are_saved_in_fewer_bits_and_restored_on_load(precision, part, tmp_path, images):
+    model = trained()
+    save_pretrained(model, tmp_path / 'whole')
+    save_pretrained(model, tmp_path / 'packed', precision=precision)
+    sizes = [(tmp_path / name / 'model.safetensors').stat().st_size for name in ('whole', 'packed')]
+    assert sizes[1] < part * sizes[0]
+    assert f'weights: {precision}' in (tmp_path / 'packed' / 'README.md').read_text()
+    loaded = timm.create_model(f'local-dir:{tmp_path / "packed"}', pretrained=True).eval()
+    assert loaded.stem.conv.weight.dtype == torch.float32
+    torch.testing.assert_close(loaded(images), model(images), rtol=0.05, atol=0.05)
+    assert not torch.equal(loaded(images), model(images))
+
+
+def test_an_unknown_precision_is_told_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="precision 'int4'"):
+        save_pretrained(trained(), tmp_path / 'new', precision='int4')
+    assert not (tmp_path / 'new').exists()

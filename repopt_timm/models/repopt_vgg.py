@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture, initial_scale
+from ..packing import unpack
 from ..reparam import CSLAConv2d, attach_scales, carried_scales, initialize
 from ..scales import Scales
 from ..sources import ScalesSource, load_scales, scales_beside_weights
@@ -338,12 +339,17 @@ def _create_repopt_vgg(
         pretrained,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=pretrained_cfg_overlay,
+        pretrained_filter_fn=_restore,
         model_cfg=ARCHITECTURES[architecture],
         feature_cfg={'flatten_sequential': True, 'out_indices': tuple(range(_num_features(strides)))},
         architecture=architecture,
         mode=mode,
         **kwargs,
     )
+
+
+def _restore(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    return unpack(state_dict)
 
 
 def _downloaded_scales(weights: dict[str, Any], kwargs: dict[str, Any]) -> Any:
