@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .files import replacing
 
-__all__ = ['plot_curves', 'plot_scales']
+__all__ = ['plot_curves', 'plot_scales', 'pyplot_module', 'save_figure']
 
 # The scales of kxk and 1x1 may lie on top of each other, as they do before a search.
 _STYLES = {
@@ -18,7 +18,12 @@ _STYLES = {
 }
 
 
-def _pyplot() -> Any:
+def pyplot_module() -> Any:
+    """Returns `matplotlib.pyplot`, for pictures that go to files.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
     try:
         import matplotlib
     except ImportError:
@@ -29,10 +34,11 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(figure: Any, path: str | os.PathLike) -> None:
+def save_figure(figure: Any, path: str | os.PathLike) -> None:
+    """Writes a figure in the format that the path's suffix names, whole or not at all, and closes it."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, bbox_inches='tight')
-    _pyplot().close(figure)
+    pyplot_module().close(figure)
 
 
 def plot_scales(scales: Mapping[str, Mapping[str, Tensor]], path: str | os.PathLike, title: str = '') -> None:
@@ -46,7 +52,7 @@ def plot_scales(scales: Mapping[str, Mapping[str, Tensor]], path: str | os.PathL
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    figure, axes = _pyplot().subplots(figsize=(9, 4))
+    figure, axes = pyplot_module().subplots(figsize=(9, 4))
     modules = list(scales)
     for branch in sorted({branch for module in modules for branch in scales[module]}, reverse=True):
         style = _STYLES.get(branch, {'marker': 'o', 'ms': 3})
@@ -64,7 +70,7 @@ def plot_scales(scales: Mapping[str, Mapping[str, Tensor]], path: str | os.PathL
     axes.set(xlabel='convolution, from the stem on', ylabel='scale: mean, and range over channels')
     axes.set_title(title, loc='left', pad=16)
     axes.legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: str | os.PathLike) -> None:
@@ -77,7 +83,7 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: st
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    figure, (left, right) = _pyplot().subplots(1, 2, figsize=(10, 3.8))
+    figure, (left, right) = pyplot_module().subplots(1, 2, figsize=(10, 3.8))
     for name, rows in histories.items():
         evaluated = [row for row in rows if 'eval_top1' in row]
         left.plot([row['epoch'] + 1 for row in rows], [row['train_loss'] for row in rows], label=name)
@@ -87,4 +93,4 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: st
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)

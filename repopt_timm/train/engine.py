@@ -28,6 +28,7 @@ class _Progress:
         self.total = total
         self.interval = args.log_interval
         self.primary = args.rank == 0
+        self.unit = 'img/s' if args.world_size == 1 else 'img/s per process'
         self.start = time.perf_counter()
         self.images = 0
         terminal = self.primary and sys.stderr.isatty()
@@ -39,7 +40,7 @@ class _Progress:
             self.bar.update(1)
         if self.primary and ((index + 1) % self.interval == 0 or index + 1 == self.total):
             rate = self.images / (time.perf_counter() - self.start)
-            text = f'{describe(sums)} {rate:.0f} img/s'
+            text = f'{describe(sums)} {rate:.0f} {self.unit}'
             if self.bar is not None:
                 self.bar.set_postfix_str(text)
             else:

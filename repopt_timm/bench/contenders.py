@@ -1,0 +1,225 @@
+"""The models that are compared, and what one step of each does."""
+
+import copy
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.models import reparameterize_model
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim import SGD, Optimizer
+
+from ..architectures import ARCHITECTURES, Architecture, initial_scale
+from ..models import RepOptVgg
+from ..models.repopt_vgg import RepOptVggBlock
+from ..optim import RepOptSGD
+from ..reparam import CSLAConv2d, attach_scales, initialize, make_grad_mults
+
+__all__ = [
+    'PRECISIONS',
+    'SeparateBranches',
+    'architecture_of',
+    'autocast',
+    'batch',
+    'fold_batchnorm',
+    'forward_pass',
+    'hyper_search',
+    'inference',
+    'initial_vectors',
+    'make_optimizer',
+    'memory_format',
+    'plain_inference_models',
+    'repvgg',
+    'separate_branches',
+    'target',
+    'training_step',
+]
+
+PRECISIONS = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+"""Name of a precision to the type that autocast computes in, if any."""
+
+
+def architecture_of(model: str) -> Architecture:
+    """Returns the architecture of a target model.
+
+    Raises:
+        ValueError: If there is no such target model.
+    """
+    if model not in ARCHITECTURES:
+        raise ValueError(f'--model {model}: expected a RepOpt-VGG target, one of {", ".join(ARCHITECTURES)}.')
+    return ARCHITECTURES[model]
+
+
+def initial_vectors(architecture: Architecture) -> dict[str, dict[str, Tensor]]:
+    """Returns the scales that a Hyper-Search starts from, for an architecture that may have no name."""
+    return {
+        spec.name: {
+            branch: torch.full((spec.out_channels,), 1.0 if branch == 'identity' else initial_scale(spec.index))
+            for branch in spec.branches
+        }
+        for spec in architecture.convs()
+    }
+
+
+def target(
+    architecture: Architecture, device: torch.device, grad_checkpointing: bool = False, scales: bool = True
+) -> RepOptVgg:
+    """Makes a RepOpt-VGG target.
+
+    Args:
+        architecture: Depths and widths.
+        device: Device of the parameters.
+        grad_checkpointing: Recompute activations in the backward pass.
+        scales: Let the convolutions carry scales, as a RepOptimizer needs them.
+    """
+    model = RepOptVgg(architecture, 'target', device=device)
+    if scales:
+        vectors = initial_vectors(architecture)
+        initialize(model, vectors)
+        attach_scales(model, vectors, initialized=True)
+    if grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model.to(memory_format=memory_format(device))
+
+
+def hyper_search(architecture: Architecture, device: torch.device) -> RepOptVgg:
+    """Makes the model whose scales are trained."""
+    return RepOptVgg(architecture, 'hs', mode='hs', device=device).to(memory_format=memory_format(device))
+
+
+def repvgg(architecture: Architecture, device: torch.device) -> nn.Module:
+    """Makes the RepVGG with these depths and widths: timm's own, where timm has one."""
+    blocks = tuple(
+        ByoBlockCfg(type='rep', d=depth, c=width, s=2, gs=0)
+        for depth, width in zip(architecture.depths, architecture.widths[1:])
+    )
+    attention: dict[str, Any] = {}
+    if architecture.use_se:
+        attention = {'attn_layer': 'se', 'attn_kwargs': {'rd_ratio': 1 / 16, 'rd_divisor': 1}}
+    cfg = ByoModelCfg(blocks=blocks, stem_type='rep', stem_chs=architecture.widths[0], **attention)
+    return ByobNet(cfg, device=device).to(memory_format=memory_format(device))
+
+
+class SeparateBranches(nn.Module):
+    """A CSLA convolution that runs its branches one by one and adds up what they put out.
+
+    Args:
+        conv: The convolution whose parameters it takes over.
+    """
+
+    def __init__(self, conv: CSLAConv2d):
+        super().__init__()
+        self.branches = conv.branches
+        self.stride = conv.stride
+        self.dilation = conv.dilation
+        self.groups = conv.groups
+
+    def _branch(self, name: str, operator: Any, x: Tensor) -> Tensor:
+        if name == 'identity':
+            return x * operator.weight.view(1, -1, 1, 1)
+        padding = [dilation * (size - 1) // 2 for dilation, size in zip(self.dilation, operator.kernel_size)]
+        y = F.conv2d(x, operator.weight, None, self.stride, padding, self.dilation, self.groups)
+        return y * operator.scale.view(1, -1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *others = [self._branch(name, operator, x) for name, operator in self.branches.items()]
+        return sum(others, first)
+
+
+def separate_branches(model: nn.Module) -> nn.Module:
+    """Copies a Hyper-Search or CSLA model with branches that run one by one."""
+    model = copy.deepcopy(model)
+    for block in model.modules():
+        if isinstance(block, RepOptVggBlock) and isinstance(block.conv, CSLAConv2d):
+            block.conv = SeparateBranches(block.conv)
+    return model
+
+
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    """Copies a target for inference, with each BatchNorm in the convolution before it."""
+    model = copy.deepcopy(model).eval()
+    for block in model.modules():
+        if isinstance(block, RepOptVggBlock):
+            conv: Any = block.conv
+            norm: Any = block.bn
+            block.conv, block.bn = fuse_conv_bn_eval(conv, norm), norm.act
+    return model
+
+
+def plain_inference_models(architecture: Architecture, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Makes the RepVGG with merged branches, and the target with folded BatchNorm, which have the same layers."""
+    merged = reparameterize_model(repvgg(architecture, device).eval())
+    folded = fold_batchnorm(target(architecture, device, scales=False))
+    return merged.to(memory_format=memory_format(device)), folded.to(memory_format=memory_format(device))
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Returns the layout that is fastest on a device, and safe.
+
+    On CPUs torch 2.14 corrupts memory in the backward pass of RepVGG's 1x1 stem at 224 px in channels_last.
+    """
+    return torch.channels_last if device.type == 'cuda' else torch.contiguous_format
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager:
+    """Makes the context that forward passes of this precision run in."""
+    dtype = PRECISIONS[precision]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+
+
+def batch(size: int, img_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Makes random images and labels."""
+    images = torch.randn(size, 3, img_size, img_size, device=device)
+    return images.contiguous(memory_format=memory_format(device)), torch.randint(0, 1000, (size,), device=device)
+
+
+def make_optimizer(model: nn.Module) -> Optimizer:
+    """Makes RepOptSGD for a model that carries scales, else SGD; both with Nesterov momentum and fused."""
+    settings: dict[str, Any] = {'lr': 1e-3, 'momentum': 0.9, 'nesterov': True, 'weight_decay': 4e-5, 'fused': True}
+    if isinstance(model, RepOptVgg) and model.mode == 'target':
+        return RepOptSGD(model.parameters(), grad_mults=make_grad_mults(model), **settings)
+    return SGD(model.parameters(), **settings)
+
+
+def forward_pass(model: nn.Module, images: Tensor, labels: Tensor, precision: str = 'float32') -> Callable[[], Tensor]:
+    """Makes the forward pass of a training step, which returns the loss."""
+
+    def forward() -> Tensor:
+        with autocast(precision, images.device):
+            return F.cross_entropy(model(images), labels)
+
+    return forward
+
+
+def training_step(model: nn.Module, images: Tensor, labels: Tensor, precision: str = 'float32') -> Callable[[], None]:
+    """Makes a model's optimizer and two steps, which all memory is allocated after, and returns the step.
+
+    A step leaves no gradients behind.
+    """
+    optimizer = make_optimizer(model)
+    forward = forward_pass(model.train(), images, labels, precision)
+
+    def step() -> None:
+        forward().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    step()
+    return step
+
+
+def inference(model: nn.Module, images: Tensor, precision: str = 'float32') -> Callable[[], None]:
+    """Makes a forward pass without gradients."""
+    model.eval()
+
+    @torch.inference_mode()
+    def run() -> None:
+        with autocast(precision, images.device):
+            model(images)
+
+    return run

@@ -1,0 +1,63 @@
+import pytest
+import timm
+import torch
+
+from repopt_timm.bench.contenders import (
+    architecture_of,
+    batch,
+    fold_batchnorm,
+    forward_pass,
+    hyper_search,
+    make_optimizer,
+    repvgg,
+    separate_branches,
+    target,
+    training_step,
+)
+from repopt_timm.optim import RepOptSGD
+
+from ..helpers import TINY, random_scales, tiny_model
+
+CPU, META = torch.device('cpu'), torch.device('meta')
+
+
+def test_separate_branches_compute_what_the_search_computes():
+    merged = tiny_model('_hs', scales=random_scales(), num_classes=1000).double()
+    separate = separate_branches(merged)
+    images, labels = batch(4, 64, CPU)
+    for model in (merged, separate):
+        forward_pass(model, images.double(), labels)().backward()
+    torch.testing.assert_close(separate(images.double()), merged(images.double()))
+    gradients = {name: parameter.grad for name, parameter in separate.named_parameters()}
+    for name, parameter in merged.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+@pytest.mark.parametrize('name', ['a0', 'b1', 'd2se'])
+def test_the_repvgg_is_the_one_of_timm(name):
+    own = repvgg(architecture_of(f'repopt_vgg_{name}'), META)
+    theirs = timm.create_model(f'repvgg_{name}', device='meta')
+    assert str(own) == str(theirs)
+
+
+def test_a_folded_target_computes_what_the_target_computes():
+    model = target(architecture_of(TINY), CPU)
+    images, labels = batch(4, 64, CPU)
+    training_step(model, images, labels)
+    folded = fold_batchnorm(model)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(images), model.eval()(images), atol=1e-4, rtol=1e-4)
+
+
+def test_a_training_step_trains_and_leaves_no_gradients():
+    model = target(architecture_of(TINY), CPU)
+    step = training_step(model, *batch(4, 64, CPU))
+    before = model.stem.conv.weight.clone()
+    step()
+    assert not torch.equal(model.stem.conv.weight, before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_targets_are_trained_with_grad_mults_and_searches_without():
+    assert isinstance(make_optimizer(target(architecture_of(TINY), CPU)), RepOptSGD)
+    assert not isinstance(make_optimizer(hyper_search(architecture_of(TINY), CPU)), RepOptSGD)
