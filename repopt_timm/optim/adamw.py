@@ -100,15 +100,16 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
             _update(group, [local(param) for param in plain], grads, states, steps, group['weight_decay'])
             kernels = [param for param in params if param in self.grad_mults]
             if self._compiled:
-                for param in kernels:
-                    self._step_compiled(group, param)
+                self._step_compiled(group, kernels)
             else:
                 self._step_blocks(group, kernels)
         return loss
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
-        device = param.device if use_fused(group, [local(param)], [gradient(param)]) else 'cpu'
+        by_compiler = self._compiled and param in self.grad_mults
+        fused = not by_compiler and use_fused(group, [local(param)], [gradient(param)])
+        device = param.device if fused else 'cpu'
         state['step'] = torch.zeros((), dtype=torch.float32, device=device)
         state['exp_avg'] = torch.zeros_like(param)
         state['exp_avg_sq'] = torch.zeros_like(param)
@@ -133,22 +134,31 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
         for param in params:
             self.state[param]['step'] += 1
 
-    def _step_compiled(self, group: dict[str, Any], param: Tensor) -> None:
-        state = self.state[param]
-        state['step'] += 1
-        step = state['step'].double()
-        compiled(adamw_update)(
-            local(param).detach(),
-            gradient(param),
-            local(state['exp_avg']),
-            local(state['exp_avg_sq']),
-            local(state.get('max_exp_avg_sq')),
-            self._local_mult(param),
-            betas=[hyperparameter(beta, param) for beta in group['betas']],
-            corrections=[hyperparameter(1 / (1 - beta**step), param) for beta in group['betas']],
-            **{name: hyperparameter(group[name], param) for name in ('lr', 'eps', 'weight_decay')},
-            maximize=group['maximize'],
-        )
+    def _step_compiled(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        settings: dict[tuple[torch.dtype, float], dict[str, Any]] = {}
+        for param in params:
+            state = self.state[param]
+            state['step'] += 1
+            key = (param.dtype, state['step'].item())
+            if key not in settings:
+                settings[key] = _settings(group, param, key[1])
+            compiled(adamw_update)(
+                local(param).detach(),
+                gradient(param),
+                local(state['exp_avg']),
+                local(state['exp_avg_sq']),
+                local(state.get('max_exp_avg_sq')),
+                self._local_mult(param),
+                **settings[key],
+                maximize=group['maximize'],
+            )
+
+
+def _settings(group: dict[str, Any], param: Tensor, step: float) -> dict[str, Any]:
+    values = {name: hyperparameter(group[name], param) for name in ('lr', 'eps', 'weight_decay')}
+    betas = [hyperparameter(beta, param) for beta in group['betas']]
+    corrections = [hyperparameter(1 / (1 - beta**step), param) for beta in group['betas']]
+    return {**values, 'betas': betas, 'corrections': corrections}
 
 
 def _update(
