@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -21,7 +21,8 @@ from .checkpoint import read_checkpoint, select_state_dict
 from .files import replacing
 from .models import RepOptVgg
 from .packing import PRECISIONS, pack
-from .publishing import write_card
+from .plot import plot_curves
+from .publishing import draw, write_card
 from .repository import push_folder
 from .scales import Scales
 from .sources import ScalesSource, load_scales
@@ -52,6 +53,7 @@ class _Publication(NamedTuple):
     training: Mapping[str, Any]
     curves: str | os.PathLike | None
     precision: str
+    history: Sequence[Mapping[str, Any]]
 
 
 def save_pretrained(
@@ -77,7 +79,7 @@ def save_pretrained(
         metrics: Results as the Hub shows them, such as `{'dataset': 'cifar10', 'top1': 93.1}`, in percent; those of the
             checkpoint when left out.
         training: How the weights were trained, plain data for the card; told from the checkpoint when left out.
-        curves: Picture of the training curves to put beside, a PNG file.
+        curves: Picture of the training curves to put beside, a PNG file; drawn from the checkpoint when left out.
         precision: `float32`, or `float16` or `int8` for smaller kernels, see `packing.pack`; loading restores them.
         repo_id: Name that the repository has on the Hub, for the snippets in the card.
 
@@ -174,11 +176,13 @@ def _prepare(
 ) -> _Publication:
     if precision not in PRECISIONS:
         raise ValueError(f"Unknown precision '{precision}', expected one of {', '.join(PRECISIONS)}.")
+    history: Sequence[Mapping[str, Any]] = []
     if not isinstance(model, nn.Module):
         source, checkpoint = os.fspath(model), read_checkpoint(model)
         model = _model_of(checkpoint, source, scales)
         training = _training_of(checkpoint) if training is None else training
         metrics = _metrics_of(checkpoint) if metrics is None else metrics
+        history = [row for row in checkpoint.get('history') or [] if 'train_loss' in row]
     if scales is not None:
         architecture = getattr(model, 'architecture', type(model).__name__)
         strides = getattr(model, 'strides', DEFAULT_STRIDES)
@@ -200,16 +204,18 @@ def _prepare(
         raise FileNotFoundError(f"There is no picture '{os.fspath(curves)}'.")
     if precision != 'float32':
         training['weights'] = precision
-    return _Publication(model, found, metrics, training, curves, precision)
+    return _Publication(model, found, metrics, training, curves, precision, history)
 
 
 def _write(publication: _Publication, folder: Path, repo_id: str, published: frozenset[str]) -> None:
-    model, scales, metrics, training, curves, precision = publication
+    model, scales, metrics, training, curves, precision, history = publication
     save_for_hf(model, str(folder), model_args=_model_args(model), safe_serialization=True)
     if precision != 'float32':
         save_file(pack(model.state_dict(), precision), folder / WEIGHTS_FILE, {'format': 'pt'})
     if curves is not None:
         (folder / CURVES_FILE).write_bytes(Path(curves).read_bytes())
+    elif history:
+        draw(plot_curves, {_timm_name(model): history}, folder / CURVES_FILE)
     entry = None if scales is None else scales.to_entry()
     results = eval_results(metrics) if metrics else []
     write_card(folder, repo_id, _timm_name(model), entry, results, training, published)

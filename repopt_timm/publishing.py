@@ -1,7 +1,7 @@
 """The files that describe scales in a repository: its card, and a picture of the scales."""
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from .card_body import SCALES_PICTURE, render_body
 from .files import write_text
 from .plot import plot_scales
 
-__all__ = ['write_card']
+__all__ = ['draw', 'write_card']
 
 _logger = logging.getLogger(__name__)
 
@@ -53,15 +53,18 @@ def write_card(
     metadata = None
     if entry is not None:
         metadata = encode_entry(entry, training)
-        files = files - {SCALES_PICTURE} | _draw(directory, entry)
+        title = f'{entry.architecture} ({entry.fingerprint[:8]})'
+        drawn = draw(plot_scales, entry.modules, directory / SCALES_PICTURE, title)
+        files = files - {SCALES_PICTURE} | ({SCALES_PICTURE} if drawn else set())
     body = render_body(repo_id, model_name, files, entry, training, previous.get('license') or 'apache-2.0')
     write_text(path, update_card(path, body, repo_id.split('/')[-1], metadata, results))
 
 
-def _draw(directory: Path, entry: CardEntry) -> set[str]:
+def draw(plot: Callable[..., None], content: Any, path: Path, *args: Any) -> bool:
+    """Draws a picture of a card, which goes without where matplotlib is not installed; tells whether it is there."""
     try:
-        plot_scales(entry.modules, directory / SCALES_PICTURE, f'{entry.architecture} ({entry.fingerprint[:8]})')
+        plot(content, path, *args)
     except ImportError as error:
-        _logger.warning(f'The card goes without a picture of the scales: {error}')
-        return set()
-    return {SCALES_PICTURE}
+        _logger.warning(f'The card goes without {path.name}: {error}')
+        return False
+    return True

@@ -163,6 +163,16 @@ def test_a_model_without_scales_goes_without(tmp_path):
         Scales.from_card(tmp_path / 'README.md')
 
 
+def test_a_checkpoints_training_curves_are_drawn(tmp_path):
+    model = trained()
+    checkpoint = torch.load(checkpoint_of(model, tmp_path / 'last.pth', dataset='digits'), weights_only=False)
+    checkpoint['history'] = [{'epoch': epoch, 'train_loss': 1.0, 'eval_top1': 50.0} for epoch in range(3)]
+    torch.save(checkpoint, tmp_path / 'last.pth')
+    save_pretrained(tmp_path / 'last.pth', tmp_path / 'out', scales=model.scales)
+    assert Image.open(tmp_path / 'out' / 'curves.png').width > 500
+    assert '(curves.png)' in (tmp_path / 'out' / 'README.md').read_text()
+
+
 def test_the_picture_of_the_training_curves_comes_along(hub, client, tmp_path):
     Image.new('RGB', (4, 4)).save(tmp_path / 'c.png')
     push_to_hub(trained(), REPO, curves=tmp_path / 'c.png')
