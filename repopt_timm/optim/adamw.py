@@ -148,7 +148,7 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
                 local(state['exp_avg']),
                 local(state['exp_avg_sq']),
                 local(state.get('max_exp_avg_sq')),
-                self._local_mult(param),
+                self._mask_parts(param),
                 **settings[key],
                 maximize=group['maximize'],
             )

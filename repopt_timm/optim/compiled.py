@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reparam import GradMult
+from ..reparam.grad_mult import MaskParts, dense_mask
 
 __all__ = ['adamw_update', 'compiled', 'sgd_update']
 
@@ -28,7 +28,7 @@ def sgd_update(
     param: Tensor,
     grad: Tensor,
     buffer: Tensor | None,
-    mult: GradMult,
+    parts: MaskParts,
     lr: Tensor,
     momentum: Tensor,
     dampening: Tensor,
@@ -37,7 +37,7 @@ def sgd_update(
     maximize: bool,
 ) -> None:
     """Updates a kernel and its momentum as SGD does, from its gradient times its Grad Mult."""
-    grad = grad * mult.dense()
+    grad = grad * dense_mask(*parts)
     grad = (-grad if maximize else grad) + weight_decay * param
     if buffer is not None:
         buffer.mul_(momentum).add_((1 - dampening) * grad)
@@ -51,7 +51,7 @@ def adamw_update(
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     max_exp_avg_sq: Tensor | None,
-    mult: GradMult,
+    parts: MaskParts,
     lr: Tensor,
     betas: Sequence[Tensor],
     corrections: Sequence[Tensor],
@@ -63,7 +63,7 @@ def adamw_update(
 
     The bias corrections, `1 / (1 - beta**step)`, come from outside, because fused code would do it for each element.
     """
-    dense = mult.dense()
+    dense = dense_mask(*parts)
     grad = (-grad if maximize else grad) * dense
     exp_avg.mul_(betas[0]).add_((1 - betas[0]) * grad)
     exp_avg_sq.mul_(betas[1]).add_((1 - betas[1]) * grad * grad)

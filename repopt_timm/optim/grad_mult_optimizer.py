@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reparam import GradMult, GradMults
+from ..reparam.grad_mult import MaskParts
 from .sharding import local, local_rows
 
 __all__ = ['Block', 'GradMultOptimizer', 'gradient', 'hyperparameter', 'use_fused']
@@ -106,14 +107,17 @@ class GradMultOptimizer(torch.optim.Optimizer):
         self._step_supports_amp_scaling = False
 
     def _forget_buffers(self) -> None:
-        self._local_mults: dict[Tensor, GradMult] = {}
+        self._parts: dict[Tensor, MaskParts] = {}
         self._blocks: dict[Tensor, list[Block]] = {}
         self._memory: dict[Any, Tensor] = {}
 
     def _local_mult(self, param: Tensor) -> GradMult:
-        if param not in self._local_mults:
-            self._local_mults[param] = self.grad_mults[param].rows(*local_rows(param))
-        return self._local_mults[param]
+        return self.grad_mults[param].rows(*local_rows(param))
+
+    def _mask_parts(self, param: Tensor) -> MaskParts:
+        if param not in self._parts:
+            self._parts[param] = self._local_mult(param).parts
+        return self._parts[param]
 
     def _blocks_of(self, param: Tensor) -> list[Block]:
         if param not in self._blocks:

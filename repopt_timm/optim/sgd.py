@@ -128,7 +128,7 @@ class RepOptSGD(GradMultOptimizer, SGD):
                 local(param).detach(),
                 gradient(param),
                 local(self.state[param].get('momentum_buffer')),
-                self._local_mult(param),
+                self._mask_parts(param),
                 **settings[param.dtype],
                 nesterov=group['nesterov'],
                 maximize=group['maximize'],

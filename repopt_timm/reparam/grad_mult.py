@@ -1,6 +1,6 @@
 """Grad Mults, the Rule of Iteration (section 3.3 and appendix A of arXiv 2205.15242)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,13 +11,14 @@ from .csla import CSLAConv2d
 from .initialization import ScalesMapping, carried_scales, scaled_convs
 from .vectors import fingerprint_of
 
-__all__ = ['UPDATE_RULES', 'GradMult', 'GradMults', 'make_grad_mults']
+__all__ = ['UPDATE_RULES', 'GradMult', 'GradMults', 'MaskParts', 'dense_mask', 'make_grad_mults']
 
 UPDATE_RULES = {'sgd': 2, 'adamw': 1}
 """Update rule to the power of |s_b| in its Grad Mult."""
 
 
 Taps = tuple[slice, slice]
+MaskParts = tuple[Tensor, list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]], int]
 
 
 @dataclass(frozen=True)
@@ -71,16 +72,16 @@ class GradMult:
         tensors = [self.base, *(tensor for support in supports for tensor in (support.vector, support.pattern))]
         return sum(tensor.nbytes for tensor in tensors)
 
+    @property
+    def parts(self) -> MaskParts:
+        """The arguments of `dense_mask`: plain data, which compiled code checks faster than objects."""
+        windows = [(window.vector, window.pattern) for window in self.windows]
+        diagonals = [(diagonal.vector, diagonal.pattern) for diagonal in self.diagonals]
+        return self.base, windows, diagonals, self.first_row
+
     def dense(self) -> Tensor:
-        """Returns M as a mask that broadcasts to the kernel; a compiler fuses it into what reads it."""
-        mask = self.base
-        for window in self.windows:
-            mask = mask + window.vector * window.pattern
-        rows = torch.arange(len(self.base), device=self.base.device, dtype=torch.int32) + self.first_row
-        for diagonal in self.diagonals:
-            columns = (rows % diagonal.pattern.shape[1]).view(-1, 1, 1, 1)
-            mask = mask + torch.where(diagonal.pattern == columns, diagonal.vector, 0.0)
-        return mask
+        """Returns M as a mask that broadcasts to the kernel."""
+        return dense_mask(*self.parts)
 
     def multiply(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
         """Returns `M * grad` in `grad`'s dtype, computed in float32 or better, without making M.
@@ -101,6 +102,30 @@ class GradMult:
                 on_diagonal = diagonal.vector[start:stop, 0, 0, 0]
                 product[index].diagonal().addcmul_(exact[index].diagonal(), on_diagonal)
         return product.to(grad.dtype)
+
+
+def dense_mask(
+    base: Tensor,
+    windows: Sequence[tuple[Tensor, Tensor]],
+    diagonals: Sequence[tuple[Tensor, Tensor]],
+    first_row: int,
+) -> Tensor:
+    """Makes M as a mask that broadcasts to the kernel; a compiler fuses it into what reads it.
+
+    Args:
+        base: See `GradMult`.
+        windows: Vector and pattern of each, see `Support`.
+        diagonals: Likewise.
+        first_row: See `GradMult`.
+    """
+    mask = base
+    for vector, pattern in windows:
+        mask = mask + vector * pattern
+    rows = torch.arange(len(base), device=base.device, dtype=torch.int32) + first_row
+    for vector, pattern in diagonals:
+        columns = (rows % pattern.shape[1]).view(-1, 1, 1, 1)
+        mask = mask + torch.where(pattern == columns, vector, 0.0)
+    return mask
 
 
 def _diagonal_runs(first_row: int, rows: int, channels: int) -> Iterator[tuple[int, int, int]]:
