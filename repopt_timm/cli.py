@@ -4,12 +4,16 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .architectures import ARCHITECTURES
+from .bench import add_bench_commands
 from .convert import model_from_reference
+from .deploy.commands import add_commands as add_deploy_commands
 from .hub import push_to_hub, save_pretrained
+from .packing import PRECISIONS
 from .plot import plot_scales
 from .repository import parse_hub_source
 from .scales import Scales
@@ -53,12 +57,17 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser('train', help='search scales or train a model; see repopt-timm train --help')
     commands.add_parser('quickstart', help='search, train and report on handwritten digits, in minutes')
     _add_scales_commands(commands.add_parser('scales', help='show, convert, draw and share searched scales'))
+    add_bench_commands(commands.add_parser('bench', help='measure what training and search cost'))
+
+    save = _command(commands, 'save', _save, 'write a checkpoint as a folder in the format of the Hub')
+    save.add_argument('checkpoint', help='checkpoint of a training run')
+    save.add_argument('out', help='folder to write, which local-dir:OUT loads')
+    _add_contents(save)
 
     push = _command(commands, 'push', _push, 'publish a checkpoint as a model on the Hub, with its scales in the card')
     push.add_argument('checkpoint', help='checkpoint of a training run')
     push.add_argument('repo', help='repository on the Hub, user/repo')
-    push.add_argument('--scales', metavar='SOURCE', help=f'scales that it was trained with: {_SOURCE}')
-    push.add_argument('--curves', metavar='PNG', help='picture of the training curves')
+    _add_contents(push)
     _add_publishing(push)
 
     convert = _command(
@@ -69,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument('--push', metavar='REPO', help='repository on the Hub to publish it in')
     convert.add_argument('--scales', metavar='SOURCE', help=f'scales that it was trained with: {_SOURCE}')
     _add_publishing(convert)
+    add_deploy_commands(partial(_command, commands))
     return parser
 
 
@@ -106,6 +116,12 @@ def _command(commands: Any, name: str, run: Callable, text: str) -> argparse.Arg
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('source', help=_SOURCE)
     parser.add_argument('--architecture', choices=sorted(ARCHITECTURES), help='target model that the scales are for')
+
+
+def _add_contents(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--scales', metavar='SOURCE', help=f'scales that it was trained with: {_SOURCE}')
+    parser.add_argument('--curves', metavar='PNG', help='picture of the training curves [drawn from CHECKPOINT]')
+    parser.add_argument('--precision', choices=PRECISIONS, default='float32', help='of the kernels in the file')
 
 
 def _add_publishing(parser: argparse.ArgumentParser) -> None:
@@ -175,12 +191,18 @@ def _push_scales(args: argparse.Namespace) -> None:
     _tell(args, {**_summary(scales), 'url': url}, f'{scales.architecture} {scales.fingerprint[:12]} -> {url}')
 
 
+def _save(args: argparse.Namespace) -> None:
+    save_pretrained(args.checkpoint, args.out, scales=args.scales, curves=args.curves, precision=args.precision)
+    _tell(args, {'checkpoint': args.checkpoint, 'out': args.out}, f'{args.checkpoint} -> {args.out}')
+
+
 def _push(args: argparse.Namespace) -> None:
     url = push_to_hub(
         args.checkpoint,
         args.repo,
         scales=args.scales,
         curves=args.curves,
+        precision=args.precision,
         private=args.private,
         revision=args.revision,
         create_pr=args.create_pr,

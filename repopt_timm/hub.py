@@ -152,18 +152,20 @@ def push_to_hub(
     return push_folder(repo_id, write, commit_message, private, revision, create_pr, token)
 
 
-def model_from_checkpoint(path: str | os.PathLike, scales: ScalesSource = None) -> nn.Module:
+def model_from_checkpoint(path: str | os.PathLike, scales: ScalesSource = None, need_scales: bool = True) -> nn.Module:
     """Creates the model of a run's checkpoint, with its weights, and its data configuration in `pretrained_cfg`.
 
     Args:
         path: A checkpoint that the training command, or timm's script, wrote.
         scales: Scales for a target model to carry; those of an `_hs` or `_csla` model are in its checkpoint.
+        need_scales: Refuse a target that was trained with scales if none are given. It runs without, but cannot be
+            trained on.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint or source of scales.
         ValueError: If the checkpoint does not tell its model, or its weights are not that model's.
     """
-    return _model_of(read_checkpoint(path), os.fspath(path), scales)
+    return _model_of(read_checkpoint(path), os.fspath(path), scales, need_scales)
 
 
 def _prepare(
@@ -244,7 +246,7 @@ def _model_args(model: nn.Module) -> dict[str, Any]:
     return args
 
 
-def _model_of(checkpoint: Mapping[str, Any], source: str, scales: ScalesSource) -> nn.Module:
+def _model_of(checkpoint: Mapping[str, Any], source: str, scales: ScalesSource, need_scales: bool = True) -> nn.Module:
     name = checkpoint.get('arch')
     if not isinstance(name, str):
         raise ValueError(
@@ -261,13 +263,14 @@ def _model_of(checkpoint: Mapping[str, Any], source: str, scales: ScalesSource) 
     kwargs = {key: value for key, value in (args.get('model_kwargs') or {}).items() if key != 'scales'}
     if name.endswith(('_hs', '_csla')):
         kwargs['scales'] = Scales.load(source)
-    elif scales is None and _trained_with(checkpoint):
+    elif scales is None and need_scales and _trained_with(checkpoint):
         raise ValueError(
             f'{source}: {name} was trained with scales, which are not in its checkpoint. Name those that the run had '
             f'(scales=..., --scales).'
         )
-    if 'head.fc.weight' in state:
-        kwargs['num_classes'] = len(state['head.fc.weight'])
+    classifier = timm.get_pretrained_cfg_value(name, 'classifier')
+    if isinstance(classifier, str) and f'{classifier}.weight' in state:
+        kwargs['num_classes'] = len(state[f'{classifier}.weight'])
     if args.get('gp'):
         kwargs['global_pool'] = args['gp']
     if args.get('in_chans') or args.get('input_size'):

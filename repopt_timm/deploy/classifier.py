@@ -1,0 +1,128 @@
+"""What is evaluated: a PyTorch model or an ONNX one behind one call."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from torch import Tensor, nn
+
+from .models import load_model
+from .runtime import explained, load_onnx, open_session
+
+__all__ = [
+    'Classifier',
+    'data_config',
+    'image_input',
+    'is_onnx',
+    'load_classifier',
+    'onnx_classifier',
+    'torch_classifier',
+]
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A model that classifies images.
+
+    Attributes:
+        backend: `pytorch` or `onnxruntime`.
+        run: Images, float32 of shape (N, C, H, W), to logits of shape (N, classes).
+        config: Preprocessing, as `timm.data.resolve_data_config` gives it.
+        size: Bytes on disk: of the ONNX file, or of the parameters and buffers of a PyTorch model.
+    """
+
+    backend: str
+    run: Callable[[Tensor], Tensor]
+    config: dict[str, Any]
+    size: int
+
+
+def is_onnx(source: str | os.PathLike) -> bool:
+    """Tells whether a source is an ONNX file, by its name."""
+    return Path(source).suffix == '.onnx'
+
+
+def load_classifier(
+    source: str | os.PathLike, threads: int | None = None, overrides: Mapping[str, Any] | None = None
+) -> Classifier:
+    """Loads what is to be evaluated.
+
+    Args:
+        source: An `.onnx` file, or what `load_model` takes.
+        threads: Number of threads; all cores when left out.
+        overrides: Preprocessing that differs from the model's own, by timm's names.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be loaded.
+    """
+    if is_onnx(source):
+        return onnx_classifier(load_onnx(source), threads, overrides)
+    return torch_classifier(load_model(source), threads, overrides)
+
+
+def torch_classifier(
+    model: nn.Module, threads: int | None = None, overrides: Mapping[str, Any] | None = None
+) -> Classifier:
+    """Wraps a PyTorch model; `threads` holds for the whole process."""
+    if threads:
+        torch.set_num_threads(threads)
+
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return model(images)
+
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    return Classifier('pytorch', run, resolve_data_config(dict(overrides or {}), model=model), size)
+
+
+def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[str, Any] | None = None) -> Classifier:
+    """Wraps an `onnx.ModelProto` from images to logits."""
+    config = data_config(model, overrides)
+    session = open_session(model, threads)
+    name, (batch, *_) = image_input(model)
+
+    def run(images: Tensor) -> Tensor:
+        # A model whose batch size is fixed gets that many at once.
+        parts = images.split(batch) if batch else [images]
+        with explained(f'ONNX Runtime cannot run the model on {tuple(images.shape)} images'):
+            return torch.cat([torch.from_numpy(session.run(None, {name: part.numpy()})[0]) for part in parts])
+
+    return Classifier('onnxruntime', run, config, model.ByteSize())
+
+
+def image_input(model: Any) -> tuple[str, list[int]]:
+    """Returns name and sizes of an `onnx.ModelProto`'s input; sizes that are not fixed, as batches should be, are 0."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    images = next(value for value in model.graph.input if value.name not in constants)
+    return images.name, [size.dim_value for size in images.type.tensor_type.shape.dim]
+
+
+def data_config(model: Any, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the preprocessing that an `onnx.ModelProto` tells in its metadata; timm's defaults where it does not.
+
+    Args:
+        model: An exported model, or any from images to logits.
+        overrides: What is to differ, by timm's names.
+
+    Raises:
+        ValueError: If the input is not a batch of images.
+    """
+    told: dict[str, Any] = {}
+    for entry in model.metadata_props:
+        try:
+            told[entry.key] = json.loads(entry.value)
+        except ValueError:
+            continue
+    name, sizes = image_input(model)
+    if len(sizes) != 4:
+        raise ValueError(f"The ONNX model's input '{name}' has {len(sizes)} dimensions, expected (N, C, H, W).")
+    if all(sizes[1:]):
+        told['input_size'] = sizes[1:]
+    config = resolve_data_config(dict(overrides or {}), pretrained_cfg=told)
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}

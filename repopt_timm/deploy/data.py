@@ -1,0 +1,110 @@
+"""Image folders, read with timm's evaluation preprocessing."""
+
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import tqdm
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from torch import Tensor
+
+__all__ = ['ImageFolder']
+
+# The names of splits that timm knows.
+_SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation')
+
+_WORKERS = min(8, os.cpu_count() or 1)
+
+
+class ImageFolder:
+    """Images in folders, one folder per class.
+
+    Not timm's loader: that takes the next image in place of one that does not decode, which is right for training
+    and wrong for measuring.
+
+    Args:
+        root: The folder, or one with a folder for each split, named as timm's training script expects.
+        split: Split to look for in `root`, such as `train` or `validation`.
+        config: Preprocessing, as `timm.data.resolve_data_config` gives it.
+
+    Attributes:
+        folder: Where the images are.
+        num_classes: Number of classes that the folder has.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If there are no images in it, or it has other splits.
+    """
+
+    def __init__(self, root: str | os.PathLike, split: str, config: Mapping[str, Any]):
+        if not Path(root).is_dir():
+            raise FileNotFoundError(f"There is no image folder '{root}'.")
+        try:
+            dataset = create_dataset('', root=os.fspath(root), split=split)
+        except RuntimeError as error:
+            raise ValueError(f"There are no images for the split '{split}' in '{root}': {error}") from None
+        self.folder = Path(dataset.reader.root)
+        splits = sorted(name for name in _SPLITS if Path(root, name).is_dir())
+        if splits and self.folder == Path(root):
+            raise ValueError(f"'{root}' has no split '{split}', but {', '.join(splits)}.")
+        self.num_classes = len(dataset.reader.class_to_idx)
+        self._reader = dataset.reader
+        self._mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+        self._transform = create_transform(**config)
+
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """Returns a preprocessed image, float32 of shape (C, H, W), and its class.
+
+        Raises:
+            ValueError: If it does not decode.
+        """
+        file, target = self._reader[index]
+        try:
+            with file, Image.open(file) as image:
+                pixels = image.convert(self._mode)
+        # Pillow's PNG reader raises SyntaxError on broken headers.
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            name = self._reader.filename(index, absolute=True)
+            reason = str(error).split(' <')[0]
+            raise ValueError(f"The image '{name}' cannot be read: {reason}. Remove or replace it.") from None
+        return self._transform(pixels), target
+
+    def sample(self, count: int, seed: int) -> list[int]:
+        """Draws `count` images without repetition; all of them if there are no more."""
+        return random.Random(seed).sample(range(len(self)), min(count, len(self)))
+
+    def batches(self, indices: Sequence[int], batch_size: int, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields images, float32 of shape (N, C, H, W), and classes, int64 of shape (N,), under a progress bar.
+
+        Args:
+            indices: Which images, in this order.
+            batch_size: Images in a batch; the last one may have fewer.
+            title: What the bar says.
+
+        Raises:
+            ValueError: If an image does not decode.
+        """
+        chunks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+        # No bar where nobody looks: `disable=None` asks whether it is a terminal.
+        with (
+            ThreadPoolExecutor(_WORKERS) as pool,
+            tqdm(total=len(indices), desc=title, unit='img', disable=None) as bar,
+        ):
+
+            def start(chunk: Sequence[int]) -> list[Future]:
+                return [pool.submit(self.__getitem__, index) for index in chunk]
+
+            following = start(chunks[0]) if chunks else []
+            for chunk in [*chunks[1:], []] if chunks else []:
+                current, following = following, start(chunk)
+                images, targets = zip(*(future.result() for future in current))
+                yield torch.stack(images), torch.tensor(targets)
+                bar.update(len(current))

@@ -1,0 +1,151 @@
+"""Accuracy, latency, throughput and size of a model."""
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .classifier import Classifier, load_classifier
+from .data import ImageFolder
+
+__all__ = ['Runs', 'accuracies', 'alternate', 'check_classes', 'evaluate', 'random_images', 'time_runs']
+
+# Named functions that each run a model once.
+Runs = Mapping[str, Callable[[], Any]]
+
+
+def evaluate(
+    source: str | os.PathLike,
+    data: str | os.PathLike,
+    split: str = 'validation',
+    batch_size: int = 32,
+    threads: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Evaluates a model on an image folder, on the CPU.
+
+    Args:
+        source: An `.onnx` file, or what `load_model` takes.
+        data: Image folder, see `ImageFolder`.
+        split: Its split.
+        batch_size: Images in a batch, for accuracy and throughput.
+        threads: Number of threads of the model; all cores when left out.
+        overrides: Preprocessing that differs from the model's own, by timm's names.
+
+    Returns:
+        `model`, `backend`, `images`, `top1` and `top5` in percent (`top5` over as many classes as there are if fewer),
+        `latency_ms` and `latency_p90_ms` of one image, `throughput` in images per second and `bytes` on disk. Decoding
+        is in none of these times.
+
+    Raises:
+        FileNotFoundError: If there is no such model or folder.
+        ValueError: If an image does not decode, or model and folder have different classes.
+    """
+    classifier = load_classifier(source, threads, overrides)
+    images = ImageFolder(data, split, classifier.config)
+    top1, top5 = accuracies({'evaluation': classifier}, images, batch_size)['evaluation']
+    single = time_runs(_run(classifier, 1))
+    many = time_runs(_run(classifier, batch_size))
+    return {
+        'model': os.fspath(source),
+        'backend': classifier.backend,
+        'images': len(images),
+        'top1': top1,
+        'top5': top5,
+        'latency_ms': 1000 * median(single),
+        'latency_p90_ms': 1000 * quantiles(single, n=10)[-1],
+        'throughput': batch_size / median(many),
+        'batch_size': batch_size,
+        'bytes': classifier.size,
+    }
+
+
+def accuracies(
+    classifiers: Mapping[str, Classifier], images: ImageFolder, batch_size: int = 32, title: str = 'evaluation'
+) -> dict[str, tuple[float, float]]:
+    """Measures models with the same preprocessing in one pass over the images.
+
+    Args:
+        classifiers: Name to model.
+        images: Images with labels.
+        batch_size: Images in a batch.
+        title: What the progress bar says.
+
+    Returns:
+        Name to top-1 and top-5 accuracy in percent.
+
+    Raises:
+        ValueError: If an image does not decode, or a model has another number of classes than the folder.
+    """
+    for classifier in classifiers.values():
+        check_classes(classifier, images)
+    hits = {name: [0, 0] for name in classifiers}
+    for batch, targets in images.batches(range(len(images)), batch_size, title):
+        for name, classifier in classifiers.items():
+            logits = classifier.run(batch)
+            right = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]
+            hits[name][0] += int(right[:, 0].sum())
+            hits[name][1] += int(right.any(1).sum())
+    return {name: (100 * top1 / len(images), 100 * top5 / len(images)) for name, (top1, top5) in hits.items()}
+
+
+def check_classes(classifier: Classifier, images: ImageFolder) -> None:
+    """Raises a ValueError if a model has another number of classes than the folder."""
+    classes = classifier.run(random_images(classifier.config, 1)).shape[-1]
+    if classes != images.num_classes:
+        raise ValueError(
+            f"The model has {classes} classes, but the folder '{images.folder}' has {images.num_classes}. Name the "
+            f'folder of the data set that it was trained on.'
+        )
+
+
+def random_images(config: Mapping[str, Any], batch_size: int) -> Tensor:
+    """Makes a batch like preprocessed images, float32 of shape (N, C, H, W): the time of a run depends on no values."""
+    return torch.randn(batch_size, *config['input_size'], generator=torch.Generator().manual_seed(0))
+
+
+def time_runs(run: Callable[[], Any], seconds: float = 1.0, least: int = 20) -> list[float]:
+    """Times a function after warming up, at least `least` times and for some seconds; returns each run's seconds."""
+    for _ in range(3):
+        run()
+    times: list[float] = []
+    while len(times) < least or sum(times) < seconds:
+        times.append(_time(run))
+    return times
+
+
+def alternate(runs: Runs, rounds: int = 15, seconds: float = 0.1) -> dict[str, list[float]]:
+    """Times functions in turn, so that what else the machine does meanwhile meets all of them.
+
+    Args:
+        runs: See there.
+        rounds: Number of turns of each.
+        seconds: Length of a turn, about.
+
+    Returns:
+        Name to the median seconds of a run, for each round.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    counts = {name: max(3, int(seconds / min(_time(run) for _ in range(3)))) for name, run in runs.items()}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            # Threads of the one before spin on for a while, and caches hold its weights.
+            run()
+            run()
+            times[name].append(median(_time(run) for _ in range(counts[name])))
+    return times
+
+
+def _run(classifier: Classifier, batch_size: int) -> Callable[[], Any]:
+    images = random_images(classifier.config, batch_size)
+    return lambda: classifier.run(images)
+
+
+def _time(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start

@@ -1,0 +1,146 @@
+"""PyTorch to ONNX: BatchNorm folded, dynamic batch, verified against PyTorch."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.data import resolve_data_config
+from torch import nn
+
+from .classifier import is_onnx, onnx_classifier
+from .models import load_model
+from .runtime import load_onnx, quiet, require, save_onnx
+
+__all__ = ['export_onnx', 'float_onnx', 'to_onnx']
+
+# What PyTorch's exporter writes without converting it, and every ONNX Runtime since 1.14 runs. Eight-bit convolutions,
+# per channel too, need no later one.
+OPSET = 18
+
+# Of the largest logit. Summing in another order makes about 1e-6.
+_TOLERANCE = 1e-3
+
+
+def export_onnx(
+    source: str | os.PathLike, path: str | os.PathLike, overrides: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Exports a trained model to an ONNX file that tells its preprocessing in its metadata.
+
+    Args:
+        source: What `load_model` takes.
+        path: File to write.
+        overrides: Preprocessing that differs from the model's own, by timm's names.
+
+    Returns:
+        `out`, `opset`, `bytes`, `batchnorms` (the number of those that follow no convolution and stay), and
+        `difference`, the largest one between a logit and PyTorch's.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If the model cannot be loaded or exported, or the result differs from PyTorch.
+        OSError: If the file cannot be written.
+        ImportError: If the `[deploy]` extra is not installed.
+    """
+    require('onnxscript')
+    model = load_model(source)
+    proto, difference = to_onnx(model, resolve_data_config(dict(overrides or {}), model=model))
+    save_onnx(proto, path)
+    batchnorms = sum(node.op_type == 'BatchNormalization' for node in proto.graph.node)
+    return {
+        'out': os.fspath(path),
+        'opset': OPSET,
+        'bytes': proto.ByteSize(),
+        'batchnorms': batchnorms,
+        'difference': difference,
+    }
+
+
+def float_onnx(source: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> Any:
+    """Returns a trained model as an `onnx.ModelProto`.
+
+    Args:
+        source: An `.onnx` file, or what `load_model` takes.
+        overrides: Preprocessing that differs from the model's own, by timm's names.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it cannot be loaded or exported.
+        ImportError: If the `[deploy]` extra is not installed.
+    """
+    if is_onnx(source):
+        return load_onnx(source)
+    require('onnxscript')
+    model = load_model(source)
+    return to_onnx(model, resolve_data_config(dict(overrides or {}), model=model))[0]
+
+
+def to_onnx(model: nn.Module, config: Mapping[str, Any]) -> tuple[Any, float]:
+    """Exports a model.
+
+    Args:
+        model: As `load_model` returns it.
+        config: Preprocessing, as `timm.data.resolve_data_config` gives it.
+
+    Returns:
+        An `onnx.ModelProto` from `input`, float32 of shape (batch, C, H, W), to `logits`; and the largest difference
+        between one of its logits and PyTorch's.
+
+    Raises:
+        ValueError: If the model has an operator that ONNX or ONNX Runtime has not, or gives other logits there.
+    """
+    # Not one image: the exporter would take a batch of one for a constant.
+    example = torch.randn(2, *config['input_size'], generator=torch.Generator().manual_seed(0))
+    try:
+        with quiet():
+            program: Any = torch.onnx.export(
+                model.eval(),
+                (example,),
+                input_names=['input'],
+                output_names=['logits'],
+                opset_version=OPSET,
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim('batch')},),
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        raise ValueError(f'{type(model).__name__} cannot be exported to ONNX: {_cause(error)}') from None
+    proto = program.model_proto
+    _strip_sources(proto)
+    for key, value in {**config, 'architecture': _architecture(model)}.items():
+        proto.metadata_props.add(key=key, value=json.dumps(value))
+    return proto, _verify(model, proto, example)
+
+
+def _architecture(model: nn.Module) -> str:
+    config: Any = getattr(model, 'pretrained_cfg', None) or {}
+    return config.get('architecture', type(model).__name__)
+
+
+def _strip_sources(proto: Any) -> None:
+    # The exporter notes the line of code that each node comes from, with the paths of this machine.
+    for part in (*proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+        del part.metadata_props[:]
+
+
+def _cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _verify(model: nn.Module, proto: Any, example: torch.Tensor) -> float:
+    # Another batch size than the exported one, so that a batch that is not dynamic is found.
+    images = torch.cat([example, example.flip(-1)])[:3]
+    with torch.inference_mode():
+        expected = model(images)
+    found = onnx_classifier(proto).run(images)
+    difference = (found - expected).abs().max().item()
+    allowed = _TOLERANCE * max(expected.abs().max().item(), 1e-3)
+    if not difference <= allowed:
+        raise ValueError(
+            f'The exported model differs from PyTorch: a logit by {difference:.3g}, expected at most {allowed:.3g}. '
+            f'Its weights may hold values that are not finite, or PyTorch exports one of its operators wrongly.'
+        )
+    return difference

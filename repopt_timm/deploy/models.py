@@ -1,0 +1,66 @@
+"""Loads any timm model in the form that is deployed: branches merged, scales gone, BatchNorm folded."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import timm
+from timm.layers import ConvNormAct
+from timm.utils import reparameterize_model
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from ..hub import model_from_checkpoint
+from ..models import RepOptVgg, RepOptVggBlock
+
+__all__ = ['load_model']
+
+
+def load_model(source: str | os.PathLike) -> nn.Module:
+    """Loads a trained model, ready for deployment.
+
+    Multi-branch models (`_hs`, `_csla`, and all that timm can reparameterise, such as `repvgg_*`) come out plain.
+
+    Args:
+        source: A checkpoint of a training run, a folder in timm's format, or a name for `timm.create_model`.
+
+    Returns:
+        The model, in evaluation mode on the CPU, with its data configuration in `pretrained_cfg`.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint.
+        ValueError: If timm does not know the model, has no weights for it, or the weights do not fit.
+    """
+    path = Path(source)
+    if path.suffix == '.onnx':
+        raise ValueError(f"'{source}' is an ONNX file already; name the checkpoint that it comes from.")
+    if path.is_file():
+        model = model_from_checkpoint(path, need_scales=False)
+    elif path.is_dir():
+        model = _create(f'local-dir:{path}', pretrained=True)
+    elif path.suffix in ('.tar', '.pth', '.pt', '.safetensors'):
+        raise FileNotFoundError(f"There is no checkpoint '{source}'.")
+    else:
+        model = _create(os.fspath(source), pretrained=True)
+    if isinstance(model, RepOptVgg) and model.mode != 'target':
+        model = model.to_plain()
+    model = reparameterize_model(model.eval())
+    _fold_batchnorm(model)
+    return model.float().requires_grad_(False)
+
+
+def _create(name: str, **kwargs: Any) -> nn.Module:
+    try:
+        return timm.create_model(name, **kwargs)
+    except RuntimeError as error:
+        raise ValueError(f"'{name}': {error} Name a checkpoint, a folder or a model with weights.") from None
+
+
+def _fold_batchnorm(model: nn.Module) -> None:
+    """Folds it where a block's class tells that it follows the convolution; the exporter does so in any graph."""
+    for block in model.modules():
+        if isinstance(block, RepOptVggBlock | ConvNormAct):
+            conv, norm = block.conv, block.bn
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                block.conv = fuse_conv_bn_eval(conv, norm)
+                block.bn = getattr(norm, 'act', nn.Identity())

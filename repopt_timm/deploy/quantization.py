@@ -1,0 +1,290 @@
+"""Static 8-bit quantisation with ONNX Runtime: calibration on images, then a model in QDQ format."""
+
+import fnmatch
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from .classifier import data_config, image_input, onnx_classifier
+from .data import ImageFolder
+from .export import float_onnx
+from .runtime import explained, quiet, require, save_onnx
+
+__all__ = [
+    'CALIBRATIONS',
+    'WEIGHTS',
+    'Quantization',
+    'QuantizationOptions',
+    'calibrate',
+    'layers_of',
+    'quantize',
+    'quantize_onnx',
+]
+
+WEIGHTS = ('per-channel', 'per-tensor')
+CALIBRATIONS = ('minmax', 'entropy', 'percentile')
+
+# Activations of so many images are in memory at a time: 60 MB each in RepOpt-VGG-B1 at 224 px.
+_CALIBRATION_BATCH = 8
+
+# Of the model's size: ONNX Runtime writes two more copies, one after the other, and its own file.
+_DISK_SPACE = 2.2
+
+_LAYERS = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
+
+
+@dataclass(frozen=True)
+class QuantizationOptions:
+    """How to quantise.
+
+    Activations become unsigned and weights signed 8-bit integers: on x86 that pair is what the dot-product
+    instructions (VNNI) take.
+
+    Attributes:
+        weights: One scale `per-channel` or `per-tensor`.
+        calibration: How ranges of activations are found: `minmax`, `entropy` or `percentile`.
+        percentile: Share of an activation's values that its range covers, in percent, for `percentile`.
+        images: Number of images to calibrate on.
+        seed: Seed that draws them.
+        reduce_range: Use 7 bits for weights: without VNNI, x86 adds up pairs of products in 16 bits, which overflow.
+        exclude: Layers to leave in float32: names, with `*`, or operators. From either end, or two in a row.
+    """
+
+    weights: str = 'per-channel'
+    calibration: str = 'minmax'
+    percentile: float = 99.99
+    images: int = 512
+    seed: int = 0
+    reduce_range: bool = False
+    exclude: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights='{self.weights}': expected one of {', '.join(WEIGHTS)}.")
+        if self.calibration not in CALIBRATIONS:
+            raise ValueError(f"calibration='{self.calibration}': expected one of {', '.join(CALIBRATIONS)}.")
+        if not 50 < self.percentile <= 100:
+            raise ValueError(f'percentile={self.percentile}: expected more than 50 and at most 100.')
+        if self.images < 1:
+            raise ValueError(f'images={self.images}: calibration needs at least one.')
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """A model before and after quantising, and what it was calibrated on.
+
+    Attributes:
+        model: The float `onnx.ModelProto`.
+        quantized: The same in QDQ format.
+        images: Where calibration images came from.
+        indices: Which these were.
+        options: How it was quantised.
+    """
+
+    model: Any
+    quantized: Any
+    images: ImageFolder
+    indices: Sequence[int]
+    options: QuantizationOptions
+
+    def agreement(self) -> float:
+        """Returns on how many of the calibration images both models choose the same class, in percent."""
+        first, second = onnx_classifier(self.model), onnx_classifier(self.quantized)
+        same = 0
+        for batch, _ in self.images.batches(self.indices, _CALIBRATION_BATCH, 'agreement'):
+            same += int((first.run(batch).argmax(1) == second.run(batch).argmax(1)).sum())
+        return 100 * same / len(self.indices)
+
+
+def quantize_onnx(
+    source: str | os.PathLike,
+    data: str | os.PathLike,
+    options: QuantizationOptions | None = None,
+    split: str = 'train',
+    overrides: Mapping[str, Any] | None = None,
+) -> Quantization:
+    """Quantises a trained model; `save_onnx` writes the result.
+
+    Args:
+        source: An `.onnx` file, or what `load_model` takes.
+        data: Image folder to calibrate on, see `ImageFolder`. Labels are not looked at.
+        options: See there.
+        split: Split of `data` to draw from: images that the model will not be judged by.
+        overrides: Preprocessing that differs from the model's own, by timm's names.
+
+    Raises:
+        FileNotFoundError: If there is no such model or folder.
+        ValueError: If the folder has no images, one does not decode, or the model cannot be quantised.
+        ImportError: If the `[deploy]` extra is not installed.
+    """
+    options = options or QuantizationOptions()
+    model = float_onnx(source, overrides)
+    images = ImageFolder(data, split, data_config(model, overrides))
+    indices = images.sample(options.images, options.seed)
+    quantized = quantize(model, calibrate(model, images, indices, options), options)
+    return Quantization(model, quantized, images, indices, options)
+
+
+def calibrate(model: Any, images: ImageFolder, indices: Sequence[int], options: QuantizationOptions) -> Any:
+    """Finds the ranges of a model's activations.
+
+    Args:
+        model: A float `onnx.ModelProto`.
+        images: Where images come from.
+        indices: Those to calibrate on.
+        options: See there; `weights`, `reduce_range` and `exclude` do not matter here.
+
+    Returns:
+        ONNX Runtime's `TensorsData`: the lowest and highest value of each tensor.
+
+    Raises:
+        ValueError: If an image does not decode, or ONNX Runtime cannot run the model.
+        OSError: If there is no room for temporary files.
+    """
+    quantization = require('onnxruntime.quantization')
+    method = {'minmax': 'MinMax', 'entropy': 'Entropy', 'percentile': 'Percentile'}[options.calibration]
+    with TemporaryDirectory(prefix='repopt-timm-') as folder, explained('ONNX Runtime cannot calibrate the model'):
+        _check_space(folder, _DISK_SPACE * model.ByteSize())
+        save_onnx(model, Path(folder, 'model.onnx'))
+        with quiet():
+            calibrator = quantization.create_calibrator(
+                Path(folder, 'model.onnx'),
+                _operators(),
+                augmented_model_path=os.fspath(Path(folder, 'augmented.onnx')),
+                calibrate_method=quantization.CalibrationMethod[method],
+                extra_options=_calibrator_options(options),
+            )
+        name, (fixed, *_) = image_input(model)
+        for batch, _ in images.batches(indices, fixed or _CALIBRATION_BATCH, f'{options.calibration} calibration'):
+            # One batch per call: the calibrators keep what they get until a call ends.
+            with quiet():
+                calibrator.collect_data(_Reader(iter([{name: batch.numpy()}])))
+        with quiet():
+            return calibrator.compute_data()
+
+
+def _check_space(folder: str, needed: float) -> None:
+    # ONNX does not notice that it cannot write all of a file, and fails at reading it.
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(
+            f"'{Path(folder).parent}' has {free / 1e6:.0f} MB left, but calibration writes {needed / 1e6:.0f} MB. Make "
+            f'room, or name another folder in the variable TMPDIR.'
+        )
+
+
+def _calibrator_options(options: QuantizationOptions) -> dict[str, Any]:
+    return {'percentile': options.percentile} if options.calibration == 'percentile' else {}
+
+
+class _Reader:
+    def __init__(self, batches: Iterator[dict[str, np.ndarray]]):
+        self._batches = batches
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        return next(self._batches, None)
+
+
+def quantize(model: Any, ranges: Any, options: QuantizationOptions) -> Any:
+    """Quantises a model.
+
+    Args:
+        model: A float `onnx.ModelProto`, which stays as it is.
+        ranges: What `calibrate` returned for it.
+        options: See there.
+
+    Returns:
+        An `onnx.ModelProto` in QDQ format.
+
+    Raises:
+        ValueError: If the model is quantised already, `exclude` matches none of its layers, or names a single one
+            between others.
+    """
+    quantization = require('onnxruntime.quantization')
+    if any(node.op_type in ('QuantizeLinear', 'DequantizeLinear') for node in model.graph.node):
+        raise ValueError('The model is quantised already; name the float32 one.')
+    excluded = _excluded(model, options.exclude)
+    copy = type(model)()
+    copy.CopyFrom(model)
+    with quiet(), explained('ONNX Runtime cannot quantise the model'):
+        quantizer = quantization.QDQQuantizer(
+            copy,
+            options.weights == 'per-channel',
+            options.reduce_range,
+            quantization.QuantType.QInt8,
+            quantization.QuantType.QUInt8,
+            ranges,
+            [],
+            list(excluded.values()),
+            _operators(),
+            {},
+        )
+        quantizer.quantize_model()
+        quantizer.model.topological_sort()
+    _check_excluded(quantizer.model.model, excluded)
+    return quantizer.model.model
+
+
+def layers_of(model: Any) -> dict[str, Any]:
+    """Lists the nodes with weights, by the name of the module that they come from, in the order of the network.
+
+    Args:
+        model: A float `onnx.ModelProto`.
+    """
+    constants = {tensor.name for tensor in model.graph.initializer}
+    layers = {}
+    for node in model.graph.node:
+        if node.op_type in _LAYERS and node.input[1] in constants:
+            name = node.input[1].removesuffix('.weight')
+            # Other weights are constants that the exporter made, or shared.
+            layers[node.name if name == node.input[1] or name in layers else name] = node
+    return layers
+
+
+def _excluded(model: Any, patterns: Iterable[str]) -> dict[str, str]:
+    """Maps layers, or nodes that are none, to names of nodes."""
+    layers = layers_of(model)
+    excluded: dict[str, str] = {}
+    for pattern in patterns:
+        found = {name: node.name for name, node in layers.items() if fnmatch.fnmatchcase(name, pattern)}
+        found |= {node.name: node.name for node in model.graph.node if node.op_type == pattern}
+        if not found:
+            raise ValueError(f"exclude='{pattern}' matches no layer. The model has {', '.join(layers)}.")
+        excluded |= found
+    return excluded
+
+
+def _check_excluded(quantized: Any, excluded: Mapping[str, str]) -> None:
+    """Refuses layers that ONNX Runtime quantises when it loads the file: those between two quantised tensors."""
+    producers = {output: node for node in quantized.graph.node for output in node.output}
+    consumers: dict[str, list[Any]] = {}
+    for node in quantized.graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+    nodes = {node.name: node for node in quantized.graph.node}
+    for layer, name in excluded.items():
+        node = nodes.get(name)
+        if node is None or node.op_type not in ('Conv', 'ConvTranspose', 'Gemm'):
+            continue
+        following = consumers.get(node.output[0], [])
+        # These become part of the rounding.
+        while len(following) == 1 and following[0].op_type in ('Relu', 'Clip'):
+            following = consumers.get(following[0].output[0], [])
+        before = producers.get(node.input[0])
+        between = before is not None and before.op_type == 'DequantizeLinear'
+        if between and any(node.op_type == 'QuantizeLinear' for node in following):
+            raise ValueError(
+                f"'{layer}' alone cannot stay in float32: ONNX Runtime quantises a layer between two quantised ones, "
+                f'one scale for all channels, when it loads the file. Exclude a layer next to it too.'
+            )
+
+
+def _operators() -> list[str]:
+    registry = require('onnxruntime.quantization.registry')
+    return sorted({*registry.QLinearOpsRegistry, *registry.QDQRegistry})

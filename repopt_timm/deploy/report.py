@@ -1,0 +1,241 @@
+"""The story of a quantisation, layer by layer: what the weights look like, and what 8 bits make of them."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from ..files import replacing
+from .classifier import image_input
+from .quantization import Quantization, layers_of
+from .runtime import open_session, require
+
+__all__ = ['layer_report', 'plot_layers']
+
+_BATCH = 8
+
+
+def layer_report(quantization: Quantization, images: int = 64) -> dict[str, Any]:
+    """Compares a model with its quantised form, layer by layer.
+
+    The signal-to-noise ratios are `20 log10(|x| / |x - x'|)` in dB, x being float32 values and x' what quantisation
+    makes of them. The higher the better; a bit is worth 6 dB.
+
+    Args:
+        quantization: What `quantize_onnx` returned.
+        images: Number of its calibration images to run.
+
+    Returns:
+        Plain data: `options`; `logits_snr_db`; and `layers`, in the order of the network, each with
+        `layer`, `operator` and `shape`;
+        `min`, `max`, `std` and `kurtosis` (3 for a normal distribution) of its weights, BatchNorm folded in;
+        `weight_snr_db`, and `weak_channels_snr_db`, which 5 % of the output channels are below;
+        `input_snr_db`, for the noise that rounding this layer's input makes by itself;
+        `accumulated_snr_db`, for the noise in this input with everything before quantised too.
+        Layers that stayed in float32 have no ratios.
+    """
+    model, graph = quantization.model, _QuantizedGraph(quantization.quantized)
+    layers, constants = layers_of(model), _constants(model)
+    rounded = {name: graph.input(node.name) for name, node in layers.items()}
+    quantizers = {layers[name].input[0]: quantizer for name, quantizer in rounded.items() if quantizer is not None}
+    alone, accumulated, logits = _activation_noise(quantization, quantizers, images)
+    rows = []
+    for name, node in layers.items():
+        weight, restored = constants[node.input[1]], graph.weight(node.name)
+        row = {'layer': name, 'operator': node.op_type, 'shape': list(weight.shape), **_moments(weight)}
+        if restored is not None:
+            row['weight_snr_db'] = _Noise().add(weight, restored).decibels
+            row['weak_channels_snr_db'] = _weak_channels(weight, restored, _channel_axis(node))
+        if rounded[name] is not None:
+            tensor = node.input[0]
+            row |= {'input_snr_db': alone[tensor].decibels, 'accumulated_snr_db': accumulated[tensor].decibels}
+        rows.append(row)
+    return {'options': asdict(quantization.options), 'logits_snr_db': logits.decibels, 'layers': rows}
+
+
+@dataclass(frozen=True)
+class _Quantizer:
+    """Scale and zero point, scalars or of the shape of what they belong to, and the name of the rounded tensor."""
+
+    scale: np.ndarray
+    zero: np.ndarray
+    output: str
+
+    def restore(self, codes: np.ndarray) -> np.ndarray:
+        return (codes.astype(np.float32) - self.zero.astype(np.float32)) * self.scale
+
+    def round(self, values: np.ndarray) -> np.ndarray:
+        limits = np.iinfo(self.zero.dtype)
+        return self.restore(np.clip(np.rint(values / self.scale) + self.zero, limits.min, limits.max))
+
+
+class _QuantizedGraph:
+    """Finds what a node of a model in QDQ format gets."""
+
+    def __init__(self, quantized: Any):
+        self._constants = _constants(quantized)
+        self._nodes = {node.name: node for node in quantized.graph.node}
+        self._producers = {node.output[0]: node for node in quantized.graph.node}
+
+    def input(self, node: str) -> _Quantizer | None:
+        """Returns the quantiser of a node's input, or None if that is in float32."""
+        return self._quantizer(self._nodes[node].input[0])
+
+    def weight(self, node: str) -> np.ndarray | None:
+        """Returns the values that a node's quantised weights stand for, or None if they are in float32."""
+        name = self._nodes[node].input[1]
+        quantizer = self._quantizer(name)
+        return None if quantizer is None else quantizer.restore(self._constants[self._producers[name].input[0]])
+
+    def _quantizer(self, tensor: str) -> _Quantizer | None:
+        producer = self._producers.get(tensor)
+        if producer is None or producer.op_type != 'DequantizeLinear':
+            return None
+        scale, zero = (self._constants[name] for name in producer.input[1:])
+        if scale.ndim:
+            axis = next(attribute.i for attribute in producer.attribute if attribute.name == 'axis')
+            shape = [1] * self._constants[producer.input[0]].ndim
+            shape[axis] = -1
+            scale, zero = scale.reshape(shape), zero.reshape(shape)
+        return _Quantizer(scale, zero, tensor)
+
+
+class _Noise:
+    """Sums up signal and noise over batches."""
+
+    def __init__(self) -> None:
+        self._signal = self._noise = 0.0
+
+    def add(self, values: np.ndarray, noisy: np.ndarray) -> '_Noise':
+        self._signal += float(np.square(values, dtype=np.float64).sum())
+        self._noise += float(np.square(values - noisy, dtype=np.float64).sum())
+        return self
+
+    @property
+    def decibels(self) -> float:
+        # Neither is ever nothing in a network that does something; a zero would not be JSON.
+        tiny = np.finfo(np.float64).tiny
+        return float(10 * np.log10(max(self._signal, tiny) / max(self._noise, tiny)))
+
+
+def _activation_noise(
+    quantization: Quantization, quantizers: Mapping[str, _Quantizer], images: int
+) -> tuple[dict[str, _Noise], dict[str, _Noise], _Noise]:
+    """Measures the noise in activations, by the float model's names: each rounded alone, all rounded, in the logits."""
+    alone, accumulated = {name: _Noise() for name in quantizers}, {name: _Noise() for name in quantizers}
+    logits = _Noise()
+    model, quantized = quantization.model, quantization.quantized
+    output, (image, (fixed, *_)) = model.graph.output[0].name, image_input(model)
+    rounded_names = [quantizer.output for quantizer in quantizers.values()]
+    # Unoptimised, or the tensors that are asked for would be fused away.
+    exact_session = open_session(_with_outputs(model, quantizers), optimize=False)
+    rounded_session = open_session(_with_outputs(quantized, rounded_names), optimize=False)
+    for batch, _ in quantization.images.batches(quantization.indices[:images], fixed or _BATCH, 'report'):
+        feed = {image: batch.numpy()}
+        expected, *exact = exact_session.run([output, *quantizers], feed)
+        found, *rounded = rounded_session.run([output, *rounded_names], feed)
+        logits.add(expected, found)
+        for (name, quantizer), values, noisy in zip(quantizers.items(), exact, rounded):
+            alone[name].add(values, quantizer.round(values))
+            accumulated[name].add(values, noisy)
+    return alone, accumulated, logits
+
+
+def _with_outputs(model: Any, names: Iterable[str]) -> Any:
+    copy = type(model)()
+    copy.CopyFrom(model)
+    present = {value.name for value in copy.graph.output}
+    copy.graph.output.extend(
+        require('onnx.helper').make_empty_tensor_value_info(name) for name in names if name not in present
+    )
+    return copy
+
+
+def _constants(model: Any) -> dict[str, np.ndarray]:
+    numpy_helper = require('onnx.numpy_helper')
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def _channel_axis(node: Any) -> int:
+    if node.op_type == 'Gemm':
+        return 0 if any(attribute.name == 'transB' and attribute.i for attribute in node.attribute) else 1
+    return {'Conv': 0, 'ConvTranspose': 1}.get(node.op_type, -1)
+
+
+def _weak_channels(weight: np.ndarray, restored: np.ndarray, axis: int) -> float:
+    # Strong channels hide in the sum over all that a common scale has rounded weak ones away.
+    channels = zip(np.moveaxis(weight, axis, 0), np.moveaxis(restored, axis, 0))
+    levels = [_Noise().add(*channel).decibels for channel in channels if channel[0].any()]
+    return float(np.percentile(levels, 5)) if levels else 0.0
+
+
+def _moments(weight: np.ndarray) -> dict[str, float]:
+    centred = weight.astype(np.float64) - weight.mean(dtype=np.float64)
+    variance = np.square(centred).mean()
+    return {
+        'min': float(weight.min()),
+        'max': float(weight.max()),
+        'std': float(np.sqrt(variance)),
+        # Weights that are all the same have none.
+        'kurtosis': float((centred**4).mean() / variance**2) if variance > 0 else 0.0,
+    }
+
+
+def plot_layers(reports: Mapping[str, Mapping[str, Any]], path: str | os.PathLike) -> None:
+    """Draws reports side by side, on the same axes.
+
+    Args:
+        reports: Title to what `layer_report` returned.
+        path: Picture to write, in the format that its suffix names.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        OSError: If the picture cannot be written.
+    """
+    figure = require('matplotlib.figure').Figure(figsize=(6.5 * len(reports) + 1.5, 9.5), layout='constrained')
+    grid = figure.subplots(3, len(reports), sharey='row', sharex='col', squeeze=False)
+    for column, (title, report) in zip(grid.T, reports.items()):
+        _draw(column, title, report)
+    for axes, label in zip(grid[:, 0], ('size of weights', 'kurtosis of weights', 'signal to noise (dB)')):
+        axes.set_ylabel(label)
+    for row in grid:
+        row[-1].legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5), fontsize=9)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120)
+
+
+def _draw(axes: Sequence[Any], title: str, report: Mapping[str, Any]) -> None:
+    rows = report['layers']
+    depths = range(len(rows))
+    options = report['options']
+    weights, kurtosis, noise = axes
+
+    largest = [max(abs(row['min']), abs(row['max'])) for row in rows]
+    deviation = [row['std'] for row in rows]
+    weights.fill_between(depths, deviation, largest, color='tab:blue', alpha=0.15, lw=0)
+    weights.plot(depths, largest, color='tab:blue', marker='^', ms=4, label='largest |w|')
+    weights.plot(depths, deviation, color='tab:orange', marker='o', ms=4, label='standard\ndeviation')
+    weights.set_yscale('log')
+    settings = f'{options["weights"]} weights, {options["calibration"]} calibration'
+    weights.set_title(f'{title}\n{settings}: logits {report["logits_snr_db"]:.1f} dB', fontsize=11)
+
+    kurtosis.plot(depths, [row['kurtosis'] for row in rows], color='tab:purple', marker='o', ms=4, label='kurtosis')
+    kurtosis.axhline(3, color='0.5', lw=1, ls='--', label='normal\ndistribution')
+    kurtosis.set_yscale('log')
+
+    for key, label, style in (
+        ('weight_snr_db', 'weights', {'color': 'tab:blue', 'marker': 's'}),
+        ('weak_channels_snr_db', 'weights, the weakest\n5 % of channels', {'color': 'tab:blue', 'ls': ':'}),
+        ('input_snr_db', "layer's input,\nrounded alone", {'color': 'tab:green', 'marker': 'o'}),
+        ('accumulated_snr_db', "layer's input,\nall before it too", {'color': 'tab:red', 'marker': 'v'}),
+    ):
+        # Layers in float32 leave a gap.
+        noise.plot(depths, [row.get(key, np.nan) for row in rows], ms=4, label=label, **style)
+    step = -(-len(rows) // 40)
+    noise.set_xticks(list(depths)[::step], [row['layer'] for row in rows][::step], rotation=90, fontsize=7)
+    for part in axes:
+        part.grid(axis='y', color='0.9')
+        part.set_axisbelow(True)
+        part.margins(x=0.02)

@@ -1,0 +1,138 @@
+"""ONNX and ONNX Runtime: imported when something needs them, their files and their errors."""
+
+import importlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from ..files import replacing
+
+__all__ = ['explained', 'load_onnx', 'open_session', 'quiet', 'require', 'save_onnx']
+
+# Protocol buffers end here; larger models need a second file, which could be lost or left behind.
+_LARGEST_FILE = 2**31 - 1
+
+
+def require(module: str) -> Any:
+    """Imports a module of the `[deploy]` extra.
+
+    Raises:
+        ImportError: If it is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.split('.')[0]
+        raise ImportError(f'Deployment needs {name} ({error}): pip install "repopt-timm[deploy]"') from None
+
+
+def load_onnx(path: str | os.PathLike) -> Any:
+    """Reads an ONNX file with one input and one output.
+
+    Returns:
+        An `onnx.ModelProto`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no ONNX model, or has other inputs or outputs.
+    """
+    onnx = require('onnx')
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no ONNX file '{path}'.")
+    try:
+        model = onnx.load(os.fspath(path))
+        onnx.checker.check_model(model)
+    except (require('google.protobuf.message').DecodeError, onnx.checker.ValidationError) as error:
+        raise ValueError(f"'{path}' is no readable ONNX model: {_first_line(error)}.") from None
+    graph = model.graph
+    constants = {tensor.name for tensor in graph.initializer}
+    inputs = [value.name for value in graph.input if value.name not in constants]
+    outputs = [value.name for value in graph.output]
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise ValueError(
+            f"'{path}' has the inputs {', '.join(inputs)} and the outputs {', '.join(outputs)}; expected images in and "
+            f'logits out.'
+        )
+    return model
+
+
+def save_onnx(model: Any, path: str | os.PathLike) -> None:
+    """Writes an `onnx.ModelProto` to a single file, whole or not at all.
+
+    Raises:
+        ValueError: If it is too large for one file.
+        OSError: If it cannot be written, for instance to a full disk.
+    """
+    if model.ByteSize() > _LARGEST_FILE:
+        raise ValueError(f'The model takes {model.ByteSize() / 1e9:.1f} GB, more than the 2 GB of a single ONNX file.')
+    try:
+        with replacing(path) as temporary:
+            temporary.write_bytes(model.SerializeToString())
+    except OSError as error:
+        raise OSError(f"'{path}' cannot be written: {error.strerror or error}.") from None
+
+
+def open_session(model: Any, threads: int | None = None, optimize: bool = True) -> Any:
+    """Opens an ONNX model for running on the CPU.
+
+    Args:
+        model: An `onnx.ModelProto`, or the path of a file.
+        threads: Number of threads; all cores when left out.
+        optimize: Fuse and replace nodes. Without it all tensors keep their names and values.
+
+    Returns:
+        An `onnxruntime.InferenceSession`.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If ONNX Runtime cannot run the model, for instance because it lacks an operator.
+    """
+    onnxruntime = require('onnxruntime')
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    # Its errors are raised too, and told in one line.
+    options.log_severity_level = 4
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if isinstance(model, str | os.PathLike):
+        source, name = os.fspath(model), f"'{model}'"
+        if not Path(source).is_file():
+            raise FileNotFoundError(f'There is no ONNX file {name}.')
+    else:
+        source, name = model.SerializeToString(), 'the model'
+    with explained(f'ONNX Runtime {onnxruntime.__version__} cannot run {name}'):
+        return onnxruntime.InferenceSession(source, options, providers=['CPUExecutionProvider'])
+
+
+@contextmanager
+def explained(problem: str) -> Iterator[None]:
+    """Turns errors of ONNX and its runtime, which have no common base class, into a ValueError that begins so."""
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(('onnx', 'google.protobuf')):
+            raise
+        raise ValueError(f'{problem}: {_first_line(error)}') from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps libraries from printing, warning and logging below errors."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip().rstrip('.') if lines else type(error).__name__

@@ -1,0 +1,105 @@
+from argparse import Namespace
+from functools import partial
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from repopt_timm.deploy import comparison, evaluation, load_model, quantize_onnx, save_onnx
+from repopt_timm.deploy.export import to_onnx
+from repopt_timm.deploy.quantization import QuantizationOptions
+
+from ..helpers import TINY
+
+CLASSES = ('dark', 'grey', 'light')
+# How a run on these images describes them.
+ARGS = Namespace(
+    input_size=[3, 32, 32], crop_pct=1.0, mean=[0.5, 0.4, 0.3], std=[0.2, 0.2, 0.2], interpolation='bilinear'
+)
+
+
+@pytest.fixture(autouse=True, scope='session')
+def short_times():
+    """Times are taken, but not until they are exact."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, 'time_runs', partial(evaluation.time_runs, seconds=0))
+        patch.setattr(comparison, 'alternate', partial(comparison.alternate, rounds=3, seconds=0))
+        yield
+
+
+def write_images(root, split, count):
+    generator = torch.Generator().manual_seed(len(split))
+    for index, label in enumerate(CLASSES):
+        folder = root / split / label
+        folder.mkdir(parents=True)
+        for number in range(count):
+            pixels = 60 + 50 * index + 40 * torch.randn(32, 32, 3, generator=generator)
+            Image.fromarray(pixels.clamp(0, 255).byte().numpy()).save(folder / f'{number}.png')
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory):
+    """Three classes of noise around different levels: 20 images of each for training, 12 for validation."""
+    root = tmp_path_factory.mktemp('images')
+    write_images(root, 'train', 20)
+    write_images(root, 'validation', 12)
+    return root
+
+
+def trained(name, **kwargs):
+    """A model that has learnt to tell these classes apart, so that its statistics and weights mean something."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3, **kwargs)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (ARGS.mean, ARGS.std))
+    for _ in range(25):
+        targets = torch.arange(24) % 3
+        pixels = 60 + 50 * targets.view(-1, 1, 1, 1) + 40 * torch.randn(24, 3, 32, 32)
+        loss = torch.nn.functional.cross_entropy(model((pixels.clamp(0, 255) / 255 - mean) / std), targets)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def write_checkpoint(model, path, **more):
+    """Writes what the training command does, as far as others read it."""
+    content = {'arch': model.pretrained_cfg['architecture'], 'state_dict': model.state_dict(), 'args': ARGS, **more}
+    torch.save(content, path)
+    return path
+
+
+@pytest.fixture(scope='session')
+def checkpoint(tmp_path_factory):
+    """The checkpoint of a trained target model."""
+    return write_checkpoint(trained(TINY), tmp_path_factory.mktemp('run') / 'last.pth.tar')
+
+
+@pytest.fixture(scope='session')
+def exported(checkpoint):
+    """The same as an ONNX model."""
+    model = load_model(checkpoint)
+    config = timm.data.resolve_model_data_config(model)
+    return to_onnx(model, config)[0]
+
+
+@pytest.fixture(scope='session')
+def onnx_file(exported, tmp_path_factory):
+    path = tmp_path_factory.mktemp('onnx') / 'model.onnx'
+    save_onnx(exported, path)
+    return path
+
+
+@pytest.fixture(scope='session')
+def quantization(onnx_file, images):
+    """Quantises that model; each way once."""
+    done = {}
+
+    def make(**options):
+        key = QuantizationOptions(**{'images': 20, **options})
+        if key not in done:
+            done[key] = quantize_onnx(onnx_file, images, key)
+        return done[key]
+
+    return make

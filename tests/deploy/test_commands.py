@@ -1,0 +1,92 @@
+import json
+import sys
+
+import pytest
+
+from repopt_timm.cli import main
+
+from ..helpers import tiny_model
+from .conftest import write_checkpoint
+
+
+def test_from_a_checkpoint_to_a_measured_int8_file(checkpoint, images, tmp_path, capsys):
+    float_file, int8_file, report = (str(tmp_path / name) for name in ('out.onnx', 'out.int8.onnx', 'report'))
+    assert main(['export', str(checkpoint), '--onnx', float_file]) == 0
+    assert 'of PyTorch' in capsys.readouterr().out
+    quantize = ['quantize', str(checkpoint), '--data', str(images), '--out', int8_file, '--images', '12']
+    assert main([*quantize, '--report', report, '--versus', float_file]) == 0
+    assert 'calibrated on 12 images' in capsys.readouterr().out
+    assert sorted(file.name for file in (tmp_path / 'report').iterdir()) == ['layers.json', 'layers.png']
+    assert len(json.loads((tmp_path / 'report' / 'layers.json').read_text())) == 2
+    assert main(['evaluate', int8_file, '--data', str(images), '--json']) == 0
+    assert json.loads(capsys.readouterr().out)['top1'] > 80
+
+
+def test_models_are_compared_in_one_table(onnx_file, images, tmp_path, capsys):
+    arguments = [f'A={onnx_file}', f'B={onnx_file}', '--data', str(images), '--images', '12', '--latency-batches']
+    assert main(['compare-int8', *arguments, '--calibrations', 'minmax', '--out', str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert '| B | per-tensor |' in out
+    assert (tmp_path / 'int8.md').read_text() == out
+    assert len(json.loads((tmp_path / 'int8.json').read_text())['accuracy']) == 6
+
+
+@pytest.fixture
+def five_classes(tmp_path):
+    return write_checkpoint(tiny_model(), tmp_path / 'five.pth.tar')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ('export {tmp}/nowhere.pth.tar --onnx {tmp}/new.onnx', 'There is no checkpoint'),
+        ('export {five} --onnx {five}/new.onnx', 'cannot be written'),
+        ('quantize {model} --data {tmp}/nowhere --out {tmp}/new.onnx', 'There is no image folder'),
+        ('quantize {model} --data {tmp}/empty --out {tmp}/new.onnx', 'There are no images'),
+        ('quantize {model} --data {tmp}/broken --out {tmp}/new.onnx', "broken/train/a/1.png' cannot be read"),
+        ('quantize {model} --data {images} --out {tmp}/new.onnx --exclude conv9', "exclude='conv9' matches no layer"),
+        ('quantize {model} --data {images} --out {tmp}/new.onnx --versus x', '--report'),
+        ('quantize {tmp}/text.onnx --data {images} --out {tmp}/new.onnx', 'is no readable ONNX model'),
+        ('evaluate {tmp}/text.onnx --data {images}', 'is no readable ONNX model'),
+        ('evaluate {five} --data {images}', 'The model has 5 classes, but the folder'),
+        ('evaluate {model} --data {images} --input-size 3 8 8', 'ONNX Runtime cannot run the model'),
+        ('compare-int8 {model} {model} --data {images}', 'same label'),
+        ('compare-int8 {five} --data {images} --images 8 --calibrations minmax', 'The model has 5 classes'),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_leaves_no_file(
+    arguments, message, onnx_file, five_classes, images, tmp_path, capsys
+):
+    (tmp_path / 'empty' / 'train').mkdir(parents=True)
+    (tmp_path / 'broken' / 'train' / 'a').mkdir(parents=True)
+    (tmp_path / 'broken' / 'train' / 'a' / '1.png').write_bytes(b'no image')
+    (tmp_path / 'text.onnx').write_text('no model')
+    before = sorted(tmp_path.rglob('*'))
+    places = {'tmp': tmp_path, 'model': onnx_file, 'five': five_classes, 'images': images}
+    assert main([argument.format(**places) for argument in arguments.split()]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('error: ')
+    assert message in error
+    assert error.count('\n') == 1
+    assert sorted(tmp_path.rglob('*')) == before
+
+
+@pytest.mark.parametrize(
+    ('missing', 'arguments'),
+    [
+        ('onnxscript', 'export {checkpoint} --onnx {tmp}/new.onnx'),
+        ('onnxruntime', 'evaluate {model} --data {images}'),
+        ('onnx', 'quantize {model} --data {images} --out {tmp}/new.onnx'),
+        ('matplotlib', 'quantize {model} --data {images} --out {tmp}/new.onnx --report {tmp}/report'),
+    ],
+)
+def test_what_is_not_installed_is_told_with_the_way_to_install_it(
+    missing, arguments, checkpoint, onnx_file, images, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, missing, None)
+    places = {'tmp': tmp_path, 'checkpoint': checkpoint, 'model': onnx_file, 'images': images}
+    assert main([argument.format(**places) for argument in arguments.split()]) == 1
+    error = capsys.readouterr().err
+    assert f'Deployment needs {missing}' in error
+    assert 'pip install "repopt-timm[deploy]"' in error
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,43 @@
+import pytest
+
+from repopt_timm.deploy import QuantizationOptions, compare_int8, comparison_table
+
+
+@pytest.fixture(scope='module')
+def results(checkpoint, onnx_file, images):
+    models = {'run': checkpoint, 'file': onnx_file}
+    options = QuantizationOptions(images=12)
+    calibrations = ('minmax', 'percentile')
+    return compare_int8(models, images, calibrations=calibrations, options=options, latency_batches=(1, 2))
+
+
+def test_every_model_is_measured_in_every_way(results):
+    ways = [('float32', '')] + [
+        (weights, calibration) for calibration in ('minmax', 'percentile') for weights in ('per-channel', 'per-tensor')
+    ]
+    found = [(row['model'], row['weights'], row['calibration']) for row in results['accuracy']]
+    assert found == [(model, *way) for model in ('run', 'file') for way in ways]
+    for row in results['accuracy']:
+        reference = next(other['top1'] for other in results['accuracy'] if other['model'] == row['model'])
+        assert row.get('drop', 0) == reference - row['top1']
+    assert results['settings']['validation_images'] == 36
+    assert results['settings']['calibration_images'] == 12
+
+
+def test_speed_is_measured_per_batch_size(results):
+    assert [(row['model'], row['batch']) for row in results['latency']] == [
+        (model, batch) for model in ('run', 'file') for batch in (1, 2)
+    ]
+    run, file = results['latency'][0], results['latency'][2]
+    assert list(run['ms']) == ['pytorch', 'float32', 'per-channel', 'per-tensor']
+    assert list(run['speedups']['per-channel']) == ['pytorch', 'float32']
+    assert list(file['speedups']['per-channel']) == ['float32']
+
+
+def test_the_table_has_a_row_for_each_model_and_granularity(results):
+    lines = comparison_table(results).splitlines()
+    assert '| model | weights | float32 | INT8 minmax | INT8 percentile |' in lines
+    rows = [line.split(' | ') for line in lines if line.startswith('| run | per-')]
+    assert [row[1] for row in rows] == ['per-channel', 'per-tensor']
+    first = results['accuracy'][1]
+    assert rows[0][3] == f'{first["top1"]:.2f} ({0 - first["drop"]:+.2f})'

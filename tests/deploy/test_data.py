@@ -1,0 +1,65 @@
+import pytest
+import torch
+from timm.data import create_dataset, create_loader
+
+from repopt_timm.deploy.data import ImageFolder
+
+from .conftest import ARGS
+
+CONFIG = {'input_size': (3, 24, 24), 'crop_pct': 0.9, 'mean': ARGS.mean, 'std': ARGS.std, 'interpolation': 'bicubic'}
+
+
+def test_images_are_those_of_timms_evaluation_loader(images):
+    folder = ImageFolder(images, 'validation', CONFIG)
+    found = list(folder.batches(range(len(folder)), 10, ''))
+    loader = create_loader(
+        create_dataset('', root=images, split='validation'),
+        batch_size=10,
+        device=torch.device('cpu'),
+        num_workers=0,
+        persistent_workers=False,
+        **CONFIG,
+    )
+    expected = list(loader)
+    assert len(found) == len(expected) == 4
+    for (batch, targets), (other_batch, other_targets) in zip(found, expected):
+        torch.testing.assert_close(batch, other_batch, rtol=0, atol=1e-5)
+        assert torch.equal(targets, other_targets)
+
+
+def test_a_seed_draws_a_subset_of_all_classes(images):
+    folder = ImageFolder(images, 'train', CONFIG)
+    assert folder.sample(20, seed=1) == folder.sample(20, seed=1) != folder.sample(20, seed=2)
+    assert len(set(folder.sample(20, seed=1))) == 20
+    assert sorted(folder.sample(1000, seed=1)) == list(range(60))
+    (_, targets), *_ = folder.batches(folder.sample(20, seed=1), 20, '')
+    assert targets.unique().tolist() == [0, 1, 2]
+
+
+def test_an_image_that_does_not_decode_is_named_and_not_skipped(images, tmp_path):
+    folder = tmp_path / 'validation' / 'dark'
+    folder.mkdir(parents=True)
+    whole = (images / 'validation' / 'dark' / '0.png').read_bytes()
+    (folder / 'a.png').write_bytes(whole)
+    for broken in (whole[: len(whole) // 2], b'', b'no image', whole[:40]):
+        (folder / 'b.png').write_bytes(broken)
+        with pytest.raises(ValueError, match=r"The image '.*b\.png' cannot be read"):
+            list(ImageFolder(tmp_path, 'validation', CONFIG).batches(range(2), 1, ''))
+
+
+def test_missing_and_empty_folders_are_told(images, tmp_path):
+    with pytest.raises(FileNotFoundError, match='There is no image folder'):
+        ImageFolder(tmp_path / 'nowhere', 'train', CONFIG)
+    with pytest.raises(ValueError, match="There are no images for the split 'train'"):
+        ImageFolder(tmp_path, 'train', CONFIG)
+
+
+def test_another_split_is_not_taken_for_the_one_asked_for(images, tmp_path):
+    (tmp_path / 'val').symlink_to(images / 'validation')
+    assert len(ImageFolder(tmp_path, 'validation', CONFIG)) == 36
+    with pytest.raises(ValueError, match="has no split 'train', but val"):
+        ImageFolder(tmp_path, 'train', CONFIG)
+
+
+def test_a_folder_without_splits_is_taken_whole(images):
+    assert len(ImageFolder(images / 'train', 'validation', CONFIG)) == 60

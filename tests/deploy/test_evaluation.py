@@ -1,0 +1,52 @@
+import pytest
+import torch
+
+from repopt_timm.deploy import Classifier, evaluate, save_onnx
+from repopt_timm.deploy.data import ImageFolder
+from repopt_timm.deploy.evaluation import accuracies, alternate
+
+CONFIG = {'input_size': (3, 32, 32)}
+
+
+def test_pytorch_and_onnx_are_equally_accurate_and_int8_nearly(checkpoint, onnx_file, quantization, images, tmp_path):
+    save_onnx(quantization().quantized, tmp_path / 'int8.onnx')
+    found = [evaluate(source, images, batch_size=9) for source in (checkpoint, onnx_file, tmp_path / 'int8.onnx')]
+    assert [row['backend'] for row in found] == ['pytorch', 'onnxruntime', 'onnxruntime']
+    assert found[0]['top1'] == found[1]['top1'] > 80
+    assert abs(found[2]['top1'] - found[0]['top1']) < 10
+    for row in found:
+        assert row['images'] == 36
+        assert row['top5'] == 100
+        assert 0 < row['latency_ms'] <= row['latency_p90_ms']
+        assert row['throughput'] > 0
+    assert found[1]['bytes'] == onnx_file.stat().st_size
+    assert found[2]['bytes'] < 0.3 * found[0]['bytes']
+
+
+def classifier(scores, num_classes=3):
+    """Gives all images the same logits."""
+    return Classifier('stub', lambda images: torch.tensor([scores] * len(images)), CONFIG, 0)
+
+
+def test_accuracy_counts_images(images):
+    folder = ImageFolder(images, 'validation', CONFIG)
+    found = accuracies({'first': classifier([3.0, 2.0, 1.0]), 'last': classifier([1.0, 2.0, 3.0])}, folder, 7)
+    assert found == {'first': (100 / 3, 100), 'last': (100 / 3, 100)}
+    # Twelve classes, of which the folder has the first three.
+    folder.num_classes = 12
+    low = classifier([-1.0, *range(11)])
+    assert accuracies({'low': low}, folder, 7) == {'low': (0, 0)}
+
+
+def test_another_number_of_classes_is_an_error(images):
+    folder = ImageFolder(images, 'validation', CONFIG)
+    with pytest.raises(ValueError, match=r"The model has 4 classes, but the folder '.*validation' has 3"):
+        accuracies({'': classifier([0.0] * 4)}, folder)
+
+
+def test_models_are_timed_in_turn():
+    calls = []
+    times = alternate({'a': lambda: calls.append('a'), 'b': lambda: calls.append('b')}, rounds=5, seconds=0)
+    assert {name: len(values) for name, values in times.items()} == {'a': 5, 'b': 5}
+    turns = [name for name, before in zip(calls, ['', *calls]) if name != before]
+    assert turns == ['a', 'b'] * 6

@@ -1,0 +1,102 @@
+import errno
+import json
+import math
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import timm
+import torch
+from torch import nn
+
+from repopt_timm.deploy import export_onnx, load_model, save_onnx
+from repopt_timm.deploy.export import to_onnx
+
+from .conftest import ARGS, write_checkpoint
+
+CONFIG = {'input_size': (3, 32, 32), 'mean': (0.5, 0.5, 0.5)}
+
+
+def run(path, images):
+    return torch.from_numpy(onnxruntime.InferenceSession(path).run(None, {'input': images.numpy()})[0])
+
+
+def test_an_exported_file_gives_the_logits_of_pytorch_at_every_batch_size(checkpoint, tmp_path):
+    told = export_onnx(checkpoint, tmp_path / 'model.onnx')
+    model = load_model(checkpoint)
+    for batch in (1, 2, 7):
+        images = torch.randn(batch, 3, 32, 32)
+        with torch.inference_mode():
+            torch.testing.assert_close(run(tmp_path / 'model.onnx', images), model(images), rtol=0, atol=1e-4)
+    assert told['difference'] < 1e-4
+    assert told['bytes'] == (tmp_path / 'model.onnx').stat().st_size
+
+
+def test_it_is_one_file_of_convolutions_that_tells_its_preprocessing(exported, onnx_file):
+    assert [file.name for file in onnx_file.parent.iterdir()] == ['model.onnx']
+    operators = {node.op_type for node in exported.graph.node}
+    assert operators == {'Conv', 'Relu', 'ReduceMean', 'Reshape', 'Gemm'}
+    told = {entry.key: json.loads(entry.value) for entry in exported.metadata_props}
+    assert told['architecture'] == 'test_repopt_vgg'
+    assert {name: told[name] for name in ('input_size', 'mean', 'crop_pct')} == {
+        name: getattr(ARGS, name) for name in ('input_size', 'mean', 'crop_pct')
+    }
+
+
+def test_it_tells_nothing_of_the_machine_that_made_it(onnx_file):
+    assert b'site-packages' not in onnx_file.read_bytes()
+
+
+@pytest.mark.parametrize(
+    'name', ['test_resnet', *(pytest.param(name, marks=pytest.mark.slow) for name in ('test_efficientnet', 'test_vit'))]
+)
+def test_batchnorm_is_folded_in_other_timm_models(name, tmp_path):
+    model = timm.create_model(name, num_classes=3, **({'img_size': 32} if name == 'test_vit' else {}))
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    proto, _ = to_onnx(model.eval(), CONFIG)
+    assert not [node for node in proto.graph.node if node.op_type == 'BatchNormalization']
+
+
+class SingularValues(nn.Module):
+    def forward(self, x):
+        return torch.linalg.svd(x)[1].sum(-1)
+
+
+class ExportedWrongly(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3)) * (2 if torch.compiler.is_exporting() else 1)
+
+
+def test_an_operator_that_onnx_has_not_is_named():
+    with pytest.raises(ValueError, match=r'SingularValues cannot be exported to ONNX: .*linalg_svd') as error:
+        to_onnx(SingularValues(), CONFIG)
+    assert '\n' not in str(error.value)
+
+
+def test_other_logits_than_those_of_pytorch_are_an_error():
+    with pytest.raises(ValueError, match='differs from PyTorch'):
+        to_onnx(ExportedWrongly(), CONFIG)
+
+
+def test_weights_that_are_not_finite_are_an_error(tmp_path):
+    model = timm.create_model('test_resnet', num_classes=3)
+    model.fc.bias.data[0] = math.nan
+    with pytest.raises(ValueError, match='not finite'):
+        export_onnx(write_checkpoint(model, tmp_path / 'last.pth.tar'), tmp_path / 'model.onnx')
+    assert not (tmp_path / 'model.onnx').exists()
+
+
+def test_a_full_disk_leaves_the_old_file(exported, tmp_path, monkeypatch):
+    def write_bytes(path, content):
+        path.open('wb').write(content[:1000])
+        raise OSError(errno.ENOSPC, 'No space left on device')
+
+    (tmp_path / 'model.onnx').write_text('old')
+    monkeypatch.setattr(Path, 'write_bytes', write_bytes)
+    with pytest.raises(OSError, match=r"model.onnx' cannot be written: No space left on device"):
+        save_onnx(exported, tmp_path / 'model.onnx')
+    assert [file.name for file in tmp_path.iterdir()] == ['model.onnx']
+    assert (tmp_path / 'model.onnx').read_text() == 'old'

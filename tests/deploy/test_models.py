@@ -1,0 +1,81 @@
+import pytest
+import timm
+import torch
+from torch import nn
+
+from repopt_timm import save_pretrained
+from repopt_timm.deploy import load_model
+
+from ..helpers import TINY, random_scales, tiny_model
+from .conftest import ARGS, trained, write_checkpoint
+
+IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+def assert_same_function(first, second):
+    with torch.inference_mode():
+        torch.testing.assert_close(first(IMAGES), second(IMAGES), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('kind', ['', '_hs', '_csla'])
+def test_every_kind_of_repopt_vgg_becomes_plain_convolutions(kind, tmp_path):
+    model = trained(TINY + kind, **({'scales': random_scales()} if kind else {}))
+    loaded = load_model(write_checkpoint(model, tmp_path / 'last.pth.tar'))
+    assert_same_function(loaded, model)
+    layers = {type(module) for module in loaded.modules() if not list(module.children())}
+    assert layers <= {nn.Conv2d, nn.ReLU, nn.Linear, nn.Identity, nn.AdaptiveAvgPool2d, nn.Dropout, nn.Flatten}
+    assert not any('scale' in name for name in loaded.state_dict())
+
+
+def test_a_repvgg_is_reparameterised(tmp_path):
+    model = timm.create_model('repvgg_a0', num_classes=3).eval()
+    model.stem.conv_kxk.bn.running_mean.normal_()
+    loaded = load_model(write_checkpoint(model, tmp_path / 'last.pth.tar'))
+    assert_same_function(loaded, model)
+    assert len([module for module in loaded.modules() if isinstance(module, nn.Conv2d)]) == 22
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_efficientnet'])
+def test_checkpoints_of_other_timm_models_tell_their_number_of_classes(name, tmp_path):
+    kwargs = {'img_size': 32} if name == 'test_vit' else {}
+    model = timm.create_model(name, num_classes=3, **kwargs).eval()
+    args = {**vars(ARGS), 'model_kwargs': kwargs}
+    loaded = load_model(write_checkpoint(model, tmp_path / 'last.pth.tar', args=type(ARGS)(**args)))
+    assert loaded.num_classes == 3
+    assert loaded.pretrained_cfg['input_size'] == (3, 32, 32)
+    assert loaded.pretrained_cfg['mean'] == (0.5, 0.4, 0.3)
+    assert_same_function(loaded, model)
+
+
+def test_a_target_that_was_trained_with_scales_needs_none_of_them(tmp_path):
+    model = tiny_model(scales=random_scales()).eval()
+    optimizer = timm.optim.create_optimizer_v2(model, 'repopt_sgd', lr=0.1)
+    path = write_checkpoint(model, tmp_path / 'last.pth.tar', optimizer=optimizer.state_dict())
+    assert_same_function(load_model(path), model)
+
+
+def test_folders_in_the_format_of_timm_are_read(tmp_path):
+    model = tiny_model().eval()
+    save_pretrained(model, tmp_path / 'model')
+    assert_same_function(load_model(tmp_path / 'model'), model)
+
+
+@pytest.mark.parametrize(
+    ('source', 'error', 'message'),
+    [
+        ('nowhere/last.pth.tar', FileNotFoundError, "There is no checkpoint 'nowhere/last.pth.tar'"),
+        ('model.onnx', ValueError, 'is an ONNX file already'),
+        ('no_such_model', ValueError, 'no_such_model'),
+        (TINY, ValueError, 'There are no trained weights'),
+        ('vgg11_bn.untrained', ValueError, 'vgg11_bn.untrained'),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(source, error, message):
+    with pytest.raises(error, match=message):
+        load_model(source)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    path = write_checkpoint(tiny_model(), tmp_path / 'last.pth.tar', arch='test_resnet')
+    with pytest.raises(ValueError, match='its weights are not those of test_resnet'):
+        load_model(path)

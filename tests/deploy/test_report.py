@@ -1,0 +1,79 @@
+import numpy as np
+import onnx
+import pytest
+from PIL import Image
+
+from repopt_timm.deploy import QuantizationOptions, layer_report, plot_layers, quantize_onnx, save_onnx
+from repopt_timm.deploy.quantization import layers_of
+
+
+def column(report, key):
+    return np.array([row[key] for row in report['layers']])
+
+
+def test_a_bit_is_worth_six_decibels(quantization):
+    eight = column(layer_report(quantization()), 'weight_snr_db')
+    seven = column(layer_report(quantization(reduce_range=True)), 'weight_snr_db')
+    np.testing.assert_allclose(eight - seven, 6, atol=0.5)
+
+
+def test_noise_adds_up_along_the_network(quantization):
+    report = layer_report(quantization())
+    alone, accumulated = column(report, 'input_snr_db'), column(report, 'accumulated_snr_db')
+    assert alone[0] == pytest.approx(accumulated[0], abs=0.1)
+    assert (accumulated[1:] < alone[1:]).all()
+    assert 10 < report['logits_snr_db'] < 60
+
+
+def test_weights_are_described(quantization):
+    done = quantization()
+    report = layer_report(done)
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in done.model.graph.initializer}
+    assert [row['layer'] for row in report['layers']] == list(layers_of(done.model))
+    for row in report['layers']:
+        weight = arrays[f'{row["layer"]}.weight']
+        assert row['shape'] == list(weight.shape)
+        assert (row['min'], row['max']) == (weight.min(), weight.max())
+        assert row['std'] == pytest.approx(weight.std(), rel=1e-4)
+        normal = (weight - weight.mean()) / weight.std()
+        assert row['kurtosis'] == pytest.approx((normal**4).mean(), rel=1e-3)
+
+
+def test_layers_left_in_float_have_no_noise(quantization):
+    rows = layer_report(quantization(exclude=('head.fc',)))['layers']
+    assert [row['layer'] for row in rows if 'weight_snr_db' not in row] == ['head.fc']
+
+
+def test_a_strong_channel_drowns_the_others_of_a_common_scale(exported, images, tmp_path):
+    model = type(exported)()
+    model.CopyFrom(exported)
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == 'stages.1.0.conv.weight')
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values[0] *= 100
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, weight.name))
+    save_onnx(model, tmp_path / 'strong.onnx')
+
+    def weak_channels(kind):
+        done = quantize_onnx(tmp_path / 'strong.onnx', images, QuantizationOptions(weights=kind, images=8))
+        return {row['layer']: row['weak_channels_snr_db'] for row in layer_report(done)['layers']}
+
+    assert weak_channels('per-channel')['stages.1.0.conv'] > 35
+    assert weak_channels('per-tensor')['stages.1.0.conv'] < 10
+
+
+def test_a_layer_without_any_weights_is_no_error(exported, images, tmp_path):
+    model = type(exported)()
+    model.CopyFrom(exported)
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == 'stages.1.0.conv.weight')
+    weight.CopyFrom(onnx.numpy_helper.from_array(0 * onnx.numpy_helper.to_array(weight), weight.name))
+    save_onnx(model, tmp_path / 'dead.onnx')
+    report = layer_report(quantize_onnx(tmp_path / 'dead.onnx', images, QuantizationOptions(images=4)))
+    assert np.isfinite(column(report, 'weak_channels_snr_db')).all()
+    assert column(report, 'kurtosis')[list(column(report, 'layer')).index('stages.1.0.conv')] == 0
+
+
+def test_two_models_are_drawn_side_by_side(quantization, tmp_path):
+    reports = {'one': layer_report(quantization())}
+    plot_layers(reports, tmp_path / 'one.png')
+    plot_layers({**reports, 'two': layer_report(quantization(exclude=('head.fc',)))}, tmp_path / 'two.png')
+    assert Image.open(tmp_path / 'two.png').width > 1.5 * Image.open(tmp_path / 'one.png').width
