@@ -4,6 +4,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from .reparam import branch_names
 
 __all__ = ['ARCHITECTURES', 'DEFAULT_STRIDES', 'Architecture', 'ConvSpec', 'infer_architecture', 'initial_scale']
@@ -60,6 +63,20 @@ class Architecture:
                 stride = strides[stage + 1] if index == 0 else 1
                 specs.append(ConvSpec(f'stages.{stage}.{index}.conv', previous, width, stride, index))
         return specs
+
+    def initial_scales(self, strides: Sequence[int] = DEFAULT_STRIDES) -> dict[str, dict[str, Tensor]]:
+        """Returns the values that a Hyper-Search starts from, `sqrt(2 / l)` and 1 for the identity.
+
+        Returns:
+            Module name to branch name to vector of shape (O,), float32.
+        """
+        scales: dict[str, dict[str, Tensor]] = {}
+        for spec in self.convs(strides):
+            values = {name: 1.0 if name == 'identity' else initial_scale(spec.index) for name in spec.branches}
+            scales[spec.name] = {
+                name: torch.full((spec.out_channels,), value, device='cpu') for name, value in values.items()
+            }
+        return scales
 
 
 def initial_scale(index: int) -> float:

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from .architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture, infer_architecture, initial_scale
+from .architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture, infer_architecture
 from .card import CARD_FILE, CardEntry, read_entry
 from .checkpoint import read_checkpoint, select_state_dict
 from .files import replacing
@@ -177,12 +177,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         """
         if architecture not in ARCHITECTURES:
             raise ValueError(f"Unknown architecture '{architecture}', expected one of {', '.join(ARCHITECTURES)}.")
-        modules = {}
-        for spec in ARCHITECTURES[architecture].convs(strides):
-            values = {name: 1.0 if name == 'identity' else initial_scale(spec.index) for name in spec.branches}
-            modules[spec.name] = {
-                name: torch.full((spec.out_channels,), value, device='cpu') for name, value in values.items()
-            }
+        modules = ARCHITECTURES[architecture].initial_scales(strides)
         return cls(architecture, modules, strides, {'method': 'initial values, not searched'}, 'initial')
 
     @classmethod

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from timm.models import reparameterize_model
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim import SGD, Optimizer
 
-from ..architectures import ARCHITECTURES, Architecture, initial_scale
+from ..architectures import ARCHITECTURES, Architecture
 from ..models import RepOptVgg
 from ..models.repopt_vgg import RepOptVggBlock
 from ..optim import RepOptSGD
@@ -25,11 +24,9 @@ __all__ = [
     'architecture_of',
     'autocast',
     'batch',
-    'fold_batchnorm',
     'forward_pass',
     'hyper_search',
     'inference',
-    'initial_vectors',
     'make_optimizer',
     'memory_format',
     'plain_inference_models',
@@ -54,17 +51,6 @@ def architecture_of(model: str) -> Architecture:
     return ARCHITECTURES[model]
 
 
-def initial_vectors(architecture: Architecture) -> dict[str, dict[str, Tensor]]:
-    """Returns the scales that a Hyper-Search starts from, for an architecture that may have no name."""
-    return {
-        spec.name: {
-            branch: torch.full((spec.out_channels,), 1.0 if branch == 'identity' else initial_scale(spec.index))
-            for branch in spec.branches
-        }
-        for spec in architecture.convs()
-    }
-
-
 def target(
     architecture: Architecture, device: torch.device, grad_checkpointing: bool = False, scales: bool = True
 ) -> RepOptVgg:
@@ -78,7 +64,7 @@ def target(
     """
     model = RepOptVgg(architecture, 'target', device=device)
     if scales:
-        vectors = initial_vectors(architecture)
+        vectors = architecture.initial_scales()
         initialize(model, vectors)
         attach_scales(model, vectors, initialized=True)
     if grad_checkpointing:
@@ -139,21 +125,10 @@ def separate_branches(model: nn.Module) -> nn.Module:
     return model
 
 
-def fold_batchnorm(model: nn.Module) -> nn.Module:
-    """Copies a target for inference, with each BatchNorm in the convolution before it."""
-    model = copy.deepcopy(model).eval()
-    for block in model.modules():
-        if isinstance(block, RepOptVggBlock):
-            conv: Any = block.conv
-            norm: Any = block.bn
-            block.conv, block.bn = fuse_conv_bn_eval(conv, norm), norm.act
-    return model
-
-
 def plain_inference_models(architecture: Architecture, device: torch.device) -> tuple[nn.Module, nn.Module]:
     """Makes the RepVGG with merged branches, and the target with folded BatchNorm, which have the same layers."""
     merged = reparameterize_model(repvgg(architecture, device).eval())
-    folded = fold_batchnorm(target(architecture, device, scales=False))
+    folded = reparameterize_model(target(architecture, device, scales=False).eval())
     return merged.to(memory_format=memory_format(device)), folded.to(memory_format=memory_format(device))
 
 

@@ -88,17 +88,21 @@ def plot_scaling(rows: Sequence[Row], path: str | os.PathLike, title: str) -> No
     for line, (kind, unit, size, label) in zip(all_axes, kinds):
         for axes, axis in zip(line, AXES):
             found = [row for row in rows if row.what == f'{kind} against {axis}' and row.unit == unit]
-            for name, color in zip(dict.fromkeys(row.contender for row in found), _COLORS):
-                points = [(row.at, row.value / size) for row in found if row.contender == name]
-                axes.plot(*zip(*points), marker='o', color=color, label=name)
+            _draw_lines(axes, found, size)
             axes.set_ylim(0, 1.08 * max((row.value for row in found), default=size) / size)
             axes.set_xlim(left=0)
-            axes.grid(color='0.92')
             axes.set_xlabel(labels.get(axis, 'image size (px)'))
         line[0].set_ylabel(label)
     all_axes[0][0].legend(frameon=False)
     figure.suptitle(title, x=0.01, ha='left')
     save_figure(figure, path)
+
+
+def _draw_lines(axes: Any, rows: Sequence[Row], unit: float) -> None:
+    for name, color in zip(dict.fromkeys(row.contender for row in rows), _COLORS):
+        points = [(row.at, row.value / unit) for row in rows if row.contender == name]
+        axes.plot(*zip(*points), marker='o', color=color, label=name)
+    axes.grid(color='0.92')
 
 
 def plot_memory(rows: Sequence[Row], path: str | os.PathLike, title: str) -> None:
@@ -120,15 +124,12 @@ def plot_memory(rows: Sequence[Row], path: str | os.PathLike, title: str) -> Non
     highest = max(row.value for row in peaks) / _GIB
     for axes, cell in zip(all_axes[0], cells):
         found = [row for row in peaks if row.what.endswith(cell)]
-        for name, color in zip(dict.fromkeys(row.contender for row in found), _COLORS):
-            points = [(row.at, row.value / _GIB) for row in found if row.contender == name]
-            axes.plot(*zip(*points), marker='o', color=color, label=name)
+        _draw_lines(axes, found, _GIB)
         for card in CARDS:
             if (1 - RESERVE) * card < 1.3 * highest:
                 axes.axhline((1 - RESERVE) * card, color='tab:red', lw=1, ls='--', zorder=0)
                 axes.text(0, (1 - RESERVE) * card, f' {card} GB less {RESERVE:.0%}', va='bottom', color='tab:red')
         axes.set(title=cell, xlabel='images in the batch of one process', xlim=(0, None), ylim=(0, None))
-        axes.grid(color='0.92')
     all_axes[0][0].set_ylabel('peak memory of a training step (GiB)')
     all_axes[0][-1].legend(frameon=False)
     figure.suptitle(title, x=0.01, ha='left')

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..hub import model_from_checkpoint
-from ..models import RepOptVgg, RepOptVggBlock
+from ..models import RepOptVgg
 
 __all__ = ['load_model']
 
@@ -59,7 +59,7 @@ def _create(name: str, **kwargs: Any) -> nn.Module:
 def _fold_batchnorm(model: nn.Module) -> None:
     """Folds it where a block's class tells that it follows the convolution; the exporter does so in any graph."""
     for block in model.modules():
-        if isinstance(block, RepOptVggBlock | ConvNormAct):
+        if isinstance(block, ConvNormAct):
             conv, norm = block.conv, block.bn
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 block.conv = fuse_conv_bn_eval(conv, norm)

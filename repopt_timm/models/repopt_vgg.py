@@ -25,6 +25,7 @@ from timm.models import (
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, get_layer_fns
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 
 from ..architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture, initial_scale
@@ -93,6 +94,17 @@ class RepOptVggBlock(nn.Module):
         """Undoes ByobNet's initialization of branches: another one would change their strength against each other."""
         if isinstance(self.conv, CSLAConv2d):
             self.conv.reset_parameters()
+
+    def reparameterize(self) -> None:
+        """Merges the branches and folds BatchNorm, for inference; `timm.utils.reparameterize_model` calls it."""
+        if isinstance(self.conv, CSLAConv2d):
+            self.conv = self.conv.to_conv()
+        if isinstance(self.bn, nn.BatchNorm2d):
+            conv: Any = self.conv
+            norm: Any = self.bn
+            statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+            conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+            self.bn = norm.act
 
     def activate(self, x: Tensor) -> Tensor:
         """Returns what follows the convolution's output `x`."""

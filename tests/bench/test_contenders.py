@@ -5,7 +5,6 @@ import torch
 from repopt_timm.bench.contenders import (
     architecture_of,
     batch,
-    fold_batchnorm,
     forward_pass,
     hyper_search,
     make_optimizer,
@@ -38,15 +37,6 @@ def test_the_repvgg_is_the_one_of_timm(name):
     own = repvgg(architecture_of(f'repopt_vgg_{name}'), META)
     theirs = timm.create_model(f'repvgg_{name}', device='meta')
     assert str(own) == str(theirs)
-
-
-def test_a_folded_target_computes_what_the_target_computes():
-    model = target(architecture_of(TINY), CPU)
-    images, labels = batch(4, 64, CPU)
-    training_step(model, images, labels)
-    folded = fold_batchnorm(model)
-    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
-    torch.testing.assert_close(folded(images), model.eval()(images), atol=1e-4, rtol=1e-4)
 
 
 def test_a_training_step_trains_and_leaves_no_gradients():

@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
+from timm.utils import reparameterize_model
 from torch import nn
 
 from repopt_timm import CSLAConv2d, Scales
@@ -99,6 +100,15 @@ def test_checkpointing_changes_nothing_but_what_is_kept(kind, use_se):
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, twin.get_buffer(name)), name
     assert sum(kept[1].values()) < 0.7 * sum(kept[0].values())
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_timm_reparameterizes_it_to_convolutions_without_batchnorm(kind):
+    model = model_of(kind).double()
+    model(IMAGES.double())
+    merged = reparameterize_model(model)
+    assert not any(isinstance(module, nn.BatchNorm2d | CSLAConv2d) for module in merged.modules())
+    torch.testing.assert_close(merged.eval()(IMAGES.double()), model.eval()(IMAGES.double()), rtol=0, atol=1e-12)
 
 
 def test_a_hyper_search_merges_its_live_scales():
