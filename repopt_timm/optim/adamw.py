@@ -157,7 +157,8 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
 def _settings(group: dict[str, Any], param: Tensor, step: float) -> dict[str, Any]:
     values = {name: hyperparameter(group[name], param) for name in ('lr', 'eps', 'weight_decay')}
     betas = [hyperparameter(beta, param) for beta in group['betas']]
-    corrections = [hyperparameter(1 / (1 - beta**step), param) for beta in group['betas']]
+    first, second = (1 / (1 - beta**step) for beta in group['betas'])
+    corrections = [hyperparameter(first, param), hyperparameter(second**0.5, param)]
     return {**values, 'betas': betas, 'corrections': corrections}
 
 

@@ -61,7 +61,8 @@ def adamw_update(
 ) -> None:
     """Updates a kernel and its moments as AdamW does, gradient and update multiplied with the Grad Mult.
 
-    The bias corrections, `1 / (1 - beta**step)`, come from outside, because fused code would do it for each element.
+    The bias corrections, `1 / (1 - beta1**step)` and `1 / sqrt(1 - beta2**step)`, come from outside, because fused code
+    would work them out for each element.
     """
     dense = dense_mask(*parts)
     grad = (-grad if maximize else grad) * dense
@@ -70,5 +71,5 @@ def adamw_update(
     second = exp_avg_sq
     if max_exp_avg_sq is not None:
         second = max_exp_avg_sq.copy_(torch.maximum(max_exp_avg_sq, exp_avg_sq))
-    denominator = second.sqrt() * corrections[1].sqrt() + eps
+    denominator = second.sqrt() * corrections[1] + eps
     param.mul_(1 - lr * weight_decay).sub_(lr * corrections[0] * dense * (exp_avg / denominator))

@@ -18,7 +18,7 @@ UPDATE_RULES = {'sgd': 2, 'adamw': 1}
 
 
 Taps = tuple[slice, slice]
-MaskParts = tuple[Tensor, list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]], int]
+MaskParts = tuple[Tensor, list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,12 @@ class GradMult:
     def parts(self) -> MaskParts:
         """The arguments of `dense_mask`: plain data, which compiled code checks faster than objects."""
         windows = [(window.vector, window.pattern) for window in self.windows]
-        diagonals = [(diagonal.vector, diagonal.pattern) for diagonal in self.diagonals]
-        return self.base, windows, diagonals, self.first_row
+        rows = torch.arange(len(self.base), device=self.base.device, dtype=torch.int32) + self.first_row
+        diagonals = [
+            (diagonal.vector, diagonal.pattern, (rows % diagonal.pattern.shape[1]).view(-1, 1, 1, 1))
+            for diagonal in self.diagonals
+        ]
+        return self.base, windows, diagonals
 
     def dense(self) -> Tensor:
         """Returns M as a mask that broadcasts to the kernel."""
@@ -107,23 +111,19 @@ class GradMult:
 def dense_mask(
     base: Tensor,
     windows: Sequence[tuple[Tensor, Tensor]],
-    diagonals: Sequence[tuple[Tensor, Tensor]],
-    first_row: int,
+    diagonals: Sequence[tuple[Tensor, Tensor, Tensor]],
 ) -> Tensor:
     """Makes M as a mask that broadcasts to the kernel; a compiler fuses it into what reads it.
 
     Args:
         base: See `GradMult`.
         windows: Vector and pattern of each, see `Support`.
-        diagonals: Likewise.
-        first_row: See `GradMult`.
+        diagonals: Vector and pattern of each, and the input channel on the diagonal of each row, shape (O, 1, 1, 1).
     """
     mask = base
     for vector, pattern in windows:
         mask = mask + vector * pattern
-    rows = torch.arange(len(base), device=base.device, dtype=torch.int32) + first_row
-    for vector, pattern in diagonals:
-        columns = (rows % pattern.shape[1]).view(-1, 1, 1, 1)
+    for vector, pattern, columns in diagonals:
         mask = mask + torch.where(pattern == columns, vector, 0.0)
     return mask
 
