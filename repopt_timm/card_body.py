@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .architectures import DEFAULT_STRIDES
+from .architectures import ARCHITECTURES, DEFAULT_STRIDES
 from .card import CardEntry
 from .tables import scales_table
 
@@ -66,16 +66,19 @@ def render_body(
 
 def _summary(model_name: str, weights: bool, entry: CardEntry | None) -> str:
     paper = '[RepOptimizers](https://arxiv.org/abs/2205.15242)'
+    of_model = f'Weights of `{model_name}` for [timm](https://github.com/huggingface/pytorch-image-models)'
+    if model_name not in ARCHITECTURES and entry is None:
+        return f'{of_model}.'
     if weights and entry is not None:
         return (
-            f'Weights of `{model_name}` for [timm](https://github.com/huggingface/pytorch-image-models), and the '
-            f'scales of {paper} that belong to them: an image classifier of plain 3x3 convolutions, whose structural '
-            f'prior is in its optimizer instead of its branches. The scales are in the metadata of this card.'
+            f'{of_model}, and the scales of {paper} that belong to them: an image classifier of plain 3x3 '
+            f'convolutions, whose structural prior is in its optimizer instead of its branches. The scales are in the '
+            f'metadata of this card.'
         )
     if weights:
         return (
-            f'Weights of `{model_name}` for [timm](https://github.com/huggingface/pytorch-image-models), an image '
-            f'classifier of plain 3x3 convolutions from {paper}. Its scales are not part of this repository.'
+            f'{of_model}, an image classifier of plain 3x3 convolutions from {paper}. Its scales are not part of this '
+            f'repository.'
         )
     return (
         f'Scales of `{model_name}` for {paper}: the constants by which a RepOptimizer initializes and trains the plain '

@@ -35,12 +35,13 @@ def bench_train(settings: Settings) -> list[Row]:
     """Compares training steps, and inference, for all image sizes, batch sizes and precisions."""
     architecture, device = architecture_of(settings.model), settings.device
     baseline = settings.model.replace('repopt_vgg', 'repvgg')
+    checkpointing = f'{settings.model}, grad checkpointing'
     models = {
         baseline: repvgg(architecture, device),
         settings.model: target(architecture, device),
-        f'{settings.model}, grad checkpointing': target(architecture, device, grad_checkpointing=True),
+        checkpointing: target(architecture, device, grad_checkpointing=True),
     }
-    goals = {what: {settings.model: goal} for what, goal in _GOALS.items()}
+    goals = {what: dict.fromkeys((settings.model, checkpointing), goal) for what, goal in _GOALS.items()}
     rows = step_rows(models, baseline, goals, settings)
     del models
     merged, folded = plain_inference_models(architecture, device)
