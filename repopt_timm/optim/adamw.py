@@ -1,13 +1,12 @@
 """RepOptAdamW: AdamW with Grad Mults, which trains a plain model as AdamW trains its CSLA counterpart."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW
 from torch.optim.adamw import adamw
-from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
+from torch.optim.optimizer import ParamsT
 
 from ..reparam import GradMults
 from .compiled import adamw_update, compiled
@@ -77,33 +76,20 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
         )
         self._take_grad_mults(grad_mults, compiled)
 
-    @_use_grad_for_differentiable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Makes one step; gradients stay as they are.
-
-        Args:
-            closure: Evaluates the model again and returns the loss.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [param for param in group['params'] if param.grad is not None]
-            for param in params:
-                if not self.state[param]:
-                    self._init_state(param, group)
-            plain = [param for param in params if param not in self.grad_mults]
-            states = [{key: local(value) for key, value in self.state[param].items()} for param in plain]
-            grads = [gradient(param) for param in plain]
-            steps = [state['step'] for state in states]
-            _update(group, [local(param) for param in plain], grads, states, steps, group['weight_decay'])
-            kernels = [param for param in params if param in self.grad_mults]
-            if self._compiled:
-                self._step_compiled(group, kernels)
-            else:
-                self._step_blocks(group, kernels)
-        return loss
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for param in params:
+            if not self.state[param]:
+                self._init_state(param, group)
+        plain = [param for param in params if param not in self.grad_mults]
+        states = [{key: local(value) for key, value in self.state[param].items()} for param in plain]
+        grads = [gradient(param) for param in plain]
+        steps = [state['step'] for state in states]
+        _update(group, [local(param) for param in plain], grads, states, steps, group['weight_decay'])
+        kernels = [param for param in params if param in self.grad_mults]
+        if self._compiled:
+            self._step_compiled(group, kernels)
+        else:
+            self._step_blocks(group, kernels)
 
     def _init_state(self, param: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]

@@ -1,11 +1,12 @@
 """What RepOptSGD and RepOptAdamW share: their Grad Mults, and stepping in blocks of a kernel's rows."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _use_grad_for_differentiable
 
 from ..reparam import GradMult, GradMults
 from ..reparam.grad_mult import MaskParts
@@ -72,10 +73,14 @@ def use_fused(group: dict[str, Any], params: Sequence[Tensor], *others: Sequence
 
 
 class GradMultOptimizer(torch.optim.Optimizer):
-    """Mixin for an optimizer of `torch.optim` that multiplies gradients with Grad Mults."""
+    """Mixin for an optimizer of `torch.optim` that multiplies gradients with Grad Mults.
+
+    `_step_group` updates those parameters of a group that have gradients.
+    """
 
     update_rule: str
     grad_mults: GradMults
+    _step_group: Callable[[dict[str, Any], list[Tensor]], None]
 
     def _take_grad_mults(self, grad_mults: GradMults | None, compiled: bool) -> None:
         name = type(self).__name__
@@ -105,6 +110,21 @@ class GradMultOptimizer(torch.optim.Optimizer):
             group['scales_fingerprint'] = grad_mults.fingerprint
         # Multiplied gradients are copies, so GradScaler's way of unscaling inside the kernel does not apply.
         self._step_supports_amp_scaling = False
+
+    @_use_grad_for_differentiable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes one step; gradients stay as they are.
+
+        Args:
+            closure: Evaluates the model again and returns the loss.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group, [param for param in group['params'] if param.grad is not None])
+        return loss
 
     def _forget_buffers(self) -> None:
         self._parts: dict[Tensor, MaskParts] = {}

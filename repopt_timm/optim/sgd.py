@@ -1,12 +1,11 @@
 """RepOptSGD: SGD with Grad Mults, which trains a plain model as SGD trains its CSLA counterpart."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD
-from torch.optim.optimizer import ParamsT, _use_grad_for_differentiable
+from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
 from ..reparam import GradMults
@@ -78,27 +77,14 @@ class RepOptSGD(GradMultOptimizer, SGD):
         )
         self._take_grad_mults(grad_mults, compiled)
 
-    @_use_grad_for_differentiable
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Makes one step; gradients stay as they are.
-
-        Args:
-            closure: Evaluates the model again and returns the loss.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [param for param in group['params'] if param.grad is not None]
-            fresh = [param for param in params if self.state[param].get('momentum_buffer') is None]
-            seen = [param for param in params if param not in set(fresh)]
-            for each in fresh if group['momentum'] else ():
-                self.state[each]['momentum_buffer'] = torch.zeros_like(each)
-            # Torch's kernels take one dampening for a whole list, and nothing dampens a momentum's first step.
-            self._step_params({**group, 'dampening': 0.0}, fresh)
-            self._step_params(group, seen)
-        return loss
+    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        fresh = [param for param in params if self.state[param].get('momentum_buffer') is None]
+        seen = [param for param in params if self.state[param].get('momentum_buffer') is not None]
+        for each in fresh if group['momentum'] else ():
+            self.state[each]['momentum_buffer'] = torch.zeros_like(each)
+        # Torch's kernels take one dampening for a whole list, and nothing dampens a momentum's first step.
+        self._step_params({**group, 'dampening': 0.0}, fresh)
+        self._step_params(group, seen)
 
     def _step_params(self, group: dict[str, Any], params: list[Tensor]) -> None:
         plain = [param for param in params if param not in self.grad_mults]
