@@ -42,7 +42,6 @@ _TOLD = (
     'smoothing',
     'mixup',
     'cutmix',
-    'seed',
 )
 
 
@@ -286,6 +285,8 @@ def _model_of(checkpoint: Mapping[str, Any], source: str, scales: ScalesSource, 
         model.set_scales(given, init=False)
     data = resolve_data_config(args, model=model)
     model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes}
+    # That of the weights which timm knows for this model.
+    model.pretrained_cfg.pop('tag', None)
     return model.eval()
 
 
@@ -316,6 +317,8 @@ def _training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         # A name, not a path of the machine that it was trained on.
         training['dataset'] = str(data) if args.get('dataset') else Path(data).name
     training |= {key: args[key] for key in _TOLD if isinstance(args.get(key), int | float | str) and args[key]}
+    if 'seed' in args:
+        training['seed'] = args['seed']
     if isinstance(checkpoint.get('epoch'), int):
         training['epochs'] = checkpoint['epoch'] + 1
     return {**training, 'versions': {'timm': timm.__version__, 'torch': torch.__version__}} if training else {}

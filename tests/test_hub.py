@@ -135,6 +135,18 @@ def test_a_checkpoint_becomes_a_repository(images, tmp_path):
     assert results == {'Top-1 accuracy': 91.25, 'Top-5 accuracy': 99.5}
 
 
+def test_a_card_tells_the_seed_and_not_the_tag_of_other_weights(tmp_path):
+    model = timm.create_model('test_byobnet', num_classes=5).eval()
+    path = tmp_path / 'last.pth.tar'
+    args = argparse.Namespace(data_dir='digits', seed=0, input_size=[3, 32, 32])
+    torch.save({'arch': 'test_byobnet', 'state_dict': model.state_dict(), 'args': args}, path)
+    save_pretrained(path, tmp_path / 'saved')
+    card = (tmp_path / 'saved' / 'README.md').read_text()
+    assert '| seed | 0 |' in card
+    assert 'Weights of `test_byobnet` for [timm](https://github.com/huggingface/pytorch-image-models).\n' in card
+    assert 'tag' not in json.loads((tmp_path / 'saved' / 'config.json').read_text())['pretrained_cfg']
+
+
 def test_the_checkpoint_of_a_search_brings_its_scales(tmp_path):
     model = trained('_hs')
     save_pretrained(checkpoint_of(model, tmp_path / 'last.pth.tar', dataset='digits'), tmp_path / 'local')
