@@ -37,6 +37,7 @@ _TOLD = (
     'opt',
     'lr',
     'weight_decay',
+    'clip_grad',
     'batch_size',
     'grad_accum_steps',
     'smoothing',

@@ -348,6 +348,8 @@ def _save_scales(args: argparse.Namespace, result: Result) -> None:
         },
         'date': f'{datetime.now(timezone.utc):%Y-%m-%d}',
     }
+    if args.clip_grad is not None:
+        provenance['clip_grad'] = args.clip_grad
     scales = Scales.from_model(result.model, provenance)
     scales.save(result.folder / SCALES_FILE)
     _logger.info(f'Scales {scales.fingerprint[:12]} are in {result.folder / SCALES_FILE}')
