@@ -205,7 +205,9 @@ def test_a_card_bomb_is_refused_before_it_unpacks(card, modules):
     ('front', 'message'),
     [
         ('a: &a [x, x]\nb: &b [*a, *a]\nc: [*b, *b]\n', 'it uses a YAML alias'),
-        (f'a: {"[" * 5000}{"]" * 5000}\n', 'nested more than 32 levels'),
+        (f'a: {"[" * 500}{"]" * 500}\n', 'nested more than 32 levels'),
+        # Some versions of libyaml look ahead, and have a limit of their own.
+        (f'a: {"[" * 5000}{"]" * 5000}\n', '(nested more than 32 levels|exceeded maximum nesting depth)'),
         ('a: [\n', 'its metadata cannot be read'),
         ('- a list\n', 'should be a dict'),
         ('a: !!python/object/apply:os.getcwd []\n', 'could not determine a constructor'),
