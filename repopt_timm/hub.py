@@ -185,6 +185,10 @@ def _prepare(
         training = _training_of(checkpoint) if training is None else training
         metrics = _metrics_of(checkpoint) if metrics is None else metrics
         history = [row for row in checkpoint.get('history') or [] if 'train_loss' in row]
+    if precision == 'int8' and not isinstance(model, RepOptVgg):
+        raise ValueError(
+            f"{_timm_name(model)} cannot load 8-bit weights, RepOpt-VGG alone restores them: use 'float16'."
+        )
     if scales is not None:
         architecture = getattr(model, 'architecture', type(model).__name__)
         strides = getattr(model, 'strides', DEFAULT_STRIDES)

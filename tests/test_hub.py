@@ -147,6 +147,12 @@ def test_a_card_tells_the_seed_and_not_the_tag_of_other_weights(tmp_path):
     assert 'tag' not in json.loads((tmp_path / 'saved' / 'config.json').read_text())['pretrained_cfg']
 
 
+def test_a_model_that_could_not_load_8_bit_weights_is_not_saved_with_them(tmp_path):
+    with pytest.raises(ValueError, match=r"test_byobnet cannot load 8-bit weights.*use 'float16'"):
+        save_pretrained(timm.create_model('test_byobnet'), tmp_path / 'saved', precision='int8')
+    assert not (tmp_path / 'saved').exists()
+
+
 def test_the_checkpoint_of_a_search_brings_its_scales(tmp_path):
     model = trained('_hs')
     save_pretrained(checkpoint_of(model, tmp_path / 'last.pth.tar', dataset='digits'), tmp_path / 'local')

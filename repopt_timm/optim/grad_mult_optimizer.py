@@ -205,7 +205,10 @@ class GradMultOptimizer(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         for param, state in self.state.items():
             for name, value in state.items():
-                if isinstance(value, Tensor) and value.shape == param.shape:
+                if name == 'step' and param.device.type == 'cuda':
+                    # Torch leaves it where it was read unless `fused` was asked for, which is the default here.
+                    state[name] = value.to(param.device)
+                elif isinstance(value, Tensor) and value.shape == param.shape:
                     # As if it had been made for this parameter, whose memory format may have changed since.
                     state[name] = torch.empty_like(param, dtype=value.dtype).copy_(value)
 

@@ -43,13 +43,14 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
         write_digits(root)
     elif not root and not name:
         raise ValueError('No data: give the path of an image folder, or --dataset, or try -c quickstart.')
+    channels = args.in_chans or (args.input_size[0] if args.input_size else 3)
     common = {
         'root': root,
         'class_map': args.class_map,
         'download': args.dataset_download,
         'batch_size': args.batch_size,
         'seed': args.seed,
-        'input_img_mode': args.input_img_mode or 'RGB',
+        'input_img_mode': args.input_img_mode or ('L' if channels == 1 else 'RGB'),
         'input_key': args.input_key,
         'target_key': args.target_key,
     }

@@ -49,7 +49,7 @@ def _search_and_train(args: argparse.Namespace) -> None:
     search_args = copy.deepcopy(args)
     search_args.model, search_args.experiment, search_args.opt = f'{args.model.split(".")[0]}_hs', 'search', 'sgd'
     # These are for the target.
-    search_args.pretrained, search_args.initial_checkpoint = False, ''
+    search_args.pretrained, search_args.initial_checkpoint, search_args.opt_kwargs = False, '', {}
     for name, value in args.search_kwargs.items():
         setattr(search_args, 'data_dir' if name == 'data' else name, value)
 

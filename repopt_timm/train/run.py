@@ -47,6 +47,7 @@ __all__ = ['Result', 'prepare_device', 'train']
 _logger = logging.getLogger(__name__)
 
 SCALES_FILE = 'scales.safetensors'
+_ARCHITECTURE_ARGS = ('strides', 'use_se', 'act_layer')
 
 
 class Result:
@@ -82,6 +83,9 @@ def train(args: argparse.Namespace) -> Result:
     start = time.perf_counter()
     device = torch.device(args.device)
     variant, saved_args = _variant(args.model)
+    # What a repository's config says of the architecture goes into the checkpoint, which does not name the repository.
+    kept = {name: saved_args[name] for name in _ARCHITECTURE_ARGS if name in saved_args}
+    args.model_kwargs = {**kept, **args.model_kwargs}
     _set_defaults(args, variant, device)
     folder, resume_from = _folder(args)
     datasets = make_datasets(args)

@@ -13,6 +13,7 @@ from PIL import Image
 from timm.models import resume_checkpoint
 
 from repopt_timm import Scales, save_pretrained
+from repopt_timm.hub import model_from_checkpoint
 from repopt_timm.train import run
 from repopt_timm.train.arguments import parse_arguments
 from repopt_timm.train.main import main
@@ -193,7 +194,7 @@ def test_only_the_best_checkpoints_are_kept(arguments, tmp_path):
 
 
 def test_the_whole_way_in_one_call(arguments, tmp_path, capsys):
-    main(arguments('--search-first', '--search-kwargs', 'epochs=2', 'lr=0.01'))
+    main(arguments('--search-first', '--opt-kwargs', 'grad_mults=None', '--search-kwargs', 'epochs=2', 'lr=0.01'))
     assert len(read(tmp_path / 'run/search')['history']) == 2
     assert len(read(tmp_path / 'run/target')['history']) == 3
     table = (tmp_path / 'run/report.md').read_text()
@@ -212,6 +213,21 @@ def test_a_published_model_is_fine_tuned_with_its_own_scales(arguments, tmp_path
     assert checkpoint['arch'] == TINY
     assert checkpoint['args'].opt == 'repopt_sgd'
     assert checkpoint['optimizer']['param_groups'][0]['scales_fingerprint'] == scales.fingerprint
+
+
+def test_the_strides_of_a_published_model_are_those_of_the_checkpoint(arguments, tmp_path):
+    strides = (1, 1, 2, 2, 2)
+    scales = Scales.initial(TINY, strides)
+    published = timm.create_model(TINY, num_classes=7, scales=scales, strides=strides)
+    save_pretrained(published, tmp_path / 'published')
+    main(arguments('--pretrained', '--epochs', '1', model=f'local-dir:{tmp_path / "published"}'))
+    loaded = model_from_checkpoint(tmp_path / 'run/last.pth.tar', need_scales=False)
+    assert tuple(loaded.strides) == strides
+
+
+def test_grey_images_have_one_channel(arguments):
+    grey = '--in-chans 1 --input-size 1 32 32 --mean 0.5 --std 0.25 --epochs 1'
+    main(arguments(*grey.split(), model=f'{TINY}_hs'))
 
 
 def test_an_averaged_search_leaves_the_averaged_scales(arguments, tmp_path):
