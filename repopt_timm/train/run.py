@@ -91,7 +91,7 @@ def train(args: argparse.Namespace) -> Result:
     datasets = make_datasets(args)
     # The same on all ranks: DDP spreads the first one's weights, but not its moving average.
     random_seed(args.seed)
-    model = _make_model(args, _scales(args, variant, saved_args), datasets[0], device)
+    model = _make_model(args, _scales(args, variant), datasets[0], device)
     optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), **args.opt_kwargs})
     clip = _make_clip(args, model, optimizer)
     autocast, scaler = _precision(args, device)
@@ -229,10 +229,10 @@ def _make_model(args: argparse.Namespace, scales: Scales | None, dataset: Any, d
     return model
 
 
-def _scales(args: argparse.Namespace, variant: str, saved_args: dict[str, Any]) -> Scales | None:
+def _scales(args: argparse.Namespace, variant: str) -> Scales | None:
     if 'scales' in args.model_kwargs:
         raise ValueError('Give scales with --scales instead of --model-kwargs.')
-    strides = args.model_kwargs.get('strides') or saved_args.get('strides') or DEFAULT_STRIDES
+    strides = args.model_kwargs.get('strides') or DEFAULT_STRIDES
     if args.scales:
         return load_scales(args.scales, variant.removesuffix('_hs').removesuffix('_csla'), strides)
     # The model of a repository brings the scales of its card.
