@@ -15,6 +15,12 @@ SCALES_PICTURE = 'scales.png'
 CURVES_FILE = 'curves.png'
 WEIGHTS_FILE = 'model.safetensors'
 
+# Kinds of models with branches, by the end of their names.
+_ROLES = {
+    'hs': 'multi-branch network with trainable scales that a hyper-search trains',
+    'csla': 'multi-branch CSLA network with constant scales, which validates the training of a plain one',
+}
+
 _CITATION = """```bibtex
 @inproceedings{ding2023reparameterizing,
   title     = {Re-parameterizing Your Optimizers rather than Architectures},
@@ -66,9 +72,14 @@ def render_body(
 
 def _summary(model_name: str, weights: bool, entry: CardEntry | None) -> str:
     paper = '[RepOptimizers](https://arxiv.org/abs/2205.15242)'
+    branches = _ROLES.get(model_name.rpartition('_')[2])
     of_model = f'Weights of `{model_name}` for [timm](https://github.com/huggingface/pytorch-image-models)'
     if model_name not in ARCHITECTURES and entry is None:
         return f'{of_model}.'
+    if weights and branches is not None:
+        return f'{of_model}, the {branches} of {paper}.' + (
+            ' Its scales are in the metadata of this card, for training a plain model.' if entry is not None else ''
+        )
     if weights and entry is not None:
         return (
             f'{of_model}, and the scales of {paper} that belong to them: an image classifier of plain 3x3 '
@@ -100,9 +111,10 @@ def _usage(repo_id: str, model_name: str, weights: bool, entry: CardEntry | None
     if entry is not None:
         strides = '' if entry.strides == DEFAULT_STRIDES else f', strides={entry.strides}'
         make = _create(f"'{entry.architecture}'", 'num_classes=100' + strides, f'scales={hub}')
-        snippets += ['Train a new model with these scales:', _python(make, _optimizer(0.1))]
+        snippets += ['Train a new model with these scales:', _python(make, _optimizer('repopt_sgd', 0.1))]
     if weights:
-        rule = _optimizer(0.01) if entry is not None else _optimizer(0.01).replace('repopt_sgd', 'sgd')
+        plain_with_scales = entry is not None and model_name in ARCHITECTURES
+        rule = _optimizer('repopt_sgd' if plain_with_scales else 'sgd', 0.01)
         snippets += ['Fine-tune:', _python(_create(hub, 'pretrained=True, num_classes=10'), rule)]
     elif entry is not None:
         search = _create(f"'{entry.architecture}_hs'", 'num_classes=100' + strides, f'scales={hub}')
@@ -110,9 +122,9 @@ def _usage(repo_id: str, model_name: str, weights: bool, entry: CardEntry | None
     return snippets
 
 
-def _optimizer(lr: float) -> str:
+def _optimizer(name: str, lr: float) -> str:
     settings = f'lr={lr}, momentum=0.9, weight_decay=4e-5'
-    return f"optimizer = timm.optim.create_optimizer_v2(\n    model, 'repopt_sgd', {settings}\n)"
+    return f"optimizer = timm.optim.create_optimizer_v2(\n    model, '{name}', {settings}\n)"
 
 
 def _create(*arguments: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from .architectures import ARCHITECTURES
 from .bench import add_bench_commands
 from .convert import model_from_reference
+from .deploy import evaluate
 from .deploy.commands import add_commands as add_deploy_commands
 from .hub import push_to_hub, save_pretrained
 from .packing import PRECISIONS
@@ -63,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     save.add_argument('checkpoint', help='checkpoint of a training run')
     save.add_argument('out', help='folder to write, which local-dir:OUT loads')
     _add_contents(save)
+    save.add_argument(
+        '--data', metavar='DIR', help='image folder on whose validation split to measure what was written, for the card'
+    )
 
     push = _command(commands, 'push', _push, 'publish a checkpoint as a model on the Hub, with its scales in the card')
     push.add_argument('checkpoint', help='checkpoint of a training run')
@@ -192,8 +196,18 @@ def _push_scales(args: argparse.Namespace) -> None:
 
 
 def _save(args: argparse.Namespace) -> None:
-    save_pretrained(args.checkpoint, args.out, scales=args.scales, curves=args.curves, precision=args.precision)
-    _tell(args, {'checkpoint': args.checkpoint, 'out': args.out}, f'{args.checkpoint} -> {args.out}')
+    save = partial(
+        save_pretrained, args.checkpoint, args.out, scales=args.scales, curves=args.curves, precision=args.precision
+    )
+    save()
+    told, text = {'checkpoint': args.checkpoint, 'out': args.out}, f'{args.checkpoint} -> {args.out}'
+    if args.data:
+        found = evaluate(args.out, args.data)
+        metrics = {name: round(found[name], 3) for name in ('top1', 'top5')}
+        save(metrics={'dataset': Path(args.data).resolve().name, **metrics})
+        told |= metrics
+        text += f': top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % of {found["images"]} images'
+    _tell(args, told, text)
 
 
 def _push(args: argparse.Namespace) -> None:

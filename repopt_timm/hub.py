@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import timm
-import torch
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
@@ -38,8 +37,6 @@ _TOLD = (
     'lr',
     'weight_decay',
     'clip_grad',
-    'batch_size',
-    'grad_accum_steps',
     'smoothing',
     'mixup',
     'cutmix',
@@ -77,7 +74,7 @@ def save_pretrained(
         directory: Where to.
         scales: The scales that it was trained with; those that the model carries when left out.
         metrics: Results as the Hub shows them, such as `{'dataset': 'cifar10', 'top1': 93.1}`, in percent; those of the
-            checkpoint when left out.
+            checkpoint when left out, unless `precision` is `int8`.
         training: How the weights were trained, plain data for the card; told from the checkpoint when left out.
         curves: Picture of the training curves to put beside, a PNG file; drawn from the checkpoint when left out.
         precision: `float32`, or `float16` or `int8` for smaller kernels, see `packing.pack`; loading restores them.
@@ -183,7 +180,12 @@ def _prepare(
         source, checkpoint = os.fspath(model), read_checkpoint(model)
         model = _model_of(checkpoint, source, scales)
         training = _training_of(checkpoint) if training is None else training
-        metrics = _metrics_of(checkpoint) if metrics is None else metrics
+        measured = _metrics_of(checkpoint)
+        if precision == 'int8':
+            # Those of the rounded weights are others.
+            training = {**training, **{f'{name}_before_rounding': value for name, value in measured.items()}}
+        elif metrics is None:
+            metrics = measured
         history = [row for row in checkpoint.get('history') or [] if 'train_loss' in row]
     if precision == 'int8' and not isinstance(model, RepOptVgg):
         raise ValueError(
@@ -322,11 +324,15 @@ def _training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         # A name, not a path of the machine that it was trained on.
         training['dataset'] = str(data) if args.get('dataset') else Path(data).name
     training |= {key: args[key] for key in _TOLD if isinstance(args.get(key), int | float | str) and args[key]}
+    if 'batch_size' in args:
+        training['batch_size'] = args['batch_size'] * args.get('world_size', 1) * args.get('grad_accum_steps', 1)
     if 'seed' in args:
         training['seed'] = args['seed']
     if isinstance(checkpoint.get('epoch'), int):
         training['epochs'] = checkpoint['epoch'] + 1
-    return {**training, 'versions': {'timm': timm.__version__, 'torch': torch.__version__}} if training else {}
+    if 'versions' in checkpoint:
+        training['versions'] = checkpoint['versions']
+    return training
 
 
 def _metrics_of(checkpoint: Mapping[str, Any]) -> dict[str, float | str]:

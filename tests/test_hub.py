@@ -153,6 +153,34 @@ def test_a_model_that_could_not_load_8_bit_weights_is_not_saved_with_them(tmp_pa
     assert not (tmp_path / 'saved').exists()
 
 
+def test_a_card_tells_the_global_batch_and_the_versions_of_the_training(tmp_path):
+    model = trained()
+    run = {'dataset': 'digits', 'batch_size': 8, 'world_size': 4, 'grad_accum_steps': 2}
+    path = checkpoint_of(model, tmp_path / 'last.pth.tar', **run)
+    torch.save({**torch.load(path, weights_only=False), 'versions': {'torch': '2.6.0'}}, path)
+    save_pretrained(path, tmp_path / 'local', scales=model.scales)
+    card = (tmp_path / 'local/README.md').read_text()
+    assert '| batch size | 64 |' in card
+    assert '| versions | torch 2.6.0 |' in card
+
+
+def test_a_card_of_8_bit_weights_does_not_claim_the_accuracy_of_the_run(tmp_path):
+    model = trained()
+    path = checkpoint_of(model, tmp_path / 'last.pth.tar', dataset='digits')
+    save_pretrained(path, tmp_path / 'local', scales=model.scales, precision='int8')
+    card = (tmp_path / 'local/README.md').read_text()
+    assert '| top1 before rounding | 91.25 |' in card
+    assert ModelCard(card).data.eval_results is None
+
+
+@pytest.mark.parametrize('kind', ['_hs', '_csla'])
+def test_a_card_of_a_model_with_branches_offers_no_optimizer_that_refuses_it(tmp_path, kind):
+    save_pretrained(trained(kind), tmp_path)
+    card = (tmp_path / 'README.md').read_text()
+    assert 'multi-branch' in card.partition('## Usage')[0]
+    assert "'sgd'" in card.partition('Fine-tune:')[2].partition('##')[0]
+
+
 def test_the_checkpoint_of_a_search_brings_its_scales(tmp_path):
     model = trained('_hs')
     save_pretrained(checkpoint_of(model, tmp_path / 'last.pth.tar', dataset='digits'), tmp_path / 'local')

@@ -88,10 +88,12 @@ def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[s
     name, (batch, *_) = image_input(model)
 
     def run(images: Tensor) -> Tensor:
-        # A model whose batch size is fixed gets that many at once.
+        # A model whose batch size is fixed gets that many at once: the last part is filled with its last image.
         parts = images.split(batch) if batch else [images]
+        filled = [torch.cat([part, part[-1:].expand(max(0, batch - len(part)), -1, -1, -1)]) for part in parts]
         with explained(f'ONNX Runtime cannot run the model on {tuple(images.shape)} images'):
-            return torch.cat([torch.from_numpy(session.run(None, {name: part.numpy()})[0]) for part in parts])
+            logits = torch.cat([torch.from_numpy(session.run(None, {name: part.numpy()})[0]) for part in filled])
+        return logits[: len(images)]
 
     return Classifier('onnxruntime', run, config, model.ByteSize())
 

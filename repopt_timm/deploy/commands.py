@@ -46,6 +46,7 @@ def add_commands(command: Command) -> None:
     evaluated.add_argument('model', help=f'{_MODEL}, or .onnx file')
     evaluated.add_argument('--data', metavar='DIR', required=True, help=_DATA)
     evaluated.add_argument('--split', default='validation', help='split to evaluate')
+    _add_class_map(evaluated)
     evaluated.add_argument('-b', '--batch-size', type=_positive, default=32, metavar='N')
     _add_threads(evaluated)
     _add_preprocessing(evaluated)
@@ -53,6 +54,7 @@ def add_commands(command: Command) -> None:
     compared = command('compare-int8', _compare, 'measure models in float32 and in all kinds of INT8, in one table')
     compared.add_argument('models', nargs='+', metavar='[LABEL=]MODEL', help=f'{_MODEL}, or .onnx file')
     compared.add_argument('--data', metavar='DIR', required=True, help=f'{_DATA}; validation is evaluated')
+    _add_class_map(compared)
     compared.add_argument('--calibration-data', metavar='DIR', help='calibrate on the train split of this [--data]')
     compared.add_argument('--out', metavar='DIR', help='write int8.md and int8.json')
     compared.add_argument('--weights', nargs='+', choices=WEIGHTS, default=WEIGHTS)
@@ -87,6 +89,10 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
         metavar='LAYER',
         help="leave in float32, such as head.fc, 'stages.3.*', Add",
     )
+
+
+def _add_class_map(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--class-map', default='', metavar='FILE', help='the one that the model was trained with')
 
 
 def _add_threads(parser: argparse.ArgumentParser) -> None:
@@ -176,7 +182,7 @@ def _quantize(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    told = evaluate(args.model, args.data, args.split, args.batch_size, args.threads, _overrides(args))
+    told = evaluate(args.model, args.data, args.split, args.batch_size, args.threads, _overrides(args), args.class_map)
     lines = [
         f'top-1       {told["top1"]:.2f} %',
         f'top-5       {told["top5"]:.2f} %  of {told["images"]} images',
@@ -201,6 +207,7 @@ def _compare(args: argparse.Namespace) -> None:
         args.latency_batches,
         args.threads,
         _overrides(args),
+        args.class_map,
     )
     table = comparison_table(results)
     if args.out:

@@ -32,6 +32,7 @@ def compare_int8(
     latency_batches: Sequence[int] = (1, 32),
     threads: int | None = None,
     overrides: Mapping[str, Any] | None = None,
+    class_map: str = '',
 ) -> dict[str, Any]:
     """Quantises models in all ways, and measures each on the same images.
 
@@ -45,6 +46,7 @@ def compare_int8(
         latency_batches: Batch sizes to time; none for no times.
         threads: Number of threads; all cores when left out.
         overrides: Preprocessing that differs from the models' own, by timm's names.
+        class_map: See `ImageFolder`; the one that the models were trained with.
 
     Returns:
         Plain data: `settings`; `accuracy`, a row for each model and kind with `top1`, `top5` and `drop` from float32 in
@@ -63,7 +65,7 @@ def compare_int8(
     for label, source in models.items():
         model = float_onnx(source, overrides)
         config = data_config(model, overrides)
-        images = ImageFolder(data, 'validation', config)
+        images = ImageFolder(data, 'validation', config, class_map)
         pool = ImageFolder(data if calibration_data is None else calibration_data, 'train', config)
         indices = pool.sample(options.images, options.seed)
         counted = {'validation_images': len(images), 'calibration_images': len(indices)}

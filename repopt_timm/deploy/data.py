@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,21 +32,24 @@ class ImageFolder:
         root: The folder, or one with a folder for each split, named as timm's training script expects.
         split: Split to look for in `root`, such as `train` or `validation`.
         config: Preprocessing, as `timm.data.resolve_data_config` gives it.
+        class_map: File of classes and their numbers, as timm's scripts take it; in order of name when left out.
 
     Attributes:
         folder: Where the images are.
         num_classes: Number of classes that the folder has.
 
     Raises:
-        FileNotFoundError: If there is no such folder.
+        FileNotFoundError: If there is no such folder or class map.
         ValueError: If there are no images in it, or it has other splits.
     """
 
-    def __init__(self, root: str | os.PathLike, split: str, config: Mapping[str, Any]):
+    def __init__(self, root: str | os.PathLike, split: str, config: Mapping[str, Any], class_map: str = ''):
         if not Path(root).is_dir():
             raise FileNotFoundError(f"There is no image folder '{root}'.")
+        if class_map and not Path(class_map).is_file():
+            raise FileNotFoundError(f"There is no class map '{class_map}'.")
         try:
-            dataset = create_dataset('', root=os.fspath(root), split=split)
+            dataset = create_dataset('', root=os.fspath(root), split=split, class_map=class_map)
         except RuntimeError as error:
             raise ValueError(f"There are no images for the split '{split}' in '{root}': {error}") from None
         self.folder = Path(dataset.reader.root)
@@ -81,17 +85,22 @@ class ImageFolder:
         """Draws `count` images without repetition; all of them if there are no more."""
         return random.Random(seed).sample(range(len(self)), min(count, len(self)))
 
-    def batches(self, indices: Sequence[int], batch_size: int, title: str) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, indices: Sequence[int], batch_size: int, title: str, whole: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields images, float32 of shape (N, C, H, W), and classes, int64 of shape (N,), under a progress bar.
 
         Args:
             indices: Which images, in this order.
             batch_size: Images in a batch; the last one may have fewer.
             title: What the bar says.
+            whole: Fill the last batch, with the first images again.
 
         Raises:
             ValueError: If an image does not decode.
         """
+        if whole:
+            indices = [*indices, *islice(cycle(indices), -len(indices) % batch_size)]
         chunks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
         # No bar where nobody looks: `disable=None` asks whether it is a terminal.
         with (

@@ -25,6 +25,7 @@ def evaluate(
     batch_size: int = 32,
     threads: int | None = None,
     overrides: Mapping[str, Any] | None = None,
+    class_map: str = '',
 ) -> dict[str, Any]:
     """Evaluates a model on an image folder, on the CPU.
 
@@ -35,6 +36,7 @@ def evaluate(
         batch_size: Images in a batch, for accuracy and throughput.
         threads: Number of threads of the model; all cores when left out.
         overrides: Preprocessing that differs from the model's own, by timm's names.
+        class_map: See `ImageFolder`; the one that the model was trained with.
 
     Returns:
         `model`, `backend`, `images`, `top1` and `top5` in percent (`top5` over as many classes as there are if fewer),
@@ -46,7 +48,7 @@ def evaluate(
         ValueError: If an image does not decode, or model and folder have different classes.
     """
     classifier = load_classifier(source, threads, overrides)
-    images = ImageFolder(data, split, classifier.config)
+    images = ImageFolder(data, split, classifier.config, class_map)
     top1, top5 = accuracies({'evaluation': classifier}, images, batch_size)['evaluation']
     single = time_runs(_run(classifier, 1))
     many = time_runs(_run(classifier, batch_size))

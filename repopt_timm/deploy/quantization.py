@@ -161,7 +161,8 @@ def calibrate(model: Any, images: ImageFolder, indices: Sequence[int], options: 
                 extra_options=_calibrator_options(options),
             )
         name, (fixed, *_) = image_input(model)
-        for batch, _ in images.batches(indices, fixed or _CALIBRATION_BATCH, f'{options.calibration} calibration'):
+        title = f'{options.calibration} calibration'
+        for batch, _ in images.batches(indices, fixed or _CALIBRATION_BATCH, title, whole=fixed > 0):
             # One batch per call: the calibrators keep what they get until a call ends.
             with quiet():
                 calibrator.collect_data(_Reader(iter([{name: batch.numpy()}])))

@@ -132,7 +132,8 @@ def _activation_noise(
     # Unoptimised, or the tensors that are asked for would be fused away.
     exact_session = open_session(_with_outputs(model, quantizers), optimize=False)
     rounded_session = open_session(_with_outputs(quantized, rounded_names), optimize=False)
-    for batch, _ in quantization.images.batches(quantization.indices[:images], fixed or _BATCH, 'report'):
+    indices = quantization.indices[:images]
+    for batch, _ in quantization.images.batches(indices, fixed or _BATCH, 'report', whole=fixed > 0):
         feed = {image: batch.numpy()}
         expected, *exact = exact_session.run([output, *quantizers], feed)
         found, *rounded = rounded_session.run([output, *rounded_names], feed)

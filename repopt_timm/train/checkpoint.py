@@ -6,14 +6,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+import torchvision
 from timm.utils import get_state_dict, unwrap_model
 from torch import nn
 
 from ..files import replacing
 from .state import TrainState
 
-__all__ = ['LAST_CHECKPOINT', 'CheckpointSaver', 'load_weights', 'restore']
+__all__ = ['LAST_CHECKPOINT', 'CheckpointSaver', 'load_weights', 'restore', 'versions']
 
 LAST_CHECKPOINT = 'last.pth.tar'
 
@@ -67,6 +69,7 @@ def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:
         'optimizer': state.optimizer.state_dict(),
         'version': 2,
         'args': args,
+        'versions': versions(),
         'metric': state.history[-1].get('eval_top1'),
         'history': state.history,
     }
@@ -75,6 +78,12 @@ def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:
     if state.scaler is not None:
         content['amp_scaler'] = state.scaler.state_dict()
     return content
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the packages that a training depends on."""
+    # As plain text, which torch.load restores without running code.
+    return {package.__name__: str(package.__version__) for package in (torch, torchvision, timm)}
 
 
 def restore(state: TrainState, checkpoint: dict[str, Any], source: str) -> None:

@@ -43,6 +43,11 @@ def _search_and_train(args: argparse.Namespace) -> None:
         raise ValueError('--search-first searches the scales itself, so it does not go with --scales.')
     if args.resume and args.resume != 'auto':
         raise ValueError('--search-first is continued with --resume alone: it finds out itself how far it got.')
+    if 'sgd' not in (args.opt or 'sgd') and not {'lr', 'weight_decay'} <= set(args.search_kwargs):
+        raise ValueError(
+            f'The search uses SGD, which the learning rate and weight decay of {args.opt} do not suit. Give it its '
+            f'own, such as --search-kwargs lr=0.1 weight_decay=4e-5.'
+        )
     experiment = args.experiment or args.model
     folder = Path(args.output) / experiment
     args.output, args.experiment = str(folder), 'target'

@@ -15,7 +15,6 @@ from typing import Any
 
 import timm
 import torch
-import torchvision
 from timm.data import resolve_data_config
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import parse_model_name, safe_model_name
@@ -36,7 +35,7 @@ from ..plot import plot_scales
 from ..reparam import make_grad_mults
 from ..scales import Scales
 from ..sources import default_scales, load_scales
-from .checkpoint import LAST_CHECKPOINT, CheckpointSaver, load_weights, restore
+from .checkpoint import LAST_CHECKPOINT, CheckpointSaver, load_weights, restore, versions
 from .data import count_classes, make_datasets, make_loaders
 from .engine import train_one_epoch, validate
 from .loggers import make_loggers
@@ -111,6 +110,8 @@ def train(args: argparse.Namespace) -> Result:
     if resume_from is not None:
         restore(state, read_checkpoint(resume_from), str(resume_from))
         _logger.info(f'Resuming {resume_from} after epoch {len(state.history)}.')
+    if args.distributed:
+        _check_epochs(state, folder, args.world_size)
     _replay_schedule(state, updates)
     loss_fn = _make_loss(args).to(device)
 
@@ -199,6 +200,16 @@ def _folder(args: argparse.Namespace) -> tuple[Path, Path | None]:
     if args.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
     return folder, last if last.exists() else None
+
+
+def _check_epochs(state: TrainState, folder: Path, world_size: int) -> None:
+    epochs = [0] * world_size
+    torch.distributed.all_gather_object(epochs, len(state.history))
+    if len(set(epochs)) > 1:
+        raise ValueError(
+            f"The processes would go on after different epochs: {', '.join(map(str, epochs))}, by rank. '{folder}' has "
+            f'to be on a disk that all nodes share.'
+        )
 
 
 def _make_model(args: argparse.Namespace, scales: Scales | None, dataset: Any, device: torch.device) -> nn.Module:
@@ -345,11 +356,7 @@ def _save_scales(args: argparse.Namespace, result: Result) -> None:
         'lr': args.lr,
         'weight_decay': args.weight_decay,
         'optimizer': args.opt,
-        'versions': {
-            'torch': torch.__version__,
-            'torchvision': torchvision.__version__,
-            'timm': timm.__version__,
-        },
+        'versions': versions(),
         'date': f'{datetime.now(timezone.utc):%Y-%m-%d}',
     }
     if args.clip_grad is not None:

@@ -2,8 +2,10 @@ import json
 import sys
 
 import pytest
+from huggingface_hub import ModelCard
 
 from repopt_timm.cli import main
+from repopt_timm.deploy import evaluate
 
 from ..helpers import tiny_model
 from .conftest import write_checkpoint
@@ -20,6 +22,15 @@ def test_from_a_checkpoint_to_a_measured_int8_file(checkpoint, images, tmp_path,
     assert len(json.loads((tmp_path / 'report' / 'layers.json').read_text())) == 2
     assert main(['evaluate', int8_file, '--data', str(images), '--json']) == 0
     assert json.loads(capsys.readouterr().out)['top1'] > 80
+
+
+def test_a_saved_card_has_the_accuracy_of_the_weights_beside_it(checkpoint, images, tmp_path, capsys):
+    folder = tmp_path / 'saved'
+    assert main(['save', str(checkpoint), str(folder), '--precision', 'int8', '--data', str(images), '--json']) == 0
+    told = json.loads(capsys.readouterr().out)
+    results = ModelCard.load(folder / 'README.md').data.eval_results
+    assert [result.metric_value for result in results] == [told['top1'], told['top5']]
+    assert told['top1'] == round(evaluate(folder, images)['top1'], 3)
 
 
 def test_models_are_compared_in_one_table(onnx_file, images, tmp_path, capsys):

@@ -38,6 +38,16 @@ def test_accuracy_counts_images(images):
     assert accuracies({'low': low}, folder, 7) == {'low': (0, 0)}
 
 
+def test_a_class_map_orders_the_classes(checkpoint, images, tmp_path):
+    (tmp_path / 'map.txt').write_text('light\ngrey\ndark\n')
+    in_order, reversed_order = (
+        evaluate(checkpoint, images, class_map=name) for name in ('', str(tmp_path / 'map.txt'))
+    )
+    assert reversed_order['top1'] < 40 < in_order['top1']
+    with pytest.raises(FileNotFoundError, match='There is no class map'):
+        evaluate(checkpoint, images, class_map='nowhere.txt')
+
+
 def test_another_number_of_classes_is_an_error(images):
     folder = ImageFolder(images, 'validation', CONFIG)
     with pytest.raises(ValueError, match=r"The model has 4 classes, but the folder '.*validation' has 3"):

@@ -6,7 +6,7 @@ import onnx
 import pytest
 import torch
 
-from repopt_timm.deploy import QuantizationOptions, layer_report, quantize, quantize_onnx, save_onnx
+from repopt_timm.deploy import QuantizationOptions, evaluate, layer_report, quantize, quantize_onnx, save_onnx
 from repopt_timm.deploy import quantization as quantization_module
 from repopt_timm.deploy.classifier import onnx_classifier
 from repopt_timm.deploy.quantization import CALIBRATIONS, WEIGHTS, layers_of
@@ -96,15 +96,17 @@ def test_a_disk_without_room_for_calibration_is_told(onnx_file, images, monkeypa
         quantize_onnx(onnx_file, images, QuantizationOptions(images=1))
 
 
-def test_a_file_whose_batch_is_fixed_runs_that_many_images_at_once(exported, images, tmp_path):
+@pytest.mark.parametrize('batch', [1, 8])
+def test_a_file_whose_batch_is_fixed_runs_that_many_images_at_once(exported, checkpoint, images, tmp_path, batch):
     model = type(exported)()
     model.CopyFrom(exported)
     for value in (model.graph.input[0], model.graph.output[0]):
-        value.type.tensor_type.shape.dim[0].dim_value = 1
-    save_onnx(model, tmp_path / 'one.onnx')
-    done = quantize_onnx(tmp_path / 'one.onnx', images, QuantizationOptions(images=5))
+        value.type.tensor_type.shape.dim[0].dim_value = batch
+    save_onnx(model, tmp_path / 'fixed.onnx')
+    done = quantize_onnx(tmp_path / 'fixed.onnx', images, QuantizationOptions(images=5))
     assert done.agreement() >= 80
     assert len(layer_report(done)['layers']) == len(layers_of(exported))
+    assert evaluate(tmp_path / 'fixed.onnx', images)['top1'] == evaluate(checkpoint, images)['top1']
 
 
 def test_the_same_seed_gives_the_same_file(onnx_file, images, quantization):

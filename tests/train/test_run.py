@@ -116,6 +116,20 @@ def test_a_killed_run_resumes_from_its_file(arguments, tmp_path):
     assert_same_bits(read(tmp_path / 'whole')['state_dict'], read(tmp_path / 'killed')['state_dict'])
 
 
+@pytest.mark.slow
+def test_processes_that_find_different_checkpoints_do_not_go_on(arguments, tmp_path):
+    main(arguments('--scales', 'initial', '--epochs', '1'))
+    (tmp_path / 'train.py').write_text(
+        'import os, sys\nfrom repopt_timm.cli import main\n'
+        "sys.exit(main(['train', *sys.argv[1:], *(['--experiment', 'other'] if os.environ['RANK'] == '1' else [])]))"
+    )
+    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    command = [sys.executable, *launch, str(tmp_path / 'train.py'), *arguments('--scales', 'initial', '--resume')]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode
+    assert 'The processes would go on after different epochs: 1, 0, by rank.' in done.stderr
+
+
 def test_a_search_leaves_its_scales_with_their_provenance(arguments, tmp_path):
     main(arguments('--model-kwargs', 'strides=(2,1,2,2,2)', model=f'{TINY}_hs'))
     scales = Scales.load(tmp_path / 'run/scales.safetensors')
@@ -243,6 +257,7 @@ def test_an_averaged_search_leaves_the_averaged_scales(arguments, tmp_path):
         (['--scales', 'initial', '--sync-bn'], '--sync-bn works on GPUs'),
         (['--scales', 'nowhere.safetensors'], 'No scales found'),
         (['--search-first', '--scales', 'initial'], 'does not go with --scales'),
+        (['--search-first', '--opt', 'repopt_adamw', '--lr', '0.001'], r'The search uses SGD.*--search-kwargs lr=0\.1'),
         (['--scales', 'initial', '--batch-size', '999'], 'do not fill one batch of 999'),
         (['--model', 'repopt_vgg_a00'], "timm knows no model 'repopt_vgg_a00'. Did you mean repopt_vgg_a0"),
         (['--search-kwargs', 'epoch=3'], "unknown argument 'epoch'. Did you mean 'epochs'"),
