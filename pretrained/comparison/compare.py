@@ -29,6 +29,7 @@ from repopt_timm.plot import pyplot_module, save_figure
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / 'README.md'
+RECIPE = HERE / 'recipe.yaml'
 TUNING = HERE / 'tuning.csv'
 RUNS = HERE / 'runs'
 PICTURE = HERE / 'comparison.png'
@@ -117,7 +118,7 @@ def _train_all(runs: dict[str, list[str | float]], data: Path, output: Path, job
     workers = ['--workers', 0] if jobs > 1 else []
 
     def run(name: str) -> None:
-        arguments = ['-c', 'cifar10_target', '--data-dir', data.resolve(), '--output', '.', '--experiment', name]
+        arguments = ['-c', RECIPE, '--data-dir', data.resolve(), '--output', '.', '--experiment', name]
         command = [sys.executable, HERE.parents[1] / 'train.py', *arguments, *runs[name], *workers, '--resume']
         with open(output / f'{name}.log', 'a', encoding='utf-8') as log:
             subprocess.run(list(map(str, command)), cwd=output, env=environment, stdout=log, stderr=log, check=True)
