@@ -291,7 +291,8 @@ def _model_of(checkpoint: Mapping[str, Any], source: str, scales: ScalesSource, 
         _check_trained_with(given, checkpoint, source)
         model.set_scales(given, init=False)
     data = resolve_data_config(args, model=model)
-    model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes}
+    names = checkpoint.get('label_names')
+    model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
     # That of the weights which timm knows for this model.
     model.pretrained_cfg.pop('tag', None)
     return model.eval()

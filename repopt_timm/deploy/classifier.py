@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ __all__ = [
     'data_config',
     'image_input',
     'is_onnx',
+    'label_names',
     'load_classifier',
     'onnx_classifier',
     'torch_classifier',
@@ -34,12 +35,14 @@ class Classifier:
         run: Images, float32 of shape (N, C, H, W), to logits of shape (N, classes).
         config: Preprocessing, as `timm.data.resolve_data_config` gives it.
         size: Bytes on disk: of the ONNX file, or of the parameters and buffers of a PyTorch model.
+        class_names: Names of the classes in the order of the logits, if it tells them.
     """
 
     backend: str
     run: Callable[[Tensor], Tensor]
     config: dict[str, Any]
     size: int
+    class_names: Sequence[str] = ()
 
 
 def is_onnx(source: str | os.PathLike) -> bool:
@@ -78,7 +81,8 @@ def torch_classifier(
             return model(images)
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    return Classifier('pytorch', run, resolve_data_config(dict(overrides or {}), model=model), size)
+    config = resolve_data_config(dict(overrides or {}), model=model)
+    return Classifier('pytorch', run, config, size, label_names(model))
 
 
 def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[str, Any] | None = None) -> Classifier:
@@ -95,7 +99,26 @@ def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[s
             logits = torch.cat([torch.from_numpy(session.run(None, {name: part.numpy()})[0]) for part in filled])
         return logits[: len(images)]
 
-    return Classifier('onnxruntime', run, config, model.ByteSize())
+    return Classifier('onnxruntime', run, config, model.ByteSize(), _metadata(model).get('label_names', ()))
+
+
+def label_names(model: nn.Module) -> list[str]:
+    """Returns the names of a timm model's classes in the order of its logits; none if it does not tell them."""
+    config: Any = getattr(model, 'pretrained_cfg', None) or {}
+    names = config.get('label_names') or ()
+    # timm allows a dict from number to name, for classes with gaps between them.
+    complete = isinstance(names, list | tuple) and len(names) == getattr(model, 'num_classes', None)
+    return list(names) if complete else []
+
+
+def _metadata(model: Any) -> dict[str, Any]:
+    told: dict[str, Any] = {}
+    for entry in model.metadata_props:
+        try:
+            told[entry.key] = json.loads(entry.value)
+        except ValueError:
+            continue
+    return told
 
 
 def image_input(model: Any) -> tuple[str, list[int]]:
@@ -115,12 +138,7 @@ def data_config(model: Any, overrides: Mapping[str, Any] | None = None) -> dict[
     Raises:
         ValueError: If the input is not a batch of images.
     """
-    told: dict[str, Any] = {}
-    for entry in model.metadata_props:
-        try:
-            told[entry.key] = json.loads(entry.value)
-        except ValueError:
-            continue
+    told = _metadata(model)
     name, sizes = image_input(model)
     if len(sizes) != 4:
         raise ValueError(f"The ONNX model's input '{name}' has {len(sizes)} dimensions, expected (N, C, H, W).")

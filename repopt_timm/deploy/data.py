@@ -36,7 +36,7 @@ class ImageFolder:
 
     Attributes:
         folder: Where the images are.
-        num_classes: Number of classes that the folder has.
+        class_names: Names of the folder's classes in the order of their numbers.
 
     Raises:
         FileNotFoundError: If there is no such folder or class map.
@@ -49,14 +49,16 @@ class ImageFolder:
         if class_map and not Path(class_map).is_file():
             raise FileNotFoundError(f"There is no class map '{class_map}'.")
         try:
-            dataset = create_dataset('', root=os.fspath(root), split=split, class_map=class_map)
+            where: dict[str, Any] = {'root': os.fspath(root), 'split': split, 'class_map': class_map}
+            dataset = create_dataset('', **where)
         except RuntimeError as error:
             raise ValueError(f"There are no images for the split '{split}' in '{root}': {error}") from None
         self.folder = Path(dataset.reader.root)
         splits = sorted(name for name in _SPLITS if Path(root, name).is_dir())
         if splits and self.folder == Path(root):
             raise ValueError(f"'{root}' has no split '{split}', but {', '.join(splits)}.")
-        self.num_classes = len(dataset.reader.class_to_idx)
+        numbers = dataset.reader.class_to_idx
+        self.class_names = sorted(numbers, key=numbers.get)
         self._reader = dataset.reader
         self._mode = 'L' if config['input_size'][0] == 1 else 'RGB'
         self._transform = create_transform(**config)

@@ -96,13 +96,21 @@ def accuracies(
 
 
 def check_classes(classifier: Classifier, images: ImageFolder) -> None:
-    """Raises a ValueError if a model has another number of classes than the folder."""
+    """Raises a ValueError if a model has other classes than the folder: another number, or in another order."""
     classes = classifier.run(random_images(classifier.config, 1)).shape[-1]
-    if classes != images.num_classes:
+    found, expected = images.class_names, classifier.class_names
+    if classes != len(found):
         raise ValueError(
-            f"The model has {classes} classes, but the folder '{images.folder}' has {images.num_classes}. Name the "
-            f'folder of the data set that it was trained on.'
+            f"The model has {classes} classes, but the folder '{images.folder}' has {len(found)}. Name the folder of "
+            f'the data set that it was trained on.'
         )
+    if sorted(found) == sorted(expected):
+        for index, (name, other) in enumerate(zip(found, expected)):
+            if name != other:
+                raise ValueError(
+                    f"Class {index} of the model is '{other}', but that of the folder '{images.folder}' is '{name}'. "
+                    f'Give the --class-map that the model was trained with.'
+                )
 
 
 def random_images(config: Mapping[str, Any], batch_size: int) -> Tensor:

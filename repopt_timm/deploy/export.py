@@ -9,7 +9,7 @@ import torch
 from timm.data import resolve_data_config
 from torch import nn
 
-from .classifier import is_onnx, onnx_classifier
+from .classifier import is_onnx, label_names, onnx_classifier
 from .models import load_model
 from .runtime import load_onnx, quiet, require, save_onnx
 
@@ -108,7 +108,8 @@ def to_onnx(model: nn.Module, config: Mapping[str, Any]) -> tuple[Any, float]:
         raise ValueError(f'{type(model).__name__} cannot be exported to ONNX: {_cause(error)}') from None
     proto = program.model_proto
     _strip_sources(proto)
-    for key, value in {**config, 'architecture': _architecture(model)}.items():
+    told = {**config, 'architecture': _architecture(model), 'label_names': label_names(model)}
+    for key, value in told.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     return proto, _verify(model, proto, example)
 

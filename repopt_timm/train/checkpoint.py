@@ -69,6 +69,7 @@ def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:
         'optimizer': state.optimizer.state_dict(),
         'version': 2,
         'args': args,
+        'label_names': model.pretrained_cfg.get('label_names'),
         'versions': versions(),
         'metric': state.history[-1].get('eval_top1'),
         'history': state.history,

@@ -9,7 +9,7 @@ from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 
 from .digits import write_digits
 
-__all__ = ['Loaders', 'count_classes', 'make_datasets', 'make_loaders']
+__all__ = ['Loaders', 'class_names', 'make_datasets', 'make_loaders']
 
 _DIGITS = 'digits'
 
@@ -59,14 +59,15 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
     return train, validation
 
 
-def count_classes(dataset: Any) -> int | None:
-    """Counts a dataset's classes, if it tells them."""
+def class_names(dataset: Any) -> list[str]:
+    """Returns the names of a dataset's classes in the order of their numbers; none if it does not tell them."""
     for owner in (dataset, getattr(dataset, 'reader', None)):
         for attribute in ('class_to_idx', 'class_name_to_idx', 'classes'):
             classes = getattr(owner, attribute, None)
             if classes:
-                return len(classes)
-    return None
+                ordered = sorted(classes, key=classes.get) if hasattr(classes, 'get') else classes
+                return [str(name) for name in ordered]
+    return []
 
 
 def make_loaders(

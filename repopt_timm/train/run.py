@@ -36,7 +36,7 @@ from ..reparam import make_grad_mults
 from ..scales import Scales
 from ..sources import default_scales, load_scales
 from .checkpoint import LAST_CHECKPOINT, CheckpointSaver, load_weights, restore, versions
-from .data import count_classes, make_datasets, make_loaders
+from .data import class_names, make_datasets, make_loaders
 from .engine import train_one_epoch, validate
 from .loggers import make_loggers
 from .state import TrainState
@@ -213,10 +213,11 @@ def _check_epochs(state: TrainState, folder: Path, world_size: int) -> None:
 
 
 def _make_model(args: argparse.Namespace, scales: Scales | None, dataset: Any, device: torch.device) -> nn.Module:
+    names = class_names(dataset)
     model: Any = timm.create_model(
         args.model,
         pretrained=args.pretrained,
-        num_classes=args.num_classes or count_classes(dataset),
+        num_classes=args.num_classes or len(names) or None,
         in_chans=args.in_chans or (args.input_size[0] if args.input_size else None),
         global_pool=args.gp,
         drop_rate=args.drop,
@@ -225,6 +226,8 @@ def _make_model(args: argparse.Namespace, scales: Scales | None, dataset: Any, d
     )
     if args.initial_checkpoint:
         load_weights(model, select_state_dict(read_checkpoint(args.initial_checkpoint)), args.initial_checkpoint)
+    # Not those of the data that pretrained weights come from.
+    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names if len(names) == model.num_classes else None}
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     model.to(device)

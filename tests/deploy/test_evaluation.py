@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from repopt_timm.deploy import Classifier, evaluate, save_onnx
+from repopt_timm.deploy import Classifier, evaluate, export_onnx, save_onnx
 from repopt_timm.deploy.data import ImageFolder
 from repopt_timm.deploy.evaluation import accuracies, alternate
 
@@ -33,9 +33,22 @@ def test_accuracy_counts_images(images):
     found = accuracies({'first': classifier([3.0, 2.0, 1.0]), 'last': classifier([1.0, 2.0, 3.0])}, folder, 7)
     assert found == {'first': (100 / 3, 100), 'last': (100 / 3, 100)}
     # Twelve classes, of which the folder has the first three.
-    folder.num_classes = 12
+    folder.class_names = [str(number) for number in range(12)]
     low = classifier([-1.0, *range(11)])
     assert accuracies({'low': low}, folder, 7) == {'low': (0, 0)}
+
+
+def test_classes_in_another_order_than_the_models_are_an_error(checkpoint, images, tmp_path):
+    map_file = tmp_path / 'map.txt'
+    map_file.write_text('light\ngrey\ndark\n')
+    names = {'label_names': ['light', 'grey', 'dark']}
+    other = tmp_path / 'other.pth.tar'
+    torch.save({**torch.load(checkpoint, weights_only=False), **names}, other)
+    export_onnx(other, tmp_path / 'other.onnx')
+    for source in (other, tmp_path / 'other.onnx'):
+        with pytest.raises(ValueError, match=r"Class 0 of the model is 'light'.*is 'dark'. Give the --class-map"):
+            evaluate(source, images)
+        assert evaluate(source, images, class_map=str(map_file))['top1'] < 40
 
 
 def test_a_class_map_orders_the_classes(checkpoint, images, tmp_path):

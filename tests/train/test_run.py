@@ -140,6 +140,14 @@ def test_a_search_leaves_its_scales_with_their_provenance(arguments, tmp_path):
     assert (tmp_path / 'run/scales.png').stat().st_size > 1000
 
 
+def test_the_names_of_the_classes_go_into_the_checkpoint_and_from_there_into_a_repository(arguments, tmp_path):
+    main(arguments('--scales', 'initial', '--epochs', '1'))
+    assert read(tmp_path / 'run')['label_names'] == ['dark', 'light']
+    save_pretrained(tmp_path / 'run/last.pth.tar', tmp_path / 'saved', scales=Scales.initial(TINY))
+    loaded = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True)
+    assert list(loaded.pretrained_cfg['label_names']) == ['dark', 'light']
+
+
 def test_a_target_is_trained_with_the_scales_it_is_given(arguments, tmp_path):
     Scales.initial(TINY).save(tmp_path / 'searched.safetensors')
     main(arguments('--scales', str(tmp_path / 'searched.safetensors')))
