@@ -203,7 +203,7 @@ def update_card(
     body: str,
     model_name: str,
     entry: Mapping[str, Any] | None = None,
-    results: Sequence[EvalResult] = (),
+    results: Sequence[EvalResult] | None = (),
 ) -> str:
     """Returns the text of a card with new metadata and a new generated body; whatever else it has survives.
 
@@ -212,7 +212,8 @@ def update_card(
         body: Markdown to put between the two marks.
         model_name: Name of the model in the index of results, where the card has none yet.
         entry: The `repopt` entry; what the card has when left out.
-        results: Results that replace those of the same dataset and metric.
+        results: Results that replace those of the same dataset and metric; None drops those of `eval_results`, which
+            other weights had.
 
     Raises:
         ValueError: If the card cannot be read, or the client cannot carry its metadata through unchanged.
@@ -232,6 +233,9 @@ def update_card(
         kept = [result for result in data.eval_results or [] if _identity(result) not in replaced]
         data.model_name = data.model_name or model_name
         data.eval_results = [*kept, *results]
+    elif results is None and data.eval_results:
+        others = [result for result in data.eval_results if result.metric_name not in _METRICS.values()]
+        data.eval_results = others or None
     _check_carried(original, data, path, ignored={'tags', 'model-index', METADATA_KEY})
     card.text = _replace_body(card.text, scrub(body), path)
     return card.content

@@ -1,17 +1,19 @@
 """The command line, `repopt-timm`."""
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from .architectures import ARCHITECTURES
 from .bench import add_bench_commands
+from .console import tell
 from .convert import model_from_reference
 from .deploy import evaluate
+from .deploy.commands import add_class_map
 from .deploy.commands import add_commands as add_deploy_commands
 from .hub import push_to_hub, save_pretrained
 from .packing import PRECISIONS
@@ -65,8 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     save.add_argument('out', help='folder to write, which local-dir:OUT loads')
     _add_contents(save)
     save.add_argument(
-        '--data', metavar='DIR', help='image folder on whose validation split to measure what was written, for the card'
+        '--data', metavar='DIR', help='image folder on whose validation split to measure what is written, for the card'
     )
+    add_class_map(save)
 
     push = _command(commands, 'push', _push, 'publish a checkpoint as a model on the Hub, with its scales in the card')
     push.add_argument('checkpoint', help='checkpoint of a training run')
@@ -151,10 +154,6 @@ def _summary(scales: Scales) -> dict[str, Any]:
     }
 
 
-def _tell(args: argparse.Namespace, values: dict[str, Any], text: str) -> None:
-    print(json.dumps(values, indent=2) if args.json else text)
-
-
 def _show(args: argparse.Namespace) -> None:
     scales = _load(args)
     rows = scales_table(scales)
@@ -164,7 +163,7 @@ def _show(args: argparse.Namespace) -> None:
     lines += [
         f'{row["stage"]:<10} {row["branch"]:<10} {row["mean"]:9.4f} {row["min"]:9.4f} {row["max"]:9.4f}' for row in rows
     ]
-    _tell(args, {**_summary(scales), 'stages': rows}, '\n'.join(lines))
+    tell(args, {**_summary(scales), 'stages': rows}, '\n'.join(lines))
 
 
 def _write_scales(scales: Scales, args: argparse.Namespace) -> None:
@@ -172,7 +171,7 @@ def _write_scales(scales: Scales, args: argparse.Namespace) -> None:
         scales.save(args.out)
     else:
         scales.save_pretrained(args.out)
-    _tell(args, {**_summary(scales), 'out': args.out}, f'{scales.architecture} {scales.fingerprint[:12]} -> {args.out}')
+    tell(args, {**_summary(scales), 'out': args.out}, f'{scales.architecture} {scales.fingerprint[:12]} -> {args.out}')
 
 
 def _write(args: argparse.Namespace) -> None:
@@ -186,28 +185,29 @@ def _pull(args: argparse.Namespace) -> None:
 def _plot(args: argparse.Namespace) -> None:
     scales = _load(args)
     plot_scales(scales, args.out, scales.title)
-    _tell(args, {**_summary(scales), 'out': args.out}, f'{scales.architecture} -> {args.out}')
+    tell(args, {**_summary(scales), 'out': args.out}, f'{scales.architecture} -> {args.out}')
 
 
 def _push_scales(args: argparse.Namespace) -> None:
     scales = _load(args)
     url = scales.push_to_hub(args.repo, args.private, args.revision, args.create_pr)
-    _tell(args, {**_summary(scales), 'url': url}, f'{scales.architecture} {scales.fingerprint[:12]} -> {url}')
+    tell(args, {**_summary(scales), 'url': url}, f'{scales.architecture} {scales.fingerprint[:12]} -> {url}')
 
 
 def _save(args: argparse.Namespace) -> None:
-    save = partial(
-        save_pretrained, args.checkpoint, args.out, scales=args.scales, curves=args.curves, precision=args.precision
-    )
-    save()
+    save = partial(save_pretrained, args.checkpoint, scales=args.scales, curves=args.curves, precision=args.precision)
     told, text = {'checkpoint': args.checkpoint, 'out': args.out}, f'{args.checkpoint} -> {args.out}'
+    metrics = None
     if args.data:
-        found = evaluate(args.out, args.data)
-        metrics = {name: round(found[name], 3) for name in ('top1', 'top5')}
-        save(metrics={'dataset': Path(args.data).resolve().name, **metrics})
-        told |= metrics
-        text += f': top-1 {metrics["top1"]:.2f} %, top-5 {metrics["top5"]:.2f} % of {found["images"]} images'
-    _tell(args, told, text)
+        with TemporaryDirectory() as folder:
+            save(folder)
+            found = evaluate(folder, args.data, class_map=args.class_map)
+        measured = {name: round(found[name], 3) for name in ('top1', 'top5')}
+        metrics = {'dataset': Path(args.data).resolve().name, **measured}
+        told |= measured
+        text += f': top-1 {measured["top1"]:.2f} %, top-5 {measured["top5"]:.2f} % of {found["images"]} images'
+    save(args.out, metrics=metrics)
+    tell(args, told, text)
 
 
 def _push(args: argparse.Namespace) -> None:
@@ -221,7 +221,7 @@ def _push(args: argparse.Namespace) -> None:
         revision=args.revision,
         create_pr=args.create_pr,
     )
-    _tell(args, {'checkpoint': args.checkpoint, 'url': url}, f'{args.checkpoint} -> {url}')
+    tell(args, {'checkpoint': args.checkpoint, 'url': url}, f'{args.checkpoint} -> {url}')
 
 
 def _convert_checkpoint(args: argparse.Namespace) -> None:
@@ -243,7 +243,7 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
             revision=args.revision,
             create_pr=args.create_pr,
         )
-    _tell(args, told, ', '.join(f'{name} {value}' for name, value in told.items()))
+    tell(args, told, ', '.join(f'{name} {value}' for name, value in told.items()))
 
 
 if __name__ == '__main__':

@@ -65,9 +65,10 @@ def save_pretrained(
 ) -> None:
     """Writes a model as a repository in timm's format, whose card holds the scales.
 
-    The files are `config.json`, `model.safetensors`, `README.md`, `scales.png`; each appears whole or not at all. With
-    the same `repo_id` they are those that `push_to_hub` uploads. `timm.create_model('local-dir:<directory>',
-    pretrained=True)` loads them. A card that is there already keeps its other metadata, and the text outside the marks.
+    The files are `config.json`, `model.safetensors`, `README.md`, `scales.png`, `curves.png`; each appears whole or not
+    at all. With the same `repo_id` they are those that `push_to_hub` uploads. `timm.create_model(
+    'local-dir:<directory>', pretrained=True)` loads them. A card that is there already keeps its other metadata, and
+    the text outside the marks.
 
     Args:
         model: A timm model, or a checkpoint of a run.
@@ -225,7 +226,8 @@ def _write(publication: _Publication, folder: Path, repo_id: str, published: fro
     elif history:
         draw(plot_curves, {_timm_name(model): history}, folder / CURVES_FILE)
     entry = None if scales is None else scales.to_entry()
-    results = eval_results(metrics) if metrics else []
+    # Rounded weights do not have the accuracy that the card may tell of exact ones.
+    results = eval_results(metrics) if metrics else None if precision == 'int8' else []
     write_card(folder, repo_id, _timm_name(model), entry, results, training, published)
 
 

@@ -22,7 +22,7 @@ def write_card(
     repo_id: str | None,
     model_name: str,
     entry: CardEntry | None,
-    results: Sequence[EvalResult] = (),
+    results: Sequence[EvalResult] | None = (),
     training: Mapping[str, Any] | None = None,
     published: Collection[str] = (),
 ) -> None:
@@ -33,7 +33,7 @@ def write_card(
         repo_id: Name that the repository has on the Hub; a placeholder with the directory's name when left out.
         model_name: Name of the model in timm.
         entry: The scales; those that the card has already when left out.
-        results: Measured accuracies.
+        results: Measured accuracies; None if what the card tells is of other weights.
         training: How the weights were trained; what the card says already when left out.
         published: Names of further files that the repository has.
 

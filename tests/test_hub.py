@@ -167,6 +167,8 @@ def test_a_card_tells_the_global_batch_and_the_versions_of_the_training(tmp_path
 def test_a_card_of_8_bit_weights_does_not_claim_the_accuracy_of_the_run(tmp_path):
     model = trained()
     path = checkpoint_of(model, tmp_path / 'last.pth.tar', dataset='digits')
+    save_pretrained(path, tmp_path / 'local', scales=model.scales)
+    assert ModelCard.load(tmp_path / 'local/README.md').data.eval_results
     save_pretrained(path, tmp_path / 'local', scales=model.scales, precision='int8')
     card = (tmp_path / 'local/README.md').read_text()
     assert '| top1 before rounding | 91.25 |' in card

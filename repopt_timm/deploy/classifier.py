@@ -94,9 +94,11 @@ def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[s
     def run(images: Tensor) -> Tensor:
         # A model whose batch size is fixed gets that many at once: the last part is filled with its last image.
         parts = images.split(batch) if batch else [images]
-        filled = [torch.cat([part, part[-1:].expand(max(0, batch - len(part)), -1, -1, -1)]) for part in parts]
+        missing = max(0, batch - len(parts[-1]))
+        if missing:
+            parts = [*parts[:-1], torch.cat([parts[-1], parts[-1][-1:].expand(missing, -1, -1, -1)])]
         with explained(f'ONNX Runtime cannot run the model on {tuple(images.shape)} images'):
-            logits = torch.cat([torch.from_numpy(session.run(None, {name: part.numpy()})[0]) for part in filled])
+            logits = torch.cat([torch.from_numpy(session.run(None, {name: part.numpy()})[0]) for part in parts])
         return logits[: len(images)]
 
     return Classifier('onnxruntime', run, config, model.ByteSize(), _metadata(model).get('label_names', ()))
@@ -144,5 +146,6 @@ def data_config(model: Any, overrides: Mapping[str, Any] | None = None) -> dict[
         raise ValueError(f"The ONNX model's input '{name}' has {len(sizes)} dimensions, expected (N, C, H, W).")
     if all(sizes[1:]):
         told['input_size'] = sizes[1:]
-    config = resolve_data_config(dict(overrides or {}), pretrained_cfg=told)
+    # timm wants to be told something.
+    config = resolve_data_config(dict(overrides or {}), pretrained_cfg={'architecture': '', **told})
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..console import tell
 from ..files import write_text
 from .comparison import compare_int8, comparison_table
 from .evaluation import evaluate
@@ -14,7 +15,7 @@ from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, quantize_o
 from .report import layer_report, plot_layers
 from .runtime import require, save_onnx
 
-__all__ = ['add_commands']
+__all__ = ['add_class_map', 'add_commands']
 
 # Makes a command of a name, a function of the arguments and a help text.
 Command = Callable[[str, Callable[[argparse.Namespace], None], str], argparse.ArgumentParser]
@@ -46,7 +47,7 @@ def add_commands(command: Command) -> None:
     evaluated.add_argument('model', help=f'{_MODEL}, or .onnx file')
     evaluated.add_argument('--data', metavar='DIR', required=True, help=_DATA)
     evaluated.add_argument('--split', default='validation', help='split to evaluate')
-    _add_class_map(evaluated)
+    add_class_map(evaluated)
     evaluated.add_argument('-b', '--batch-size', type=_positive, default=32, metavar='N')
     _add_threads(evaluated)
     _add_preprocessing(evaluated)
@@ -54,7 +55,7 @@ def add_commands(command: Command) -> None:
     compared = command('compare-int8', _compare, 'measure models in float32 and in all kinds of INT8, in one table')
     compared.add_argument('models', nargs='+', metavar='[LABEL=]MODEL', help=f'{_MODEL}, or .onnx file')
     compared.add_argument('--data', metavar='DIR', required=True, help=f'{_DATA}; validation is evaluated')
-    _add_class_map(compared)
+    add_class_map(compared)
     compared.add_argument('--calibration-data', metavar='DIR', help='calibrate on the train split of this [--data]')
     compared.add_argument('--out', metavar='DIR', help='write int8.md and int8.json')
     compared.add_argument('--weights', nargs='+', choices=WEIGHTS, default=WEIGHTS)
@@ -91,7 +92,8 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_class_map(parser: argparse.ArgumentParser) -> None:
+def add_class_map(parser: argparse.ArgumentParser) -> None:
+    """Adds `--class-map` to a command that evaluates."""
     parser.add_argument('--class-map', default='', metavar='FILE', help='the one that the model was trained with')
 
 
@@ -125,10 +127,6 @@ def _options(args: argparse.Namespace, **more: Any) -> QuantizationOptions:
     )
 
 
-def _tell(args: argparse.Namespace, values: dict[str, Any], text: str) -> None:
-    print(json.dumps(values, indent=2) if args.json else text)
-
-
 def _megabytes(size: int) -> str:
     return f'{size / 1e6:.1f} MB'
 
@@ -144,12 +142,14 @@ def _export(args: argparse.Namespace) -> None:
         f'{args.model} -> {args.onnx}: {_megabytes(told["bytes"])}, opset {told["opset"]}{left}; logits within '
         f'{told["difference"]:.1e} of PyTorch'
     )
-    _tell(args, told, text)
+    tell(args, told, text)
 
 
 def _quantize(args: argparse.Namespace) -> None:
     if args.versus and not args.report:
         raise ValueError('--versus draws another model into the report: name a folder for it with --report.')
+    if args.versus == args.model:
+        raise ValueError(f"--versus '{args.versus}' is the model itself: name another one to draw beside it.")
     if args.report:
         require('matplotlib')
     options = _options(args, weights=args.weights, calibration=args.calibration)
@@ -168,17 +168,18 @@ def _quantize(args: argparse.Namespace) -> None:
     )
     reports = {}
     if args.report:
-        reports[_short(args.model)] = layer_report(done)
+        name = _short if _short(args.model) != _short(args.versus or '') else str
+        reports[name(args.model)] = layer_report(done)
         if args.versus:
             other = quantize_onnx(args.versus, args.data, options, args.split, _overrides(args))
-            reports[_short(args.versus)] = layer_report(other)
+            reports[name(args.versus)] = layer_report(other)
     save_onnx(done.quantized, args.out)
     if args.report:
         told['report'] = args.report
         plot_layers(reports, Path(args.report, 'layers.png'))
         write_text(Path(args.report, 'layers.json'), json.dumps(reports, indent=2) + '\n')
         text += f'; report in {args.report}'
-    _tell(args, told, text)
+    tell(args, told, text)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -190,7 +191,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         f'throughput  {told["throughput"]:.0f} images/s at batch {told["batch_size"]}',
         f'size        {_megabytes(told["bytes"])}, {told["backend"]}',
     ]
-    _tell(args, told, '\n'.join(lines))
+    tell(args, told, '\n'.join(lines))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -213,7 +214,7 @@ def _compare(args: argparse.Namespace) -> None:
     if args.out:
         write_text(Path(args.out, 'int8.md'), table + '\n')
         write_text(Path(args.out, 'int8.json'), json.dumps(results, indent=2) + '\n')
-    _tell(args, results, table)
+    tell(args, results, table)
 
 
 def _labelled(text: str) -> tuple[str, str]:

@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from huggingface_hub.utils import tqdm
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import create_transform
 from torch import Tensor
 
-__all__ = ['ImageFolder']
+from ..datasets import class_names, count_classes, open_folder
 
-# The names of splits that timm knows.
-_SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation')
+__all__ = ['ImageFolder']
 
 _WORKERS = min(8, os.cpu_count() or 1)
 
@@ -36,29 +35,19 @@ class ImageFolder:
 
     Attributes:
         folder: Where the images are.
-        class_names: Names of the folder's classes in the order of their numbers.
+        num_classes: Number of classes that the folder has.
+        class_names: Their names in the order of their numbers; none if a class map gives several one number.
 
     Raises:
         FileNotFoundError: If there is no such folder or class map.
-        ValueError: If there are no images in it, or it has other splits.
+        ValueError: If there are no images in it, it has other splits, or the class map cannot be read.
     """
 
     def __init__(self, root: str | os.PathLike, split: str, config: Mapping[str, Any], class_map: str = ''):
-        if not Path(root).is_dir():
-            raise FileNotFoundError(f"There is no image folder '{root}'.")
-        if class_map and not Path(class_map).is_file():
-            raise FileNotFoundError(f"There is no class map '{class_map}'.")
-        try:
-            where: dict[str, Any] = {'root': os.fspath(root), 'split': split, 'class_map': class_map}
-            dataset = create_dataset('', **where)
-        except RuntimeError as error:
-            raise ValueError(f"There are no images for the split '{split}' in '{root}': {error}") from None
+        dataset = open_folder(root, split, need_split=False, class_map=class_map)
         self.folder = Path(dataset.reader.root)
-        splits = sorted(name for name in _SPLITS if Path(root, name).is_dir())
-        if splits and self.folder == Path(root):
-            raise ValueError(f"'{root}' has no split '{split}', but {', '.join(splits)}.")
-        numbers = dataset.reader.class_to_idx
-        self.class_names = sorted(numbers, key=numbers.get)
+        self.num_classes = count_classes(dataset)
+        self.class_names = class_names(dataset)
         self._reader = dataset.reader
         self._mode = 'L' if config['input_size'][0] == 1 else 'RGB'
         self._transform = create_transform(**config)

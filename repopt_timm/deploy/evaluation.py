@@ -40,7 +40,8 @@ def evaluate(
 
     Returns:
         `model`, `backend`, `images`, `top1` and `top5` in percent (`top5` over as many classes as there are if fewer),
-        `latency_ms` and `latency_p90_ms` of one image, `throughput` in images per second and `bytes` on disk. Decoding
+        `latency_ms` and `latency_p90_ms` of one image (of a batch, where an
+        ONNX file has a fixed one), `throughput` in images per second and `bytes` on disk. Decoding
         is in none of these times.
 
     Raises:
@@ -81,7 +82,7 @@ def accuracies(
         Name to top-1 and top-5 accuracy in percent.
 
     Raises:
-        ValueError: If an image does not decode, or a model has another number of classes than the folder.
+        ValueError: If an image does not decode, or a model has other classes than the folder.
     """
     for classifier in classifiers.values():
         check_classes(classifier, images)
@@ -99,10 +100,10 @@ def check_classes(classifier: Classifier, images: ImageFolder) -> None:
     """Raises a ValueError if a model has other classes than the folder: another number, or in another order."""
     classes = classifier.run(random_images(classifier.config, 1)).shape[-1]
     found, expected = images.class_names, classifier.class_names
-    if classes != len(found):
+    if classes != images.num_classes:
         raise ValueError(
-            f"The model has {classes} classes, but the folder '{images.folder}' has {len(found)}. Name the folder of "
-            f'the data set that it was trained on.'
+            f"The model has {classes} classes, but the folder '{images.folder}' has {images.num_classes}. Name the "
+            f'folder of the data set that it was trained on.'
         )
     if sorted(found) == sorted(expected):
         for index, (name, other) in enumerate(zip(found, expected)):

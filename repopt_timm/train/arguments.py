@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,12 @@ def check_names(names: Sequence[str], parser: argparse.ArgumentParser, where: st
             raise ValueError(f"{where}: unknown argument '{name}'.{hint}")
 
 
+def _typed(parser: argparse.ArgumentParser, name: str, value: Any) -> Any:
+    # What YAML takes for text, such as 4e-5.
+    action = next(action for action in parser._actions if action.dest == name)
+    return action.type(value) if isinstance(value, str) and callable(action.type) else value
+
+
 def _check_choices(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     # argparse checks what is on the command line, not what a config sets.
     for action in parser._actions:
@@ -244,7 +251,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(**config)
     args = parser.parse_args(argv)
     check_names(list(args.search_kwargs), parser, '--search-kwargs')
+    args.search_kwargs = {name: _typed(parser, name, value) for name, value in args.search_kwargs.items()}
     _check_choices(args, parser)
     args.resume = 'auto' if args.resume is True else args.resume
     args.data_dir = args.data or args.data_dir
+    if args.data_dir and Path(args.data_dir).name in ('', '..'):
+        # Cards tell the folder's name.
+        args.data_dir = os.path.abspath(args.data_dir)
     return args

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 
+from ..datasets import check_same_classes, open_folder
 from .digits import write_digits
 
-__all__ = ['Loaders', 'class_names', 'make_datasets', 'make_loaders']
+__all__ = ['Loaders', 'make_datasets', 'make_loaders']
 
 _DIGITS = 'digits'
 
@@ -35,7 +36,8 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
     """Makes training and validation set.
 
     Raises:
-        ValueError: If no data is named.
+        FileNotFoundError: If there is no such folder or class map.
+        ValueError: If no data is named, the folder has no images or not both splits, or they have different classes.
     """
     name, root = args.dataset, args.data_dir
     if name == _DIGITS:
@@ -54,20 +56,16 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
         'input_key': args.input_key,
         'target_key': args.target_key,
     }
-    train = create_dataset(name, split=args.train_split, is_training=True, num_samples=args.train_num_samples, **common)
-    validation = create_dataset(name, split=args.val_split, num_samples=args.val_num_samples, **common)
+    splits: list[dict[str, Any]] = [
+        {'split': args.train_split, 'is_training': True, 'num_samples': args.train_num_samples},
+        {'split': args.val_split, 'num_samples': args.val_num_samples},
+    ]
+    if name:
+        train, validation = (create_dataset(name, **split, **common) for split in splits)
+    else:
+        train, validation = (open_folder(need_split=True, **split, **common) for split in splits)
+    check_same_classes(train, validation)
     return train, validation
-
-
-def class_names(dataset: Any) -> list[str]:
-    """Returns the names of a dataset's classes in the order of their numbers; none if it does not tell them."""
-    for owner in (dataset, getattr(dataset, 'reader', None)):
-        for attribute in ('class_to_idx', 'class_name_to_idx', 'classes'):
-            classes = getattr(owner, attribute, None)
-            if classes:
-                ordered = sorted(classes, key=classes.get) if hasattr(classes, 'get') else classes
-                return [str(name) for name in ordered]
-    return []
 
 
 def make_loaders(

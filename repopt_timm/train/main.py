@@ -43,7 +43,8 @@ def _search_and_train(args: argparse.Namespace) -> None:
         raise ValueError('--search-first searches the scales itself, so it does not go with --scales.')
     if args.resume and args.resume != 'auto':
         raise ValueError('--search-first is continued with --resume alone: it finds out itself how far it got.')
-    if 'sgd' not in (args.opt or 'sgd') and not {'lr', 'weight_decay'} <= set(args.search_kwargs):
+    needed = {'lr', 'weight_decay'}
+    if not _is_sgd(args.opt or 'sgd') and 'opt' not in args.search_kwargs and not needed <= set(args.search_kwargs):
         raise ValueError(
             f'The search uses SGD, which the learning rate and weight decay of {args.opt} do not suit. Give it its '
             f'own, such as --search-kwargs lr=0.1 weight_decay=4e-5.'
@@ -63,6 +64,10 @@ def _search_and_train(args: argparse.Namespace) -> None:
     results['target'] = train(args)
     if results['target'].history and search_args.rank == 0:
         _report(folder, {'search': search_args, 'target': args}, results)
+
+
+def _is_sgd(opt: str) -> bool:
+    return any(name in opt.lower() for name in ('sgd', 'momentum', 'nesterov'))
 
 
 def _report(folder: Path, arguments: dict[str, argparse.Namespace], results: dict[str, Result]) -> None:

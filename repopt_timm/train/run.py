@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..architectures import ARCHITECTURES, DEFAULT_STRIDES
 from ..checkpoint import read_checkpoint, select_state_dict
+from ..datasets import class_names, count_classes
 from ..files import write_text
 from ..models import RepOptVgg
 from ..optim import RepOptAdamW, RepOptSGD, clip_grad_norm_
@@ -36,7 +37,7 @@ from ..reparam import make_grad_mults
 from ..scales import Scales
 from ..sources import default_scales, load_scales
 from .checkpoint import LAST_CHECKPOINT, CheckpointSaver, load_weights, restore, versions
-from .data import class_names, make_datasets, make_loaders
+from .data import make_datasets, make_loaders
 from .engine import train_one_epoch, validate
 from .loggers import make_loggers
 from .state import TrainState
@@ -85,6 +86,7 @@ def train(args: argparse.Namespace) -> Result:
     # What a repository's config says of the architecture goes into the checkpoint, which does not name the repository.
     kept = {name: saved_args[name] for name in _ARCHITECTURE_ARGS if name in saved_args}
     args.model_kwargs = {**kept, **args.model_kwargs}
+    args.gp = args.gp or saved_args.get('global_pool')
     _set_defaults(args, variant, device)
     folder, resume_from = _folder(args)
     datasets = make_datasets(args)
@@ -95,6 +97,8 @@ def train(args: argparse.Namespace) -> Result:
     clip = _make_clip(args, model, optimizer)
     autocast, scaler = _precision(args, device)
     data_config = resolve_data_config(vars(args), model=model)
+    # Where the weights come from is not in the checkpoint, but what they expect is.
+    vars(args).update(data_config)
     loaders = make_loaders(args, datasets, data_config, unwrap_model(model).num_classes, device)
     if len(loaders.train) == 0:
         raise ValueError(
@@ -217,7 +221,7 @@ def _make_model(args: argparse.Namespace, scales: Scales | None, dataset: Any, d
     model: Any = timm.create_model(
         args.model,
         pretrained=args.pretrained,
-        num_classes=args.num_classes or len(names) or None,
+        num_classes=args.num_classes or count_classes(dataset),
         in_chans=args.in_chans or (args.input_size[0] if args.input_size else None),
         global_pool=args.gp,
         drop_rate=args.drop,

@@ -33,6 +33,25 @@ def test_a_saved_card_has_the_accuracy_of_the_weights_beside_it(checkpoint, imag
     assert told['top1'] == round(evaluate(folder, images)['top1'], 3)
 
 
+def test_two_models_of_equally_named_runs_are_both_in_the_report(onnx_file, images, tmp_path):
+    sources = [tmp_path / name / 'target' / 'model.onnx' for name in ('a', 'b')]
+    for source in sources:
+        source.parent.mkdir(parents=True)
+        source.write_bytes(onnx_file.read_bytes())
+    arguments = [
+        '--data',
+        str(images),
+        '--out',
+        str(tmp_path / 'out.onnx'),
+        '--images',
+        '12',
+        '--report',
+        str(tmp_path),
+    ]
+    assert main(['quantize', str(sources[0]), '--versus', str(sources[1]), *arguments]) == 0
+    assert list(json.loads((tmp_path / 'layers.json').read_text())) == [str(source) for source in sources]
+
+
 def test_models_are_compared_in_one_table(onnx_file, images, tmp_path, capsys):
     arguments = [f'A={onnx_file}', f'B={onnx_file}', '--data', str(images), '--images', '12', '--latency-batches']
     assert main(['compare-int8', *arguments, '--calibrations', 'minmax', '--out', str(tmp_path)]) == 0

@@ -33,7 +33,7 @@ def test_accuracy_counts_images(images):
     found = accuracies({'first': classifier([3.0, 2.0, 1.0]), 'last': classifier([1.0, 2.0, 3.0])}, folder, 7)
     assert found == {'first': (100 / 3, 100), 'last': (100 / 3, 100)}
     # Twelve classes, of which the folder has the first three.
-    folder.class_names = [str(number) for number in range(12)]
+    folder.num_classes = 12
     low = classifier([-1.0, *range(11)])
     assert accuracies({'low': low}, folder, 7) == {'low': (0, 0)}
 

@@ -1,5 +1,6 @@
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -247,6 +248,17 @@ def test_the_strides_of_a_published_model_are_those_of_the_checkpoint(arguments,
     assert tuple(loaded.strides) == strides
 
 
+def test_a_checkpoint_remembers_what_pretrained_weights_expect_of_images(arguments, tmp_path):
+    published = timm.create_model(TINY, num_classes=7, scales=Scales.initial(TINY), global_pool='max')
+    expected = {'mean': (0.3, 0.4, 0.5), 'std': (0.1, 0.2, 0.3), 'crop_pct': 0.9, 'interpolation': 'bilinear'}
+    published.pretrained_cfg |= expected
+    save_pretrained(published, tmp_path / 'published')
+    main(arguments('--pretrained', '--epochs', '1', model=f'local-dir:{tmp_path / "published"}'))
+    loaded = model_from_checkpoint(tmp_path / 'run/last.pth.tar', need_scales=False)
+    assert expected.items() <= timm.data.resolve_model_data_config(loaded).items()
+    assert loaded.head.global_pool.pool_type == 'max'
+
+
 def test_grey_images_have_one_channel(arguments):
     grey = '--in-chans 1 --input-size 1 32 32 --mean 0.5 --std 0.25 --epochs 1'
     main(arguments(*grey.split(), model=f'{TINY}_hs'))
@@ -268,6 +280,7 @@ def test_an_averaged_search_leaves_the_averaged_scales(arguments, tmp_path):
         (['--search-first', '--opt', 'repopt_adamw', '--lr', '0.001'], r'The search uses SGD.*--search-kwargs lr=0\.1'),
         (['--scales', 'initial', '--batch-size', '999'], 'do not fill one batch of 999'),
         (['--model', 'repopt_vgg_a00'], "timm knows no model 'repopt_vgg_a00'. Did you mean repopt_vgg_a0"),
+        (['--val-split', 'test'], "has no split 'test', but train, validation"),
         (['--search-kwargs', 'epoch=3'], "unknown argument 'epoch'. Did you mean 'epochs'"),
     ],
 )
@@ -275,6 +288,18 @@ def test_mistakes_are_told_before_the_training(arguments, tmp_path, extra, messa
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         main(arguments(*extra))
     assert not (tmp_path / 'run/last.pth.tar').exists()
+
+
+def test_a_folder_that_is_not_there_is_named(arguments):
+    with pytest.raises(FileNotFoundError, match="There is no image folder 'nowhere'"):
+        main(['nowhere', *arguments('--scales', 'initial')[1:]])
+
+
+def test_a_folder_whose_splits_number_their_classes_differently_is_refused(images, arguments, tmp_path):
+    shutil.copytree(images, tmp_path / 'images')
+    shutil.rmtree(tmp_path / 'images/train/dark')
+    with pytest.raises(ValueError, match="The class 'dark' has the number 0 in the validation images, but none"):
+        main([str(tmp_path / 'images'), *arguments('--scales', 'initial')[1:]])
 
 
 def test_a_finished_run_is_not_overwritten(arguments):
@@ -295,6 +320,8 @@ def test_a_config_gives_defaults_that_the_command_line_overrides(tmp_path):
     config.write_text('model: repopt_vgg_a1\nlr: 0.3\nmodel_kwargs: {use_se: true}\n')
     args = parse_arguments(['-c', str(config), '--lr', '0.4'])
     assert (args.model, args.lr, args.model_kwargs) == ('repopt_vgg_a1', 0.4, {'use_se': True})
+    config.write_text('search_kwargs: {weight_decay: 4e-5}\n')
+    assert parse_arguments(['-c', str(config)]).search_kwargs == {'weight_decay': 0.00004}
     config.write_text('amp_dtype: bf16\n')
     with pytest.raises(ValueError, match="'amp_dtype' is 'bf16', expected one of 'float16', 'bfloat16'"):
         parse_arguments(['-c', str(config)])
