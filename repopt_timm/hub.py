@@ -241,7 +241,7 @@ def _timm_name(model: nn.Module) -> str:
 
 
 def _model_args(model: nn.Module) -> dict[str, Any]:
-    # Later versions of timm record them themselves, those about 1.0.22 write only what is named here.
+    # Later versions of timm record them themselves, those about 1.0.26 write only what is named here.
     args: dict[str, Any] = {}
     if isinstance(model, RepOptVgg):
         if tuple(model.strides) != DEFAULT_STRIDES:
@@ -251,6 +251,8 @@ def _model_args(model: nn.Module) -> dict[str, Any]:
             args['use_se'] = use_se
         if model.stem.conv.in_channels != 3:
             args['in_chans'] = model.stem.conv.in_channels
+        if model.head.global_pool.pool_type != 'avg':
+            args['global_pool'] = model.head.global_pool.pool_type
     return args
 
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import reparameterize_model
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
