@@ -7,7 +7,7 @@ from typing import Any
 
 from timm.data import create_dataset
 
-__all__ = ['check_same_classes', 'class_names', 'class_numbers', 'count_classes', 'open_folder']
+__all__ = ['check_same_classes', 'class_names', 'count_classes', 'open_folder']
 
 # The names of splits that timm knows, and one that many folders have.
 _SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
@@ -54,7 +54,7 @@ def _check_class_map(class_map: str, root: Path) -> None:
         raise ValueError(f"The class map '{class_map}' is no .txt file, a name per line, and no .pkl of a dict.")
 
 
-def class_numbers(dataset: Any) -> dict[str, int]:
+def _class_numbers(dataset: Any) -> dict[str, int]:
     """Returns the numbers of a dataset's classes by name; none if it does not tell them."""
     for owner in (dataset, getattr(dataset, 'reader', None)):
         for attribute in ('class_to_idx', 'class_name_to_idx', 'classes'):
@@ -69,20 +69,20 @@ def class_numbers(dataset: Any) -> dict[str, int]:
 def count_classes(dataset: Any) -> int | None:
     """Counts a dataset's classes, if it tells them."""
     # Several names may share a number.
-    return max(class_numbers(dataset).values(), default=-1) + 1 or None
+    return max(_class_numbers(dataset).values(), default=-1) + 1 or None
 
 
 def class_names(dataset: Any) -> list[str]:
     """Returns the names of a dataset's classes in the order of their numbers; none without one name for each."""
-    numbers = class_numbers(dataset)
+    numbers = _class_numbers(dataset)
     names = sorted(numbers, key=lambda name: numbers[name])
     return names if [numbers[name] for name in names] == list(range(len(names))) else []
 
 
 def check_same_classes(train: Any, validation: Any) -> None:
     """Raises a ValueError if both datasets tell their classes, and validation numbers one differently."""
-    numbers = class_numbers(train)
-    for name, number in class_numbers(validation).items() if numbers else ():
+    numbers = _class_numbers(train)
+    for name, number in _class_numbers(validation).items() if numbers else ():
         if numbers.get(name) != number:
             raise ValueError(
                 f"The class '{name}' has the number {number} in the validation images, but {numbers.get(name, 'none')} "

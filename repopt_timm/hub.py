@@ -8,6 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import timm
+from huggingface_hub import EvalResult
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
 from timm.models import save_for_hf
@@ -226,8 +227,10 @@ def _write(publication: _Publication, folder: Path, repo_id: str, published: fro
     elif history:
         draw(plot_curves, {_timm_name(model): history}, folder / CURVES_FILE)
     entry = None if scales is None else scales.to_entry()
-    # Rounded weights do not have the accuracy that the card may tell of exact ones.
-    results = eval_results(metrics) if metrics else None if precision == 'int8' else []
+    results: Sequence[EvalResult] | None = eval_results(metrics) if metrics else []
+    if precision == 'int8' and not results:
+        # Rounded weights do not have the accuracy that the card may tell of exact ones.
+        results = None
     write_card(folder, repo_id, _timm_name(model), entry, results, training, published)
 
 

@@ -194,7 +194,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         command.add_argument('--jobs', type=int, default=1)
     commands.add_parser('report')
     args = vars(parser.parse_args(argv))
-    globals()[args.pop('command')](**args)
+    run = {'split': split, 'tune': tune, 'train': train, 'report': report}[args.pop('command')]
+    run(**args)
 
 
 if __name__ == '__main__':

@@ -40,9 +40,8 @@ def evaluate(
 
     Returns:
         `model`, `backend`, `images`, `top1` and `top5` in percent (`top5` over as many classes as there are if fewer),
-        `latency_ms` and `latency_p90_ms` of one image (of a batch, where an
-        ONNX file has a fixed one), `throughput` in images per second and `bytes` on disk. Decoding
-        is in none of these times.
+        `latency_ms` and `latency_p90_ms` of one image (of a batch, where an ONNX file has a fixed one), `throughput` in
+        images per second and `bytes` on disk. Decoding is in none of these times.
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
@@ -105,13 +104,13 @@ def check_classes(classifier: Classifier, images: ImageFolder) -> None:
             f"The model has {classes} classes, but the folder '{images.folder}' has {images.num_classes}. Name the "
             f'folder of the data set that it was trained on.'
         )
-    if sorted(found) == sorted(expected):
-        for index, (name, other) in enumerate(zip(found, expected)):
-            if name != other:
-                raise ValueError(
-                    f"Class {index} of the model is '{other}', but that of the folder '{images.folder}' is '{name}'. "
-                    f'Give the --class-map that the model was trained with.'
-                )
+    same_names = sorted(found) == sorted(expected)
+    for index, (name, other) in enumerate(zip(found, expected)):
+        if same_names and name != other:
+            raise ValueError(
+                f"Class {index} of the model is '{other}', but that of the folder '{images.folder}' is '{name}'. Give "
+                f'the --class-map that the model was trained with.'
+            )
 
 
 def random_images(config: Mapping[str, Any], batch_size: int) -> Tensor:

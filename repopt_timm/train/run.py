@@ -358,7 +358,7 @@ def _save_scales(args: argparse.Namespace, result: Result) -> None:
         'top1': round(last['eval_top1'], 3),
         'top5': round(last['eval_top5'], 3),
         'seed': args.seed,
-        'input_size': list(resolve_data_config(vars(args), model=result.model)['input_size']),
+        'input_size': list(args.input_size),
         'batch_size': args.batch_size * args.world_size * args.grad_accum_steps,
         'lr': args.lr,
         'weight_decay': args.weight_decay,
