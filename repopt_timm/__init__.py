@@ -1,8 +1,8 @@
 """RepOpt-VGG and RepOptimizers for timm: importing this package registers them with timm's factories."""
 
-from .hub import push_to_hub, save_pretrained
 from .models import RepOptVgg
 from .optim import RepOptAdamW, RepOptSGD, build_repopt_sgd, clip_grad_norm_
+from .publish import push_to_hub, save_pretrained
 from .reparam import CSLAConv2d, GradMults, attach_scales, initialize, make_grad_mults
 from .scales import Scales
 

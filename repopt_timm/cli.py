@@ -10,18 +10,18 @@ from typing import Any
 
 from .architectures import ARCHITECTURES
 from .bench import add_bench_commands
+from .cards.transfer import parse_hub_source
+from .checkpoints.packing import PRECISIONS
 from .console import tell
 from .convert import model_from_reference
 from .deploy import evaluate
 from .deploy.commands import add_class_map
 from .deploy.commands import add_commands as add_deploy_commands
-from .hub import push_to_hub, save_pretrained
-from .packing import PRECISIONS
 from .plot import plot_scales
-from .repository import parse_hub_source
+from .publish import push_to_hub, save_pretrained
 from .scales import Scales
+from .scales.table import scales_table
 from .sources import load_scales
-from .tables import scales_table
 from .train.main import main as train_main
 
 __all__ = ['main']

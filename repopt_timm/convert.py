@@ -6,9 +6,9 @@ from typing import Any
 import timm
 
 from .architectures import infer_architecture
-from .checkpoint import read_checkpoint, select_state_dict
+from .checkpoints.read import read_checkpoint, select_state_dict
+from .checkpoints.reference_layout import target_state_dict
 from .models import RepOptVgg
-from .reference_layout import target_state_dict
 
 __all__ = ['model_from_reference']
 

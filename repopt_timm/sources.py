@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from .architectures import DEFAULT_STRIDES
-from .card import CARD_FILE, METADATA_KEY, read_metadata
-from .repository import HUB_PREFIX, HubFileNotFoundError, download, parse_hub_source
+from .cards.format import CARD_FILE, METADATA_KEY, read_metadata
+from .cards.transfer import HUB_PREFIX, HubFileNotFoundError, download, parse_hub_source
 from .resources import shipped_repositories
 from .scales import Scales
 

@@ -9,8 +9,8 @@ import yaml
 from huggingface_hub import ModelCard
 
 from repopt_timm import Scales
-from repopt_timm.card import BEGIN, END, decode_entry, encode_entry, eval_results
-from repopt_timm.publishing import write_card
+from repopt_timm.cards.format import BEGIN, END, decode_entry, encode_entry, eval_results
+from repopt_timm.cards.writing import write_card
 
 from .helpers import TINY, random_scales
 

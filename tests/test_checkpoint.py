@@ -6,7 +6,7 @@ import types
 import pytest
 import torch
 
-from repopt_timm.checkpoint import read_checkpoint, select_state_dict
+from repopt_timm.checkpoints.read import read_checkpoint, select_state_dict
 
 
 def config_node():

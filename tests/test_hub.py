@@ -12,8 +12,8 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from repopt_timm import Scales
-from repopt_timm.hub import push_to_hub, save_pretrained
 from repopt_timm.optim import build_repopt_sgd
+from repopt_timm.publish import push_to_hub, save_pretrained
 
 from .helpers import TINY, random_scales, tiny_model
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from repopt_timm.packing import pack, unpack
+from repopt_timm.checkpoints.packing import pack, unpack
 
 SIZES = st.integers(1, 5)
 WEIGHTS = st.tuples(SIZES, SIZES, SIZES, st.floats(1e-6, 1e6)).map(lambda s: torch.randn(s[0], s[1], s[2]) * s[3])

@@ -6,8 +6,8 @@ import pytest
 from huggingface_hub import HfApi, ModelCard, constants
 
 from repopt_timm import Scales
-from repopt_timm.card import encode_entry
-from repopt_timm.repository import HubError, HubFileNotFoundError, download, parse_hub_source
+from repopt_timm.cards.format import encode_entry
+from repopt_timm.cards.transfer import HubError, HubFileNotFoundError, download, parse_hub_source
 
 from .helpers import random_scales
 

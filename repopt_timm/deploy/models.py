@@ -10,8 +10,8 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..hub import model_from_checkpoint
 from ..models import RepOptVgg
+from ..publish import model_from_checkpoint
 
 __all__ = ['load_model']
 

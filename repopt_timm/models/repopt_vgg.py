@@ -29,7 +29,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 
 from ..architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture, initial_scale
-from ..packing import unpack
+from ..checkpoints.packing import unpack
 from ..reparam import CSLAConv2d, attach_scales, carried_scales, initialize
 from ..scales import Scales
 from ..sources import ScalesSource, load_scales, scales_beside_weights

@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..architectures import ARCHITECTURES, DEFAULT_STRIDES
-from ..checkpoint import read_checkpoint, select_state_dict
+from ..checkpoints.read import read_checkpoint, select_state_dict
 from ..datasets import class_names, count_classes
 from ..files import write_text
 from ..models import RepOptVgg

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.models import resume_checkpoint
 
 from repopt_timm import Scales, save_pretrained
-from repopt_timm.hub import model_from_checkpoint
+from repopt_timm.publish import model_from_checkpoint
 from repopt_timm.train import run
 from repopt_timm.train.arguments import parse_arguments
 from repopt_timm.train.main import main

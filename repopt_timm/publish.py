@@ -15,15 +15,15 @@ from timm.models import save_for_hf
 from torch import nn
 
 from .architectures import ARCHITECTURES, DEFAULT_STRIDES
-from .card import CARD_FILE, eval_results
-from .card_body import CURVES_FILE, SCALES_PICTURE, WEIGHTS_FILE
-from .checkpoint import read_checkpoint, select_state_dict
+from .cards.format import CARD_FILE, eval_results
+from .cards.text import CURVES_FILE, SCALES_PICTURE, WEIGHTS_FILE
+from .cards.transfer import push_folder
+from .cards.writing import draw, write_card
+from .checkpoints.packing import PRECISIONS, pack
+from .checkpoints.read import read_checkpoint, select_state_dict
 from .files import replacing
 from .models import RepOptVgg
-from .packing import PRECISIONS, pack
 from .plot import plot_curves
-from .publishing import draw, write_card
-from .repository import push_folder
 from .scales import Scales
 from .sources import ScalesSource, load_scales
 

@@ -7,10 +7,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from .card import CARD_FILE, METADATA_KEY, CardEntry, decode_entry, encode_entry, read_metadata, update_card
-from .card_body import SCALES_PICTURE, render_body
-from .files import write_text
-from .plot import plot_scales
+from ..files import write_text
+from ..plot import plot_scales
+from .format import CARD_FILE, METADATA_KEY, CardEntry, decode_entry, encode_entry, read_metadata, update_card
+from .text import SCALES_PICTURE, render_body
 
 __all__ = ['draw', 'write_card']
 

@@ -12,15 +12,15 @@ from safetensors.torch import save_file
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from .architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture, infer_architecture
-from .card import CARD_FILE, CardEntry, read_entry
-from .checkpoint import read_checkpoint, select_state_dict
-from .files import replacing
-from .publishing import write_card
-from .reference_layout import scale_name
-from .reparam import CSLAConv2d, carried_scales
-from .reparam.vectors import check_vectors, fingerprint
-from .repository import check_source, download, push_folder
+from ..architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture, infer_architecture
+from ..cards.format import CARD_FILE, CardEntry, read_entry
+from ..cards.transfer import check_source, download, push_folder
+from ..cards.writing import write_card
+from ..checkpoints.read import read_checkpoint, select_state_dict
+from ..checkpoints.reference_layout import scale_name
+from ..files import replacing
+from ..reparam import CSLAConv2d, carried_scales
+from ..reparam.vectors import check_vectors, fingerprint
 
 __all__ = ['Scales']
 

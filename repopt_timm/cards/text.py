@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .architectures import ARCHITECTURES, DEFAULT_STRIDES
-from .card import CardEntry
-from .tables import scales_table
+from ..architectures import ARCHITECTURES, DEFAULT_STRIDES
+from ..scales.table import scales_table
+from .format import CardEntry
 
 __all__ = ['CURVES_FILE', 'SCALES_PICTURE', 'WEIGHTS_FILE', 'render_body']
 

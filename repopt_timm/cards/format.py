@@ -31,7 +31,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from torch import Tensor
 
-from .tokens import scrub
+from ..tokens import scrub
 
 __all__ = [
     'BEGIN',
