@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from ..architectures import ARCHITECTURES, Architecture
-from ..models import RepOptVgg
+from ..models import RepOptVgg, make_kind
 from ..models.repopt_vgg import RepOptVggBlock
 from ..optim import RepOptSGD
-from ..reparam import CSLAConv2d, attach_scales, initialize, make_grad_mults
+from ..reparam import CSLAConv2d, carried_scales, make_grad_mults, prepare
+from ..scales import Scales
 
 __all__ = [
     'PRECISIONS',
@@ -64,17 +65,16 @@ def target(
     """
     model = RepOptVgg(architecture, 'target', device=device)
     if scales:
-        vectors = architecture.initial_scales()
-        initialize(model, vectors)
-        attach_scales(model, vectors, initialized=True)
+        prepare(model, Scales.initial(model))
     if grad_checkpointing:
         model.set_grad_checkpointing()
     return model.to(memory_format=memory_format(device))
 
 
-def hyper_search(architecture: Architecture, device: torch.device) -> RepOptVgg:
+def hyper_search(architecture: Architecture, device: torch.device) -> nn.Module:
     """Makes the model whose scales are trained."""
-    return RepOptVgg(architecture, 'hs', mode='hs', device=device).to(memory_format=memory_format(device))
+    model = make_kind(RepOptVgg(architecture, 'target', device=device), 'hs', None)
+    return model.to(memory_format=memory_format(device))
 
 
 def repvgg(architecture: Architecture, device: torch.device) -> nn.Module:
@@ -107,7 +107,7 @@ class SeparateBranches(nn.Module):
     def _branch(self, name: str, operator: Any, x: Tensor) -> Tensor:
         if name == 'identity':
             return x * operator.weight.view(1, -1, 1, 1)
-        padding = [dilation * (size - 1) // 2 for dilation, size in zip(self.dilation, operator.kernel_size)]
+        padding = [dilation * (size - 1) // 2 for dilation, size in zip(self.dilation, operator.weight.shape[2:])]
         y = F.conv2d(x, operator.weight, None, self.stride, padding, self.dilation, self.groups)
         return y * operator.scale.view(1, -1, 1, 1)
 
@@ -155,7 +155,7 @@ def batch(size: int, img_size: int, device: torch.device) -> tuple[Tensor, Tenso
 def make_optimizer(model: nn.Module) -> Optimizer:
     """Makes RepOptSGD for a model that carries scales, else SGD; both with Nesterov momentum and fused."""
     settings: dict[str, Any] = {'lr': 1e-3, 'momentum': 0.9, 'nesterov': True, 'weight_decay': 4e-5, 'fused': True}
-    if isinstance(model, RepOptVgg) and model.mode == 'target':
+    if carried_scales(model):
         return RepOptSGD(model.parameters(), grad_mults=make_grad_mults(model), **settings)
     return SGD(model.parameters(), **settings)
 
