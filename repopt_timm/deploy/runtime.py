@@ -39,7 +39,7 @@ def load_onnx(path: str | os.PathLike) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no ONNX model, or has other inputs or outputs.
+        ValueError: If it is not an ONNX model, or does not have one input and one output.
     """
     onnx = require('onnx')
     if not Path(path).is_file():
@@ -48,7 +48,7 @@ def load_onnx(path: str | os.PathLike) -> Any:
         model = onnx.load(os.fspath(path))
         onnx.checker.check_model(model)
     except (require('google.protobuf.message').DecodeError, onnx.checker.ValidationError) as error:
-        raise ValueError(f"'{path}' is no readable ONNX model: {_first_line(error)}.") from None
+        raise ValueError(f"'{path}' is not a readable ONNX model: {_first_line(error)}.") from None
     graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
     inputs = [value.name for value in graph.input if value.name not in constants]
@@ -82,8 +82,8 @@ def open_session(model: Any, threads: int | None = None, optimize: bool = True) 
 
     Args:
         model: An `onnx.ModelProto`, or the path of a file.
-        threads: Number of threads; all cores when left out.
-        optimize: Fuse and replace nodes. Without it all tensors keep their names and values.
+        threads: Number of threads. Defaults to all cores.
+        optimize: Fuse and replace nodes. Otherwise all tensors keep their names and values.
 
     Returns:
         An `onnxruntime.InferenceSession`.
@@ -95,7 +95,7 @@ def open_session(model: Any, threads: int | None = None, optimize: bool = True) 
     onnxruntime = require('onnxruntime')
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    # Its errors are raised too, and told in one line.
+    # Errors are raised as well.
     options.log_severity_level = 4
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -111,7 +111,7 @@ def open_session(model: Any, threads: int | None = None, optimize: bool = True) 
 
 @contextmanager
 def explained(problem: str) -> Iterator[None]:
-    """Turns errors of ONNX and its runtime, which have no common base class, into a ValueError that begins so."""
+    """Turns errors of ONNX and its runtime, which have no common base class, into a ValueError: `problem`, reason."""
     try:
         yield
     except Exception as error:
