@@ -1,15 +1,33 @@
-"""RepOpt-VGG and RepOptimizers for timm: importing this package registers them with timm's factories."""
+"""Gradient re-parameterization for timm: importing this package registers its models and optimizers.
 
-from .models import RepOptVgg
+The method is in `repopt_timm.reparam`, in plain PyTorch.
+"""
+
+from .cards.writing import push_scales, save_scales_card
+from .models import RepOptVgg, register_twins, to_plain
 from .optim import RepOptAdamW, RepOptSGD, build_repopt_sgd, clip_grad_norm_
 from .publish import push_to_hub, save_pretrained
-from .reparam import CSLAConv2d, GradMults, attach_scales, initialize, make_grad_mults
+from .reparam import (
+    ConvPrior,
+    CSLAConv2d,
+    GradMults,
+    attach_scales,
+    csla,
+    hyper_search,
+    initialize,
+    make_grad_mults,
+    prepare,
+    refused_convs,
+    repvgg_prior,
+)
 from .scales import Scales
+from .sources import load_scales
 
 __version__ = '0.1.0'
 
 __all__ = [
     'CSLAConv2d',
+    'ConvPrior',
     'GradMults',
     'RepOptAdamW',
     'RepOptSGD',
@@ -18,8 +36,18 @@ __all__ = [
     'attach_scales',
     'build_repopt_sgd',
     'clip_grad_norm_',
+    'csla',
+    'hyper_search',
     'initialize',
+    'load_scales',
     'make_grad_mults',
+    'prepare',
+    'push_scales',
     'push_to_hub',
+    'refused_convs',
+    'register_twins',
+    'repvgg_prior',
     'save_pretrained',
+    'save_scales_card',
+    'to_plain',
 ]

@@ -1,33 +1,11 @@
-"""The RepOpt-VGG architectures as plain data: depths, widths and the convolutions that follow from them."""
+"""The RepOpt-VGG architectures as plain data: depths and widths."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from .reparam import branch_names
-
-__all__ = ['ARCHITECTURES', 'DEFAULT_STRIDES', 'Architecture', 'ConvSpec', 'infer_architecture', 'initial_scale']
+__all__ = ['ARCHITECTURES', 'DEFAULT_STRIDES', 'Architecture', 'infer_architecture']
 
 DEFAULT_STRIDES = (2, 2, 2, 2, 2)
-
-
-@dataclass(frozen=True)
-class ConvSpec:
-    """One convolution: its module name in the timm model, its channels and stride, its index inside its stage."""
-
-    name: str
-    in_channels: int
-    out_channels: int
-    stride: int
-    index: int
-
-    @property
-    def branches(self) -> tuple[str, ...]:
-        """Names of the branches of the RepOpt-VGG block, sorted."""
-        return branch_names(self.in_channels, self.out_channels, (3, 3), (self.stride, self.stride))
 
 
 @dataclass(frozen=True)
@@ -44,44 +22,12 @@ class Architecture:
     widths: tuple[int, ...]
     use_se: bool = False
 
-    def convs(self, strides: Sequence[int] = DEFAULT_STRIDES) -> list[ConvSpec]:
-        """Lists the convolutions in the order of the network.
-
-        Args:
-            strides: Strides of the stem and of the first block of each stage.
-
-        Raises:
-            ValueError: If these are not five values of 1 or 2.
-        """
-        if len(strides) != 5 or not set(strides) <= {1, 2}:
-            raise ValueError(f'strides={tuple(strides)}: expected five values of 1 or 2, for the stem and four stages.')
-        specs = [ConvSpec('stem.conv', 3, self.widths[0], strides[0], 0)]
-        for stage, depth in enumerate(self.depths):
-            for index in range(depth):
-                width = self.widths[stage + 1]
-                previous = specs[-1].out_channels
-                stride = strides[stage + 1] if index == 0 else 1
-                specs.append(ConvSpec(f'stages.{stage}.{index}.conv', previous, width, stride, index))
-        return specs
-
-    def initial_scales(self, strides: Sequence[int] = DEFAULT_STRIDES) -> dict[str, dict[str, Tensor]]:
-        """Returns the values that a Hyper-Search starts from, `sqrt(2 / l)` and 1 for the identity.
-
-        Returns:
-            Module name to branch name to vector of shape (O,), float32.
-        """
-        scales: dict[str, dict[str, Tensor]] = {}
-        for spec in self.convs(strides):
-            values = {name: 1.0 if name == 'identity' else initial_scale(spec.index) for name in spec.branches}
-            scales[spec.name] = {
-                name: torch.full((spec.out_channels,), value, device='cpu') for name, value in values.items()
-            }
-        return scales
-
-
-def initial_scale(index: int) -> float:
-    """Initial value of a block's scales in a Hyper-Search, `sqrt(2 / l)`; 1 for a stage's first block (l = 0)."""
-    return math.sqrt(2.0 / index) if index > 0 else 1.0
+    def out_channels(self) -> dict[str, int]:
+        """Returns the module name of each convolution, to its number of output channels."""
+        channels = {'stem.conv': self.widths[0]}
+        for stage, (depth, width) in enumerate(zip(self.depths, self.widths[1:])):
+            channels |= {f'stages.{stage}.{index}.conv': width for index in range(depth)}
+        return channels
 
 
 def _vgg(depths: tuple[int, ...], factors: tuple[float, ...], base: int = 64, use_se: bool = False) -> Architecture:
@@ -113,13 +59,9 @@ def infer_architecture(channels: Mapping[str, int], preferred: str | None = None
         preferred: The answer where several fit: squeeze-and-excitation leaves no trace in the convolutions.
 
     Returns:
-        Name of an architecture, or None if there is no such.
+        Name of an architecture; None if none fits.
     """
-    fitting = [
-        name
-        for name, architecture in ARCHITECTURES.items()
-        if {spec.name: spec.out_channels for spec in architecture.convs()} == dict(channels)
-    ]
+    fitting = [name for name, each in ARCHITECTURES.items() if each.out_channels() == dict(channels)]
     if preferred in fitting:
         return preferred
     return fitting[0] if fitting else None

@@ -8,12 +8,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import timm
+
 from . import bench, deploy
-from .architectures import ARCHITECTURES
-from .cards.transfer import parse_hub_source
+from .cards.transfer import HUB_PREFIX
+from .cards.writing import push_scales, save_scales_card
 from .checkpoints.packing import PRECISIONS
-from .convert import model_from_reference
 from .deploy import add_class_map, evaluate
+from .models import ensure_registered
+from .models.reference_weights import model_from_reference
+from .names import ModelName
 from .plot import plot_scales
 from .publish import push_to_hub, save_pretrained
 from .reporting import add_command as _command
@@ -32,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `repopt-timm`.
 
     Args:
-        argv: Command-line arguments; those of the process when left out.
+        argv: Command-line arguments. Defaults to those of the process.
 
     Returns:
-        The exit code: 0, or 1 after an error, of which one line is told.
+        The exit code: 0, or 1 after an error, which is reported in one line.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -114,7 +118,7 @@ def _add_scales_commands(parser: argparse.ArgumentParser) -> None:
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('source', help=_SOURCE)
-    parser.add_argument('--architecture', choices=sorted(ARCHITECTURES), help='target model that the scales are for')
+    parser.add_argument('--architecture', metavar='MODEL', help='plain model that the scales are for')
 
 
 def _add_contents(parser: argparse.ArgumentParser) -> None:
@@ -130,17 +134,19 @@ def _add_publishing(parser: argparse.ArgumentParser) -> None:
 
 
 def _load(args: argparse.Namespace) -> Scales:
-    if args.source == 'initial' or args.architecture is None:
-        return load_scales(args.source, args.architecture)
-    scales = load_scales(args.source)
-    scales.check_target(args.architecture, scales.strides)
-    return scales
+    if args.architecture is None:
+        return load_scales(args.source)
+    ensure_registered(args.architecture)
+    name = ModelName.parse(args.architecture)
+    if not timm.is_model(name.variant):
+        raise ValueError(f"timm does not know a model '{args.architecture}', expected such as repopt_vgg_a0.")
+    return load_scales(args.source, timm.create_model(name.of_kind('target')))
 
 
 def _summary(scales: Scales) -> dict[str, Any]:
     return {
-        'architecture': scales.architecture,
-        'strides': list(scales.strides),
+        'architecture': scales.architecture or 'unknown',
+        'modules': len(scales),
         'fingerprint': scales.fingerprint,
         'provenance': scales.provenance,
     }
@@ -162,8 +168,8 @@ def _write_scales(scales: Scales, args: argparse.Namespace) -> None:
     if Path(args.out).suffix == '.safetensors':
         scales.save(args.out)
     else:
-        scales.save_pretrained(args.out)
-    tell(args, {**_summary(scales), 'out': args.out}, f'{scales.architecture} {scales.fingerprint[:12]} -> {args.out}')
+        save_scales_card(scales, args.out)
+    tell(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
 
 
 def _write(args: argparse.Namespace) -> None:
@@ -171,19 +177,19 @@ def _write(args: argparse.Namespace) -> None:
 
 
 def _pull(args: argparse.Namespace) -> None:
-    _write_scales(Scales.from_hub(*parse_hub_source(f'hf-hub:{args.repo}')), args)
+    _write_scales(load_scales(HUB_PREFIX + args.repo), args)
 
 
 def _plot(args: argparse.Namespace) -> None:
     scales = _load(args)
     plot_scales(scales, args.out, scales.title)
-    tell(args, {**_summary(scales), 'out': args.out}, f'{scales.architecture} -> {args.out}')
+    tell(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
 
 
 def _push_scales(args: argparse.Namespace) -> None:
     scales = _load(args)
-    url = scales.push_to_hub(args.repo, args.private, args.revision, args.create_pr)
-    tell(args, {**_summary(scales), 'url': url}, f'{scales.architecture} {scales.fingerprint[:12]} -> {url}')
+    url = push_scales(scales, args.repo, args.private, args.revision, args.create_pr)
+    tell(args, {**_summary(scales), 'url': url}, f'{scales.title} -> {url}')
 
 
 def _save(args: argparse.Namespace) -> None:

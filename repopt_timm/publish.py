@@ -15,24 +15,26 @@ from timm.models import save_for_hf
 from torch import nn
 
 from .architectures import ARCHITECTURES, DEFAULT_STRIDES
-from .cards.format import CARD_FILE, eval_results
+from .cards.document import CARD_FILE, eval_results
 from .cards.text import CURVES_FILE, SCALES_PICTURE, WEIGHTS_FILE
 from .cards.transfer import push_folder
 from .cards.writing import draw, write_card
 from .checkpoints.packing import PRECISIONS, pack
 from .checkpoints.read import read_checkpoint, select_state_dict
 from .files import replacing
-from .models import RepOptVgg
+from .models import RepOptVgg, ensure_registered
+from .names import ModelName
 from .plot import plot_curves
-from .scales import Scales
+from .reparam import attach_scales, kind_of
+from .scales import Scales, read_scale_file
 from .sources import ScalesSource, load_scales
 
 __all__ = ['model_from_checkpoint', 'push_to_hub', 'save_pretrained']
 
 CONFIG_FILE = 'config.json'
 
-# Arguments of a run that a card tells, as far as they are set.
-_TOLD = (
+# Arguments of a run that a card states, as far as they are set.
+_STATED = (
     'epochs',
     'opt',
     'lr',
@@ -57,7 +59,7 @@ class _Publication(NamedTuple):
 def save_pretrained(
     model: nn.Module | str | os.PathLike,
     directory: str | os.PathLike,
-    scales: ScalesSource = None,
+    scales: ScalesSource | None = None,
     metrics: Mapping[str, float | str] | None = None,
     training: Mapping[str, Any] | None = None,
     curves: str | os.PathLike | None = None,
@@ -74,17 +76,17 @@ def save_pretrained(
     Args:
         model: A timm model, or a checkpoint of a run.
         directory: Where to.
-        scales: The scales that it was trained with; those that the model carries when left out.
-        metrics: Results as the Hub shows them, such as `{'dataset': 'cifar10', 'top1': 93.1}`, in percent; those of the
-            checkpoint when left out, unless `precision` is `int8`.
-        training: How the weights were trained, plain data for the card; told from the checkpoint when left out.
-        curves: Picture of the training curves to put beside, a PNG file; drawn from the checkpoint when left out.
+        scales: The scales that it was trained with. Defaults to those that the model carries.
+        metrics: Results as the Hub shows them, such as `{'dataset': 'cifar10', 'top1': 93.1}`, in percent.
+            Defaults to those of the checkpoint, unless `precision` is `int8`.
+        training: How the weights were trained, plain data for the card. Defaults to what the checkpoint states.
+        curves: Picture of the training curves to put beside, a PNG file. Drawn from the checkpoint by default.
         precision: `float32`, or `float16` or `int8` for smaller kernels, see `packing.pack`; loading restores them.
         repo_id: Name that the repository has on the Hub, for the snippets in the card.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint or source of scales.
-        ValueError: If the checkpoint does not tell its model, or the scales are missing or another model's.
+        ValueError: If the checkpoint does not name its model, or the scales are missing or another model's.
     """
     publication = _prepare(model, scales, metrics, training, curves, precision)
     directory = Path(directory)
@@ -105,7 +107,7 @@ def save_pretrained(
 def push_to_hub(
     model: nn.Module | str | os.PathLike,
     repo_id: str,
-    scales: ScalesSource = None,
+    scales: ScalesSource | None = None,
     metrics: Mapping[str, float | str] | None = None,
     private: bool | None = None,
     revision: str | None = None,
@@ -126,7 +128,7 @@ def push_to_hub(
         private: Whether a new repository is private.
         revision: Branch to commit to, made if there is none.
         create_pr: Open a pull request instead of changing the branch.
-        token: The token of `hf auth login` when left out.
+        token: Defaults to the token of `hf auth login`.
         training: See there.
         curves: See there.
         precision: See there.
@@ -138,7 +140,7 @@ def push_to_hub(
     Raises:
         HubError: If the repository cannot be written to.
         FileNotFoundError: If there is no such checkpoint or source of scales.
-        ValueError: If the checkpoint does not tell its model, or the scales are missing or another model's.
+        ValueError: If the checkpoint does not name its model, or the scales are missing or another model's.
 
     Example:
         >>> push_to_hub(model, 'user/a0', metrics={'dataset': 'cifar10', 'top1': 93.1})  # doctest: +SKIP
@@ -151,7 +153,9 @@ def push_to_hub(
     return push_folder(repo_id, write, commit_message, private, revision, create_pr, token)
 
 
-def model_from_checkpoint(path: str | os.PathLike, scales: ScalesSource = None, need_scales: bool = True) -> nn.Module:
+def model_from_checkpoint(
+    path: str | os.PathLike, scales: ScalesSource | None = None, need_scales: bool = True
+) -> nn.Module:
     """Creates the model of a run's checkpoint, with its weights, and its data configuration in `pretrained_cfg`.
 
     Args:
@@ -162,14 +166,14 @@ def model_from_checkpoint(path: str | os.PathLike, scales: ScalesSource = None, 
 
     Raises:
         FileNotFoundError: If there is no such checkpoint or source of scales.
-        ValueError: If the checkpoint does not tell its model, or its weights are not that model's.
+        ValueError: If the checkpoint does not name its model, or its weights are not that model's.
     """
     return _model_of(read_checkpoint(path), os.fspath(path), scales, need_scales)
 
 
 def _prepare(
     model: nn.Module | str | os.PathLike,
-    scales: ScalesSource,
+    scales: ScalesSource | None,
     metrics: Mapping[str, float | str] | None,
     training: Mapping[str, Any] | None,
     curves: str | os.PathLike | None,
@@ -193,18 +197,14 @@ def _prepare(
         raise ValueError(
             f"{_timm_name(model)} cannot load 8-bit weights, RepOpt-VGG alone restores them: use 'float16'."
         )
-    if scales is not None:
-        architecture = getattr(model, 'architecture', type(model).__name__)
-        strides = getattr(model, 'strides', DEFAULT_STRIDES)
-        found: Scales | None = load_scales(scales, architecture, strides)
-        carried = getattr(model, 'scales', None)
-        if found is not None and carried is not None and carried != found:
-            raise ValueError(
-                f'The model has the scales {carried.fingerprint}, but those given are {found.fingerprint}. Publish it '
-                f'with the scales that it was trained with; leave them out to take its own.'
-            )
-    else:
-        found = getattr(model, 'scales', None)
+    found = None if scales is None else load_scales(scales, model)
+    carried = _scales_of(model)
+    if found is not None and carried is not None and carried != found:
+        raise ValueError(
+            f'The model has the scales {carried.fingerprint}, but those given are {found.fingerprint}. Publish it with '
+            f'the scales that it was trained with; without scales=... it takes its own.'
+        )
+    found = found or carried
     training, metrics = dict(training or {}), dict(metrics or {})
     if metrics and 'dataset' in training:
         metrics = {'dataset': training['dataset'], **metrics}
@@ -226,21 +226,29 @@ def _write(publication: _Publication, folder: Path, repo_id: str, published: fro
         (folder / CURVES_FILE).write_bytes(Path(curves).read_bytes())
     elif history:
         draw(plot_curves, {_timm_name(model): history}, folder / CURVES_FILE)
-    entry = None if scales is None else scales.to_entry()
     results: Sequence[EvalResult] | None = eval_results(metrics) if metrics else []
     if precision == 'int8' and not results:
-        # Rounded weights do not have the accuracy that the card may tell of exact ones.
+        # Rounded weights do not have the accuracy that the card may state of exact ones.
         results = None
-    write_card(folder, repo_id, _timm_name(model), entry, results, training, published)
+    write_card(folder, repo_id, _timm_name(model), scales, results, training, published)
 
 
 def _timm_name(model: nn.Module) -> str:
     config: Any = getattr(model, 'pretrained_cfg', None) or {}
     if 'architecture' not in config:
         raise ValueError(
-            f'{type(model).__name__} is no model of timm: create it with timm.create_model, then publish it.'
+            f'{type(model).__name__} is not a model of timm: create it with timm.create_model, then publish it.'
         )
     return config['architecture']
+
+
+def _scales_of(model: nn.Module) -> Scales | None:
+    try:
+        return Scales.from_model(model)
+    except ValueError:
+        if kind_of(model) == 'target':
+            return None
+        raise
 
 
 def _model_args(model: nn.Module) -> dict[str, Any]:
@@ -259,13 +267,16 @@ def _model_args(model: nn.Module) -> dict[str, Any]:
     return args
 
 
-def _model_of(checkpoint: Mapping[str, Any], source: str, scales: ScalesSource, need_scales: bool = True) -> nn.Module:
+def _model_of(
+    checkpoint: Mapping[str, Any], source: str, scales: ScalesSource | None, need_scales: bool = True
+) -> nn.Module:
     name = checkpoint.get('arch')
     if not isinstance(name, str):
         raise ValueError(
             f"{source}: the checkpoint does not name its model (no 'arch', as the training command writes it). Create "
             f'the model with timm.create_model, load the weights into it, and give that.'
         )
+    ensure_registered(name)
     if not timm.is_model(name):
         raise ValueError(
             f"{source}: its model '{name}' is unknown to timm. Import the package that registers it first."
@@ -274,9 +285,9 @@ def _model_of(checkpoint: Mapping[str, Any], source: str, scales: ScalesSource, 
     state = select_state_dict(dict(checkpoint))
     # The file itself holds them; a path in its arguments could name anything.
     kwargs = {key: value for key, value in (args.get('model_kwargs') or {}).items() if key != 'scales'}
-    if name.endswith(('_hs', '_csla')):
-        kwargs['scales'] = Scales.load(source)
-    elif scales is None and need_scales and _trained_with(checkpoint):
+    if ModelName.parse(name).kind == 'hs':
+        kwargs['scales'] = read_scale_file(source)
+    elif ModelName.parse(name).kind == 'target' and scales is None and need_scales and _trained_with(checkpoint):
         raise ValueError(
             f'{source}: {name} was trained with scales, which are not in its checkpoint. Name those that the run had '
             f'(scales=..., --scales).'
@@ -293,10 +304,11 @@ def _model_of(checkpoint: Mapping[str, Any], source: str, scales: ScalesSource, 
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f'{source}: its weights are not those of {name}: {error}') from None
-    if scales is not None and isinstance(model, RepOptVgg) and model.mode == 'target':
-        given = load_scales(scales, model.architecture, model.strides)
+    if scales is not None and kind_of(model) == 'target':
+        given = load_scales(scales, model)
         _check_trained_with(given, checkpoint, source)
-        model.set_scales(given, init=False)
+        attach_scales(model, given)
+        model.scales_provenance = given.provenance
     data = resolve_data_config(args, model=model)
     names = checkpoint.get('label_names')
     model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
@@ -331,7 +343,7 @@ def _training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     if data := args.get('dataset') or args.get('data_dir') or args.get('data'):
         # A name, not a path of the machine that it was trained on.
         training['dataset'] = str(data) if args.get('dataset') else Path(data).name
-    training |= {key: args[key] for key in _TOLD if isinstance(args.get(key), int | float | str) and args[key]}
+    training |= {key: args[key] for key in _STATED if isinstance(args.get(key), int | float | str) and args[key]}
     if 'batch_size' in args:
         training['batch_size'] = args['batch_size'] * args.get('world_size', 1) * args.get('grad_accum_steps', 1)
     if 'seed' in args:

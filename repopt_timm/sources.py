@@ -1,58 +1,69 @@
 """Finds scales wherever a user may have them."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .architectures import DEFAULT_STRIDES
-from .cards.format import CARD_FILE, METADATA_KEY, read_metadata
+from torch import nn
+
+from .cards.document import CARD_FILE, read_card_scales, read_metadata
+from .cards.format import METADATA_KEY
 from .cards.transfer import HUB_PREFIX, HubFileNotFoundError, download, parse_hub_source
+from .names import ModelName
+from .reparam import network_name
 from .resources import shipped_repositories
-from .scales import Scales
+from .scales import Scales, read_scale_file
 
 __all__ = ['ScalesSource', 'default_scales', 'load_scales', 'scales_beside_weights']
 
-ScalesSource = Scales | str | os.PathLike | None
+ScalesSource = Scales | Mapping | str | os.PathLike
 
 
-def load_scales(
-    source: Scales | str | os.PathLike,
-    architecture: str | None = None,
-    strides: Sequence[int] = DEFAULT_STRIDES,
-) -> Scales:
-    """Loads scales from any source.
+def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str | bool | None = None) -> Scales:
+    """Loads scales from any source, and checks that they belong to a model.
 
     Args:
-        source: `Scales`; `initial` for the unsearched values of `architecture`; `hf-hub:user/repo[@revision]`; a folder
-            in the layout of such a repository, or the name of one that ships, such as `repopt_vgg_a0.cifar10`; a model
-            card; or a file, see `Scales.load`.
-        architecture: Name of the target model that the scales are for.
-        strides: Its strides.
+        source: `Scales`; module name to branch name to vector, for `model`; `initial` for the unsearched values of
+            `model`; `hf-hub:user/repo[@revision]`; a folder in the layout of such a repository, or the name of one that
+            ships, such as `repopt_vgg_a0.cifar10`; a model card; or a file, see `read_scale_file`.
+        model: The plain model, or a twin, that they are for.
+        token: For the Hub. Defaults to the token of `hf auth login`.
+
+    Returns:
+        The scales; with a model, under its name and with its geometry.
 
     Raises:
         FileNotFoundError: If there is no such file, folder or shipped name.
         HubError: If the repository cannot be read.
-        ValueError: If the source holds no scales, or they do not belong to the architecture with these strides.
+        ValueError: If the source holds no scales, or they do not belong to the model.
     """
+    if isinstance(source, Mapping) and not isinstance(source, Scales):
+        if model is None:
+            raise ValueError('A mapping of scales needs the model that it is for: load_scales(mapping, model).')
+        return Scales(network_name(model), source).for_model(model)
+    if not isinstance(source, Scales | str | os.PathLike):
+        raise ValueError(
+            f"scales={source!r:.80} is a {type(source).__name__}, expected a file, a folder, 'hf-hub:user/repo', "
+            f"'initial', Scales, or a mapping of module names to vectors. Scales go by module name, never by position."
+        )
     if isinstance(source, Scales):
         scales = source
     elif source == 'initial':
-        if architecture is None:
-            raise ValueError("scales='initial' needs an architecture to make the values for.")
-        scales = Scales.initial(architecture, strides)
+        if model is None:
+            raise ValueError("scales='initial' needs a model to make the values for. Name it (--architecture).")
+        return Scales.initial(model)
     elif isinstance(source, str) and source.startswith(HUB_PREFIX):
-        scales = Scales.from_hub(*parse_hub_source(source))
+        hub = parse_hub_source(source)
+        scales = read_card_scales(download(hub.repo_id, CARD_FILE, hub.revision, token=token), str(hub))
     else:
-        scales = _read_local(Path(source), architecture, strides)
-    if architecture is not None:
-        scales.check_target(architecture, strides)
-    return scales
+        scales = _read_local(Path(source), None if model is None else network_name(model))
+    return scales if model is None else scales.for_model(model)
 
 
-def _read_local(path: Path, architecture: str | None, strides: Sequence[int]) -> Scales:
+def _read_local(path: Path, architecture: str | None) -> Scales:
     if path.is_file():
-        return Scales.from_card(path) if path.suffix == '.md' else Scales.load(path, architecture, strides)
+        return read_card_scales(path) if path.suffix == '.md' else read_scale_file(path, architecture)
     shipped = shipped_repositories()
     folder = path if path.is_dir() else shipped.get(str(path))
     if folder is None:
@@ -62,27 +73,25 @@ def _read_local(path: Path, architecture: str | None, strides: Sequence[int]) ->
         )
     if not (folder / CARD_FILE).is_file():
         raise FileNotFoundError(f"No scales found in the folder '{folder}': it has no {CARD_FILE}.")
-    return Scales.from_card(folder / CARD_FILE)
+    return read_card_scales(folder / CARD_FILE)
 
 
-def default_scales(model_name: str, strides: Sequence[int] = DEFAULT_STRIDES) -> Scales:
+def default_scales(model_name: str) -> Scales:
     """Loads the scales that ship for a target model.
 
     Args:
         model_name: Name of a target model, with or without a tag.
-        strides: Its strides.
 
     Raises:
         ValueError: If there are none; says how to get some.
     """
-    architecture = model_name.split('.')[0]
-    names = [name for name in shipped_repositories() if name.split('.')[0] == architecture]
+    architecture = ModelName.parse(model_name).architecture
+    names = [name for name in shipped_repositories() if ModelName.parse(name).architecture == architecture]
     if model_name in names:
         names = [model_name]
     for name in names:
         scales = _card_scales(shipped_repositories()[name] / CARD_FILE, name)
         if scales is not None:
-            scales.check_target(architecture, strides)
             return scales
     raise ValueError(
         f'{model_name} has no scales, and none ship for it. Search some with --model {architecture}_hs (or '
@@ -97,11 +106,11 @@ def scales_beside_weights(cfg: Mapping[str, Any]) -> Scales | None:
         cfg: timm's configuration of the weights: `source`, `file`, `hf_hub_id`.
 
     Returns:
-        The scales, or None if the repository has no card, or none with scales.
+        The scales; None if the repository has no card, or a card without scales.
 
     Raises:
         HubError: If the repository cannot be read.
-        ValueError: If the card is damaged, or newer than this package.
+        ValueError: If the card is damaged, or of another version.
     """
     if cfg.get('source') == 'local-dir':
         return _card_scales_if_any(Path(cfg['file']) / CARD_FILE)
@@ -122,4 +131,4 @@ def _card_scales_if_any(card: Path) -> Scales | None:
 
 
 def _card_scales(card: Path, source: str) -> Scales | None:
-    return Scales.from_card(card, source) if METADATA_KEY in read_metadata(card, source) else None
+    return read_card_scales(card, source) if METADATA_KEY in read_metadata(card, source) else None

@@ -8,12 +8,15 @@ TINY = 'test_repopt_vgg'
 
 def random_scales(architecture: str = TINY, **kwargs) -> Scales:
     """Scales as a search might leave them: spread around the initial values, a few of them negative."""
-    initial = Scales.initial(architecture, **kwargs)
+    return spread(Scales.initial(timm.create_model(architecture, **kwargs)))
+
+
+def spread(initial: Scales) -> Scales:
     modules = {
         module: {branch: vector + 0.6 * torch.randn_like(vector) for branch, vector in vectors.items()}
         for module, vectors in initial.items()
     }
-    return Scales(architecture, modules, initial.strides)
+    return Scales(initial.architecture, modules, initial.geometry, initial.counts)
 
 
 def tiny_model(kind: str = '', **kwargs) -> torch.nn.Module:

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from repopt_timm import Scales
+from repopt_timm import load_scales
 from repopt_timm.cli import main
 
 from .helpers import TINY, random_scales, tiny_model
@@ -25,7 +25,7 @@ def test_scales_go_from_a_checkpoint_to_files_and_folders(search, tmp_path, caps
     capsys.readouterr()
     for source in (search, file, folder, folder / 'README.md'):
         assert main(['scales', 'show', str(source), '--json']) == 0
-        assert json.loads(capsys.readouterr().out)['fingerprint'] == Scales.load(search).fingerprint
+        assert json.loads(capsys.readouterr().out)['fingerprint'] == load_scales(search).fingerprint
 
 
 def test_a_table_is_shown_on_a_terminal(capsys):
@@ -40,7 +40,7 @@ def test_a_table_is_shown_on_a_terminal(capsys):
     [
         (['scales', 'show', 'nowhere'], "No scales found at 'nowhere'"),
         (['scales', 'show', 'hf-hub:a/b@'], 'names no revision'),
-        (['scales', 'show', 'initial'], 'needs an architecture'),
+        (['scales', 'show', 'initial'], 'needs a model'),
         (['convert-checkpoint', 'x.pth'], 'Name a folder'),
         (
             ['train', '--scales', 'nowhere', '--dataset', 'digits', '--output', '{tmp}', '--data-dir', '{tmp}'],

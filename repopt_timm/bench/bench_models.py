@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from ..architectures import ARCHITECTURES, Architecture
-from ..models import RepOptVgg
+from ..models import RepOptVgg, make_kind
 from ..optim import RepOptSGD
-from ..reparam import CSLAConv2d, attach_scales, carried_scales, initialize, make_grad_mults
+from ..reparam import CSLAConv2d, carried_scales, make_grad_mults, prepare
 from ..reporting import take_turns, time_call
+from ..scales import Scales
 from .settings import PRECISIONS
 
 __all__ = [
@@ -64,17 +65,16 @@ def target(
     """
     model = RepOptVgg(architecture, 'target', device=device)
     if scales:
-        vectors = architecture.initial_scales()
-        initialize(model, vectors)
-        attach_scales(model, vectors, initialized=True)
+        prepare(model, Scales.initial(model))
     if grad_checkpointing:
         model.set_grad_checkpointing()
     return model.to(memory_format=memory_format(device))
 
 
-def hyper_search(architecture: Architecture, device: torch.device) -> RepOptVgg:
+def hyper_search(architecture: Architecture, device: torch.device) -> nn.Module:
     """Makes the model whose scales are trained."""
-    return RepOptVgg(architecture, 'hs', mode='hs', device=device).to(memory_format=memory_format(device))
+    model = make_kind(RepOptVgg(architecture, 'target', device=device), 'hs', None)
+    return model.to(memory_format=memory_format(device))
 
 
 def repvgg(architecture: Architecture, device: torch.device) -> nn.Module:

@@ -6,8 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from ..architectures import ARCHITECTURES, DEFAULT_STRIDES
-from ..scales.table import scales_table
-from .format import CardEntry
+from ..names import ModelName
+from ..scales import Scales, scales_table
 
 __all__ = ['CURVES_FILE', 'SCALES_PICTURE', 'WEIGHTS_FILE', 'render_body']
 
@@ -36,7 +36,7 @@ def render_body(
     repo_id: str,
     model_name: str,
     files: Collection[str],
-    entry: CardEntry | None = None,
+    scales: Scales | None = None,
     training: Mapping[str, Any] | None = None,
     license_name: str = 'apache-2.0',
 ) -> str:
@@ -46,22 +46,22 @@ def render_body(
         repo_id: Name of the repository on the Hub.
         model_name: Name of the model in timm.
         files: Names of the files beside the card.
-        entry: Its scales, if it has any.
+        scales: Its scales, if it has any.
         training: How the weights were trained, as far as known.
         license_name: Licence that the card's metadata names.
     """
     weights = WEIGHTS_FILE in files
     sections = [
         f'# {repo_id.split("/")[-1]}',
-        _summary(model_name, weights, entry),
+        _summary(model_name, weights, scales),
         '## Usage',
         '`pip install repopt-timm`; `import repopt_timm` makes its models and optimizers known to timm.'
         + (' Replace `USER` by the owner of the repository.' if repo_id.startswith('USER/') else ''),
-        *_usage(repo_id, model_name, weights, entry),
-        *_history(files, entry, training),
-        *_scales_section(files, entry),
+        *_usage(repo_id, model_name, weights, scales),
+        *_history(files, scales, training),
+        *_scales_section(files, scales),
         '## Limits',
-        *_limits(weights, entry),
+        *_limits(weights, scales),
         '## Citation',
         _CITATION,
         '## Licence',
@@ -70,17 +70,17 @@ def render_body(
     return '\n\n'.join(sections)
 
 
-def _summary(model_name: str, weights: bool, entry: CardEntry | None) -> str:
+def _summary(model_name: str, weights: bool, scales: Scales | None) -> str:
     paper = '[RepOptimizers](https://arxiv.org/abs/2205.15242)'
-    branches = _ROLES.get(model_name.rpartition('_')[2])
+    branches = _ROLES.get(ModelName.parse(model_name).kind)
     of_model = f'Weights of `{model_name}` for [timm](https://github.com/huggingface/pytorch-image-models)'
-    if model_name not in ARCHITECTURES and entry is None:
+    if model_name not in ARCHITECTURES and scales is None:
         return f'{of_model}.'
     if weights and branches is not None:
         return f'{of_model}, the {branches} of {paper}.' + (
-            ' Its scales are in the metadata of this card, for training a plain model.' if entry is not None else ''
+            ' Its scales are in the metadata of this card, for training a plain model.' if scales is not None else ''
         )
-    if weights and entry is not None:
+    if weights and scales is not None:
         return (
             f'{of_model}, and the scales of {paper} that belong to them: an image classifier of plain 3x3 '
             f'convolutions, whose structural prior is in its optimizer instead of its branches. The scales are in the '
@@ -97,29 +97,38 @@ def _summary(model_name: str, weights: bool, entry: CardEntry | None) -> str:
     )
 
 
-def _usage(repo_id: str, model_name: str, weights: bool, entry: CardEntry | None) -> list[str]:
+def _usage(repo_id: str, model_name: str, weights: bool, scales: Scales | None) -> list[str]:
     hub = f"'hf-hub:{repo_id}'"
     load = f'model = timm.create_model({hub}, pretrained=True).eval()'
     snippets = []
     if weights:
         snippets += ['Load the model:', _python(load)]
-    elif entry is not None:
+    elif scales is not None:
         snippets += [
             'Load the scales:',
-            f"```python\nfrom repopt_timm import Scales\n\nscales = Scales.from_hub('{repo_id}')\n```",
+            f'```python\nfrom repopt_timm import load_scales\n\nscales = load_scales({hub})\n```',
         ]
-    if entry is not None:
-        strides = '' if entry.strides == DEFAULT_STRIDES else f', strides={entry.strides}'
-        make = _create(f"'{entry.architecture}'", 'num_classes=100' + strides, f'scales={hub}')
+    if scales is not None:
+        name = ModelName.parse(model_name)
+        size = f'num_classes=100{_strides_argument(scales)}'
+        make = _create(f"'{name.architecture}'", size, f'scales={hub}')
         snippets += ['Train a new model with these scales:', _python(make, _optimizer('repopt_sgd', 0.1))]
     if weights:
-        plain_with_scales = entry is not None and model_name in ARCHITECTURES
+        plain_with_scales = scales is not None and model_name in ARCHITECTURES
         rule = _optimizer('repopt_sgd' if plain_with_scales else 'sgd', 0.01)
         snippets += ['Fine-tune:', _python(_create(hub, 'pretrained=True, num_classes=10'), rule)]
-    elif entry is not None:
-        search = _create(f"'{entry.architecture}_hs'", 'num_classes=100' + strides, f'scales={hub}')
+    elif scales is not None:
+        search = _create(f"'{name.of_kind('hs')}'", size, f'scales={hub}')
         snippets += ['Fine-tune the scales, in a search on other data that starts from them:', _python(search)]
     return snippets
+
+
+def _strides_argument(scales: Scales) -> str:
+    if scales.architecture not in ARCHITECTURES or not scales.geometry:
+        return ''
+    firsts = [each for name, each in scales.geometry.items() if name == 'stem.conv' or name.endswith('.0.conv')]
+    strides = tuple(each.stride[0] for each in firsts)
+    return '' if strides == DEFAULT_STRIDES else f', strides={strides}'
 
 
 def _optimizer(name: str, lr: float) -> str:
@@ -136,10 +145,10 @@ def _python(*lines: str) -> str:
     return '\n'.join(['```python', 'import repopt_timm, timm', '', *lines, '```'])
 
 
-def _history(files: Collection[str], entry: CardEntry | None, training: Mapping[str, Any] | None) -> list[str]:
+def _history(files: Collection[str], scales: Scales | None, training: Mapping[str, Any] | None) -> list[str]:
     sections = []
-    if entry is not None:
-        sections += ['## How the scales were searched', _facts(entry.provenance) or 'Not recorded.']
+    if scales is not None:
+        sections += ['## How the scales were searched', _facts(scales.provenance) or 'Not recorded.']
     if training:
         sections += ['## How the weights were trained', _facts(training)]
     if CURVES_FILE in files:
@@ -147,28 +156,29 @@ def _history(files: Collection[str], entry: CardEntry | None, training: Mapping[
     return sections
 
 
-def _scales_section(files: Collection[str], entry: CardEntry | None) -> list[str]:
-    if entry is None:
+def _scales_section(files: Collection[str], scales: Scales | None) -> list[str]:
+    if scales is None:
         return []
-    strides = ', '.join(str(stride) for stride in entry.strides)
+    strided = [name for name, each in scales.geometry.items() if max(each.stride) > 1]
+    searched = f' Searched with strides at {", ".join(strided)}.' if strided else ''
     sections = [
         '## Scales',
-        f'One value per branch and channel of {len(entry.modules)} convolutions, searched with the strides {strides}. '
-        f'Fingerprint `{entry.fingerprint}`.',
-        _table(entry.modules),
+        f'One value per branch and channel of {len(scales)} convolutions.{searched} Fingerprint '
+        f'`{scales.fingerprint}`.',
+        _table(scales),
     ]
     if SCALES_PICTURE in files:
         sections.append(f'![Scales against depth: mean, and range over channels]({SCALES_PICTURE})')
     return sections
 
 
-def _limits(weights: bool, entry: CardEntry | None) -> list[str]:
+def _limits(weights: bool, scales: Scales | None) -> list[str]:
     limits = []
-    if entry is not None:
+    if scales is not None:
         limits.append(
-            f'* The scales belong to `{entry.architecture}` with these strides, and to no other network. They are '
-            f'meant to be carried from one data set to another; how well that works for yours, a comparison with '
-            f'`--scales initial`, the unsearched values, tells.'
+            f'* The scales belong to `{scales.architecture}` with these strides, and to no other network. They are '
+            f'meant to be carried from one data set to another; compare with `--scales initial`, the unsearched '
+            f'values, to see how well that works for yours.'
         )
     if weights:
         limits.append(

@@ -23,7 +23,7 @@ from huggingface_hub.utils import get_token, validate_repo_id
 
 from ..files import replacing
 from ..tokens import scrub
-from .format import CARD_FILE
+from .document import CARD_FILE
 
 __all__ = ['HUB_PREFIX', 'HubError', 'HubFileNotFoundError', 'HubSource', 'download', 'parse_hub_source', 'push_folder']
 

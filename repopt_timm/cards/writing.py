@@ -1,18 +1,25 @@
 """The files that describe scales in a repository: its card, and a picture of the scales."""
 
 import logging
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import timm
 from huggingface_hub import EvalResult
 
+from ..architectures import ARCHITECTURES
 from ..files import write_text
+from ..names import PREFIX
 from ..plot import plot_scales
-from .format import CARD_FILE, METADATA_KEY, CardEntry, decode_entry, encode_entry, read_metadata, update_card
+from ..scales import Scales
+from .document import CARD_FILE, read_metadata, update_card
+from .format import METADATA_KEY, decode_scales, encode_scales
 from .text import SCALES_PICTURE, render_body
+from .transfer import push_folder
 
-__all__ = ['draw', 'write_card']
+__all__ = ['draw', 'push_scales', 'save_scales_card', 'write_card']
 
 _logger = logging.getLogger(__name__)
 
@@ -21,7 +28,7 @@ def write_card(
     directory: Path,
     repo_id: str | None,
     model_name: str,
-    entry: CardEntry | None,
+    scales: Scales | None,
     results: Sequence[EvalResult] | None = (),
     training: Mapping[str, Any] | None = None,
     published: Collection[str] = (),
@@ -30,11 +37,11 @@ def write_card(
 
     Args:
         directory: Where to; the files that are there are those that the card is about.
-        repo_id: Name that the repository has on the Hub; a placeholder with the directory's name when left out.
+        repo_id: Name that the repository has on the Hub. Defaults to a placeholder with the directory's name.
         model_name: Name of the model in timm.
-        entry: The scales; those that the card has already when left out.
-        results: Measured accuracies; None if what the card tells is of other weights.
-        training: How the weights were trained; what the card says already when left out.
+        scales: The scales. Defaults to what the card has already.
+        results: Measured accuracies; None if what the card states is of other weights.
+        training: How the weights were trained. Defaults to what the card says already.
         published: Names of further files that the repository has.
 
     Raises:
@@ -44,27 +51,84 @@ def write_card(
     path = directory / CARD_FILE
     previous = read_metadata(path) if path.is_file() else {}
     published_entry = previous.get(METADATA_KEY)
-    if entry is None and published_entry is not None:
-        entry = decode_entry(published_entry, str(path))
+    if scales is None and published_entry is not None:
+        scales = decode_scales(published_entry, str(path))
     if training is None and isinstance(published_entry, Mapping):
         kept = published_entry.get('training')
         training = kept if isinstance(kept, Mapping) else None
     files = {file.name for file in directory.iterdir()} | set(published)
     metadata = None
-    if entry is not None:
-        metadata = encode_entry(entry, training)
-        title = f'{entry.architecture} ({entry.fingerprint[:8]})'
-        drawn = draw(plot_scales, entry.modules, directory / SCALES_PICTURE, title)
+    if scales is not None:
+        metadata = encode_scales(scales, training)
+        drawn = draw(plot_scales, scales, directory / SCALES_PICTURE, scales.title)
         files = files - {SCALES_PICTURE} | ({SCALES_PICTURE} if drawn else set())
-    body = render_body(repo_id, model_name, files, entry, training, previous.get('license') or 'apache-2.0')
+    body = render_body(repo_id, model_name, files, scales, training, previous.get('license') or 'apache-2.0')
     write_text(path, update_card(path, body, repo_id.split('/')[-1], metadata, results))
 
 
+def save_scales_card(scales: Scales, directory: str | os.PathLike, repo_id: str | None = None) -> None:
+    """Writes a repository of scales without weights: a model card with a picture.
+
+    An existing card keeps its other metadata, and the text outside the marks of this package.
+
+    Args:
+        scales: The scales.
+        directory: Folder to write.
+        repo_id: Name that it has on the Hub, for the snippets in the card.
+
+    Raises:
+        ValueError: If an existing card cannot be read, or could not be carried through unchanged.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_card(directory, repo_id, card_model_name(scales), scales)
+
+
+def push_scales(
+    scales: Scales,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    commit_message: str = 'Scales of repopt-timm',
+) -> str:
+    """Publishes scales on the Hugging Face Hub; weights that the repository has stay as they are.
+
+    Args:
+        scales: The scales.
+        repo_id: Name of the repository, `user/repo`, made if there is none.
+        private: Whether a new repository is private.
+        revision: Branch to commit to, made if there is none.
+        create_pr: Open a pull request instead of changing the branch.
+        token: Defaults to the token of `hf auth login`.
+        commit_message: Title of the commit.
+
+    Returns:
+        Address of the commit or pull request.
+
+    Raises:
+        HubError: If the repository cannot be written to.
+        ValueError: If its card cannot be read, or could not be carried through unchanged.
+    """
+
+    def write(folder: Path, name: str, published: frozenset[str]) -> None:
+        write_card(folder, name, card_model_name(scales), scales, published=published)
+
+    return push_folder(repo_id, write, commit_message, private, revision, create_pr, token)
+
+
+def card_model_name(scales: Scales) -> str:
+    """Returns the name of the model that scales are for, as timm's registry has it."""
+    name = scales.architecture
+    return name if name in ARCHITECTURES or not timm.is_model(name) else PREFIX + name
+
+
 def draw(plot: Callable[..., None], content: Any, path: Path, *args: Any) -> bool:
-    """Draws a picture of a card, which goes without where matplotlib is not installed; tells whether it is there."""
+    """Draws a picture of a card, unless matplotlib is not installed; returns whether it did."""
     try:
         plot(content, path, *args)
     except ImportError as error:
-        _logger.warning(f'The card goes without {path.name}: {error}')
+        _logger.warning(f'The card has no {path.name}: {error}')
         return False
     return True

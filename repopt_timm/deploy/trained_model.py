@@ -10,8 +10,9 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..models import RepOptVgg
+from ..models import to_plain
 from ..publish import model_from_checkpoint
+from ..reparam import kind_of
 
 __all__ = ['load_model']
 
@@ -42,8 +43,8 @@ def load_model(source: str | os.PathLike) -> nn.Module:
         raise FileNotFoundError(f"There is no checkpoint '{source}'.")
     else:
         model = _create(os.fspath(source), pretrained=True)
-    if isinstance(model, RepOptVgg) and model.mode != 'target':
-        model = model.to_plain()
+    if kind_of(model) != 'target':
+        model = to_plain(model)
     model = reparameterize_model(model.eval())
     _fold_batchnorm(model)
     return model.float().requires_grad_(False)

@@ -1,11 +1,9 @@
-"""RepOpt-VGG target, Hyper-Search and CSLA models for timm (arXiv 2205.15242), built on its ByobNet.
+"""RepOpt-VGG for timm (arXiv 2205.15242), built on its ByobNet: plain 3x3 convolutions, BatchNorm and ReLU.
 
-The target is a plain stack of 3x3 convolutions, BatchNorm and ReLU. Its `_hs` counterpart trains the scales, its
-`_csla` counterpart is the multi-branch network that training the target with a RepOptimizer is equivalent to.
+Its `_hs` and `_csla` models are twins of this plain network, see `repopt_timm.reparam.twins`.
 """
 
-import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
 from functools import partial
@@ -14,32 +12,24 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint_seq,
-    generate_default_cfgs,
-    register_model,
-    register_notrace_module,
-    resolve_pretrained_cfg,
-)
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
-from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, get_layer_fns
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._manipulate import named_apply
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, _init_weights, get_layer_fns
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 
-from ..architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture, initial_scale
+from ..architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture
 from ..checkpoints.packing import unpack
-from ..reparam import CSLAConv2d, attach_scales, carried_scales, initialize
+from ..names import KINDS, ModelName
+from ..reparam import ConvPrior, CSLAConv2d, carried_scales, stage_scale
+from ..reparam.prior import repvgg_branches
 from ..scales import Scales
-from ..sources import ScalesSource, load_scales, scales_beside_weights
-from .weights import choose_weights, tagged_cfgs
+from ..sources import ScalesSource
+from .kinds import make_kind, register_kinds, requested_scales, to_plain
+from .pretrained_weights import choose_weights, tagged_cfgs
 
 __all__ = ['RepOptVgg', 'RepOptVggBlock']
-
-register_notrace_module(CSLAConv2d)
-
-_SUFFIXES = {'target': '', 'hs': '_hs', 'csla': '_csla'}
 
 
 class RepOptVggBlock(nn.Module):
@@ -51,8 +41,8 @@ class RepOptVggBlock(nn.Module):
         stride: Stride of the convolution.
         dilation: Dilation of the stage's first and of its further blocks, as ByobNet passes it.
         layers: ByobNet's layer functions.
-        mode: `target` for a plain convolution, `hs` or `csla` for scaled branches.
         index: Index of the block inside its stage.
+        constructed_stride: Stride before an `output_stride` turned it into dilation. Defaults to `stride`.
         drop_block: Layer that drops activations after the BatchNorm.
         device: Device of the parameters.
         dtype: Floating point type of the parameters.
@@ -65,8 +55,8 @@ class RepOptVggBlock(nn.Module):
         stride: int = 1,
         dilation: tuple[int, int] = (1, 1),
         layers: LayerFn | None = None,
-        mode: str = 'target',
         index: int = 0,
+        constructed_stride: int | None = None,
         drop_block: Any = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -75,25 +65,16 @@ class RepOptVggBlock(nn.Module):
         super().__init__()
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         layers = layers or LayerFn()
-        geometry: dict[str, Any] = {
-            'kernel_size': 3,
-            'stride': stride,
-            'padding': dilation[0],
-            'dilation': dilation[0],
-            'bias': False,
-        }
-        if mode == 'target':
-            self.conv: nn.Module = nn.Conv2d(in_chs, out_chs, **geometry, **dd)
-        else:
-            template = nn.Conv2d(in_chs, out_chs, **geometry, device='meta')
-            self.conv = CSLAConv2d(template, scale=initial_scale(index), trainable_scales=mode == 'hs', **dd)
+        self.conv = nn.Conv2d(
+            in_chs, out_chs, 3, stride=stride, padding=dilation[0], dilation=dilation[0], bias=False, **dd
+        )
         self.bn = layers.norm_act(out_chs, drop_layer=drop_block, **dd)
         self.attn = layers.attn(out_chs, **dd) if layers.attn is not None else nn.Identity()
-
-    def init_weights(self, zero_init_last: bool = False) -> None:
-        """Undoes ByobNet's initialization of branches: another one would change their strength against each other."""
-        if isinstance(self.conv, CSLAConv2d):
-            self.conv.reset_parameters()
+        constructed = stride if constructed_stride is None else constructed_stride
+        branches = repvgg_branches(self.conv)
+        if constructed != 1:
+            branches.pop('identity', None)
+        ConvPrior(branches, stage_scale(index), (constructed, constructed)).put_on(self.conv)
 
     def reparameterize(self) -> None:
         """Merges the branches and folds BatchNorm, for inference; `timm.utils.reparameterize_model` calls it."""
@@ -138,19 +119,17 @@ class RepOptVgg(ByobNet):
 
     Args:
         cfg: Depths and widths.
-        architecture: Name of the target model.
-        mode: `target`, `hs` (trainable scales) or `csla` (constant scales).
-        use_se: Squeeze-and-excitation after every ReLU; the architecture's own setting when left out.
+        architecture: Name of the plain model.
+        use_se: Squeeze-and-excitation after every ReLU. Defaults to the architecture's own setting.
         strides: Strides of the stem and of the four stages.
         in_chans: Number of image channels.
-        output_stride: Stride of the last features; smaller ones dilate the last stages.
+        output_stride: Stride of the last features; a smaller one dilates the last stages.
         drop_path_rate: Must be 0: a plain network has no residual branch to drop.
         device: Device of the parameters.
         dtype: Floating point type of the parameters.
 
     Attributes:
-        architecture: Name of the target model.
-        mode: See above.
+        architecture: Name of the plain model.
         strides: See above.
         scales_provenance: Where the scales come from, if the model has any.
     """
@@ -165,7 +144,6 @@ class RepOptVgg(ByobNet):
         self,
         cfg: Architecture,
         architecture: str,
-        mode: str = 'target',
         use_se: bool | None = None,
         strides: Sequence[int] = DEFAULT_STRIDES,
         in_chans: int = 3,
@@ -176,13 +154,14 @@ class RepOptVgg(ByobNet):
         **kwargs: Any,
     ):
         strides = tuple(strides)
-        cfg.convs(strides)  # checks the strides
+        if len(strides) != 5 or not set(strides) <= {1, 2}:
+            raise ValueError(f'strides={strides}: expected five values of 1 or 2, for the stem and four stages.')
         if drop_path_rate:
             raise ValueError(f'drop_path_rate={drop_path_rate}: a plain network has no residual branch to drop.')
         use_se = cfg.use_se if use_se is None else use_se
         overlay = {field.name: kwargs.pop(field.name) for field in fields(ByoModelCfg) if field.name in kwargs}
-        byob_cfg = replace(_byob_cfg(cfg, mode, strides, use_se), **overlay)
-        # ByobNet takes its stem's stride to be 2, and tells all further strides from it.
+        byob_cfg = replace(_byob_cfg(cfg, strides, use_se), **overlay)
+        # ByobNet takes its stem's stride to be 2, and counts all further strides from there.
         byob_stride = output_stride * 2 // strides[0]
         super().__init__(
             byob_cfg,
@@ -196,68 +175,22 @@ class RepOptVgg(ByobNet):
         for info in self.feature_info:
             info['reduction'] = info['reduction'] * strides[0] // 2
         layers = get_layer_fns(byob_cfg)
-        self.stem = RepOptVggBlock(
-            in_chans, cfg.widths[0], strides[0], layers=layers, mode=mode, device=device, dtype=dtype
-        )
-        self.stem.init_weights()
+        self.stem = RepOptVggBlock(in_chans, cfg.widths[0], strides[0], layers=layers, device=device, dtype=dtype)
+        named_apply(_init_weights, self.stem)
         self.architecture = architecture
-        self.mode = mode
         self.strides = strides
-        self.scales_provenance: Mapping[str, Any] = {}
+        self.scales_provenance: dict[str, Any] = {}
 
     @property
     def scales(self) -> Scales | None:
-        """The scales of an `_hs` or `_csla` model, or those that a target's convolutions carry; None without any."""
-        if self.mode == 'target' and not carried_scales(self):
-            return None
-        return Scales.from_model(self)
+        """The scales of an `_hs` or `_csla` model, or those that a plain one carries; None without any."""
+        if carried_scales(self) or any(isinstance(m, CSLAConv2d) and m.has_scales for m in self.modules()):
+            return Scales.from_model(self)
+        return None
 
-    def set_scales(self, scales: Scales, init: bool = True) -> None:
-        """Takes scales over: as constants (`csla`), as start of the search (`hs`), or for the RepOptimizer (target).
-
-        Args:
-            scales: Scales of this architecture, searched with the same strides.
-            init: Initialize a target's convolutions by the Rule of Initialization; leave it out to keep its weights.
-
-        Raises:
-            ValueError: If the scales are another architecture's, or were searched with other strides.
-        """
-        scales.check_target(self.architecture, self.strides)
-        if self.mode == 'target':
-            if init:
-                initialize(self, scales)
-            attach_scales(self, scales, initialized=init)
-        else:
-            for name, module in self.named_modules():
-                if isinstance(module, CSLAConv2d):
-                    module.set_vectors(scales[name], name)
-        self.scales_provenance = scales.provenance
-
-    def to_plain(self) -> 'RepOptVgg':
-        """Returns the target with merged kernels and the same output; same dtype, device and mode.
-
-        The result carries this model's scales, so that both can be trained side by side from the same start.
-
-        Raises:
-            ValueError: If this is a target already.
-        """
-        if self.mode == 'target':
-            raise ValueError(f'{self.architecture} is a target model already: its kernels are plain.')
-        scales = Scales.from_model(self)
-        plain = copy.deepcopy(self)
-        for block in plain.modules():
-            if isinstance(block, RepOptVggBlock) and isinstance(block.conv, CSLAConv2d):
-                block.conv = block.conv.to_conv()
-        plain.mode = 'target'
-        plain.pretrained_cfg = plain.default_cfg = {
-            **plain.pretrained_cfg,
-            'architecture': self.architecture,
-            'first_conv': _FIRST_CONV['target'],
-        }
-        if hasattr(plain, '_traits'):
-            plain._traits = {**plain._traits, 'first_conv': _FIRST_CONV['target']}
-        attach_scales(plain, scales, initialized=True)
-        return plain
+    def to_plain(self) -> nn.Module:
+        """Returns the plain model with merged kernels and the same output; see `repopt_timm.to_plain`."""
+        return to_plain(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Returns the last stage's output, shape (N, C, H, W); see `set_grad_checkpointing`."""
@@ -303,13 +236,19 @@ class RepOptVgg(ByobNet):
         self._kept_model_args = {key: value for key, value in args.items() if key != 'scales'}
 
 
-def _byob_cfg(cfg: Architecture, mode: str, strides: Sequence[int], use_se: bool) -> ByoModelCfg:
+def _byob_cfg(cfg: Architecture, strides: Sequence[int], use_se: bool) -> ByoModelCfg:
     stages = []
     for depth, width, stride in zip(cfg.depths, cfg.widths[1:], strides[1:]):
         # ByobNet takes a partial for a block's class, whatever its annotation says.
         block_type: Any = partial(RepOptVggBlock)
         block = ByoBlockCfg(type=block_type, d=1, c=width, s=stride, gs=0)
-        stages.append(tuple(replace(block, block_kwargs={'mode': mode, 'index': index}) for index in range(depth)))
+        constructed = [stride, *[1] * (depth - 1)]
+        stages.append(
+            tuple(
+                replace(block, block_kwargs={'index': index, 'constructed_stride': each})
+                for index, each in enumerate(constructed)
+            )
+        )
     return ByoModelCfg(
         blocks=tuple(stages),
         stem_type='3x3',
@@ -325,61 +264,33 @@ def _create_repopt_vgg(
     pretrained: bool = False,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
-    scales: ScalesSource = None,
+    scales: ScalesSource | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    mode = next(mode for mode in ('hs', 'csla', 'target') if variant.endswith(_SUFFIXES[mode]))
-    architecture = variant.removesuffix(_SUFFIXES[mode])
-    strides = tuple(kwargs.get('strides') or DEFAULT_STRIDES)
+    name = ModelName.parse(variant)
     pretrained_cfg = choose_weights(variant, pretrained, pretrained_cfg, pretrained_cfg_overlay)
-    weights = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
-    if scales == _downloaded_scales(weights, kwargs):
-        scales = None
-    # Before the model is built, so that a mistake is told at once.
-    if scales is not None:
-        scales = load_scales(scales, architecture, strides)
-    elif pretrained or weights.get('source') in ('hf-hub', 'local-dir'):
-        scales = scales_beside_weights(weights)
-    if scales is None and mode == 'csla':
-        raise ValueError(
-            f"{variant} needs scales=...: a file, 'hf-hub:user/repo' or 'initial'. Search some with {architecture}_hs."
-        )
-    build = partial(_build, scales=scales, init=not pretrained)
+    scales = requested_scales(variant, pretrained, pretrained_cfg, pretrained_cfg_overlay, scales, kwargs)
+    strides = tuple(kwargs.get('strides') or DEFAULT_STRIDES)
     return build_model_with_cfg(
-        build,
+        partial(_build, kind=name.kind, scales=scales, init=not pretrained),
         variant,
         pretrained,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=pretrained_cfg_overlay,
         pretrained_filter_fn=_restore,
-        model_cfg=ARCHITECTURES[architecture],
+        model_cfg=ARCHITECTURES[name.architecture],
         feature_cfg={'flatten_sequential': True, 'out_indices': tuple(range(_num_features(strides)))},
-        architecture=architecture,
-        mode=mode,
+        architecture=name.architecture,
         **kwargs,
     )
 
 
+def _build(kind: str, scales: ScalesSource | None, init: bool, **kwargs: Any) -> nn.Module:
+    return make_kind(RepOptVgg(**kwargs), kind, scales, init)
+
+
 def _restore(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return unpack(state_dict)
-
-
-def _downloaded_scales(weights: dict[str, Any], kwargs: dict[str, Any]) -> Any:
-    """Takes `scales` out of the model arguments of a downloaded config: it could name any file or repository."""
-    args = kwargs.get('pretrained_model_args')
-    if args is None and weights.get('source') == 'hf-hub':
-        # Before 1.0.31 timm does not tell which arguments come from the config.
-        args = load_model_config_from_hf(weights['hf_hub_id'])[2]
-    elif args is None and weights.get('source') == 'local-dir':
-        args = load_model_config_from_path(weights['file'])[2]
-    return args.pop('scales', None) if args else None
-
-
-def _build(scales: Scales | None, init: bool, **kwargs: Any) -> RepOptVgg:
-    model = RepOptVgg(**kwargs)
-    if scales is not None:
-        model.set_scales(scales, init)
-    return model
 
 
 def _num_features(strides: Sequence[int]) -> int:
@@ -393,7 +304,7 @@ _FIRST_CONV = {
 }
 
 
-def _cfg(mode: str, **kwargs: Any) -> dict[str, Any]:
+def _cfg(kind: str, **kwargs: Any) -> dict[str, Any]:
     return {
         'num_classes': 1000,
         'input_size': (3, 224, 224),
@@ -402,7 +313,7 @@ def _cfg(mode: str, **kwargs: Any) -> dict[str, Any]:
         'interpolation': 'bilinear',
         'mean': IMAGENET_DEFAULT_MEAN,
         'std': IMAGENET_DEFAULT_STD,
-        'first_conv': _FIRST_CONV[mode],
+        'first_conv': _FIRST_CONV[kind],
         'classifier': 'head.fc',
         'license': 'apache-2.0',
         'paper_name': 'Re-parameterizing Your Optimizers rather than Architectures',
@@ -418,21 +329,76 @@ def _cfg(mode: str, **kwargs: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         **{name: _cfg('target', **cfg) for name, cfg in tagged_cfgs().items()},
-        **{f'{name}{suffix}.*': _cfg(mode) for name in ARCHITECTURES for mode, suffix in _SUFFIXES.items()},
+        **{f'{name}{suffix}.*': _cfg(kind) for name in ARCHITECTURES for kind, suffix in KINDS.items()},
     }
 )
 
 
-def _register(variant: str) -> None:
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return _create_repopt_vgg(variant, pretrained, **kwargs)
+@register_model
+def repopt_vgg_a0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepOpt-VGG-A0."""
+    return _create_repopt_vgg('repopt_vgg_a0', pretrained, **kwargs)
 
-    entrypoint.__name__ = entrypoint.__qualname__ = variant
-    entrypoint.__module__ = __name__
-    entrypoint.__doc__ = f'{variant}: see `RepOptVgg`.'
-    globals()[variant] = register_model(entrypoint)
+
+@register_model
+def repopt_vgg_a1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepOpt-VGG-A1."""
+    return _create_repopt_vgg('repopt_vgg_a1', pretrained, **kwargs)
+
+
+@register_model
+def repopt_vgg_a2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepOpt-VGG-A2."""
+    return _create_repopt_vgg('repopt_vgg_a2', pretrained, **kwargs)
+
+
+@register_model
+def repopt_vgg_b0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepOpt-VGG-B0."""
+    return _create_repopt_vgg('repopt_vgg_b0', pretrained, **kwargs)
+
+
+@register_model
+def repopt_vgg_b1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepOpt-VGG-B1."""
+    return _create_repopt_vgg('repopt_vgg_b1', pretrained, **kwargs)
+
+
+@register_model
+def repopt_vgg_b2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepOpt-VGG-B2."""
+    return _create_repopt_vgg('repopt_vgg_b2', pretrained, **kwargs)
+
+
+@register_model
+def repopt_vgg_b3(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepOpt-VGG-B3."""
+    return _create_repopt_vgg('repopt_vgg_b3', pretrained, **kwargs)
+
+
+@register_model
+def repopt_vgg_l1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepOpt-VGG-L1."""
+    return _create_repopt_vgg('repopt_vgg_l1', pretrained, **kwargs)
+
+
+@register_model
+def repopt_vgg_l2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepOpt-VGG-L2."""
+    return _create_repopt_vgg('repopt_vgg_l2', pretrained, **kwargs)
+
+
+@register_model
+def repopt_vgg_d2se(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepOpt-VGG-D2se: L2 with squeeze-and-excitation after each ReLU."""
+    return _create_repopt_vgg('repopt_vgg_d2se', pretrained, **kwargs)
+
+
+@register_model
+def test_repopt_vgg(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """A RepOpt-VGG of six narrow convolutions, for tests."""
+    return _create_repopt_vgg('test_repopt_vgg', pretrained, **kwargs)
 
 
 for _name in ARCHITECTURES:
-    for _suffix in _SUFFIXES.values():
-        _register(_name + _suffix)
+    register_kinds(_name, _create_repopt_vgg, __name__)

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ..reparam import attach_scales, initialize, make_grad_mults
+from ..reparam import make_grad_mults, prepare
 from ..reparam.initialization import ScalesMapping
 from .sgd import RepOptSGD
 
@@ -28,21 +28,19 @@ def build_repopt_sgd(
         lr: Learning rate.
         momentum: Momentum factor.
         weight_decay: L2 penalty.
-        init: Initialize the weights; leave it out to go on from those the model has.
+        init: Initialize the weights; False goes on from those that the model has.
 
     Raises:
         ValueError: If the scales do not fit the model.
 
     Example:
         >>> model = timm.create_model('repopt_vgg_a0', num_classes=10)
-        >>> optimizer = build_repopt_sgd(model, Scales.initial('repopt_vgg_a0'), lr=0.1)
+        >>> optimizer = build_repopt_sgd(model, Scales.initial(model), lr=0.1)
     """
-    if init:
-        initialize(model, scales)
-    attach_scales(model, scales, initialized=init)
+    prepare(model, scales, init)
     params = [param for param in model.parameters() if param.requires_grad]
     groups = [
         {'params': [param for param in params if param.ndim == 4], 'weight_decay': weight_decay},
         {'params': [param for param in params if param.ndim != 4], 'weight_decay': 0.0},
     ]
-    return RepOptSGD(groups, lr=lr, momentum=momentum, nesterov=True, grad_mults=make_grad_mults(model, scales))
+    return RepOptSGD(groups, lr=lr, momentum=momentum, nesterov=True, grad_mults=make_grad_mults(model))

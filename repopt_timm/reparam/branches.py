@@ -1,5 +1,6 @@
 """The branch algebra of a CSLA convolution, `y = sum_b s_b * conv(x; A_b theta_b)` (section 3.1, arXiv 2205.15242)."""
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,87 +8,114 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-__all__ = ['Branch', 'branch_names', 'embed', 'merge', 'merge_backward']
+__all__ = ['Branch', 'BranchCounts', 'counted', 'embed', 'make_branches', 'merge', 'merge_backward', 'support']
+
+BranchCounts = Mapping[str, int] | Sequence[str]
+"""Branches by name: names, or name to the number of equal branches that share a scale."""
 
 _WINDOW = re.compile(r'([1-9]\d*)x([1-9]\d*)')
 
 
 @dataclass(frozen=True)
 class Branch:
-    """One linear branch of a CSLA convolution.
+    """One linear branch of a CSLA convolution, or several equal ones that share a scale.
 
     Attributes:
         name: `identity`, `kxk` or a window such as `1x1` or `1x3`.
         kernel_size: Height and width of the branch's own operator.
         diagonal: Whether the operator connects each channel with itself only, that is, has shape (O, 1, h, w).
         scaled: Whether the branch has a constant scale; an unscaled branch counts with 1.
+        count: Number of equal branches.
     """
 
     name: str
     kernel_size: tuple[int, int]
     diagonal: bool = False
     scaled: bool = True
+    count: int = 1
 
     @classmethod
-    def of(cls, name: str, conv: nn.Conv2d) -> 'Branch':
-        """Builds the branch called `name` of the convolution `conv`.
+    def of(cls, name: str, kernel_size: Sequence[int], count: int = 1) -> 'Branch':
+        """Makes the branch called `name` of a kernel.
+
+        Args:
+            name: `identity`, `kxk` or a window.
+            kernel_size: Height and width of the kernel.
+            count: Number of equal branches.
 
         Raises:
-            ValueError: If `conv` cannot have such a branch. A window can be embedded at the centre of a kernel only
-                when all sizes are odd and the padding is `dilation * (kernel_size - 1) / 2`.
+            ValueError: If the name is unknown, or the window does not fit the centre of the kernel.
         """
+        height, width = kernel_size
+        if type(count) is not int or count < 1:
+            raise ValueError(f"The branch '{name}' has the count {count!r}, expected an integer of at least 1.")
         if name == 'kxk':
-            return cls(name, _pair(conv.kernel_size))
-        _check_centred(name, conv)
+            return cls(name, (height, width), count=count)
         if name == 'identity':
-            if conv.in_channels != conv.out_channels or _pair(conv.stride) != (1, 1):
-                raise ValueError(
-                    f'An identity branch needs as many input as output channels and stride 1, but the convolution '
-                    f'has {conv.in_channels} -> {conv.out_channels} channels and stride {tuple(conv.stride)}.'
-                )
+            if count > 1:
+                raise ValueError(f'{count} identity branches are refused: give one, or 1x1 branches with a scale.')
             return cls(name, (1, 1), diagonal=True, scaled=False)
         window = _WINDOW.fullmatch(name)
         if window is None:
-            raise ValueError(
-                f"Unknown branch '{name}'. Known are 'identity', 'kxk' and windows such as '1x1' or '1x3'."
-            )
+            raise ValueError(f"Unknown branch '{name}', expected 'identity', 'kxk' or a window such as '1x1' or '1x3'.")
         size = (int(window[1]), int(window[2]))
-        kernel_size = _pair(conv.kernel_size)
-        if any(inner % 2 == 0 or inner > outer for inner, outer in zip(size, kernel_size)):
-            raise ValueError(f'A {name} branch does not fit the centre of a {kernel_size} kernel.')
-        return cls(name, size)
+        if any(inner % 2 == 0 or inner > outer for inner, outer in zip(size, (height, width))):
+            raise ValueError(f'A {name} branch does not fit the centre of a {height}x{width} kernel.')
+        return cls(name, size, count=count)
 
-    def operator(
-        self, conv: nn.Conv2d, device: torch.device | None = None, dtype: torch.dtype | None = None
-    ) -> nn.Conv2d:
-        """Makes the branch's trainable operator, with PyTorch's default initialization.
+    def operator_shape(self, kernel_shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the shape of the branch's tensor in a kernel of shape (O, I/g, k_h, k_w).
 
-        The identity branch is a depthwise 1x1 of ones, trainable like every other operator.
+        (O, I/g, h, w), or (O, 1, h, w) for a diagonal branch; with the count in front if it is above 1.
         """
-        operator = nn.Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            self.kernel_size,
-            groups=conv.out_channels if self.diagonal else conv.groups,
-            bias=False,
-            device=device,
-            dtype=dtype,
-        )
+        channels = 1 if self.diagonal else kernel_shape[1]
+        shape = (kernel_shape[0], channels, *self.kernel_size)
+        return shape if self.count == 1 else (self.count, *shape)
+
+    @torch.no_grad()
+    def draw_(self, operator: Tensor) -> Tensor:
+        """Fills an operator with PyTorch's default initialization of `nn.Conv2d`, or with ones if it is an identity."""
         if not self.scaled:
-            nn.init.ones_(operator.weight)
+            return nn.init.ones_(operator)
+        for part in operator if self.count > 1 else (operator,):
+            nn.init.kaiming_uniform_(part, a=math.sqrt(5))
         return operator
 
 
-def branch_names(
-    in_channels: int, out_channels: int, kernel_size: Sequence[int], stride: Sequence[int]
-) -> tuple[str, ...]:
-    """Names the branches that a RepOpt-VGG block gives a convolution, in sorted order."""
-    names = ['kxk']
-    if tuple(kernel_size) != (1, 1):
-        names.append('1x1')
-    if in_channels == out_channels and tuple(stride) == (1, 1):
-        names.append('identity')
-    return tuple(sorted(names))
+def counted(branches: BranchCounts) -> dict[str, int]:
+    """Returns branch name to count, sorted by name.
+
+    Raises:
+        ValueError: If a name stands there twice, or there are no branches.
+    """
+    if isinstance(branches, str):
+        raise ValueError(f"The branches are the text '{branches}', expected a list such as ['{branches}'].")
+    names = list(branches)
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"The branch '{name}' stands there {names.count(name)} times. Write {{'{name}': {names.count(name)}}} "
+                f'for equal branches that share a scale.'
+            )
+    if not names:
+        raise ValueError('A CSLA convolution needs at least one branch, such as kxk.')
+    return {name: branches[name] if isinstance(branches, Mapping) else 1 for name in sorted(names)}
+
+
+def make_branches(branches: BranchCounts, conv: nn.Conv2d) -> tuple[Branch, ...]:
+    """Makes the branches of a convolution, sorted by name.
+
+    Raises:
+        ValueError: If the convolution cannot have one of them. An identity needs equal channels and stride 1.
+    """
+    made = tuple(Branch.of(name, conv.kernel_size, count) for name, count in counted(branches).items())
+    for branch in made:
+        if branch.diagonal and (conv.in_channels != conv.out_channels or tuple(conv.stride) != (1, 1)):
+            raise ValueError(
+                f'An identity branch needs as many input as output channels and stride 1, but the convolution has '
+                f'{conv.in_channels} -> {conv.out_channels} channels and stride {tuple(conv.stride)}.'
+            )
+    return made
 
 
 def support(kernel: Tensor, branch: Branch) -> Tensor:
@@ -136,8 +164,8 @@ def merge(
 
     Args:
         branches: The branches to add up.
-        operators: Branch name to operator.
-        scales: Branch name to scale of shape (O,); entries of unscaled branches are not looked at.
+        operators: Branch name to operator, see `Branch.operator_shape`.
+        scales: Branch name to scale of shape (O,); entries of unscaled branches are ignored.
         kernel_shape: Shape (O, I/g, k_h, k_w) of the whole kernel.
 
     Returns:
@@ -149,6 +177,8 @@ def merge(
     kernel = None
     for branch in sorted(branches, key=lambda branch: branch.name != 'kxk'):
         term = operators[branch.name].to(exact)
+        if branch.count > 1:
+            term = term.sum(0)
         if branch.scaled:
             term = term * scales[branch.name].to(term.device, exact).view(-1, 1, 1, 1)
         if kernel is None:
@@ -172,13 +202,14 @@ def merge_backward(
         branches: The branches that were added up.
         operators: Branch name to operator.
         scales: Branch name to scale of shape (O,).
-        grad_kernel: Gradient of the kernel, in float32 or better; overwritten.
+        grad_kernel: Gradient of the kernel, in float32 or better; overwritten unless autograd records.
 
     Returns:
         Branch name to gradient of its operator, in the operator's shape and `grad_kernel`'s dtype, and branch name to
         gradient of its scale.
     """
     exact = grad_kernel.dtype
+    in_place = not torch.is_grad_enabled()
     grad_operators, grad_scales = {}, {}
     # The largest last: its gradient takes the kernel's place.
     for branch in sorted(branches, key=lambda branch: branch.name == 'kxk'):
@@ -186,27 +217,11 @@ def merge_backward(
         part = support(grad_kernel, branch)
         if branch.scaled:
             scale = scales[branch.name].to(part.device, exact).view(-1, 1, 1, 1)
-            grad_scales[branch.name] = torch.einsum('oihw,oihw->o', part, operator.to(exact))
-            part = part.mul_(scale) if branch.name == 'kxk' else part * scale
+            total = operator.sum(0) if branch.count > 1 else operator
+            grad_scales[branch.name] = torch.einsum('oihw,oihw->o', part, total.to(exact))
+            part = part.mul_(scale) if in_place and branch.name == 'kxk' else part * scale
         else:
             part = part.clone()
-        grad_operators[branch.name] = part.reshape(operator.shape)
+        single = operator.shape[1:] if branch.count > 1 else operator.shape
+        grad_operators[branch.name] = part.reshape(single).expand(operator.shape)
     return grad_operators, grad_scales
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
-def _check_centred(name: str, conv: nn.Conv2d) -> None:
-    centred = [dilation * (size - 1) // 2 for dilation, size in zip(_pair(conv.dilation), _pair(conv.kernel_size))]
-    if isinstance(conv.padding, str):
-        padding = centred if conv.padding == 'same' else [0, 0]
-    else:
-        padding = list(_pair(conv.padding))
-    if any(size % 2 == 0 for size in _pair(conv.kernel_size)) or padding != centred:
-        raise ValueError(
-            f'A {name} branch can only be embedded in an odd kernel with padding dilation * (kernel_size - 1) / 2, '
-            f'but the convolution has kernel_size={tuple(conv.kernel_size)}, dilation={tuple(conv.dilation)} and '
-            f'padding={conv.padding}.'
-        )

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from .branches import Branch, branch_names, merge, merge_backward
+from .branches import Branch, BranchCounts, make_branches, merge, merge_backward
+from .convolutions import refusal
 from .vectors import check_vectors
 
 __all__ = ['CSLAConv2d']
@@ -17,9 +17,10 @@ __all__ = ['CSLAConv2d']
 class _MergedConv2d(torch.autograd.Function):
     """A convolution with a merged kernel, which the backward pass merges again instead of keeping it."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(
-        ctx: Any,
         x: Tensor,
         bias: Tensor | None,
         branches: Sequence[Branch],
@@ -27,15 +28,15 @@ class _MergedConv2d(torch.autograd.Function):
         geometry: Sequence[Any],
         *tensors: Tensor,
     ) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        ctx.save_for_backward(x, *tensors)
-        ctx.branches, ctx.shape, ctx.geometry = branches, shape, geometry
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return F.conv2d(x, merge(branches, *_by_name(branches, tensors), shape), bias, *geometry)
+        return F.conv2d(x, merge(branches, *_by_name(branches, tensors), shape).to(x.dtype), bias, *geometry)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, bias, ctx.branches, ctx.shape, ctx.geometry, *tensors = inputs
+        ctx.save_for_backward(x, *tensors)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, *tensors = ctx.saved_tensors
         operators, scales = _by_name(ctx.branches, tensors)
@@ -51,7 +52,7 @@ class _MergedConv2d(torch.autograd.Function):
         grads += [grad_scales[branch.name] for branch in ctx.branches if branch.scaled]
         grads = [part.to(tensor.dtype) for part, tensor in zip(grads, tensors)]
         grad_bias = None if grad_bias is None else grad_bias.to(ctx.bias_dtype)
-        return grad_x, grad_bias, None, None, None, *grads
+        return grad_x if needed[0] else None, grad_bias, None, None, None, *grads
 
 
 def _by_name(branches: Sequence[Branch], tensors: Sequence[Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -60,37 +61,46 @@ def _by_name(branches: Sequence[Branch], tensors: Sequence[Tensor]) -> tuple[dic
     return operators, {branch.name: tensor for branch, tensor in zip(scaled, tensors[len(branches) :])}
 
 
+class _Operator(nn.Module):
+    """The trainable tensor of a branch, beside its scale."""
+
+    def __init__(self, weight: Tensor, scale: Tensor | None, trainable_scale: bool):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        if scale is not None and trainable_scale:
+            self.scale: Tensor = nn.Parameter(scale)
+        elif scale is not None:
+            self.register_buffer('scale', scale)
+
+
 class CSLAConv2d(nn.Module):
     """A convolution that trains several scaled linear branches and runs them as one merged kernel.
 
     Adding up the kernels before one convolution gives the same function and the same gradients as adding up the
     branches' outputs, without their activations. The scales are buffers, or parameters in a Hyper-Search; the buffers
-    stay float32 whatever dtype the module is cast to.
+    stay float32 whatever dtype the module is cast to. Works under `torch.compile`, `torch.export`, `torch.func`,
+    `torch.jit.trace`, autocast, double backward and on `meta`; `torch.jit.script` does not take it.
 
     Args:
-        conv: Gives shape, stride, padding, dilation, groups and bias; its weight is not looked at, it may be on `meta`.
-        names: The branches; those of a RepOpt-VGG block when left out.
-        scale: Initial value of the scales.
+        conv: Gives shape, stride, padding, dilation, groups, bias, device and dtype; its weight is not read.
+        branches: Branch names, or {branch name: count}.
+        scale: Initial value of the scales; None for constants that a checkpoint or `set_vectors` brings.
         trainable_scales: Make the scales parameters (Hyper-Search) instead of buffers (CSLA).
-        device: Device of the parameters.
-        dtype: Floating point type of the parameters.
 
     Raises:
-        ValueError: If `conv` cannot have one of the branches.
+        ValueError: If `conv` is not a plain convolution, or cannot have one of the branches.
     """
 
     def __init__(
         self,
         conv: nn.Conv2d,
-        names: Sequence[str] | None = None,
-        scale: float = 1.0,
+        branches: BranchCounts,
+        scale: float | None = 1.0,
         trainable_scales: bool = False,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if conv.padding_mode != 'zeros':
-            raise ValueError(f"A CSLA convolution pads with zeros, not with padding_mode='{conv.padding_mode}'.")
+        if reason := refusal(conv):
+            raise ValueError(f'{type(conv).__name__} cannot have branches: {reason}.')
         self.in_channels = conv.in_channels
         self.out_channels = conv.out_channels
         self.kernel_size: Any = conv.kernel_size
@@ -98,43 +108,49 @@ class CSLAConv2d(nn.Module):
         self.padding: Any = conv.padding
         self.dilation: Any = conv.dilation
         self.groups = conv.groups
-        self.scale = scale
+        self.initial_scale = scale
         self.trainable_scales = trainable_scales
+        self.has_scales = scale is not None
         if conv.bias is None:
             self.register_parameter('bias', None)
         else:
-            self.bias = nn.Parameter(torch.zeros(conv.out_channels, device=device, dtype=dtype))
+            self.bias = nn.Parameter(conv.bias.detach().clone(), conv.bias.requires_grad)
 
-        names = names or branch_names(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
-        self._branches = tuple(Branch.of(name, conv) for name in names)
+        self._branches = make_branches(branches, conv)
         self.branches = nn.ModuleDict()
+        value = float('nan') if scale is None else scale
+        dtype = conv.weight.dtype if trainable_scales else torch.float32
         for branch in self._branches:
-            operator = branch.operator(conv, device=device, dtype=dtype)
-            if branch.scaled and trainable_scales:
-                vector = torch.full((conv.out_channels,), scale, device=device, dtype=dtype)
-                operator.register_parameter('scale', nn.Parameter(vector))
-            elif branch.scaled:
-                vector = torch.full((conv.out_channels,), scale, device=device, dtype=torch.float32)
-                operator.register_buffer('scale', vector)
+            weight = conv.weight.new_empty(branch.operator_shape(self._shape))
+            vector = conv.weight.new_full((conv.out_channels,), value, dtype=dtype) if branch.scaled else None
+            operator = _Operator(branch.draw_(weight), vector, trainable_scales)
+            operator.requires_grad_(conv.weight.requires_grad)
             self.branches[branch.name] = operator
+        self.register_load_state_dict_post_hook(_note_scales)
+
+    @property
+    def branch_counts(self) -> dict[str, int]:
+        """Branch name to number of equal branches."""
+        return {branch.name: branch.count for branch in self._branches}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Gives operators PyTorch's default initialization, the identity ones, and scales their initial value."""
+        """Gives operators PyTorch's default initialization, identities ones, and scales their initial value."""
         for branch, operator in self._operators():
-            if branch.scaled:
-                operator.reset_parameters()
-                operator.scale.fill_(self.scale)
-            else:
-                nn.init.ones_(operator.weight)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+            branch.draw_(operator.weight)
+            if branch.scaled and self.initial_scale is not None:
+                operator.scale.fill_(self.initial_scale)
 
     def _operators(self) -> list[tuple[Branch, Any]]:
         return list(zip(self._branches, self.branches.values()))
 
     def vectors(self) -> dict[str, Tensor]:
-        """Returns branch name to scale of shape (O,); an unscaled branch's entry is what its operator has learned."""
+        """Returns branch name to scale of shape (O,); an identity's entry is what its operator has learned.
+
+        Raises:
+            ValueError: If the module has no scales yet.
+        """
+        self._check_scales()
         return {
             branch.name: (operator.scale if branch.scaled else operator.weight.flatten()).detach()
             for branch, operator in self._operators()
@@ -142,7 +158,7 @@ class CSLAConv2d(nn.Module):
 
     @torch.no_grad()
     def set_vectors(self, vectors: Mapping[str, Tensor], module: str = '') -> None:
-        """Takes scales over; an unscaled branch's entry becomes its operator's initial value.
+        """Takes scales over; an identity's entry becomes its operator's initial value.
 
         Args:
             vectors: Branch name to vector of shape (O,), for exactly the branches of this convolution.
@@ -157,10 +173,23 @@ class CSLAConv2d(nn.Module):
                 operator.scale.copy_(vectors[branch.name])
             else:
                 operator.weight.copy_(vectors[branch.name].view(-1, 1, 1, 1))
+        self.has_scales = True
 
     def kernel(self) -> Tensor:
-        """Returns the merged kernel of shape (O, I/g, k_h, k_w), differentiable in operators and scales."""
+        """Returns the merged kernel of shape (O, I/g, k_h, k_w), differentiable in operators and scales.
+
+        Raises:
+            ValueError: If the module has no scales yet.
+        """
+        self._check_scales()
         return merge(self._branches, *_by_name(self._branches, self._tensors()), self._shape)
+
+    def _check_scales(self) -> None:
+        if not self.has_scales:
+            raise ValueError(
+                'This CSLA convolution has no scales yet. Create the model with scales=... (a file, '
+                "'hf-hub:user/repo' or 'initial'), or load a checkpoint that holds them."
+            )
 
     @property
     def _shape(self) -> tuple[int, ...]:
@@ -184,16 +213,22 @@ class CSLAConv2d(nn.Module):
             bias=self.bias is not None,
             device='meta',
         )
-        conv.weight = nn.Parameter(kernel)
+        conv.weight = nn.Parameter(kernel, any(each.requires_grad for each in self._tensors()))
         if self.bias is not None:
-            conv.bias = nn.Parameter(self.bias.detach().clone())
+            conv.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return conv.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        self._check_scales()
         geometry = (self.stride, self.padding, self.dilation, self.groups)
-        # A compiler finds out by itself what to keep; a padding with a name is not one of the backward function's.
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or isinstance(self.padding, str):
+        # A compiler finds out by itself what to keep, and a trace cannot record a Function of ours.
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        # A padding with a name is not one of the backward function's.
+        if traced or not torch.is_grad_enabled() or isinstance(self.padding, str):
             return F.conv2d(x, self.kernel(), self.bias, *geometry)
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))
         return _MergedConv2d.apply(x, self.bias, self._branches, self._shape, geometry, *self._tensors())
 
     def extra_repr(self) -> str:
@@ -210,3 +245,11 @@ class CSLAConv2d(nn.Module):
             # A cast would round the constants; leaving `meta` has no values to keep.
             operator.scale = operator.scale.float() if scale.is_meta else scale.to(operator.scale.device)
         return self
+
+
+def _note_scales(module: nn.Module, incompatible_keys: Any) -> None:
+    """Finds out whether the constants that a CSLA convolution started without were in what was loaded."""
+    assert isinstance(module, CSLAConv2d)
+    if not module.has_scales:
+        scales = [operator.scale for branch, operator in module._operators() if branch.scaled]
+        module.has_scales = all(not scale.is_meta and bool(scale.isfinite().all()) for scale in scales)

@@ -2,14 +2,17 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .branches import Branch
+from .branches import Branch, make_branches
+from .convolutions import kernel_of, refusal
 from .csla import CSLAConv2d
-from .initialization import ScalesMapping, carried_scales, scaled_convs
-from .vectors import fingerprint_of
+from .initialization import CarriedScales, ScalesMapping, branch_counts, carried_scales, scaled_conv
+from .vectors import check_vectors
+from .vectors import fingerprint as fingerprint_of
 
 __all__ = ['UPDATE_RULES', 'GradMult', 'GradMults', 'MaskParts', 'dense_mask', 'make_grad_mults']
 
@@ -146,8 +149,15 @@ class GradMults(Mapping[Tensor, GradMult]):
         fingerprint: Identifies the scales that the Grad Mults were made of.
     """
 
-    def __init__(self, mults: Mapping[Tensor, GradMult], update_rule: str, fingerprint: str):
+    def __init__(
+        self,
+        mults: Mapping[Tensor, GradMult],
+        update_rule: str,
+        fingerprint: str,
+        names: Mapping[Tensor, str] | None = None,
+    ):
         self._mults = dict(mults)
+        self._names = dict(names or {})
         self.update_rule = update_rule
         self.fingerprint = fingerprint
 
@@ -160,57 +170,150 @@ class GradMults(Mapping[Tensor, GradMult]):
     def __len__(self) -> int:
         return len(self._mults)
 
+    def name_of(self, parameter: Tensor) -> str:
+        """Returns the name of a kernel's convolution, for messages."""
+        return self._names.get(parameter, f'a kernel of shape {tuple(parameter.shape)}')
+
+
+class _Kernel(NamedTuple):
+    name: str
+    weight: Tensor
+    branches: tuple[Branch, ...]
+    vectors: Mapping[str, Tensor]
+
 
 def make_grad_mults(model: nn.Module, scales: ScalesMapping | None = None, update_rule: str = 'sgd') -> GradMults:
     """Makes the Grad Mults of a plain model's kernels.
 
     Args:
-        model: The model, or any wrapper around it: convolutions are found wherever they are.
-        scales: Module name to branch name to vector of shape (O,); those that the convolutions carry when left out.
+        model: The model, or any wrapper around it: convolutions are found wherever they are. With `scales` it may have
+            no convolutions at all, as after `torch.export` or a pt2e preparation: kernels are then found by the name
+            of the parameter, `<module>.weight`.
+        scales: Module name to branch name to vector of shape (O,). Defaults to those that the convolutions carry.
         update_rule: `sgd` for the power 2, `adamw` for the power 1.
 
     Returns:
-        Kernel to Grad Mult, on the kernel's device, in float32 or the kernel's dtype if that is wider.
+        Kernel to Grad Mult, `sum_b n_b |s_b|^power M_b` with the counts n_b, on the kernel's device, in float32 or the
+        kernel's dtype if that is wider.
 
     Raises:
-        ValueError: If no convolution has scales, the scales do not fit, the model is a Hyper-Search or CSLA model,
-            whose branches already are scaled, or the update rule is unknown.
+        ValueError: If no convolution has scales, a kernel with scales cannot be trained by them (pruned,
+            weight-normalized, replaced, tied to one with other scales), the scales do not fit, the model is a
+            Hyper-Search or CSLA model, whose branches already are scaled, or the update rule is unknown.
     """
     if update_rule not in UPDATE_RULES:
         raise ValueError(f"Unknown update rule '{update_rule}', expected one of {sorted(UPDATE_RULES)}.")
+    _check_no_twin(model)
+    if scales is None:
+        carried = carried_scales(model)
+        _check_complete(model, carried)
+        fingerprint = '+'.join(sorted({each.fingerprint for each in carried.values()}))
+        kernels = [_carrying_kernel(model, name, each) for name, each in carried.items()]
+    else:
+        counts = {name: branch_counts(scales, name) for name in scales}
+        fingerprint = getattr(scales, 'fingerprint', None) or fingerprint_of(scales, counts=counts)
+        kernels = _named_kernels(model, scales)
+    if not kernels:
+        raise ValueError(
+            f'No convolution of {type(model).__name__} carries scales, so there is nothing to multiply its gradients '
+            f"with. Create the model with scales=... (a file, 'hf-hub:user/repo', 'initial'), call attach_scales(), or "
+            f'give make_grad_mults(model, scales) the scales, to find kernels by the names of parameters.'
+        )
+    _check_tied(kernels)
+    power = UPDATE_RULES[update_rule]
+    mults = {kernel.weight: _grad_mult(kernel, power) for kernel in kernels}
+    return GradMults(mults, update_rule, fingerprint, {kernel.weight: kernel.name for kernel in kernels})
+
+
+def _check_no_twin(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, CSLAConv2d) and any(p.requires_grad for p in module.parameters()):
             raise ValueError(
                 f"'{name}' of {type(model).__name__} is a CSLA convolution: its branches are scaled already, Grad "
-                f'Mults would scale them twice. Train it with an ordinary optimizer, or train model.to_plain().'
+                f'Mults would scale them twice. Train it with an ordinary optimizer, or train to_plain(model).'
             )
-    if scales is None:
-        carried = carried_scales(model)
-        vectors: ScalesMapping = {name: scale.vectors for name, scale in carried.items()}
-        fingerprint = '+'.join(sorted({scale.fingerprint for scale in carried.values()}))
-    else:
-        vectors, fingerprint = scales, fingerprint_of(scales)
-    if not vectors:
+
+
+def _carrying_kernel(model: nn.Module, name: str, carried: CarriedScales) -> _Kernel:
+    conv: Any = model.get_submodule(name)
+    if reason := refusal(conv):
         raise ValueError(
-            f'No convolution of {type(model).__name__} carries scales, so there is nothing to multiply its gradients '
-            f"with. Create the model with scales=... (a file, 'hf-hub:user/repo', 'initial'), or call attach_scales()."
+            f"'{name}' of {type(model).__name__} carries scales, but {reason}. Its Grad Mult would be lost: undo that, "
+            f'or leave its scales out.'
         )
-    power = UPDATE_RULES[update_rule]
-    mults = {conv.weight: _grad_mult(conv, vectors[name], power) for name, conv in scaled_convs(model, vectors)}
-    return GradMults(mults, update_rule, fingerprint)
+    return _Kernel(name, kernel_of(conv), make_branches(carried.counts, conv), carried.vectors)
 
 
-def _grad_mult(conv: nn.Conv2d, vectors: Mapping[str, Tensor], power: int) -> GradMult:
-    weight = conv.weight
+def _check_complete(model: nn.Module, carried: Mapping[str, CarriedScales]) -> None:
+    """Raises a ValueError if a convolution got scales, and another module has taken its place since."""
+    modules = dict(model.named_modules())
+    for name, each in carried.items():
+        prefix = name.removesuffix(each.module)
+        if prefix + each.module != name:
+            continue
+        for sibling in each.siblings:
+            replaced = modules.get(prefix + sibling)
+            # A part of the network, such as a backbone without its last stage, may lack some.
+            if replaced is not None and prefix + sibling not in carried:
+                raise ValueError(
+                    f"'{prefix + sibling}' of {type(model).__name__} got scales, but a {type(replaced).__name__} "
+                    f'without them has taken its place. Attach the scales after replacing modules.'
+                )
+
+
+def _named_kernels(model: nn.Module, scales: ScalesMapping) -> list[_Kernel]:
+    # Wrappers for compilation and parallel training put these in front of names.
+    modules = {_unwrapped(name): module for name, module in model.named_modules()}
+    params = {_unwrapped(name): param for name, param in model.named_parameters()}
+    source = getattr(scales, 'source', '') or 'The scales'
+    kernels = []
+    for name, vectors in scales.items():
+        if isinstance(modules.get(name), nn.Conv2d):
+            found = scaled_conv(model, name, modules[name], scales)
+            kernels.append(_Kernel(name, kernel_of(found.conv), found.branches, vectors))
+            continue
+        original = f'{name}.parametrizations.weight.original'
+        weight = params.get(f'{name}.weight', params.get(original))
+        if weight is None or weight.ndim != 4:
+            raise ValueError(
+                f"{source} name a convolution '{name}', but {type(model).__name__} has neither such a convolution nor "
+                f"a parameter '{name}.weight' of four dimensions. Scales go by module name: use those of this network."
+            )
+        check_vectors(name, vectors, len(weight), source=source)
+        counts = branch_counts(scales, name)
+        branches = tuple(Branch.of(branch, weight.shape[2:], count) for branch, count in counts.items())
+        kernels.append(_Kernel(name, weight, branches, vectors))
+    return kernels
+
+
+def _unwrapped(name: str) -> str:
+    return '.'.join(part for part in name.split('.') if part not in ('_orig_mod', 'module'))
+
+
+def _check_tied(kernels: Sequence[_Kernel]) -> None:
+    seen: dict[Tensor, _Kernel] = {}
+    for kernel in kernels:
+        other = seen.setdefault(kernel.weight, kernel)
+        same = other.branches == kernel.branches and all(
+            torch.equal(vector, other.vectors[name]) for name, vector in kernel.vectors.items()
+        )
+        if not same:
+            raise ValueError(
+                f"'{other.name}' and '{kernel.name}' share one kernel, but have different scales. Give both the same."
+            )
+
+
+def _grad_mult(kernel: _Kernel, power: int) -> GradMult:
+    weight = kernel.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
     base = torch.zeros((weight.shape[0], 1, 1, 1), device=weight.device, dtype=dtype)
     windows = []
     diagonals = []
-    for name, vector in vectors.items():
-        branch = Branch.of(name, conv)
-        added = torch.ones_like(base)
+    for branch in kernel.branches:
+        added = torch.full_like(base, branch.count)
         if branch.scaled:
-            added = vector.to(weight.device, dtype).abs().pow(power).view(-1, 1, 1, 1)
+            vector = kernel.vectors[branch.name].to(weight.device, dtype)
+            added = branch.count * vector.abs().pow(power).view(-1, 1, 1, 1)
         if branch.diagonal and weight.shape[1] > 1:
             channels = torch.arange(weight.shape[1], device=weight.device, dtype=torch.int32)
             diagonals.append(_support(branch, weight, added, channels.view(1, -1, 1, 1), outside=-1))

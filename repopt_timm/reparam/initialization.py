@@ -2,16 +2,31 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .branches import Branch, merge
-from .vectors import check_vectors, fingerprint_of
+from .branches import Branch, make_branches, merge
+from .convolutions import Geometry, refusal
+from .csla import CSLAConv2d
+from .vectors import check_vectors, fingerprint
 
-__all__ = ['CarriedScales', 'ScalesMapping', 'attach_scales', 'carried_scales', 'initialize', 'scaled_convs']
+__all__ = [
+    'CarriedScales',
+    'ScalesMapping',
+    'attach_scales',
+    'branch_counts',
+    'carried_scales',
+    'geometry_of',
+    'initialize',
+    'network_name',
+    'prepare',
+    'scaled_convs',
+]
 
 ScalesMapping = Mapping[str, Mapping[str, Tensor]]
+"""Module name to branch name to vector of shape (O,): `repopt_timm.Scales`, or any mapping of this form."""
 
 _ATTRIBUTE = 'repopt_scales'
 
@@ -25,40 +40,117 @@ class CarriedScales:
 
     Attributes:
         vectors: Branch name to float32 vector of shape (O,).
+        counts: Branch name to count.
         fingerprint: Identifies the scales of the whole network that these belong to.
+        module: Name of the convolution in the network that the scales were put on.
+        siblings: Names of all convolutions of that network that got scales.
         initialized: Whether the convolution's weight came from the Rule of Initialization.
     """
 
     vectors: dict[str, Tensor]
+    counts: dict[str, int]
     fingerprint: str
+    module: str
+    siblings: tuple[str, ...]
     initialized: bool = False
 
 
-def scaled_convs(model: nn.Module, scales: ScalesMapping) -> list[tuple[str, nn.Conv2d]]:
+class ScaledConv(NamedTuple):
+    """A convolution, its name in the network, and the branches that its scales are for."""
+
+    name: str
+    conv: nn.Conv2d
+    branches: tuple[Branch, ...]
+
+
+def network_name(model: nn.Module) -> str:
+    """Returns the name of a network: that of its architecture in timm, else its class's."""
+    inner: Any = model
+    while hasattr(inner, '_orig_mod') or isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        inner = inner._orig_mod if hasattr(inner, '_orig_mod') else inner.module
+    name = getattr(inner, 'architecture', None)
+    if not isinstance(name, str):
+        config = getattr(inner, 'pretrained_cfg', None)
+        name = config.get('architecture') if isinstance(config, Mapping) else None
+    return name or type(inner).__name__
+
+
+def geometry_of(model: nn.Module, names: Mapping[str, object]) -> dict[str, Geometry]:
+    """Reads the geometry of the named convolutions, plain or CSLA, in the order of the model's modules."""
+    geometry: dict[str, Geometry] = {}
+    for name, module in model.named_modules():
+        if name in names:
+            geometry[name] = Geometry.of(module, first=not geometry)
+    return geometry
+
+
+def branch_counts(scales: ScalesMapping, module: str) -> dict[str, int]:
+    """Returns branch name to count of one convolution; 1 where the scales do not say."""
+    counts = getattr(scales, 'counts', {}).get(module, {})
+    return {branch: counts.get(branch, 1) for branch in scales[module]}
+
+
+def scaled_convs(model: nn.Module, scales: ScalesMapping) -> list[ScaledConv]:
     """Finds the convolutions that `scales` names, and checks that the scales fit them.
 
     Raises:
-        ValueError: If a named module is missing or no `nn.Conv2d`, or a vector does not fit it.
+        ValueError: If a named module is missing or is not a plain convolution, it is not the convolution that the
+            scales were searched on, or a vector does not fit it.
     """
     modules = dict(model.named_modules())
-    source = getattr(scales, 'source', '')
-    found = []
-    for name, vectors in scales.items():
-        conv = modules.get(name)
-        if not isinstance(conv, nn.Conv2d):
-            kind = 'has no such module' if conv is None else f'has a {type(conv).__name__} there'
-            raise ValueError(
-                f"{source or 'The scales'} name a convolution '{name}', but {type(model).__name__} {kind}. Scales go "
-                f'by module name: use those that were searched for this architecture.'
-            )
-        for branch in vectors:
-            try:
-                Branch.of(branch, conv)
-            except ValueError as error:
-                raise ValueError(f"{source or 'Scales'}: module '{name}': {error}") from None
-        check_vectors(name, vectors, conv.out_channels, source=source)
-        found.append((name, conv))
-    return found
+    return [scaled_conv(model, name, modules.get(name), scales) for name in scales]
+
+
+def scaled_conv(model: nn.Module, name: str, conv: nn.Module | None, scales: ScalesMapping) -> ScaledConv:
+    """Checks that the scales of module `name` fit the convolution `conv` of a model; see `scaled_convs`."""
+    source = getattr(scales, 'source', '') or 'The scales'
+    owner = type(model).__name__
+    if not isinstance(conv, nn.Conv2d):
+        kind = 'has no such module' if conv is None else f'has a {type(conv).__name__} there'
+        raise ValueError(
+            f"{source} name a convolution '{name}', but {owner} {kind}. Scales go by module name: use those that were "
+            f'searched for this architecture.'
+        )
+    if reason := refusal(conv):
+        raise ValueError(f"{source} are for '{name}' of {owner} too, but {reason}. Search anew without it.")
+    geometry = getattr(scales, 'geometry', {})
+    if name in geometry:
+        check_geometry(name, geometry[name], conv, source)
+    try:
+        branches = make_branches(branch_counts(scales, name), conv)
+    except ValueError as error:
+        raise ValueError(f"{source}: module '{name}': {error}") from None
+    check_vectors(name, scales[name], conv.out_channels, source=getattr(scales, 'source', ''))
+    return ScaledConv(name, conv, branches)
+
+
+def check_geometry(name: str, searched: Geometry, conv: nn.Module, source: str = '') -> None:
+    """Checks that a convolution is the one that scales were searched on.
+
+    Raises:
+        ValueError: If it is not; names the convolution and both geometries.
+    """
+    found = Geometry.of(conv, first=searched.in_channels is None)
+    if found != searched:
+        raise ValueError(
+            f"{source or 'The scales'} were searched with '{name}' of {searched}, but the model has {found} there. A "
+            f'search and its target need the same convolutions: make the model alike (strides, widths), or search anew.'
+        )
+
+
+def check_network(model: nn.Module, scales: ScalesMapping) -> None:
+    """Checks that scales which know their network belong to this one.
+
+    Raises:
+        ValueError: If they do not; names both.
+    """
+    searched, found = getattr(scales, 'architecture', ''), network_name(model)
+    if searched and searched != found:
+        source = getattr(scales, 'source', '') or 'The scales'
+        raise ValueError(
+            f'{source} are scales of {searched}, but the model is a {found}. Scales belong to one network: search some '
+            f"for {found}, or, if both are the same under two names, use scales.renamed('{found}')."
+        )
 
 
 def attach_scales(model: nn.Module, scales: ScalesMapping, initialized: bool = False) -> None:
@@ -72,10 +164,14 @@ def attach_scales(model: nn.Module, scales: ScalesMapping, initialized: bool = F
     Raises:
         ValueError: If the scales do not fit the model.
     """
-    identity = fingerprint_of(scales)
-    for name, conv in scaled_convs(model, scales):
+    check_network(model, scales)
+    found = scaled_convs(model, scales)
+    counts = {name: branch_counts(scales, name) for name in scales}
+    identity = fingerprint(scales, network_name(model), geometry_of(model, scales), counts)
+    for name, conv, _ in found:
         vectors = {branch: vector.detach().to('cpu', torch.float32).clone() for branch, vector in scales[name].items()}
-        setattr(conv, _ATTRIBUTE, CarriedScales(vectors, identity, initialized))
+        carried = CarriedScales(vectors, counts[name], identity, name, tuple(scales), initialized)
+        setattr(conv, _ATTRIBUTE, carried)
 
 
 def carried_scales(model: nn.Module) -> dict[str, CarriedScales]:
@@ -88,21 +184,52 @@ def initialize(model: nn.Module, scales: ScalesMapping) -> None:
     """Applies the Rule of Initialization: `W' = sum_b s_b * A_b theta_b` with freshly drawn operators.
 
     Operators get PyTorch's default initialization, as in a Hyper-Search; the identity starts at its searched value.
-    Random numbers come from torch's global generator, in the order of the model's modules.
+    Random numbers come from torch's global generator, in the order of the scales' modules.
 
     Args:
         model: Any model whose convolutions `scales` names; their weights are overwritten in place.
         scales: Module name to branch name to vector of shape (O,).
 
     Raises:
-        ValueError: If the scales do not fit the model.
+        ValueError: If the scales do not fit the model, or it is a Hyper-Search or CSLA model.
     """
-    for name, conv in scaled_convs(model, scales):
-        branches = [Branch.of(branch, conv) for branch in sorted(scales[name])]
+    check_network(model, scales)
+    for name, conv, branches in scaled_convs(model, scales):
         operators = {}
         for branch in branches:
-            operator = branch.operator(conv, device=conv.weight.device, dtype=conv.weight.dtype).weight
+            operator = branch.draw_(conv.weight.new_empty(branch.operator_shape(conv.weight.shape)))
             if not branch.scaled:
                 operator.copy_(scales[name][branch.name].view(-1, 1, 1, 1))
             operators[branch.name] = operator
         conv.weight.copy_(merge(branches, operators, scales[name], conv.weight.shape))
+
+
+def prepare(model: nn.Module, scales: ScalesMapping, init: bool = True) -> nn.Module:
+    """Makes a plain model ready for a RepOptimizer: applies the Rule of Initialization and attaches the scales.
+
+    Args:
+        model: Any model whose convolutions `scales` names; changed in place.
+        scales: Module name to branch name to vector of shape (O,).
+        init: Apply the Rule of Initialization; False keeps the weights, for fine-tuning.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If the scales do not fit the model.
+
+    Example:
+        >>> model = prepare(timm.create_model('resnet18'), Scales.initial(timm.create_model('resnet18')))
+    """
+    if init:
+        initialize(model, scales)
+    attach_scales(model, scales, initialized=init)
+    return model
+
+
+def kind_of(model: nn.Module) -> str:
+    """Returns `hs` for a Hyper-Search model, `csla` for one with constant scales, `target` for a plain one."""
+    convs = [module for module in model.modules() if isinstance(module, CSLAConv2d)]
+    if not convs:
+        return 'target'
+    return 'hs' if any(conv.trainable_scales for conv in convs) else 'csla'

@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ['check_vectors', 'fingerprint', 'fingerprint_of']
+from .convolutions import Geometry
+
+__all__ = ['check_vectors', 'fingerprint']
 
 
 def check_vectors(
@@ -46,25 +47,31 @@ def check_vectors(
             raise ValueError(f"{where}: the scale of branch '{name}' is all zeros: its weights would never train.")
 
 
-def fingerprint(scales: Mapping[str, Mapping[str, Tensor]], identity: Mapping[str, Any] | None = None) -> str:
-    """Computes the sha256 of scales: sorted module and branch names, the float32 bits, and `identity`.
+def fingerprint(
+    scales: Mapping[str, Mapping[str, Tensor]],
+    architecture: str = '',
+    geometry: Mapping[str, Geometry] | None = None,
+    counts: Mapping[str, Mapping[str, int]] | None = None,
+) -> str:
+    """Computes the sha256 of scales: what they were searched on, sorted module and branch names, the float32 bits.
 
     Args:
         scales: Module name to branch name to vector.
-        identity: JSON-serializable facts that belong to the scales' identity, such as architecture and strides.
+        architecture: Name of the network.
+        geometry: Module name to geometry of its convolution.
+        counts: Module name to branch name to count; 1 for a branch that is not in it.
 
     Returns:
         64 hexadecimal digits.
     """
-    digest = hashlib.sha256(json.dumps(identity or {}, sort_keys=True).encode())
+    geometry, counts = geometry or {}, counts or {}
+    digest = hashlib.sha256(json.dumps(architecture).encode())
     for module in sorted(scales):
+        shape = str(geometry[module]) if module in geometry else None
+        digest.update(json.dumps([module, shape]).encode())
         for branch in sorted(scales[module]):
             vector = scales[module][branch].detach().to('cpu', torch.float32).contiguous()
-            digest.update(json.dumps([module, branch, vector.numel()]).encode())
+            count = counts.get(module, {}).get(branch, 1)
+            digest.update(json.dumps([branch, count, vector.numel()]).encode())
             digest.update(vector.numpy().astype('<f4').tobytes())
     return digest.hexdigest()
-
-
-def fingerprint_of(scales: Mapping[str, Mapping[str, Tensor]]) -> str:
-    """Returns the fingerprint that scales have, or that of their vectors if they are a plain mapping."""
-    return getattr(scales, 'fingerprint', None) or fingerprint(scales)

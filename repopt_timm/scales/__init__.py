@@ -1,5 +1,7 @@
-"""Searched scales: the type that holds them, and the files they come from."""
+"""Searched scales: the type that holds them, the files they come from, a table and a picture of them."""
 
+from .scale_files import read_scale_file
 from .scales import Scales
+from .table import scales_table
 
-__all__ = ['Scales']
+__all__ = ['Scales', 'read_scale_file', 'scales_table']

@@ -1,9 +1,8 @@
-"""Searched scales: the one type that holds them, and the files they come from."""
+"""Searched scales: the one type that holds them."""
 
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +11,50 @@ from safetensors.torch import save_file
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from ..architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture, infer_architecture
-from ..cards.format import CARD_FILE, CardEntry, read_entry
-from ..cards.transfer import check_source, download, push_folder
-from ..cards.writing import write_card
-from ..checkpoints.read import read_checkpoint, select_state_dict
-from ..checkpoints.reference_layout import scale_name
 from ..files import replacing
-from ..reparam import CSLAConv2d, carried_scales
+from ..reparam import (
+    CSLAConv2d,
+    Geometry,
+    carried_scales,
+    geometry_of,
+    initial_scales,
+    network_name,
+    resolve_prior,
+    twin_vectors,
+)
+from ..reparam.branches import Branch
+from ..reparam.convolutions import conv_prior
+from ..reparam.initialization import check_network, scaled_convs
+from ..reparam.prior import Prior
 from ..reparam.vectors import check_vectors, fingerprint
 
-__all__ = ['Scales']
+__all__ = ['FORMAT', 'FORMAT_VERSION', 'Scales']
 
-_FORMAT = 'repopt_timm.scales'
-_FORMAT_VERSION = 1
-# Key of a scale, or of the identity's operator, in a state dict of ours: module, branch.
-_OWN_KEY = re.compile(r'(.+)\.branches\.(?:([^.]+)\.scale|(identity)\.weight)')
+FORMAT = 'repopt_timm.scales'
+FORMAT_VERSION = 2
 
 
 class Scales(Mapping[str, Mapping[str, Tensor]]):
-    """The scales of a RepOpt network: convolution's module name to {branch name: float32 vector of shape (O,)}.
+    """The scales of a network: convolution's module name to {branch name: float32 vector of shape (O,)}.
 
-    Immutable: what is handed out are copies. Modules come in the order of the network. Two are equal when
-    architecture, strides, names and float32 bits are.
+    Immutable: what is handed out are copies. Two are equal when what they were searched on, their names, counts and
+    float32 bits are; where they come from does not count.
 
     Args:
-        architecture: Name of the target model, such as `repopt_vgg_b1`; any name for a model of your own.
-        modules: Module name to branch name to vector.
-        strides: Strides of stem and stages that the scales were searched with.
-        provenance: Where they come from: JSON-serializable, no part of the identity.
+        architecture: Name of the plain network that they were searched on, such as `repopt_vgg_b1`, `resnet18` or the
+            class's name; empty if unknown.
+        modules: Module name to branch name to vector, in the order of the network.
+        geometry: Module name to what it was searched on, for all modules or for none.
+        counts: Module name to branch name to number of equal branches. Defaults to 1.
+        provenance: Where they come from: JSON-serializable.
         source: File or repository that they were read from, for errors.
 
     Raises:
-        ValueError: If there are no scales, a vector is no finite float vector, or, for a known architecture, a
-            convolution is missing, left over or has other branches or another width.
+        ValueError: If there are no scales, a vector is not finite or does not fit its geometry, a branch is unknown, or
+            geometry or counts belong to other modules.
 
     Example:
-        >>> scales = Scales.initial('repopt_vgg_a0')
+        >>> scales = Scales.initial(timm.create_model('repopt_vgg_a0'))
         >>> scales['stem.conv']['1x1'].shape
         torch.Size([48])
     """
@@ -57,55 +63,56 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         self,
         architecture: str,
         modules: Mapping[str, Mapping[str, Tensor]],
-        strides: Sequence[int] = DEFAULT_STRIDES,
+        geometry: Mapping[str, Geometry] | None = None,
+        counts: Mapping[str, Mapping[str, int]] | None = None,
         provenance: Mapping[str, Any] | None = None,
         source: str = '',
     ):
-        if not modules:
-            raise ValueError(f'{source or architecture}: there are no scales in it.')
+        where = source or architecture or 'The scales'
+        if not isinstance(modules, Mapping) or not modules:
+            raise ValueError(f'{where}: there are no scales in it, expected a mapping of module names to branches.')
         self._architecture = architecture
-        self._strides = tuple(int(stride) for stride in strides)
+        self._geometry = {name: geometry[name] for name in modules if name in geometry} if geometry else {}
+        if geometry and set(geometry) != set(modules):
+            odd = sorted(set(geometry) ^ set(modules))[0]
+            raise ValueError(f"{where}: '{odd}' has scales or a geometry, expected both for each module, or none.")
         self._provenance = json.dumps(dict(provenance or {}))
         self._source = source
         self._modules = {
             module: {
                 branch: vector.detach().to('cpu', torch.float32).clone() for branch, vector in sorted(vectors.items())
             }
-            for module, vectors in sorted(modules.items(), key=lambda item: _depth_key(item[0]))
+            for module, vectors in modules.items()
+        }
+        self._counts = {
+            module: {branch: (counts or {}).get(module, {}).get(branch, 1) for branch in vectors}
+            for module, vectors in self._modules.items()
         }
         for module, vectors in self._modules.items():
-            check_vectors(module, vectors, source=source)
-        if architecture in ARCHITECTURES:
-            self._check_layout(ARCHITECTURES[architecture])
-        identity = {'architecture': self._architecture, 'strides': self._strides}
-        self._fingerprint = fingerprint(self._modules, identity)
-
-    def _check_layout(self, architecture: Architecture) -> None:
-        specs = {spec.name: spec for spec in architecture.convs(self._strides)}
-        source = self._source or 'The scales'
-        for name in [*specs, *self._modules]:
-            if name not in self._modules:
-                raise ValueError(f"{source}: module '{name}' of {self._architecture} has no scales. Search it anew.")
-            if name not in specs:
-                raise ValueError(
-                    f"{source}: there are scales for a module '{name}', but {self._architecture} has no such one."
-                )
-            spec = specs[name]
-            check_vectors(name, self._modules[name], spec.out_channels, spec.branches, source)
+            shape = self._geometry.get(module)
+            check_vectors(module, vectors, shape.out_channels if shape else None, source=source)
+            for branch, count in self._counts[module].items():
+                _check_branch(branch, count, shape, f"{where}: module '{module}'")
+        self._fingerprint = fingerprint(self._modules, self._architecture, self._geometry, self._counts)
 
     @property
     def architecture(self) -> str:
-        """Name of the target model."""
+        """Name of the plain network that the scales were searched on; empty if unknown."""
         return self._architecture
 
     @property
-    def strides(self) -> tuple[int, ...]:
-        """Strides of the stem and of the stages."""
-        return self._strides
+    def geometry(self) -> dict[str, Geometry]:
+        """Module name to the convolution that the scales were searched on; empty if unknown."""
+        return dict(self._geometry)
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Module name to branch name to number of equal branches that share the scale."""
+        return {module: dict(counts) for module, counts in self._counts.items()}
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Where the scales come from: dataset, epochs, accuracy, seed, versions, date, as far as known."""
+        """Where they come from: dataset, epochs, accuracy, seed, versions, date, as far as known."""
         return json.loads(self._provenance)
 
     @property
@@ -115,13 +122,13 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
 
     @property
     def fingerprint(self) -> str:
-        """The sha256 of architecture, strides, names and float32 bits, in 64 hexadecimal digits."""
+        """The sha256 of architecture, geometry, names, counts and float32 bits, in 64 hexadecimal digits."""
         return self._fingerprint
 
     @property
     def title(self) -> str:
-        """Architecture and the begin of the fingerprint, for pictures."""
-        return f'{self._architecture} ({self._fingerprint[:8]})'
+        """Architecture and the first 8 digits of the fingerprint, for pictures."""
+        return f'{self._architecture or "unknown network"} ({self._fingerprint[:8]})'
 
     def __getitem__(self, module: str) -> dict[str, Tensor]:
         return {branch: vector.clone() for branch, vector in self._modules[module].items()}
@@ -139,131 +146,102 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         return hash(self._fingerprint)
 
     def __repr__(self) -> str:
-        return f'Scales({self._architecture}, {len(self)} modules, strides={self._strides}, {self._fingerprint[:12]})'
+        return f'Scales({self._architecture or "unknown network"}, {len(self)} modules, {self._fingerprint[:12]})'
 
     def with_provenance(self, provenance: Mapping[str, Any], source: str | None = None) -> 'Scales':
         """Returns the same scales with another provenance, and another source if given."""
         source = self._source if source is None else source
-        return Scales(self._architecture, self._modules, self._strides, provenance, source)
+        return Scales(self._architecture, self._modules, self._geometry, self._counts, provenance, source)
 
-    def check_target(self, architecture: str, strides: Sequence[int]) -> None:
-        """Checks that the scales are those of an architecture with these strides.
+    def renamed(self, architecture: str) -> 'Scales':
+        """Returns the same scales for the same network under another name."""
+        return Scales(architecture, self._modules, self._geometry, self._counts, self.provenance, self._source)
 
-        Raises:
-            ValueError: If they are not; names both.
-        """
-        source = self._source or 'The scales'
-        if architecture != self._architecture:
-            raise ValueError(
-                f'{source} are scales of {self._architecture}, but the model is a {architecture}. Scales belong to one '
-                f'architecture: search them with {architecture}_hs.'
-            )
-        if tuple(strides) != self._strides:
-            raise ValueError(
-                f'{source} were searched with strides {self._strides}, but the model has strides {tuple(strides)}. '
-                f'A search and its target need the same: create the model with strides={self._strides}, or search anew.'
-            )
-
-    @classmethod
-    def initial(cls, architecture: str, strides: Sequence[int] = DEFAULT_STRIDES) -> 'Scales':
-        """Returns the values that a Hyper-Search starts from: `sqrt(2 / l)`, identity 1.
+    def for_model(self, model: nn.Module) -> 'Scales':
+        """Returns the scales with name and geometry of a model that they fit, which a file may not state.
 
         Args:
-            architecture: Name of a target model.
-            strides: Strides of stem and stages.
+            model: The plain network, a twin of it, or a wrapper for parallel training or compilation around it.
 
         Raises:
-            ValueError: If the architecture is unknown.
+            ValueError: If they were searched on another network; names the convolution and both geometries.
         """
-        if architecture not in ARCHITECTURES:
-            raise ValueError(f"Unknown architecture '{architecture}', expected one of {', '.join(ARCHITECTURES)}.")
-        modules = ARCHITECTURES[architecture].initial_scales(strides)
-        return cls(architecture, modules, strides, {'method': 'initial values, not searched'}, 'initial')
+        inner = unwrap_model(unwrap_model(model))
+        check_network(inner, self)
+        if twin_modules := {name: m for name, m in inner.named_modules() if isinstance(m, CSLAConv2d)}:
+            for name in {**twin_modules, **self}:
+                if name not in self or name not in twin_modules:
+                    raise ValueError(
+                        f"{self._source or 'The scales'} and the model differ: '{name}' is in one of them."
+                    )
+        else:
+            scaled_convs(inner, self)
+            self._check_complete(inner)
+        name, geometry = network_name(inner), geometry_of(inner, self)
+        modules = {module: self._modules[module] for module in geometry}
+        return Scales(name, modules, geometry, self._counts, self.provenance, self._source)
+
+    def _check_complete(self, model: nn.Module) -> None:
+        """Checks scales that do not state their geometry against the prior that the model's convolutions carry."""
+        for name, module in model.named_modules():
+            prior = None if self._geometry else conv_prior(module)
+            if prior is None:
+                continue
+            where = self._source or 'The scales'
+            if name not in self:
+                raise ValueError(f"{where}: module '{name}' of {network_name(model)} has no scales. Search it anew.")
+            check_vectors(name, self._modules[name], expected=prior.branches, source=self._source)
+
+    @classmethod
+    def initial(cls, model: nn.Module, prior: Prior | None = None) -> 'Scales':
+        """Returns the values that a Hyper-Search of a model starts from.
+
+        `sqrt(2 / l)` in a RepOpt-VGG, `sqrt(2 / (n + 1))` elsewhere, identity 1; see `repopt_timm.repvgg_prior`.
+
+        Args:
+            model: Any plain network.
+            prior: Module name to branches, or a function that returns such a mapping. Defaults to `repvgg_prior`.
+
+        Raises:
+            ValueError: If a convolution that the prior names cannot have its branches.
+        """
+        if not isinstance(model, nn.Module):
+            raise ValueError(f'Scales.initial needs a model, but got {model!r:.80}: create it first.')
+        resolved = resolve_prior(model, prior)
+        return cls(
+            network_name(model),
+            initial_scales(model, resolved),
+            geometry_of(model, resolved),
+            {name: each.branches for name, each in resolved.items()},
+            {'method': 'initial values, not searched'},
+            'initial',
+        )
 
     @classmethod
     def from_model(cls, model: nn.Module, provenance: Mapping[str, Any] | None = None) -> 'Scales':
-        """Reads the scales of a Hyper-Search or CSLA model, or those that a target model carries.
+        """Reads the scales of a Hyper-Search or CSLA model, or those that a plain model carries.
 
         Args:
-            model: A model of this package, or any model with `CSLAConv2d` modules or attached scales.
-            provenance: Where they come from; the model's own when left out.
+            model: Any model with `CSLAConv2d` modules or attached scales.
+            provenance: Where they come from. Defaults to what the model says in `scales_provenance`.
 
         Raises:
             ValueError: If the model has no scales.
         """
         model = unwrap_model(unwrap_model(model))
-        modules = {name: module.vectors() for name, module in model.named_modules() if isinstance(module, CSLAConv2d)}
+        modules: Mapping[str, Mapping[str, Tensor]] = twin_vectors(model)
+        counts = {name: m.branch_counts for name, m in model.named_modules() if isinstance(m, CSLAConv2d)}
         if not modules:
-            modules = {name: carried.vectors for name, carried in carried_scales(model).items()}
+            carried = carried_scales(model)
+            modules = {name: each.vectors for name, each in carried.items()}
+            counts = {name: each.counts for name, each in carried.items()}
         if not modules:
             raise ValueError(
-                f'{type(model).__name__} has no scales: it is no _hs or _csla model, and its convolutions carry none.'
+                f'{type(model).__name__} has no scales: it has no CSLA convolutions, and its plain ones carry none.'
             )
-        architecture = getattr(model, 'architecture', type(model).__name__)
-        strides = getattr(model, 'strides', DEFAULT_STRIDES)
         if provenance is None:
             provenance = getattr(model, 'scales_provenance', None)
-        return cls(architecture, modules, strides, provenance)
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike,
-        architecture: str | None = None,
-        strides: Sequence[int] = DEFAULT_STRIDES,
-    ) -> 'Scales':
-        """Reads scales from a file.
-
-        Args:
-            path: A `.safetensors` file that `save` wrote; a checkpoint of a `_hs` or `_csla` run as timm, torch or
-                safetensors write it; a `*-scales.pth` or a hyper-search checkpoint of the reference repository.
-            architecture: Name of the target model that is hoped for, where the file does not tell and its shapes fit
-                several, or no known one.
-            strides: Strides of stem and stages, where the file does not tell: a bare state dict has no trace of them.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file has no scales, or they do not fit the architecture.
-        """
-        source = os.fspath(path)
-        checkpoint = read_checkpoint(path)
-        metadata = checkpoint.get('__metadata__', {})
-        if metadata.get('format') == _FORMAT:
-            try:
-                return cls._from_own_file(checkpoint, metadata, source)
-            except (KeyError, TypeError) as error:
-                raise ValueError(f'{source}: its header is damaged ({type(error).__name__}: {error}).') from None
-        modules = _modules_of(select_state_dict(checkpoint))
-        if not modules:
-            raise ValueError(
-                f'{source}: no scales in it. Expected a file of scales or a checkpoint of a hyper-search (_hs) model.'
-            )
-        found = _architecture_of(checkpoint, modules, architecture)
-        if found is None and architecture not in ARCHITECTURES:
-            found = architecture
-        if found is None:
-            raise ValueError(
-                f'{source}: the scales of its {len(modules)} modules fit no known architecture '
-                f'({", ".join(ARCHITECTURES)}). Name the architecture if it is one of your own.'
-            )
-        return cls(found, modules, _strides_of(checkpoint) or strides, {'converted_from': Path(source).name}, source)
-
-    @classmethod
-    def _from_own_file(cls, tensors: dict[str, Any], metadata: Mapping[str, str], source: str) -> 'Scales':
-        if int(metadata['version']) > _FORMAT_VERSION:
-            raise ValueError(
-                f'{source}: written in version {metadata["version"]} of its format, this package reads up to '
-                f'{_FORMAT_VERSION}. Upgrade repopt-timm.'
-            )
-        modules: dict[str, dict[str, Tensor]] = {}
-        for key, vector in tensors.items():
-            if key != '__metadata__':
-                module, branch = key.rsplit('.', 1)
-                modules.setdefault(module, {})[branch] = vector
-        strides = json.loads(metadata['strides'])
-        scales = cls(metadata['architecture'], modules, strides, json.loads(metadata['provenance']), source)
-        scales.check_fingerprint(metadata['fingerprint'])
-        return scales
+        return cls(network_name(model), modules, geometry_of(model, modules), counts, provenance)
 
     def check_fingerprint(self, expected: str) -> None:
         """Checks the scales against the fingerprint that was stored with them.
@@ -280,157 +258,39 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
     def save(self, path: str | os.PathLike) -> None:
         """Writes a `.safetensors` file: tensors `<module>.<branch>`, everything else in the header's metadata.
 
+        The metadata are `format`, `version`, `architecture`, `modules` (their names in the order of the
+        network), `geometry` (module name to `str(Geometry)`), `counts`, `fingerprint` and `provenance`.
+
         Args:
-            path: Where to; a process that is killed leaves the old file or the new one.
+            path: File to write; a process that is killed leaves the old file or the new one.
 
         Raises:
             ValueError: If the name does not end in `.safetensors`.
         """
         if Path(path).suffix != '.safetensors':
-            raise ValueError(f"'{path}': scales are saved as .safetensors, choose a name that ends so.")
+            raise ValueError(f"'{path}': scales are saved as .safetensors, choose a name with that ending.")
         tensors = {
             f'{module}.{branch}': v for module, vectors in self._modules.items() for branch, v in vectors.items()
         }
         metadata = {
-            'format': _FORMAT,
-            'version': str(_FORMAT_VERSION),
+            'format': FORMAT,
+            'version': str(FORMAT_VERSION),
             'architecture': self._architecture,
-            'strides': json.dumps(self._strides),
+            'modules': json.dumps(list(self._modules)),
+            'geometry': json.dumps({name: str(each) for name, each in self._geometry.items()}),
+            'counts': json.dumps(self._counts),
             'fingerprint': self._fingerprint,
             'provenance': self._provenance,
         }
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata)
 
-    @classmethod
-    def from_card(cls, path: str | os.PathLike, source: str | None = None) -> 'Scales':
-        """Reads scales from a model card.
 
-        Args:
-            path: A `README.md`.
-            source: What to call it in errors; its path when left out.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the card has no scales, is newer than this package, too large or not in the format, does not
-                match its fingerprint, or its scales do not fit the architecture.
-        """
-        source = source or os.fspath(path)
-        entry = read_entry(path, source)
-        scales = cls(entry.architecture, entry.modules, entry.strides, entry.provenance, source)
-        scales.check_fingerprint(entry.fingerprint)
-        return scales
-
-    @classmethod
-    def from_hub(
-        cls,
-        repo_id: str,
-        revision: str | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        token: str | bool | None = None,
-    ) -> 'Scales':
-        """Reads scales from the card of a repository on the Hugging Face Hub.
-
-        Args:
-            repo_id: Name of the repository, `user/repo`.
-            revision: Branch, tag or commit.
-            cache_dir: The client's cache when left out.
-            token: The token of `hf auth login` when left out.
-
-        Raises:
-            HubError: If the card cannot be had: no such repository, revision or card, no permission, no connection.
-            ValueError: If the card has no scales, or for a reason that `from_card` lists.
-
-        Example:
-            >>> scales = Scales.from_hub('user/repopt_vgg_a0.cifar10')  # doctest: +SKIP
-        """
-        source = str(check_source(repo_id, revision))
-        return cls.from_card(download(repo_id, CARD_FILE, revision, cache_dir, token), source)
-
-    def save_pretrained(self, directory: str | os.PathLike, repo_id: str | None = None) -> None:
-        """Writes a repository of scales without weights: a model card with a picture.
-
-        A card that is there already keeps its other metadata, and the text outside the marks of this package.
-
-        Args:
-            directory: Where to.
-            repo_id: Name that it has on the Hub, for the snippets in the card.
-
-        Raises:
-            ValueError: If an existing card cannot be read, or could not be carried through unchanged.
-        """
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        write_card(Path(directory), repo_id, self._architecture, self.to_entry())
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        private: bool | None = None,
-        revision: str | None = None,
-        create_pr: bool = False,
-        token: str | bool | None = None,
-        commit_message: str = 'Scales of repopt-timm',
-    ) -> str:
-        """Publishes the scales on the Hugging Face Hub; weights that the repository has stay as they are.
-
-        Args:
-            repo_id: Name of the repository, `user/repo`, made if there is none.
-            private: Whether a new repository is private.
-            revision: Branch to commit to, made if there is none.
-            create_pr: Open a pull request instead of changing the branch.
-            token: The token of `hf auth login` when left out.
-            commit_message: Title of the commit.
-
-        Returns:
-            Address of the commit or pull request.
-
-        Raises:
-            HubError: If the repository cannot be written to.
-            ValueError: If its card cannot be read, or could not be carried through unchanged.
-        """
-        entry = self.to_entry()
-
-        def write(folder: Path, name: str, published: frozenset[str]) -> None:
-            write_card(folder, name, self._architecture, entry, published=published)
-
-        return push_folder(repo_id, write, commit_message, private, revision, create_pr, token)
-
-    def to_entry(self) -> CardEntry:
-        """Returns the scales as the code that writes model cards takes them."""
-        return CardEntry(self._architecture, self._strides, self._modules, self._fingerprint, self.provenance)
-
-
-def _depth_key(module: str) -> tuple[bool, list[tuple[int, str]]]:
-    # Files sort their keys, which puts block 10 before block 2 and the stages before the stem.
-    parts = [(int(part), '') if part.isdigit() else (-1, part) for part in module.split('.')]
-    return not module.startswith('stem'), parts
-
-
-def _modules_of(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    modules: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in state_dict.items():
-        if match := _OWN_KEY.fullmatch(key):
-            module, branch = match[1], match[2] or match[3]
-        elif name := scale_name(key):
-            module, branch = name
-        else:
-            continue
-        modules.setdefault(module, {})[branch] = tensor.flatten() if branch == 'identity' else tensor
-    return modules
-
-
-def _architecture_of(
-    checkpoint: Mapping[str, Any], modules: Mapping[str, Mapping[str, Tensor]], preferred: str | None
-) -> str | None:
-    name = checkpoint.get('arch')
-    if isinstance(name, str):
-        name = name.removesuffix('_hs').removesuffix('_csla')
-        if name in ARCHITECTURES:
-            return name
-    channels = {module: len(vectors['kxk']) for module, vectors in modules.items() if 'kxk' in vectors}
-    return infer_architecture(channels, preferred)
-
-
-def _strides_of(checkpoint: Mapping[str, Any]) -> Sequence[int] | None:
-    arguments = getattr(checkpoint.get('args'), 'model_kwargs', None) or {}
-    return arguments.get('strides')
+def _check_branch(branch: str, count: int, shape: Geometry | None, where: str) -> None:
+    try:
+        # Without a geometry any window may fit.
+        made = Branch.of(branch, shape.kernel_size if shape else (2**31 - 1, 2**31 - 1), count)
+    except ValueError as error:
+        raise ValueError(f'{where}: {error}') from None
+    if made.diagonal and shape is not None and shape.stride != (1, 1):
+        raise ValueError(f'{where}: an identity branch needs stride 1, but the convolution has {shape}.')

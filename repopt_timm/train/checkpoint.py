@@ -13,6 +13,9 @@ from timm.utils import get_state_dict, unwrap_model
 from torch import nn
 
 from ..files import replacing
+from ..reparam import kind_of
+from ..scales import Scales
+from ..scales.scale_files import CHECKPOINT_KEY, checkpoint_entry
 from .state import TrainState
 
 __all__ = ['LAST_CHECKPOINT', 'CheckpointSaver', 'load_weights', 'restore', 'versions']
@@ -74,6 +77,8 @@ def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:
         'metric': state.history[-1].get('eval_top1'),
         'history': state.history,
     }
+    if kind_of(model) != 'target':
+        content[CHECKPOINT_KEY] = checkpoint_entry(Scales.from_model(model))
     if state.ema is not None:
         content['state_dict_ema'] = get_state_dict(state.ema, unwrap_model)
     if state.scaler is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..files import write_text
 from ..plot import plot_curves, plot_scales
-from ..scales import Scales
+from ..scales import read_scale_file
 from .arguments import parse_arguments
 from .run import SCALES_FILE, Result, prepare_device, train
 
@@ -80,7 +80,7 @@ def _report(folder: Path, arguments: dict[str, argparse.Namespace], results: dic
     table = '\n'.join(lines)
     write_text(folder / 'report.md', table + '\n')
     print(f'\n{table}\n')
-    scales = Scales.load(results['search'].folder / SCALES_FILE)
+    scales = read_scale_file(results['search'].folder / SCALES_FILE)
     try:
         plot_curves({name: result.history for name, result in results.items()}, folder / 'curves.png')
         plot_scales(scales, folder / 'scales.png', scales.title)

@@ -26,16 +26,16 @@ from timm.utils.clip_grad import dispatch_clip_grad
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..architectures import ARCHITECTURES, DEFAULT_STRIDES
 from ..checkpoints.read import read_checkpoint, select_state_dict
 from ..datasets import class_names, count_classes
 from ..files import write_text
-from ..models import RepOptVgg
+from ..models import ensure_registered
+from ..names import PREFIX, ModelName
 from ..optim import RepOptAdamW, RepOptSGD, clip_grad_norm_
 from ..plot import plot_scales
-from ..reparam import make_grad_mults
+from ..reparam import kind_of, make_grad_mults
 from ..scales import Scales
-from ..sources import default_scales, load_scales
+from ..sources import ScalesSource, default_scales
 from .checkpoint import LAST_CHECKPOINT, CheckpointSaver, load_weights, restore, versions
 from .data import make_datasets, make_loaders
 from .engine import train_one_epoch, validate
@@ -161,6 +161,7 @@ def _variant(model_name: str) -> tuple[str, dict[str, Any]]:
         _, name, saved_args = load_model_config_from_hf(name)
     elif source == 'local-dir':
         _, name, saved_args = load_model_config_from_path(name)
+    ensure_registered(name)
     variant = name.split('.')[0]
     if not timm.is_model(variant):
         near = difflib.get_close_matches(variant, timm.list_models(), 3)
@@ -186,7 +187,8 @@ def _batch_ratio(args: argparse.Namespace) -> float:
 
 
 def _is_target(variant: str) -> bool:
-    return variant in ARCHITECTURES
+    name = ModelName.parse(variant)
+    return name.kind == 'target' and PREFIX in name.architecture
 
 
 def _folder(args: argparse.Namespace) -> tuple[Path, Path | None]:
@@ -216,8 +218,9 @@ def _check_epochs(state: TrainState, folder: Path, world_size: int) -> None:
         )
 
 
-def _make_model(args: argparse.Namespace, scales: Scales | None, dataset: Any, device: torch.device) -> nn.Module:
+def _make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: Any, device: torch.device) -> nn.Module:
     names = class_names(dataset)
+    model_args = {**args.model_kwargs, **({} if scales is None else {'scales': scales})}
     model: Any = timm.create_model(
         args.model,
         pretrained=args.pretrained,
@@ -225,8 +228,7 @@ def _make_model(args: argparse.Namespace, scales: Scales | None, dataset: Any, d
         in_chans=args.in_chans or (args.input_size[0] if args.input_size else None),
         global_pool=args.gp,
         drop_rate=args.drop,
-        scales=scales,
-        **args.model_kwargs,
+        **model_args,
     )
     if args.initial_checkpoint:
         load_weights(model, select_state_dict(read_checkpoint(args.initial_checkpoint)), args.initial_checkpoint)
@@ -247,16 +249,20 @@ def _make_model(args: argparse.Namespace, scales: Scales | None, dataset: Any, d
     return model
 
 
-def _scales(args: argparse.Namespace, variant: str) -> Scales | None:
+def _scales(args: argparse.Namespace, variant: str) -> ScalesSource | None:
     if 'scales' in args.model_kwargs:
         raise ValueError('Give scales with --scales instead of --model-kwargs.')
-    strides = args.model_kwargs.get('strides') or DEFAULT_STRIDES
     if args.scales:
-        return load_scales(args.scales, variant.removesuffix('_hs').removesuffix('_csla'), strides)
+        return args.scales
     # The model of a repository brings the scales of its card.
     own = parse_model_name(args.model)[0] is not None
+    name = ModelName.parse(variant)
+    if name.kind == 'csla' and not own and not args.initial_checkpoint and not args.resume:
+        raise ValueError(
+            f"{variant} needs --scales: a file, 'hf-hub:user/repo' or 'initial'. Search some with {name.of_kind('hs')}."
+        )
     if _is_target(variant) and not own and args.opt.removeprefix('lookahead_').startswith('repopt'):
-        return default_scales(args.model, strides)
+        return default_scales(args.model)
     return None
 
 
@@ -348,7 +354,7 @@ def _csv(history: list[dict[str, Any]]) -> str:
 
 
 def _save_scales(args: argparse.Namespace, result: Result) -> None:
-    if not (isinstance(result.model, RepOptVgg) and result.model.mode == 'hs'):
+    if kind_of(result.model) != 'hs':
         return
     last = result.history[-1]
     provenance = {

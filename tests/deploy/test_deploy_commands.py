@@ -5,7 +5,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from repopt_timm.cli import main
-from repopt_timm.deploy import evaluate
+from repopt_timm.deploy import evaluate, save_onnx
+from repopt_timm.deploy.image_folder import ImageFolder
 
 from ..helpers import tiny_model
 from .conftest import write_checkpoint
@@ -79,6 +80,10 @@ def five_classes(tmp_path):
             "exclude 'conv9': no layer",
         ),
         ('quantize {model} --data {images} --out {tmp}/new.onnx --versus x', '--report'),
+        ('quantize {model} --data {images} --out {model}', 'is the input itself'),
+        ('quantize {model} --data {images} --out {tmp}', 'is a folder'),
+        ('compare-int8 {model} --data {images} --out {five}', 'is not a folder'),
+        ('export test_repopt_vgg --onnx {tmp}/new.onnx', 'There are no trained weights'),
         ('quantize {tmp}/text.onnx --data {images} --out {tmp}/new.onnx', 'is not a readable ONNX model'),
         ('evaluate {tmp}/text.onnx --data {images}', 'is not a readable ONNX model'),
         ('evaluate {five} --data {images}', 'The model has 5 classes, but the folder'),
@@ -101,7 +106,22 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
     assert error.startswith('error: ')
     assert message in error
     assert error.count('\n') == 1
+    assert 'pretrained=' not in error
     assert sorted(tmp_path.rglob('*')) == before
+
+
+@pytest.mark.parametrize(
+    ('kind', 'arguments', 'message'), [('int8', '', 'quantised already'), ('float', '--exclude conv9', 'no layer')]
+)
+def test_what_is_known_beforehand_is_said_before_the_calibration(
+    kind, arguments, message, quantization, images, tmp_path, capsys, monkeypatch
+):
+    done = quantization()
+    save_onnx({'int8': done.quantized, 'float': done.model}[kind], tmp_path / 'model.onnx')
+    monkeypatch.setattr(ImageFolder, 'batches', lambda *args, **kwargs: pytest.fail('images were read'))
+    paths = ['--data', str(images), '--out', str(tmp_path / 'new.onnx')]
+    assert main(['quantize', str(tmp_path / 'model.onnx'), *paths, *arguments.split()]) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -43,15 +43,26 @@ def test_variants_have_their_published_sizes(name, millions):
 
 
 @pytest.mark.parametrize('architecture', ARCHITECTURES)
+def test_the_architecture_states_the_models_convolutions(architecture):
+    model = timm.create_model(architecture, device='meta')
+    convs = {name: module.out_channels for name, module in model.named_modules() if name.endswith('.conv')}
+    assert ARCHITECTURES[architecture].out_channels() == convs
+
+
 @pytest.mark.parametrize('strides', [(2, 2, 2, 2, 2), (1, 1, 2, 1, 1)])
-def test_the_architecture_tells_the_models_convolutions(architecture, strides):
-    model = timm.create_model(architecture, device='meta', strides=strides)
-    convs = {name: module for name, module in model.named_modules() if name.endswith('.conv')}
-    specs = ARCHITECTURES[architecture].convs(strides)
-    assert [spec.name for spec in specs] == list(convs)
-    for spec, conv in zip(specs, convs.values()):
-        assert (spec.in_channels, spec.out_channels) == (conv.in_channels, conv.out_channels)
-        assert (spec.stride, spec.stride) == conv.stride
+def test_strides_are_those_of_the_stem_and_of_each_stages_first_block(strides):
+    model = timm.create_model('repopt_vgg_b0', device='meta', strides=strides)
+    firsts = [model.stem, *(stage[0] for stage in model.stages)]
+    assert tuple(block.conv.stride[0] for block in firsts) == strides
+    assert model.stages[1][1].conv.stride == (1, 1)
+
+
+def test_stem_and_stages_are_initialized_alike():
+    model = timm.create_model('repopt_vgg_b0')
+    for name in ('stem.conv', 'stages.0.1.conv', 'stages.2.0.conv'):
+        conv = model.get_submodule(name)
+        fan_out = 9 * conv.out_channels
+        assert conv.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
 
 
 def test_all_kinds_of_all_variants_are_listed():
@@ -125,7 +136,7 @@ def test_the_plain_twin_is_a_target_in_every_respect(tmp_path):
     again.load_state_dict(plain.state_dict())
     save_for_hf(plain, tmp_path)
     assert json.loads((tmp_path / 'config.json').read_text())['architecture'] == TINY
-    with pytest.raises(ValueError, match='is a target model already'):
+    with pytest.raises(ValueError, match='is plain already'):
         plain.to_plain()
 
 
@@ -134,13 +145,23 @@ def test_a_search_starts_from_given_scales():
     assert tiny_model('_hs', scales=scales).scales == scales
 
 
-def test_csla_needs_scales_and_says_how_to_get_them():
-    with pytest.raises(ValueError, match=r'test_repopt_vgg_csla needs scales=.*test_repopt_vgg_hs'):
-        timm.create_model(f'{TINY}_csla')
+def test_a_csla_model_without_scales_raises_until_a_checkpoint_brings_them(tmp_path):
+    trained = tiny_model('_csla', scales=random_scales()).eval()
+    empty = tiny_model('_csla')
+    for use in (lambda: empty(IMAGES), empty.to_plain, lambda: Scales.from_model(empty)):
+        with pytest.raises(ValueError, match=r'has no scales yet\. Create the model with scales='):
+            use()
+    torch.save(trained.state_dict(), tmp_path / 'trained.pth')
+    loaded = tiny_model('_csla', checkpoint_path=tmp_path / 'trained.pth').eval()
+    assert torch.equal(loaded(IMAGES), trained(IMAGES))
+    save_for_hf(trained, tmp_path / 'saved', model_config={'num_classes': 5})
+    again = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True).eval()
+    assert torch.equal(again(IMAGES), trained(IMAGES))
+    assert again.scales == trained.scales
 
 
 def test_a_target_starts_by_the_rule_of_initialization_unless_it_has_weights(tmp_path):
-    scales = Scales.initial(TINY)
+    scales = Scales.initial(tiny_model())
     trained = tiny_model()
     torch.save(trained.state_dict(), tmp_path / 'trained.pth')
     loaded = tiny_model(scales=scales, checkpoint_path=tmp_path / 'trained.pth')

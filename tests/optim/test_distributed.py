@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from repopt_timm import clip_grad_norm_, make_grad_mults
+from repopt_timm import attach_scales, clip_grad_norm_, make_grad_mults
 from repopt_timm.optim import RepOptAdamW, RepOptSGD
 
 from ..helpers import relative_difference
@@ -66,7 +66,7 @@ def ddp_against_one_process(rank, count):
     torch.manual_seed(0)
     nets = fixed_net(), fixed_net()
     nets[1].load_state_dict(nets[0].state_dict())
-    nets[1].set_scales(nets[0].scales, init=False)
+    attach_scales(nets[1], nets[0].scales)
     train(nets[0], RepOptSGD(nets[0].parameters(), grad_mults=make_grad_mults(nets[0]), **SETTINGS))
     spread = DistributedDataParallel(nets[1])
     train(spread, RepOptSGD(spread.parameters(), grad_mults=make_grad_mults(spread), **SETTINGS), rank, count)
@@ -77,7 +77,7 @@ def fsdp_against_one_process(rank, count, rule, kwargs):
     torch.manual_seed(0)
     net, sharded = fixed_net(), fixed_net()
     sharded.load_state_dict(net.state_dict())
-    sharded.set_scales(net.scales, init=False)
+    attach_scales(sharded, net.scales)
     mesh = init_device_mesh('cpu', (count,))
     for stage in sharded.stages:
         fully_shard(stage, mesh=mesh)

@@ -5,7 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from repopt_timm.reparam import Branch, CSLAConv2d, branch_names, embed, make_grad_mults
+from repopt_timm.reparam import Branch, CSLAConv2d, embed, make_grad_mults
+from repopt_timm.reparam.branches import make_branches
+from repopt_timm.reparam.prior import repvgg_branches
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-4}
 
@@ -34,7 +36,7 @@ def convs(draw):
 
 def csla(conv, **kwargs):
     """A CSLA convolution with scales that differ from channel to channel."""
-    module = CSLAConv2d(conv, dtype=conv.weight.dtype, **kwargs)
+    module = CSLAConv2d(conv, repvgg_branches(conv), **kwargs)
     module.set_vectors({name: torch.randn(conv.out_channels) + 0.1 for name in module.branches})
     return module
 
@@ -43,11 +45,13 @@ def separately(module, x):
     """The sum of the branches' outputs, each branch a convolution of its own."""
     total = 0 if module.bias is None else module.bias.view(1, -1, 1, 1)
     for name, operator in module.branches.items():
+        window = operator.weight.shape[2:]
         padding = [
             outer - (d * (size - inner)) // 2
-            for outer, d, size, inner in zip(module.padding, module.dilation, module.kernel_size, operator.kernel_size)
+            for outer, d, size, inner in zip(module.padding, module.dilation, module.kernel_size, window)
         ]
-        y = F.conv2d(x, operator.weight, None, module.stride, padding, module.dilation, operator.groups)
+        groups = module.out_channels if name == 'identity' else module.groups
+        y = F.conv2d(x, operator.weight, None, module.stride, padding, module.dilation, groups)
         total = total + (y if name == 'identity' else y * operator.scale.view(1, -1, 1, 1))
     return total
 
@@ -95,8 +99,9 @@ def test_a_grad_mult_is_the_sum_of_scaled_support_masks(conv, update_rule):
     vectors = csla(conv).vectors()
     expected = torch.zeros_like(conv.weight)
     for name, vector in vectors.items():
-        branch = Branch.of(name, conv)
-        mask = embed(torch.ones_like(branch.operator(conv).weight), conv.weight.shape, branch)
+        branch = Branch.of(name, conv.kernel_size)
+        operator = torch.ones(branch.operator_shape(conv.weight.shape), dtype=conv.weight.dtype)
+        mask = embed(operator, conv.weight.shape, branch)
         power = {'sgd': 2, 'adamw': 1}[update_rule]
         expected += mask if name == 'identity' else vector.abs().view(-1, 1, 1, 1) ** power * mask
     mult = make_grad_mults(nn.Sequential(conv), {'0': vectors}, update_rule)[conv.weight]
@@ -109,21 +114,17 @@ def test_the_identity_of_a_grouped_convolution_lies_on_each_groups_diagonal():
     conv = nn.Conv2d(6, 6, 3, padding=1, groups=2, bias=False)
     x = torch.randn(1, 6, 5, 5)
     with torch.no_grad():
-        conv.weight.copy_(embed(torch.ones(6, 1, 1, 1), conv.weight.shape, Branch.of('identity', conv)))
+        conv.weight.copy_(embed(torch.ones(6, 1, 1, 1), conv.weight.shape, Branch.of('identity', (3, 3))))
     torch.testing.assert_close(conv(x), x)
 
 
 def test_a_branch_of_another_window_is_named_by_its_size():
-    conv = nn.Conv2d(4, 4, 3, padding=1)
-    assert Branch.of('1x3', conv) == Branch('1x3', (1, 3))
+    assert Branch.of('1x3', (3, 3)) == Branch('1x3', (1, 3))
 
 
 @pytest.mark.parametrize(
     ('arguments', 'branch', 'message'),
     [
-        ({'kernel_size': 2}, '1x1', 'odd kernel'),
-        ({'kernel_size': 3}, '1x1', 'padding'),
-        ({'kernel_size': 3, 'padding': 'valid'}, '1x1', 'padding'),
         ({'kernel_size': 3, 'padding': 1, 'stride': 2}, 'identity', 'stride'),
         ({'kernel_size': 3, 'padding': 1}, '5x5', 'does not fit'),
         ({'kernel_size': 3, 'padding': 1}, 'avg', 'Unknown branch'),
@@ -131,10 +132,15 @@ def test_a_branch_of_another_window_is_named_by_its_size():
 )
 def test_a_branch_that_cannot_be_embedded_is_refused(arguments, branch, message):
     with pytest.raises(ValueError, match=message):
-        Branch.of(branch, nn.Conv2d(4, 4, **arguments))
+        make_branches([branch], nn.Conv2d(4, 4, **arguments))
+
+
+def test_two_branches_of_one_name_are_refused_in_favour_of_a_count():
+    with pytest.raises(ValueError, match=r"'kxk' stands there 2 times. Write \{'kxk': 2\}"):
+        make_branches(['kxk', '1x1', 'kxk'], nn.Conv2d(4, 4, 3, padding=1))
 
 
 def test_a_block_has_an_identity_only_where_shapes_allow_it():
-    assert branch_names(8, 8, (3, 3), (1, 1)) == ('1x1', 'identity', 'kxk')
-    assert branch_names(8, 8, (3, 3), (2, 2)) == ('1x1', 'kxk')
-    assert branch_names(4, 8, (1, 1), (1, 1)) == ('kxk',)
+    assert list(repvgg_branches(nn.Conv2d(8, 8, 3))) == ['1x1', 'identity', 'kxk']
+    assert list(repvgg_branches(nn.Conv2d(8, 8, 3, stride=2))) == ['1x1', 'kxk']
+    assert list(repvgg_branches(nn.Conv2d(4, 8, 1))) == ['kxk']

@@ -33,6 +33,24 @@ def test_the_rule_of_initialization_adds_the_searched_identity():
     torch.testing.assert_close(difference, expected)
 
 
+@pytest.mark.parametrize(('branch', 'fan_in', 'taps'), [('kxk', 9 * 32, slice(None)), ('1x1', 32, slice(1, 2))])
+def test_operators_are_drawn_as_pytorch_draws_a_convolution(branch, fan_in, taps):
+    model = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1))
+    initialize(model, {'0': {branch: torch.full((64,), 2.0)}})
+    drawn = model[0].weight[:, :, taps, taps]
+    bound = 2.0 / fan_in**0.5
+    assert drawn.abs().max() <= bound
+    assert drawn.std().item() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+def test_a_count_adds_independent_draws():
+    model = nn.Sequential(nn.Conv2d(32, 64, 3, padding=1))
+    initialize(model, Scales('', {'0': {'kxk': torch.ones(64)}}, counts={'0': {'kxk': 4}}))
+    bound = 1 / (9 * 32) ** 0.5
+    assert model[0].weight.std().item() == pytest.approx(2 * bound / 3**0.5, rel=0.05)
+    assert model[0].weight.abs().max() > bound
+
+
 def test_initialization_leaves_other_modules_alone():
     model = net()
     before = copy.deepcopy(model[2].state_dict())
@@ -71,7 +89,7 @@ def test_carried_scales_survive_what_happens_to_models(wrap):
 def test_grad_mults_cost_next_to_nothing():
     with torch.device('meta'):
         model = timm.create_model('repopt_vgg_b1')
-    attach_scales(model, Scales.initial('repopt_vgg_b1'))
+    attach_scales(model, Scales.initial(model))
     mults = make_grad_mults(model)
     size = sum(param.nbytes for param in mults)
     assert sum(mult.nbytes for mult in mults.values()) < 0.02 * size

@@ -15,11 +15,12 @@ from timm.models import resume_checkpoint
 
 from repopt_timm import Scales, save_pretrained
 from repopt_timm.publish import model_from_checkpoint
+from repopt_timm.scales import read_scale_file
 from repopt_timm.train import run
 from repopt_timm.train.arguments import parse_arguments
 from repopt_timm.train.main import main
 
-TINY = 'test_repopt_vgg'
+from ..helpers import TINY, tiny_model
 
 
 @pytest.fixture(scope='module')
@@ -133,9 +134,9 @@ def test_processes_that_find_different_checkpoints_do_not_go_on(arguments, tmp_p
 
 def test_a_search_leaves_its_scales_with_their_provenance(arguments, tmp_path):
     main(arguments('--model-kwargs', 'strides=(2,1,2,2,2)', model=f'{TINY}_hs'))
-    scales = Scales.load(tmp_path / 'run/scales.safetensors')
-    assert scales == Scales.load(tmp_path / 'run/last.pth.tar')
-    assert scales != Scales.initial(TINY, (2, 1, 2, 2, 2))
+    scales = read_scale_file(tmp_path / 'run/scales.safetensors')
+    assert scales == read_scale_file(tmp_path / 'run/last.pth.tar')
+    assert scales != Scales.initial(tiny_model(strides=(2, 1, 2, 2, 2)))
     assert scales.provenance['epochs'] == 3
     assert scales.provenance['seed'] == 1
     assert (tmp_path / 'run/scales.png').stat().st_size > 1000
@@ -144,18 +145,18 @@ def test_a_search_leaves_its_scales_with_their_provenance(arguments, tmp_path):
 def test_the_names_of_the_classes_go_into_the_checkpoint_and_from_there_into_a_repository(arguments, tmp_path):
     main(arguments('--scales', 'initial', '--epochs', '1'))
     assert read(tmp_path / 'run')['label_names'] == ['dark', 'light']
-    save_pretrained(tmp_path / 'run/last.pth.tar', tmp_path / 'saved', scales=Scales.initial(TINY))
+    save_pretrained(tmp_path / 'run/last.pth.tar', tmp_path / 'saved', scales=Scales.initial(tiny_model()))
     loaded = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True)
     assert list(loaded.pretrained_cfg['label_names']) == ['dark', 'light']
 
 
 def test_a_target_is_trained_with_the_scales_it_is_given(arguments, tmp_path):
-    Scales.initial(TINY).save(tmp_path / 'searched.safetensors')
+    Scales.initial(tiny_model()).save(tmp_path / 'searched.safetensors')
     main(arguments('--scales', str(tmp_path / 'searched.safetensors')))
     checkpoint = read(tmp_path / 'run')
     assert checkpoint['args'].opt == 'repopt_sgd'
     fingerprints = {group['scales_fingerprint'] for group in checkpoint['optimizer']['param_groups']}
-    assert fingerprints == {Scales.initial(TINY).fingerprint}
+    assert fingerprints == {Scales.initial(tiny_model()).fingerprint}
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert [row['epoch'] for row in rows] == ['0', '1', '2']
     assert float(rows[-1]['eval_top1']) >= 50
@@ -228,7 +229,7 @@ def test_the_whole_way_in_one_call(arguments, tmp_path, capsys):
 
 
 def test_a_published_model_is_fine_tuned_with_its_own_scales(arguments, tmp_path):
-    scales = Scales.initial(TINY)
+    scales = Scales.initial(tiny_model())
     save_pretrained(timm.create_model(TINY, num_classes=7, scales=scales), tmp_path / 'published')
     model = f'local-dir:{tmp_path / "published"}'
     main(arguments('--pretrained', '--epochs', '1', model=model))
@@ -240,7 +241,7 @@ def test_a_published_model_is_fine_tuned_with_its_own_scales(arguments, tmp_path
 
 def test_the_strides_of_a_published_model_are_those_of_the_checkpoint(arguments, tmp_path):
     strides = (1, 1, 2, 2, 2)
-    scales = Scales.initial(TINY, strides)
+    scales = Scales.initial(tiny_model(strides=strides))
     published = timm.create_model(TINY, num_classes=7, scales=scales, strides=strides)
     save_pretrained(published, tmp_path / 'published')
     main(arguments('--pretrained', '--epochs', '1', model=f'local-dir:{tmp_path / "published"}'))
@@ -249,7 +250,7 @@ def test_the_strides_of_a_published_model_are_those_of_the_checkpoint(arguments,
 
 
 def test_a_checkpoint_remembers_what_pretrained_weights_expect_of_images(arguments, tmp_path):
-    published = timm.create_model(TINY, num_classes=7, scales=Scales.initial(TINY), global_pool='max')
+    published = timm.create_model(TINY, num_classes=7, scales=Scales.initial(tiny_model()), global_pool='max')
     expected = {'mean': (0.3, 0.4, 0.5), 'std': (0.1, 0.2, 0.3), 'crop_pct': 0.9, 'interpolation': 'bilinear'}
     published.pretrained_cfg |= expected
     save_pretrained(published, tmp_path / 'published')
@@ -266,7 +267,7 @@ def test_grey_images_have_one_channel(arguments):
 
 def test_an_averaged_search_leaves_the_averaged_scales(arguments, tmp_path):
     main(arguments('--model-ema', '--model-ema-decay', '0.5', model=f'{TINY}_hs'))
-    assert Scales.load(tmp_path / 'run/scales.safetensors') == Scales.load(tmp_path / 'run/last.pth.tar')
+    assert read_scale_file(tmp_path / 'run/scales.safetensors') == read_scale_file(tmp_path / 'run/last.pth.tar')
 
 
 @pytest.mark.parametrize(

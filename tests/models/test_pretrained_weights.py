@@ -5,7 +5,8 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from repopt_timm.models import weights
+from repopt_timm import save_scales_card
+from repopt_timm.models import pretrained_weights as weights
 
 from ..helpers import TINY, random_scales, tiny_model
 
@@ -16,7 +17,7 @@ def repository(tmp_path):
     scales = random_scales()
     model = tiny_model(scales=scales)
     save_for_hf(model, tmp_path, safe_serialization=True)
-    scales.save_pretrained(tmp_path)
+    save_scales_card(scales, tmp_path)
     return tmp_path, model, scales
 
 

@@ -11,9 +11,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from timm.models import save_for_hf
 
-from repopt_timm import Scales
+from repopt_timm import Scales, load_scales, push_scales
+from repopt_timm.cards.document import read_card_scales
 from repopt_timm.optim import build_repopt_sgd
 from repopt_timm.publish import push_to_hub, save_pretrained
+from repopt_timm.reparam import kind_of
 
 from .helpers import TINY, random_scales, tiny_model
 
@@ -41,7 +43,9 @@ def checkpoint_of(model, path, **args):
             'arch': model.pretrained_cfg['architecture'],
             'state_dict': model.state_dict(),
             'epoch': 2,
-            'optimizer': build_repopt_sgd(model, model.scales, lr=0.1).state_dict() if model.mode == 'target' else {},
+            'optimizer': build_repopt_sgd(model, model.scales, lr=0.1).state_dict()
+            if kind_of(model) == 'target'
+            else {},
             'args': argparse.Namespace(model_kwargs={}, **args),
             'history': [{'epoch': 2, 'eval_top1': 91.25, 'eval_top5': 99.5}],
         },
@@ -62,7 +66,7 @@ def test_a_model_goes_from_one_cache_into_another(hub, client, images):
     pulled = timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()
     assert torch.equal(pulled(images), model(images))
     assert pulled.num_classes == 5
-    assert Scales.from_hub(REPO) == model.scales
+    assert load_scales(f'hf-hub:{REPO}') == model.scales
     client('other', offline=True)
     again = timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()
     assert torch.equal(again(images), model(images))
@@ -101,7 +105,7 @@ def test_the_card_shows_results_and_training(hub, client):
     training = {'dataset': 'digits', 'epochs': 3}
     push_to_hub(trained(), REPO, metrics={'top1': 97.5}, training=training)
     # An update of the scales alone is about the same weights.
-    random_scales().push_to_hub(REPO)
+    push_scales(random_scales(), REPO)
     card = ModelCard.load(REPO)
     (result,) = card.data.eval_results
     assert (result.dataset_name, result.metric_type, result.metric_value) == ('digits', 'accuracy', 97.5)
@@ -186,7 +190,7 @@ def test_a_card_of_a_model_with_branches_offers_no_optimizer_that_refuses_it(tmp
 def test_the_checkpoint_of_a_search_brings_its_scales(tmp_path):
     model = trained('_hs')
     save_pretrained(checkpoint_of(model, tmp_path / 'last.pth.tar', dataset='digits'), tmp_path / 'local')
-    assert Scales.from_card(tmp_path / 'local/README.md') == model.scales
+    assert read_card_scales(tmp_path / 'local/README.md') == model.scales
 
 
 def test_a_checkpoint_that_does_not_tell_its_model_is_refused(tmp_path):
@@ -198,7 +202,7 @@ def test_a_checkpoint_that_does_not_tell_its_model_is_refused(tmp_path):
 
 def test_scales_of_another_network_are_not_published(hub, client):
     with pytest.raises(ValueError, match='are scales of repopt_vgg_a0, but the model is a test_repopt_vgg'):
-        push_to_hub(trained(), REPO, scales=Scales.initial('repopt_vgg_a0'))
+        push_to_hub(trained(), REPO, scales=Scales.initial(timm.create_model('repopt_vgg_a0')))
     with pytest.raises(ValueError, match='no dataset is named'):
         push_to_hub(trained(), REPO, metrics={'top1': 97.5})
     assert not hub.requests
@@ -208,7 +212,7 @@ def test_a_model_without_scales_goes_without(tmp_path):
     save_pretrained(tiny_model(), tmp_path)
     assert set(read_tree(tmp_path)) == TREE - {'scales.png'}
     with pytest.raises(ValueError, match="no key 'repopt'"):
-        Scales.from_card(tmp_path / 'README.md')
+        read_card_scales(tmp_path / 'README.md')
 
 
 def test_a_checkpoints_training_curves_are_drawn(tmp_path):
@@ -225,7 +229,7 @@ def test_the_picture_of_the_training_curves_comes_along(hub, client, tmp_path):
     Image.new('RGB', (4, 4)).save(tmp_path / 'c.png')
     push_to_hub(trained(), REPO, curves=tmp_path / 'c.png')
     assert hub.repo(REPO).read('curves.png') == (tmp_path / 'c.png').read_bytes()
-    random_scales().push_to_hub(REPO)
+    push_scales(random_scales(), REPO)
     assert '(curves.png)' in ModelCard.load(REPO).text
 
 
@@ -254,9 +258,9 @@ def test_no_config_names_scales(hub, client, tmp_path, kind):
 def test_what_timm_pushes_takes_scales_afterwards(hub, client, images):
     model = trained()
     timm.models.push_to_hf_hub(model, REPO)
-    model.scales.push_to_hub(REPO)
+    push_scales(model.scales, REPO)
     client('other', token=None)
-    assert Scales.from_hub(REPO) == model.scales
+    assert load_scales(f'hf-hub:{REPO}') == model.scales
     assert torch.equal(timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()(images), model(images))
     assert 'Model card for tiny' in ModelCard.load(REPO).text
 

@@ -5,10 +5,10 @@ from typing import Any
 
 import timm
 
-from .architectures import infer_architecture
-from .checkpoints.read import read_checkpoint, select_state_dict
-from .checkpoints.reference_layout import target_state_dict
-from .models import RepOptVgg
+from ..architectures import infer_architecture
+from ..checkpoints.read import read_checkpoint, select_state_dict
+from ..checkpoints.reference_layout import target_state_dict
+from .repopt_vgg import RepOptVgg
 
 __all__ = ['model_from_reference']
 

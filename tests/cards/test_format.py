@@ -8,11 +8,12 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from repopt_timm import Scales
-from repopt_timm.cards.format import BEGIN, END, decode_entry, encode_entry, eval_results
+from repopt_timm import Scales, save_scales_card
+from repopt_timm.cards.document import BEGIN, END, eval_results, read_card_scales
+from repopt_timm.cards.format import decode_scales, encode_scales
 from repopt_timm.cards.writing import write_card
 
-from .helpers import TINY, random_scales
+from ..helpers import TINY, random_scales
 
 RESULTS = """\
 model-index:
@@ -30,9 +31,12 @@ model-index:
 """
 
 
+STEM = 'any -> {} channels, 3x3, stride 2x2, groups 1'
+
+
 @pytest.fixture
 def card(tmp_path):
-    random_scales().with_provenance({'dataset': 'digits', 'epochs': 3}).save_pretrained(tmp_path)
+    save_scales_card(random_scales().with_provenance({'dataset': 'digits', 'epochs': 3}), tmp_path)
     return tmp_path / 'README.md'
 
 
@@ -50,28 +54,33 @@ def rewrite(card: Path, change) -> None:
 def test_every_bit_comes_back():
     scales = random_scales(strides=(1, 1, 2, 2, 2)).with_provenance({'dataset': 'digits', 'versions': {'timm': '1'}})
     odd = dict(scales['stem.conv'], kxk=torch.tensor([-0.0, 1e-45, 3e38, 0.1] * 4))
-    scales = Scales(TINY, {**scales, 'stem.conv': odd}, scales.strides, scales.provenance)
-    text = yaml.safe_dump(encode_entry(scales.to_entry()))
-    entry = decode_entry(yaml.safe_load(text), 'text')
-    back = Scales(entry.architecture, entry.modules, entry.strides, entry.provenance)
+    counts = {'stem.conv': {'kxk': 4}}
+    scales = Scales(TINY, {**scales, 'stem.conv': odd}, scales.geometry, counts, scales.provenance)
+    back = decode_scales(yaml.safe_load(yaml.safe_dump(encode_scales(scales), sort_keys=False)), 'text')
     assert back == scales
-    assert entry.fingerprint == scales.fingerprint
     assert back.provenance == scales.provenance
-    assert back.strides == (1, 1, 2, 2, 2)
+    assert (back.geometry, back.counts) == (scales.geometry, scales.counts)
+
+
+def test_bytes_of_one_significance_stand_together_which_makes_a_card_smaller():
+    vector = 1 + 0.1 * torch.randn(4096)
+    scales = Scales('net', {'conv': {'kxk': vector}})
+    packed = base64.b64decode(encode_scales(scales)['modules']['conv']['data'])
+    assert len(packed) < 0.9 * len(zlib.compress(vector.numpy().tobytes(), 9))
 
 
 @pytest.mark.parametrize(('architecture', 'limit'), [('repopt_vgg_b1', 300_000), ('repopt_vgg_l2', 600_000)])
 def test_a_card_is_small(tmp_path, architecture, limit):
     scales = random_scales(architecture)
-    scales.save_pretrained(tmp_path)
+    save_scales_card(scales, tmp_path)
     assert (tmp_path / 'README.md').stat().st_size < limit
-    assert Scales.from_card(tmp_path / 'README.md') == scales
+    assert read_card_scales(tmp_path / 'README.md') == scales
 
 
 def test_the_same_scales_make_the_same_card(card):
     first = {file.name: file.read_bytes() for file in card.parent.iterdir()}
     assert set(first) == {'README.md', 'scales.png'}
-    Scales.from_card(card).save_pretrained(card.parent)
+    save_scales_card(read_card_scales(card), card.parent)
     assert {file.name: file.read_bytes() for file in card.parent.iterdir()} == first
 
 
@@ -83,9 +92,9 @@ def test_an_update_keeps_what_others_wrote(card):
     model_card.text = f'# My notes\n{model_card.text}\nMore of mine.\n'
     model_card.save(card)
     scales = random_scales()
-    scales.save_pretrained(card.parent)
+    save_scales_card(scales, card.parent)
     text, data = card.read_text(), metadata_of(card)
-    assert Scales.from_card(card) == scales
+    assert read_card_scales(card) == scales
     assert (data['license'], data['datasets'], data['my-key']) == ('mit', ['digits'], {'nested': [1, 'two', None]})
     assert '# My notes' in text.split(BEGIN)[0]
     assert 'More of mine.' in text.split(END)[1]
@@ -94,7 +103,7 @@ def test_an_update_keeps_what_others_wrote(card):
 
 def test_a_card_of_somebody_elses_gets_our_text_after_its_own(tmp_path):
     (tmp_path / 'README.md').write_text('# Only text, and no metadata\n')
-    random_scales().save_pretrained(tmp_path)
+    save_scales_card(random_scales(), tmp_path)
     assert ModelCard.load(tmp_path / 'README.md').text.startswith(f'# Only text, and no metadata\n\n{BEGIN}')
 
 
@@ -102,15 +111,15 @@ def test_marks_that_were_torn_apart_are_not_guessed_about(card):
     card.write_text(card.read_text().replace(END, ''))
     before = card.read_bytes()
     with pytest.raises(ValueError, match='one begin mark of repopt-timm and one end mark after it, found 1 and 0'):
-        random_scales().save_pretrained(card.parent)
+        save_scales_card(random_scales(), card.parent)
     assert card.read_bytes() == before
 
 
 def test_results_are_merged_into_the_index(card):
     card.write_text(card.read_text().replace('---\n', f'---\n{RESULTS}', 1))
-    scales = Scales.from_card(card)
+    scales = read_card_scales(card)
     results = eval_results({'dataset': 'digits', 'top1': 98.0, 'top5': 99.9})
-    write_card(card.parent, None, TINY, scales.to_entry(), results)
+    write_card(card.parent, None, TINY, scales, results)
     found = [(r.dataset_name, r.metric_name, r.metric_value) for r in ModelCard.load(card).data.eval_results]
     assert found == [
         ('digits', 'Top-1 accuracy', 98.0),
@@ -118,7 +127,7 @@ def test_results_are_merged_into_the_index(card):
     ]
     write_card(card.parent, None, TINY, None, eval_results({'dataset': 'cifar10', 'top1': 90.0}))
     assert [result.metric_value for result in ModelCard.load(card).data.eval_results] == [98.0, 99.9, 90.0]
-    assert Scales.from_card(card) == scales
+    assert read_card_scales(card) == scales
 
 
 @pytest.mark.parametrize(
@@ -132,13 +141,13 @@ def test_results_are_merged_into_the_index(card):
     ids=['two models', 'no results', 'text', 'unknown field'],
 )
 def test_an_index_that_the_client_would_change_is_left_alone(card, index):
-    scales = Scales.from_card(card)
+    scales = read_card_scales(card)
     card.write_text(card.read_text().replace('---\n', f'---\n{index}', 1))
     before = card.read_bytes()
     with pytest.raises(ValueError, match=r'README\.md: its metadata.*model.index'):
-        random_scales().save_pretrained(card.parent)
+        save_scales_card(random_scales(), card.parent)
     assert card.read_bytes() == before
-    assert Scales.from_card(card) == scales
+    assert read_card_scales(card) == scales
 
 
 def test_a_tampered_card_is_refused(card):
@@ -146,14 +155,14 @@ def test_a_tampered_card_is_refused(card):
     forged = {'data': base64.b64encode(zlib.compress(values)).decode()}
     rewrite(card, lambda entry: entry['modules']['stem.conv'].update(forged))
     with pytest.raises(ValueError, match=r'README\.md: the scales do not match their fingerprint'):
-        Scales.from_card(card)
+        read_card_scales(card)
 
 
 def test_a_card_that_is_too_new_asks_for_an_upgrade_and_is_not_overwritten(card):
-    rewrite(card, lambda entry: entry.update(format=2))
+    rewrite(card, lambda entry: entry.update(format=3))
     before = card.read_bytes()
-    for call in (lambda: Scales.from_card(card), lambda: random_scales().save_pretrained(card.parent)):
-        with pytest.raises(ValueError, match=r'README\.md.*version 2 of its format.*upgrade repopt-timm'):
+    for call in (lambda: read_card_scales(card), lambda: save_scales_card(random_scales(), card.parent)):
+        with pytest.raises(ValueError, match=r'README\.md.*version 3 of its format.*upgrade repopt-timm'):
             call()
     assert card.read_bytes() == before
 
@@ -164,14 +173,16 @@ def test_a_card_that_is_too_new_asks_for_an_upgrade_and_is_not_overwritten(card)
         (lambda e: e.pop('modules'), "has no 'modules'"),
         (lambda e: e.update(format='1'), "'format' is text of 1 characters, expected an integer"),
         (lambda e: e.update(modules=['stem.conv']), "'modules' is a value of type list, expected a mapping"),
-        (lambda e: e.update(strides=[2, '2']), 'strides are no short list of integers'),
         (lambda e: e.update(architecture="x'); import os"), 'architecture: found text of 14 characters'),
         (lambda e: e['modules'].update({7: {}}), 'name of a module: found a value of type int'),
         (lambda e: e['modules'].update({'stem.conv': 'eJz'}), "module 'stem.conv' is text of 3 characters"),
-        (lambda e: e['modules']['stem.conv'].update(data='eJz#'), 'no zlib stream in base64'),
-        (lambda e: e['modules']['stem.conv'].update(channels=15), 'unpacks to more than 120 bytes'),
-        (lambda e: e['modules']['stem.conv'].update(channels=17), 'unpacks to 128 bytes, expected 136'),
-        (lambda e: e['modules']['stem.conv'].update(channels=1 << 40), '1099511627776 channels are refused'),
+        (lambda e: e['modules']['stem.conv'].update(data='eJz#'), 'is not a zlib stream in base64'),
+        (lambda e: e['modules']['stem.conv'].update(geometry=STEM.format(15)), 'unpacks to more than 120 bytes'),
+        (lambda e: e['modules']['stem.conv'].update(geometry=STEM.format(17)), 'unpacks to 128 bytes, expected 136'),
+        (lambda e: e['modules']['stem.conv'].update(geometry=STEM.format(2 << 20)), '2097152 channels are refused'),
+        (lambda e: e['modules']['stem.conv'].update(geometry='3x3'), "'3x3' is not a geometry such as"),
+        (lambda e: e['modules']['stem.conv'].update(data=with_rest(e)), 'unpacks to 128 bytes, expected 128'),
+        (lambda e: e['modules']['stem.conv'].update(counts={'kxk': 0}), 'has the count 0, expected'),
         (lambda e: e['modules']['stem.conv'].update(branches=['kxk', '1x1']), 'are not sorted'),
         (lambda e: e['provenance'].update({3: 4}), 'provenance has a value of type int as a key'),
     ],
@@ -179,7 +190,11 @@ def test_a_card_that_is_too_new_asks_for_an_upgrade_and_is_not_overwritten(card)
 def test_what_is_not_in_the_format_is_named(card, change, message):
     rewrite(card, change)
     with pytest.raises(ValueError, match=rf'README\.md.*{message}'):
-        Scales.from_card(card)
+        read_card_scales(card)
+
+
+def with_rest(entry: dict) -> str:
+    return base64.b64encode(base64.b64decode(entry['modules']['stem.conv']['data']) + b'rest').decode()
 
 
 def bomb(count: int, size: int, channels: int) -> dict:
@@ -195,7 +210,7 @@ def test_a_card_bomb_is_refused_before_it_unpacks(card, modules):
     rewrite(card, lambda entry: entry.update(modules=modules))
     tracemalloc.start()
     with pytest.raises(ValueError, match=r'README\.md'):
-        Scales.from_card(card)
+        read_card_scales(card)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 30_000_000
@@ -216,32 +231,32 @@ def test_a_card_bomb_is_refused_before_it_unpacks(card, modules):
 def test_yaml_that_could_do_harm_is_refused(tmp_path, front, message):
     (tmp_path / 'README.md').write_text(f'---\n{front}---\n')
     with pytest.raises(ValueError, match=rf'README\.md.*{message}'):
-        Scales.from_card(tmp_path / 'README.md')
+        read_card_scales(tmp_path / 'README.md')
 
 
 def test_a_card_without_scales_or_without_end_is_refused(tmp_path):
     path = tmp_path / 'README.md'
     with pytest.raises(FileNotFoundError, match=r'There is no model card .*README\.md'):
-        Scales.from_card(path)
+        read_card_scales(path)
     path.write_text('# Nothing\n')
     with pytest.raises(ValueError, match=r"README\.md: no scales in it: its metadata has no key 'repopt'"):
-        Scales.from_card(path)
+        read_card_scales(path)
     with path.open('wb') as file:
         file.truncate(1 << 32)
     with pytest.raises(ValueError, match='a card of 4294967296 bytes is refused'):
-        Scales.from_card(path)
+        read_card_scales(path)
 
 
 def test_a_token_in_the_provenance_stays_out_of_the_card(tmp_path):
     token = 'hf_' + 'aB3' * 11
-    random_scales().with_provenance({'command': f'train --token {token}'}).save_pretrained(tmp_path)
+    save_scales_card(random_scales().with_provenance({'command': f'train --token {token}'}), tmp_path)
     assert 'train --token hf_***' in (tmp_path / 'README.md').read_text()
     assert token not in (tmp_path / 'README.md').read_text()
 
 
 def test_provenance_cannot_break_the_page(tmp_path):
     provenance = {'dataset': f'a | b\n# Title <script> {END}'}
-    random_scales().with_provenance(provenance).save_pretrained(tmp_path)
+    save_scales_card(random_scales().with_provenance(provenance), tmp_path)
     text = ModelCard.load(tmp_path / 'README.md').text
     assert '| dataset | a \\| b # Title &lt;script> &lt;!--' in text
     assert text.count(END) == 1

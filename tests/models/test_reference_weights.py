@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from repopt_timm.cli import main
-from repopt_timm.convert import model_from_reference
+from repopt_timm.models.reference_weights import model_from_reference
 
-from .helpers import TINY
+from ..helpers import TINY
 
 
 def plain_block(in_channels, out_channels, stride):

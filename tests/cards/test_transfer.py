@@ -5,11 +5,11 @@ import sys
 import pytest
 from huggingface_hub import HfApi, ModelCard, constants
 
-from repopt_timm import Scales
-from repopt_timm.cards.format import encode_entry
+from repopt_timm import load_scales, push_scales, save_scales_card
+from repopt_timm.cards.format import encode_scales
 from repopt_timm.cards.transfer import HubError, HubFileNotFoundError, download, parse_hub_source
 
-from .helpers import random_scales
+from ..helpers import random_scales
 
 REPO = 'ann/tiny'
 
@@ -18,7 +18,7 @@ REPO = 'ann/tiny'
 def scales(hub, client):
     """Scales that ann has published."""
     scales = random_scales()
-    scales.push_to_hub(REPO)
+    push_scales(scales, REPO)
     hub.requests.clear()
     return scales
 
@@ -30,22 +30,22 @@ def half_files(home):
 
 def test_scales_go_from_one_cache_into_another(hub, client, scales, tmp_path):
     assert set(hub.repo(REPO).files()) == {'.gitattributes', 'README.md', 'scales.png'}
-    assert HfApi().model_info(REPO).card_data['repopt'] == encode_entry(scales.to_entry())
+    assert HfApi().model_info(REPO).card_data['repopt'] == encode_scales(scales)
     client('other', token=None)
-    assert Scales.from_hub(REPO) == scales
-    assert Scales.from_hub(REPO).source == f'hf-hub:{REPO}'
+    assert load_scales(f'hf-hub:{REPO}') == scales
+    assert load_scales(f'hf-hub:{REPO}').source == f'hf-hub:{REPO}'
     assert not (tmp_path / 'home/hub/models--ann--tiny').exists()
 
 
 def test_scales_reach_another_process(hub, scales, tmp_path):
-    code = f"from repopt_timm import Scales\nprint(Scales.from_hub('{REPO}').fingerprint)"
+    code = f"from repopt_timm import load_scales\nprint(load_scales('hf-hub:{REPO}').fingerprint)"
     env = {**os.environ, **hub.client_env(tmp_path / 'other')}
     run = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, check=True)
     assert run.stdout.strip() == scales.fingerprint
 
 
 def test_what_is_pushed_is_what_is_saved(hub, client, scales, tmp_path):
-    scales.save_pretrained(tmp_path / 'local', repo_id=REPO)
+    save_scales_card(scales, tmp_path / 'local', repo_id=REPO)
     saved = {file.name: file.read_bytes() for file in (tmp_path / 'local').iterdir()}
     assert {name: hub.repo(REPO).read(name) for name in saved} == saved
 
@@ -55,33 +55,33 @@ def test_a_push_keeps_what_others_wrote_on_the_hub(hub, client, scales):
     card.data.license, card.text = 'mit', f'{card.text}\nA note.\n'
     card.push_to_hub(REPO)
     update = random_scales()
-    update.push_to_hub(REPO)
+    push_scales(update, REPO)
     card = ModelCard(hub.repo(REPO).read('README.md').decode())
     assert card.data.license == 'mit'
     assert card.text.endswith('A note.\n')
-    assert Scales.from_hub(REPO) == update
+    assert load_scales(f'hf-hub:{REPO}') == update
 
 
 def test_branches_and_pull_requests_are_separate(hub, client, scales):
     branch, pull = random_scales(), random_scales()
-    branch.push_to_hub(REPO, revision='dev/1')
+    push_scales(branch, REPO, revision='dev/1')
     client('other', token='hf_bob')
-    address = pull.push_to_hub(REPO, create_pr=True)
+    address = push_scales(pull, REPO, create_pr=True)
     assert address == f'{hub.endpoint}/{REPO}/discussions/1'
-    assert Scales.from_hub(REPO) == scales
-    assert Scales.from_hub(REPO, revision='dev/1') == branch
-    assert Scales.from_hub(REPO, revision='refs/pr/1') == pull
+    assert load_scales(f'hf-hub:{REPO}') == scales
+    assert load_scales(f'hf-hub:{REPO}@dev/1') == branch
+    assert load_scales(f'hf-hub:{REPO}@refs/pr/1') == pull
     commit = hub.repo(REPO).resolve('dev/1')
-    assert Scales.from_hub(REPO, revision=commit) == branch
+    assert load_scales(f'hf-hub:{REPO}@{commit}') == branch
 
 
 def test_a_private_repository_is_for_its_owner(hub, client):
     scales = random_scales()
-    scales.push_to_hub('ann/secret', private=True)
+    push_scales(scales, 'ann/secret', private=True)
     assert hub.repo('ann/secret').meta['private']
-    assert Scales.from_hub('ann/secret') == scales
+    assert load_scales('hf-hub:ann/secret') == scales
     client('other', token=None)
-    assert Scales.from_hub('ann/secret', token='hf_ann') == scales
+    assert load_scales('hf-hub:ann/secret', token='hf_ann') == scales
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ def test_a_private_repository_is_for_its_owner(hub, client):
     ],
 )
 def test_whatever_is_missing_is_named_with_the_next_step(client, scales, repo_id, file, revision, token, message):
-    scales.push_to_hub('ann/secret', private=True)
+    push_scales(scales, 'ann/secret', private=True)
     client('other', token)
     with pytest.raises(HubError, match=message) as caught:
         download(repo_id, file, revision)
@@ -112,39 +112,39 @@ def test_whatever_is_missing_is_named_with_the_next_step(client, scales, repo_id
 def test_somebody_elses_repository_is_not_written_to(hub, client, scales):
     client('other', token='hf_bob')
     with pytest.raises(HubError, match=r'hf-hub:ann/tiny: this token may not do that \(403\)'):
-        random_scales().push_to_hub(REPO)
+        push_scales(random_scales(), REPO)
     client('other', token=None)
     with pytest.raises(HubError, match='`hf auth login`'):
-        random_scales().push_to_hub(REPO)
-    assert Scales.from_hub(REPO) == scales
+        push_scales(random_scales(), REPO)
+    assert load_scales(f'hf-hub:{REPO}') == scales
 
 
 def test_a_download_that_breaks_off_is_resumed_or_leaves_nothing(hub, client, scales, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, 'DOWNLOAD_CHUNK_SIZE', 1 << 10)
     client('other')
     hub.drop_downloads('README.md', after=4000)
-    assert Scales.from_hub(REPO) == scales
+    assert load_scales(f'hf-hub:{REPO}') == scales
     client('third')
     hub.drop_downloads('README.md', after=4000, times=9, reset=True)
     with pytest.raises(HubError, match=r'hf-hub:ann/tiny, file README\.md: the connection to http.* failed'):
-        Scales.from_hub(REPO)
+        load_scales(f'hf-hub:{REPO}')
     assert not half_files(tmp_path / 'third')
     hub.faults.clear()
-    assert Scales.from_hub(REPO) == scales
+    assert load_scales(f'hf-hub:{REPO}') == scales
 
 
 def test_offline_needs_a_filled_cache(hub, client, scales):
-    Scales.from_hub(REPO)
+    load_scales(f'hf-hub:{REPO}')
     hub.requests.clear()
     client(offline=True)
-    assert Scales.from_hub(REPO) == scales
+    assert load_scales(f'hf-hub:{REPO}') == scales
     client('empty', offline=True)
     with pytest.raises(
         HubError, match=r'ann/tiny, file README\.md is not in the cache.*`hf download ann/tiny README\.md'
     ):
-        Scales.from_hub(REPO)
+        load_scales(f'hf-hub:{REPO}')
     with pytest.raises(HubError, match='HF_HUB_OFFLINE=1'):
-        scales.push_to_hub(REPO)
+        push_scales(scales, REPO)
     assert not hub.requests
 
 
@@ -162,30 +162,30 @@ def test_a_card_that_is_too_large_is_told_its_size(hub, client, scales):
     with pytest.raises(
         HubError, match=r'hf-hub:ann/tiny: the Hub refuses the card README\.md of \d{4} bytes .*\(413\)'
     ):
-        random_scales().push_to_hub(REPO)
-    assert Scales.from_hub(REPO) == scales
+        push_scales(random_scales(), REPO)
+    assert load_scales(f'hf-hub:{REPO}') == scales
 
 
 def test_a_failing_hub_is_told(hub, client, scales):
     hub.fail_requests(500, pattern='/commit/')
     with pytest.raises(HubError, match='hf-hub:ann/tiny: the Hub answers 500'):
-        random_scales().push_to_hub(REPO)
-    assert Scales.from_hub(REPO) == scales
+        push_scales(random_scales(), REPO)
+    assert load_scales(f'hf-hub:{REPO}') == scales
 
 
 def test_a_tampered_card_on_the_hub_is_refused(hub, client, scales):
     card = ModelCard.load(REPO)
-    card.data['repopt']['strides'] = [2, 2, 2, 2, 1]
+    card.data['repopt']['architecture'] = 'other'
     HfApi().upload_file(path_or_fileobj=str(card).encode(), path_in_repo='README.md', repo_id=REPO)
     with pytest.raises(ValueError, match='hf-hub:ann/tiny'):
-        Scales.from_hub(REPO)
+        load_scales(f'hf-hub:{REPO}')
 
 
 @pytest.mark.parametrize('token', ['hf_' + 'x' * 34, 'odd token'])
 def test_tokens_stay_out_of_errors(hub, client, token):
     hub.fail_requests(500, pattern='/create')
     with pytest.raises(HubError) as caught:
-        random_scales().push_to_hub(f'ann/{token[:20].replace(" ", "-")}', token=token)
+        push_scales(random_scales(), f'ann/{token[:20].replace(" ", "-")}', token=token)
     assert token not in str(caught.value)
     assert not any(token in str(request) for request in hub.requests)
 

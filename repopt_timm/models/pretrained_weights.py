@@ -18,6 +18,8 @@ HUB_NAMESPACE = os.environ.get('REPOPT_TIMM_HUB_NAMESPACE', '')
 _CONVERTIBLE = ('repopt_vgg_b1', 'repopt_vgg_b2', 'repopt_vgg_l1', 'repopt_vgg_l2')
 _CONVERTIBLE_TAG = 'in1k'
 
+_TOTAL_STRIDE = 32
+
 
 def tagged_cfgs() -> dict[str, dict[str, Any]]:
     """Makes timm's configurations of all tags: `<model>.<tag>` to what differs from an untrained model's."""
@@ -26,7 +28,9 @@ def tagged_cfgs() -> dict[str, dict[str, Any]]:
         weights = folder / 'model.safetensors'
         if weights.is_file():
             config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-            cfgs[name] = {**config['pretrained_cfg'], 'num_classes': config['num_classes'], 'file': str(weights)}
+            cfg = {**config['pretrained_cfg'], 'num_classes': config['num_classes'], 'file': str(weights)}
+            cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
+            cfgs[name] = {**cfg, 'pool_size': tuple(max(1, size // _TOTAL_STRIDE) for size in cfg['input_size'][1:])}
     for name, cfg in cfgs.items():
         cfg.pop('tag', None)
         if HUB_NAMESPACE and 'file' not in cfg:
@@ -35,7 +39,7 @@ def tagged_cfgs() -> dict[str, dict[str, Any]]:
 
 
 def choose_weights(variant: str, pretrained: bool, cfg: Any, overlay: dict[str, Any] | None) -> Any:
-    """Chooses the weights that `pretrained=True` means: those asked for, else the variant's first that can be had.
+    """Chooses the weights that `pretrained=True` means: those asked for, else the variant's first that ship.
 
     Args:
         variant: Name of the model.
@@ -64,6 +68,6 @@ def choose_weights(variant: str, pretrained: bool, cfg: Any, overlay: dict[str, 
         )
     name = f'{variant}.{resolved.tag}' if resolved.tag else variant
     raise ValueError(
-        f"There are no trained weights '{name}' here. Those that can be had: {', '.join(available) or 'none'}. Train "
-        f"some with train.py, name a repository with 'hf-hub:user/repo', or leave pretrained=True out."
+        f"There are no trained weights '{name}' here. Available: {', '.join(available) or 'none'}. Train some with "
+        f"train.py, name a repository with 'hf-hub:user/repo', or start without pretrained weights."
     )

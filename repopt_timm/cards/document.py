@@ -1,0 +1,224 @@
+"""The file of a model card: metadata in its front matter, and the text that this package writes between two marks.
+
+An update replaces what is between the comments `BEGIN` and `END` and nothing else of the body; a card without them gets
+both, and what is between them, after its own text. Comments inside the front matter are lost in an update.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from ..scales import Scales
+from ..tokens import scrub
+from .format import METADATA_KEY, check_version, decode_scales, kind_of_value
+
+__all__ = ['BEGIN', 'CARD_FILE', 'END', 'eval_results', 'read_card_scales', 'read_metadata', 'update_card']
+
+CARD_FILE = 'README.md'
+BEGIN = '<!-- repopt-timm: begin. Text up to the end mark is rewritten with the scales; write yours outside of it. -->'
+END = '<!-- repopt-timm: end -->'
+
+# An order of magnitude above the largest network's; a card may come from anyone.
+_MAX_CARD_BYTES = 1 << 23
+_MAX_NESTING = 32
+
+_METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
+
+
+def read_card_scales(path: str | os.PathLike, source: str | None = None) -> Scales:
+    """Reads the scales of a card.
+
+    Args:
+        path: The file, a `README.md`.
+        source: What to call it in errors. Defaults to its path.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the card cannot be read, holds no scales, or they are damaged.
+    """
+    source = source or os.fspath(path)
+    metadata = read_metadata(path, source)
+    if METADATA_KEY not in metadata:
+        raise ValueError(
+            f"{source}: no scales in it: its metadata has no key '{METADATA_KEY}'. Publish some with `repopt-timm "
+            f'scales push`, or name another source.'
+        )
+    return decode_scales(metadata[METADATA_KEY], source)
+
+
+def read_metadata(path: str | os.PathLike, source: str | None = None) -> dict[str, Any]:
+    """Reads the metadata of a card as they are there, unchecked.
+
+    Args:
+        path: The file, a `README.md`.
+        source: What to call it in errors. Defaults to its path.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is too large, or its front matter cannot be read.
+    """
+    source = source or os.fspath(path)
+    # Whatever is wrong with its index of results, the scales can be read.
+    return _parse(_read_text(path, source), source, ignore_metadata_errors=True)[1]
+
+
+def eval_results(metrics: Mapping[str, float | str], source: str = 'metrics') -> list[EvalResult]:
+    """Turns accuracies into the form in which the Hub shows them.
+
+    Args:
+        metrics: `dataset`, its name, and the results: `top1` and `top5` in percent, or others under names of their own.
+        source: What to call them in errors.
+
+    Raises:
+        ValueError: If the dataset is missing, or a result is no number.
+    """
+    dataset = metrics.get('dataset')
+    if not isinstance(dataset, str) or not dataset:
+        raise ValueError(f"{source}: no dataset is named. Give it along: {{'dataset': 'cifar10', 'top1': 93.1}}.")
+    results = []
+    for name, value in metrics.items():
+        if name == 'dataset':
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ValueError(f"{source}: '{name}' is {kind_of_value(value)}, expected a number.")
+        results.append(
+            EvalResult(
+                task_type='image-classification',
+                dataset_type=dataset,
+                dataset_name=dataset,
+                metric_type='accuracy' if name in _METRICS else name,
+                metric_name=_METRICS.get(name, name),
+                metric_value=value,
+            )
+        )
+    return results
+
+
+def update_card(
+    path: Path,
+    body: str,
+    model_name: str,
+    entry: Mapping[str, Any] | None = None,
+    results: Sequence[EvalResult] | None = (),
+) -> str:
+    """Returns the text of a card with new metadata and a new generated body; whatever else it has survives.
+
+    Args:
+        path: The card as it is; there need not be one.
+        body: Markdown to put between the two marks.
+        model_name: Name of the model in the index of results, where the card has none yet.
+        entry: The `repopt` entry. Defaults to what the card has.
+        results: Results that replace those of the same dataset and metric; None drops those of `eval_results`, which
+            other weights had.
+
+    Raises:
+        ValueError: If the card cannot be read, or the client cannot carry its metadata through unchanged.
+    """
+    card, original = _parse(_read_text(path, str(path)) if path.is_file() else '', str(path))
+    data = cast(ModelCardData, card.data)
+    # Several models, or results in a shape of their own, would come out as something else: better not to write at all.
+    _check_carried(original, data, path, ignored={'tags'})
+    _set_defaults(data)
+    if entry is not None:
+        published = data.get(METADATA_KEY)
+        version = published.get('format') if isinstance(published, Mapping) else None
+        if isinstance(version, int) and version > entry['format']:
+            check_version(version, f"{path}: '{METADATA_KEY}'")
+        data[METADATA_KEY] = dict(entry)
+    if results:
+        replaced = {_identity(result) for result in results}
+        kept = [result for result in data.eval_results or [] if _identity(result) not in replaced]
+        data.model_name = data.model_name or model_name
+        data.eval_results = [*kept, *results]
+    elif results is None and data.eval_results:
+        others = [result for result in data.eval_results if result.metric_name not in _METRICS.values()]
+        data.eval_results = others or None
+    _check_carried(original, data, path, ignored={'tags', 'model-index', METADATA_KEY})
+    card.text = _replace_body(card.text, scrub(body), path)
+    return card.content
+
+
+def _identity(result: EvalResult) -> tuple[Any, ...]:
+    # The client files results of one task and dataset together, whatever name the dataset has in each.
+    return (*result.unique_identifier, result.metric_type, result.metric_name)
+
+
+def _read_text(path: str | os.PathLike, source: str) -> str:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no model card '{path}'.")
+    size = path.stat().st_size
+    if size > _MAX_CARD_BYTES:
+        raise ValueError(f'{source}: a card of {size} bytes is refused, expected at most {_MAX_CARD_BYTES}.')
+    try:
+        return path.read_bytes().decode('utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{source}: the card is no UTF-8 text: {error}. Save it as UTF-8.') from None
+
+
+def _parse(text: str, source: str, ignore_metadata_errors: bool = False) -> tuple[ModelCard, dict[str, Any]]:
+    """Returns a card, and its metadata as they are before the client puts them in its own form."""
+    match = REGEX_YAML_BLOCK.search(text)
+    if match is None:
+        # The client warns about a card without metadata.
+        text = f'---\n\n---\n{text}'
+    metadata = match[2] if match else ''
+    try:
+        problem = _refused_feature(metadata)
+        if problem is None:
+            return ModelCard(text, ignore_metadata_errors), yaml.safe_load(metadata) or {}
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        problem = ' '.join(scrub(str(error)).split())[:500]
+    raise ValueError(f'{source}: its metadata cannot be read: {problem}. Mend the front matter of the card.')
+
+
+def _refused_feature(text: str) -> str | None:
+    # A few aliases of aliases expand to gigabytes, and deep nesting to a stack overflow; the events show both at once.
+    depth = 0
+    for event in yaml.parse(text, getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent):
+            return 'it uses a YAML alias, which is refused'
+        if depth > _MAX_NESTING:
+            return f'it is nested more than {_MAX_NESTING} levels deep, which is refused'
+    return None
+
+
+def _check_carried(original: Mapping[str, Any], data: ModelCardData, path: Path, ignored: set[str]) -> None:
+    written = data.to_dict()
+    for key, value in original.items():
+        if key not in ignored and written.get(key) != value:
+            raise ValueError(
+                f"{path}: its metadata '{key}' would not survive: huggingface_hub's ModelCard reads one model with "
+                f'results in the documented form, and would write something else back. The card is left as it was; '
+                f"mend '{key}' in it first."
+            )
+
+
+def _set_defaults(data: ModelCardData) -> None:
+    data.license = data.license or 'apache-2.0'
+    data.library_name = data.library_name or 'timm'
+    data.pipeline_tag = data.pipeline_tag or 'image-classification'
+    tags = data.tags or []
+    data.tags = [*tags, *(tag for tag in ('image-classification', 'timm', 'repopt') if tag not in tags)]
+
+
+def _replace_body(text: str, body: str, path: Path) -> str:
+    block = f'{BEGIN}\n{body.strip()}\n{END}'
+    begins, ends = text.count(BEGIN), text.count(END)
+    if begins == ends == 0:
+        before = text.rstrip()
+        return f'{before}\n\n{block}\n' if before else f'\n{block}\n'
+    match = re.search(f'{re.escape(BEGIN)}.*?{re.escape(END)}', text, re.DOTALL)
+    if match is None or begins != 1 or ends != 1:
+        raise ValueError(
+            f'{path}: expected one begin mark of repopt-timm and one end mark after it, found {begins} and {ends}. '
+            f'Delete the marks in it, and what lies between, then try again.'
+        )
+    return text[: match.start()] + block + text[match.end() :]

@@ -1,0 +1,50 @@
+"""Names of models: architecture, kind and tag."""
+
+from dataclasses import dataclass
+
+from .architectures import ARCHITECTURES
+
+__all__ = ['KINDS', 'PREFIX', 'ModelName']
+
+KINDS = {'hs': '_hs', 'csla': '_csla', 'target': ''}
+"""Kind of model to the end of its name: Hyper-Search, CSLA, and the plain network that is trained and deployed."""
+
+PREFIX = 'repopt_'
+
+
+@dataclass(frozen=True)
+class ModelName:
+    """A name such as `repopt_vgg_a0_hs.cifar10`.
+
+    Attributes:
+        architecture: Name of the plain network, `repopt_vgg_a0`.
+        kind: `target`, `hs` or `csla`.
+        tag: Name of weights, `cifar10`; empty for none.
+    """
+
+    architecture: str
+    kind: str = 'target'
+    tag: str = ''
+
+    @classmethod
+    def parse(cls, text: str) -> 'ModelName':
+        """Takes a name apart; a name that is not one of this package is a target's."""
+        name, _, tag = text.partition('.')
+        kind = next(kind for kind, suffix in KINDS.items() if name.endswith(suffix))
+        return cls(name.removesuffix(KINDS[kind]), kind, tag)
+
+    @property
+    def variant(self) -> str:
+        """The name without a tag, as timm's registry has it."""
+        return self.architecture + KINDS[self.kind]
+
+    @property
+    def network(self) -> str:
+        """What its scales are called after: the architecture; of a converted timm model, timm's own name for it."""
+        if self.architecture in ARCHITECTURES:
+            return self.architecture
+        return self.architecture.removeprefix(PREFIX)
+
+    def of_kind(self, kind: str) -> str:
+        """Returns the name of the architecture's model of another kind, without a tag."""
+        return self.architecture + KINDS[kind]
