@@ -22,6 +22,7 @@ __all__ = [
     'label_names',
     'load_classifier',
     'onnx_classifier',
+    'preprocessing',
     'torch_classifier',
 ]
 
@@ -81,7 +82,7 @@ def torch_classifier(
             return model(images)
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    config = resolve_data_config(dict(overrides or {}), model=model)
+    config = preprocessing(overrides, model=model)
     return Classifier('pytorch', run, config, size, label_names(model))
 
 
@@ -102,6 +103,20 @@ def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[s
         return logits[: len(images)]
 
     return Classifier('onnxruntime', run, config, model.ByteSize(), _metadata(model).get('label_names', ()))
+
+
+def preprocessing(overrides: Mapping[str, Any] | None = None, **model: Any) -> dict[str, Any]:
+    """Returns what `timm.data.resolve_data_config` makes of the overrides and a model.
+
+    Raises:
+        ValueError: If `mean` or `std` do not have a value for each channel.
+    """
+    overrides = dict(overrides or {})
+    try:
+        return resolve_data_config(overrides, **model)
+    except AssertionError:
+        given = ', '.join(f'{name} {overrides[name]}' for name in ('mean', 'std') if name in overrides)
+        raise ValueError(f'Preprocessing with {given}: expected one value, or one for each channel.') from None
 
 
 def label_names(model: nn.Module) -> list[str]:
@@ -147,5 +162,5 @@ def data_config(model: Any, overrides: Mapping[str, Any] | None = None) -> dict[
     if all(sizes[1:]):
         metadata['input_size'] = sizes[1:]
     # timm requires an architecture.
-    config = resolve_data_config(dict(overrides or {}), pretrained_cfg={'architecture': '', **metadata})
+    config = preprocessing(overrides, pretrained_cfg={'architecture': '', **metadata})
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}

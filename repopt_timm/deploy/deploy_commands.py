@@ -17,6 +17,7 @@ from .runtime import require, save_onnx
 __all__ = ['add_class_map', 'add_commands']
 
 _MODEL = 'checkpoint, folder in the format of timm, or name for timm.create_model'
+_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _DATA = 'folder of images, <class>/..., or one with a folder for each split'
 
 
@@ -102,9 +103,9 @@ def _add_preprocessing(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--input-size', nargs=3, type=positive(int), metavar=('C', 'H', 'W'))
     group.add_argument('--mean', nargs='+', type=float)
     group.add_argument('--std', nargs='+', type=float)
-    group.add_argument('--interpolation')
+    group.add_argument('--interpolation', choices=_INTERPOLATIONS)
     group.add_argument('--crop-pct', type=float)
-    group.add_argument('--crop-mode')
+    group.add_argument('--crop-mode', choices=('center', 'squash', 'border'))
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from torch import nn
 
-from .classifier import is_onnx, label_names, onnx_classifier
+from .classifier import is_onnx, label_names, onnx_classifier, preprocessing
 from .runtime import load_onnx, quiet, require, save_onnx
 from .trained_model import load_model
 
@@ -73,7 +72,7 @@ def float_onnx(source: str | os.PathLike, overrides: Mapping[str, Any] | None = 
 def _load_and_export(source: str | os.PathLike, overrides: Mapping[str, Any] | None) -> tuple[Any, float]:
     require('onnxscript')
     model = load_model(source)
-    return to_onnx(model, resolve_data_config(dict(overrides or {}), model=model))
+    return to_onnx(model, preprocessing(overrides, model=model))
 
 
 def to_onnx(model: nn.Module, config: Mapping[str, Any]) -> tuple[Any, float]:

@@ -4,6 +4,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -16,6 +17,9 @@ __all__ = ['explained', 'load_onnx', 'open_session', 'quiet', 'require', 'save_o
 
 # Protocol buffers end here; larger models need a second file, which could be lost or left behind.
 _LARGEST_FILE = 2**31 - 1
+
+# Error codes of ONNX Runtime, and the line and signature of the C++ function that failed.
+_IN_CPP = re.compile(r'\[ONNXRuntimeError\] : \d+ : \w+ : |/\S+\.(?:h|cc|cpp):\d+ .*?\) (?=[A-Z])')
 
 
 def require(module: str) -> Any:
@@ -134,5 +138,5 @@ def quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in _IN_CPP.sub('', str(error)).splitlines() if line.strip()]
     return lines[0].strip().rstrip('.') if lines else type(error).__name__

@@ -1,6 +1,7 @@
 import json
 import sys
 
+import onnx
 import pytest
 from huggingface_hub import ModelCard
 
@@ -88,6 +89,8 @@ def five_classes(tmp_path):
         ('evaluate {tmp}/text.onnx --data {images}', 'is not a readable ONNX model'),
         ('evaluate {five} --data {images}', 'The model has 5 classes, but the folder'),
         ('evaluate {model} --data {images} --input-size 3 8 8', 'ONNX Runtime cannot run the model'),
+        ('evaluate {model} --data {images} --mean 0.5 0.5', 'expected one value, or one for each channel'),
+        ('quantize {future} --data {images} --out {tmp}/new.onnx', 'cannot calibrate the model: Load model'),
         ('compare-int8 {model} {model} --data {images}', 'same label'),
         ('compare-int8 {five} --data {images} --images 8 --calibrations minmax', 'The model has 5 classes'),
     ],
@@ -99,14 +102,19 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
     (tmp_path / 'broken' / 'train' / 'a').mkdir(parents=True)
     (tmp_path / 'broken' / 'train' / 'a' / '1.png').write_bytes(b'no image')
     (tmp_path / 'text.onnx').write_text('no model')
+    future = onnx.load(onnx_file)
+    future.opset_import[0].version = 99
+    save_onnx(future, tmp_path / 'future.onnx')
     before = sorted(tmp_path.rglob('*'))
     places = {'tmp': tmp_path, 'model': onnx_file, 'five': five_classes, 'images': images}
+    places['future'] = tmp_path / 'future.onnx'
     assert main([argument.format(**places) for argument in arguments.split()]) == 1
     error = capsys.readouterr().err
     assert error.startswith('error: ')
     assert message in error
     assert error.count('\n') == 1
     assert 'pretrained=' not in error
+    assert 'std::' not in error
     assert sorted(tmp_path.rglob('*')) == before
 
 
