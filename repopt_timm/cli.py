@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,19 +10,18 @@ from typing import Any
 
 import timm
 
-from .bench import add_bench_commands
+from . import bench, deploy
 from .cards.transfer import HUB_PREFIX
 from .cards.writing import push_scales, save_scales_card
 from .checkpoints.packing import PRECISIONS
-from .console import tell
-from .deploy import evaluate
-from .deploy.commands import add_class_map
-from .deploy.commands import add_commands as add_deploy_commands
+from .deploy import add_class_map, evaluate
 from .models import ensure_registered
 from .models.reference_weights import model_from_reference
 from .names import ModelName
 from .plot import plot_scales
 from .publish import push_to_hub, save_pretrained
+from .reporting import add_command as _command
+from .reporting import print_result as tell
 from .scales import Scales
 from .scales.table import scales_table
 from .sources import load_scales
@@ -64,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser('train', help='search scales or train a model; see repopt-timm train --help')
     commands.add_parser('quickstart', help='search, train and report on handwritten digits, in minutes')
     _add_scales_commands(commands.add_parser('scales', help='show, convert, draw and share searched scales'))
-    add_bench_commands(commands.add_parser('bench', help='measure what training and search cost'))
+    bench.add_commands(commands)
 
     save = _command(commands, 'save', _save, 'write a checkpoint as a folder in the format of the Hub')
     save.add_argument('checkpoint', help='checkpoint of a training run')
@@ -89,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument('--push', metavar='REPO', help='repository on the Hub to publish it in')
     convert.add_argument('--scales', metavar='SOURCE', help=f'scales that it was trained with: {_SOURCE}')
     _add_publishing(convert)
-    add_deploy_commands(partial(_command, commands))
+    deploy.add_commands(commands)
     return parser
 
 
@@ -115,13 +114,6 @@ def _add_scales_commands(parser: argparse.ArgumentParser) -> None:
     pull = _command(commands, 'pull', _pull, 'get scales from the Hub')
     pull.add_argument('repo', help='repository on the Hub, user/repo[@revision]')
     pull.add_argument('out', help='.safetensors file, or folder for a model card')
-
-
-def _command(commands: Any, name: str, run: Callable, text: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + '.')
-    parser.add_argument('--json', action='store_true', help='print JSON, for programs')
-    parser.set_defaults(run=run)
-    return parser
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ['replacing', 'write_text']
+__all__ = ['check_output', 'replacing', 'write_text']
 
 
 @contextmanager
@@ -36,3 +36,31 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes UTF-8 text to `path`, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding='utf-8', newline='\n')
+
+
+def check_output(path: str | os.PathLike, *inputs: str | os.PathLike) -> Path:
+    """Checks that a file can be written, before the work that makes its content.
+
+    Args:
+        path: File to write, which may exist.
+        inputs: What the content is made from, files or other sources.
+
+    Returns:
+        The file to write: `path` itself, or where its symbolic link points, so that the link stays.
+
+    Raises:
+        ValueError: If `path` is a folder, a device, a pipe or an input, or is inside something that is not a folder.
+    """
+    target = Path(os.path.realpath(path))
+    if target.is_dir():
+        raise ValueError(f"'{path}' cannot be written: it is a folder, expected a file name.")
+    if target.exists() and not target.is_file():
+        raise ValueError(
+            f"'{path}' cannot be written: it is a device or a pipe, expected a regular file or a new name."
+        )
+    parent = next(folder for folder in target.parents if os.path.lexists(folder))
+    if not parent.is_dir():
+        raise ValueError(f"'{path}' cannot be written: '{parent}' is not a folder.")
+    if any(target.exists() and os.path.exists(source) and target.samefile(source) for source in inputs):
+        raise ValueError(f"'{path}' cannot be written: it is the input itself. Name another file.")
+    return target

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from repopt_timm.files import replacing, write_text
+from repopt_timm.files import check_output, replacing, write_text
 
 
 def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
@@ -19,3 +19,30 @@ def test_a_new_file_has_the_permissions_of_any_other(tmp_path):
     (tmp_path / 'ordinary').touch()
     write_text(tmp_path / 'replaced', '')
     assert (tmp_path / 'replaced').stat().st_mode == (tmp_path / 'ordinary').stat().st_mode
+
+
+def test_an_output_is_a_regular_file_that_is_not_an_input(tmp_path):
+    (tmp_path / 'input').write_text('input')
+    (tmp_path / 'link').symlink_to('input')
+    os.link(tmp_path / 'input', tmp_path / 'hard_link')
+    os.mkfifo(tmp_path / 'pipe')
+    (tmp_path / 'link_to_device').symlink_to(os.devnull)
+    for name, message in (
+        ('input', 'is the input itself'),
+        ('link', 'is the input itself'),
+        ('hard_link', 'is the input itself'),
+        ('pipe', 'is a device or a pipe'),
+        ('link_to_device', 'is a device or a pipe'),
+        ('.', 'is a folder'),
+        ('input/new', "input' is not a folder"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}' cannot be written: .*{message}"):
+            check_output(tmp_path / name, 'no file', tmp_path / 'input')
+    assert check_output(tmp_path / 'new' / 'folder' / 'file') == tmp_path / 'new' / 'folder' / 'file'
+
+
+def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path):
+    (tmp_path / 'link').symlink_to('not_yet_there')
+    write_text(check_output(tmp_path / 'link'), 'new')
+    assert (tmp_path / 'not_yet_there').read_text() == 'new'
+    assert (tmp_path / 'link').is_symlink()

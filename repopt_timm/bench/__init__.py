@@ -1,5 +1,5 @@
 """What training and search cost: the `repopt-timm bench` commands."""
 
-from .arguments import add_bench_commands
+from .bench_commands import add_commands
 
-__all__ = ['add_bench_commands']
+__all__ = ['add_commands']

@@ -22,8 +22,8 @@ class Allocation:
     """Memory that a call took from torch's allocator, in bytes.
 
     Attributes:
-        held: What was left of it at the end, while the result was still there.
-        peak: Most that there was at any time.
+        held: What remained at the end, with the result still alive.
+        peak: The most at any time.
         result: What the call returned.
     """
 
@@ -33,9 +33,9 @@ class Allocation:
 
 
 def allocation(call: Callable[[], Any], device: torch.device) -> Allocation:
-    """Calls something and tells the memory that it allocates.
+    """Calls something and measures the memory that it allocates.
 
-    The allocator itself is asked, so temporaries inside of kernels and what compiled code allocates count, too. What
+    The allocator itself is asked, so temporaries inside kernels and allocations of compiled code count too. What
     libraries such as oneDNN and cuDNN allocate past it does not.
 
     Args:
@@ -57,7 +57,7 @@ def _cuda_allocation(call: Callable[[], Any], device: torch.device) -> Allocatio
 
 
 def _cpu_allocation(call: Callable[[], Any]) -> Allocation:
-    # Kineto reports its start, and on machines without a GPU the lack of one, as if they were errors.
+    # Kineto reports its start, and a missing GPU, as if they were errors.
     os.environ.setdefault('KINETO_LOG_LEVEL', '99')
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()
@@ -69,7 +69,7 @@ def _cpu_allocation(call: Callable[[], Any]) -> Allocation:
 
 
 def _memory_changes(profiler: profile) -> list[int]:
-    # The trace is the profiler's one public form that has single allocations in their order.
+    # Of the profiler's public formats only the trace has single allocations in order.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'trace.json'
         profiler.export_chrome_trace(str(path))
@@ -86,7 +86,7 @@ def static_bytes(model: nn.Module) -> int:
 def saved_bytes(model: nn.Module, forward: Callable[[], Any], inputs: Iterable[Tensor] = ()) -> int:
     """Runs a forward pass and returns the memory that it saves for the backward pass, in bytes.
 
-    Tensors that share their memory count once; parameters, buffers and inputs, which are there anyway, do not count.
+    Tensors that share their memory count once; parameters, buffers and inputs, which exist anyway, do not count.
 
     Args:
         model: The model that is run.

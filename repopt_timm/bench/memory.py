@@ -1,4 +1,4 @@
-"""`bench memory`: the memory of a training step, worked out without a GPU and without allocating it."""
+"""`bench memory`: the memory of a training step, computed without a GPU and without allocating it."""
 
 import math
 import weakref
@@ -13,18 +13,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..reporting import markdown_table
 from .allocation import saved_bytes, static_bytes
-from .contenders import architecture_of, forward_pass, repvgg, target
-from .report import Row, markdown
+from .bench_models import architecture_of, forward_pass, repvgg, target
+from .rows import Row
 from .settings import Settings
 
-__all__ = ['CARDS', 'RESERVE', 'StepMemory', 'bench_memory', 'estimate', 'memory_table']
+__all__ = ['CARDS', 'MEMORY_NOTE', 'RESERVE', 'StepMemory', 'bench_memory', 'estimate', 'memory_table']
 
 CARDS = (16, 24, 40, 80)
 """Memory of GPUs, in GiB."""
 
 RESERVE = 0.1
-"""Part of a GPU's memory that is left to what the estimate does not know."""
+"""Part of a GPU's memory that is reserved for what the estimate does not know."""
+
+MEMORY_NOTE = (
+    'In GiB. weights: parameters, gradients and momentum; image: activations that are saved for each image; batch N: '
+    'peak of a training step; fits N GB: the largest batch whose peak leaves '
+    f"{RESERVE:.0%} of the memory (1 GB is 2^30 bytes) to what is not counted: workspaces of convolutions, CUDA's "
+    "context, fragmentation, DistributedDataParallel's copy of the gradients. float16 takes as much as bfloat16."
+)
 
 _GIB = 2**30
 
@@ -72,7 +80,7 @@ class StepMemory:
 
 
 def bench_memory(settings: Settings) -> list[Row]:
-    """Works out the memory of a target, with and without grad checkpointing, and of RepVGG."""
+    """Computes the memory of a target, with and without grad checkpointing, and of RepVGG."""
     architecture = architecture_of(settings.model)
     meta = torch.device('meta')
     builders: dict[str, Callable[[], nn.Module]] = {
@@ -85,13 +93,13 @@ def bench_memory(settings: Settings) -> list[Row]:
         for precision in settings.precisions:
             for name, build in builders.items():
                 cell = f'{img_size} px, {precision}'
-                settings.tell(f'{name}, {cell}')
+                settings.report_progress(f'{name}, {cell}')
                 rows += _rows(estimate(build, img_size, precision), name, cell, settings.batch_sizes)
     return rows
 
 
 def estimate(build: Callable[[], nn.Module], img_size: int, precision: str = 'float32') -> StepMemory:
-    """Works out the memory of a model's training step from two runs without data.
+    """Computes the memory of a model's training step from two runs without data.
 
     Args:
         build: Makes the model, on the device `meta`.
@@ -201,4 +209,4 @@ def memory_table(rows: Sequence[Row]) -> str:
         elif what == 'largest batch':
             line[f'fits {row.at:g} GB'] = f'{row.value:g}'
     heads = list(next(iter(lines.values())))
-    return markdown(('GiB', *heads), [(name, *line.values()) for name, line in lines.items()])
+    return markdown_table(('GiB', *heads), [(name, *line.values()) for name, line in lines.items()], align=True)

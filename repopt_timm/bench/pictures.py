@@ -6,19 +6,14 @@ from typing import Any
 
 from ..plot import pyplot_module, save_figure
 from .memory import CARDS, RESERVE
-from .report import Row
+from .rows import Row
 from .scaling import AXES
 
-__all__ = ['plot_memory', 'plot_ratios', 'plot_scaling', 'require_matplotlib']
+__all__ = ['plot_memory', 'plot_ratios', 'plot_scaling', 'pyplot_module']
 
 _GIB = 2**30
 _REACHED = {True: 'tab:green', False: 'tab:red', None: 'tab:gray'}
 _COLORS = ('tab:gray', 'tab:blue', 'tab:orange')
-
-
-def require_matplotlib() -> None:
-    """Raises ImportError if matplotlib is not installed."""
-    pyplot_module()
 
 
 def plot_ratios(rows: Sequence[Row], path: str | os.PathLike, title: str) -> None:

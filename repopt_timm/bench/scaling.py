@@ -5,9 +5,8 @@ from functools import partial
 
 from ..architectures import Architecture
 from .allocation import allocation, static_bytes
-from .contenders import architecture_of, batch, repvgg, target, training_step
-from .measure import Timing, paired, synchronized
-from .report import Row, memory_rows, time_rows
+from .bench_models import architecture_of, batch, repvgg, target, time_in_turns, training_step
+from .rows import Row, memory_rows, ratio_rows
 from .settings import Settings
 
 __all__ = ['AXES', 'bench_scaling']
@@ -25,12 +24,6 @@ class _Point:
     resolution: float
 
 
-@dataclass(frozen=True)
-class _Measured:
-    timings: dict[str, Timing]
-    peaks: dict[str, int]
-
-
 def bench_scaling(settings: Settings) -> list[Row]:
     """Measures training steps along four axes through one point: factors 1, the first batch and image size."""
     origin = _Point(1, 1, settings.batch_sizes[0], settings.img_sizes[0])
@@ -40,20 +33,20 @@ def bench_scaling(settings: Settings) -> list[Row]:
         'batch': settings.batch_sizes,
         'resolution': settings.img_sizes,
     }
-    measured: dict[_Point, _Measured] = {}
+    measured: dict[_Point, tuple[dict[str, list[float]], dict[str, int]]] = {}
     baseline = settings.model.replace('repopt_vgg', 'repvgg')
     rows: list[Row] = []
     for axis in AXES:
         points = {value: replace(origin, **{axis: value}) for value in sorted(values[axis])}
         for point in points.values():
             if point not in measured:
-                settings.tell(_describe(point))
+                settings.report_progress(_describe(point))
                 measured[point] = _measure(point, baseline, settings)
         times, peaks = [], []
         for value, point in points.items():
-            found = measured[point]
-            times += time_rows(f'step time against {axis}', found.timings, baseline, at=value)
-            peaks += memory_rows(f'peak memory against {axis}', found.peaks, baseline, at=value)
+            seconds, sizes = measured[point]
+            times += ratio_rows(f'step time against {axis}', 's', seconds, baseline, at=value)
+            peaks += memory_rows(f'peak memory against {axis}', sizes, baseline, at=value)
         rows += times + peaks
     return rows
 
@@ -62,7 +55,8 @@ def _describe(point: _Point) -> str:
     return f'width {point.width:g}, depth {point.depth:g}, batch {point.batch:g}, {point.resolution:g} px'
 
 
-def _measure(point: _Point, baseline: str, settings: Settings) -> _Measured:
+def _measure(point: _Point, baseline: str, settings: Settings) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Returns the seconds of each round and the peak memory of each model."""
     architecture = _scaled(architecture_of(settings.model), point.width, point.depth)
     images, labels = batch(int(point.batch), int(point.resolution), settings.device)
     models = {
@@ -72,9 +66,9 @@ def _measure(point: _Point, baseline: str, settings: Settings) -> _Measured:
     steps, peaks = {}, {}
     for name, model in models.items():
         made = allocation(partial(training_step, model, images, labels), settings.device)
-        steps[name] = synchronized(made.result, settings.device)
+        steps[name] = made.result
         peaks[name] = static_bytes(model) + made.peak
-    return _Measured(paired(steps, baseline, settings.rounds, warmup=0), peaks)
+    return time_in_turns(steps, settings.device, settings.rounds), peaks
 
 
 def _scaled(architecture: Architecture, width: float, depth: float) -> Architecture:

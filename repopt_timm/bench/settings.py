@@ -1,28 +1,38 @@
-"""What a benchmark is asked to measure."""
+"""What a benchmark measures, and on which machine."""
 
+import os
+import platform
 import sys
 from dataclasses import dataclass
+from typing import Any
 
+import timm
 import torch
 
-__all__ = ['Settings']
+from .. import __version__
+from ..reporting import cpu_name
+
+__all__ = ['PRECISIONS', 'Settings', 'choose_device', 'describe_environment', 'versions']
+
+PRECISIONS = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+"""Name of a precision to the autocast dtype, if any."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a benchmark; each one looks at those that it needs.
+    """Settings of a benchmark, which ignores those that it has no use for.
 
     Attributes:
         model: Name of the target model.
         device: Where to measure.
-        rounds: Number of rounds in which contenders are timed, see `paired`.
+        rounds: Number of rounds, see `take_turns`.
         batch_sizes: Numbers of images in a batch.
         img_sizes: Heights and widths of the images.
-        precisions: `float32`, `bfloat16`, `float16`: what autocast computes in.
+        precisions: Keys of `PRECISIONS`.
         widths: Factors for the channels of all stages.
         depths: Factors for the number of blocks of all stages.
-        compiled: Measure compiled optimizers, too.
-        quick: Leave out what takes long.
+        compiled: Measure compiled optimizers too.
+        quick: Skip what takes long.
     """
 
     model: str
@@ -36,6 +46,52 @@ class Settings:
     compiled: bool = True
     quick: bool = False
 
-    def tell(self, doing: str) -> None:
-        """Tells what is being measured, apart from the results."""
+    def report_progress(self, doing: str) -> None:
+        """Prints what is being measured to stderr, apart from the results."""
         print(f'measuring {doing} ...', file=sys.stderr, flush=True)
+
+
+def choose_device(name: str | None) -> torch.device:
+    """Returns the device of this name. Defaults to CUDA if available, else the CPU.
+
+    Raises:
+        ValueError: If the device is not available, or is neither a CPU nor a CUDA device.
+    """
+    name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
+    if name.split(':')[0] not in ('cpu', 'cuda'):
+        raise ValueError(f"--device {name}: expected 'cpu', 'cuda' or 'cuda:N', whose memory can be measured.")
+    device = torch.device(name)
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        raise ValueError(f'--device {name}: torch {torch.__version__} finds no CUDA device here. Use --device cpu.')
+    return device
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Describes machine, versions and threads."""
+    described: dict[str, Any] = {
+        'device': str(device),
+        'cpu': cpu_name()[0],
+        'cores': os.cpu_count(),
+        'threads': torch.get_num_threads(),
+        'system': platform.platform(terse=True),
+        **versions(),
+    }
+    if hasattr(os, 'getloadavg'):
+        # Shows whether the machine was quiet.
+        described['load'] = round(os.getloadavg()[0], 2)
+    if device.type == 'cuda':
+        described['gpu'] = torch.cuda.get_device_name(device)
+        described['cuda'] = torch.version.cuda
+        described['cudnn'] = torch.backends.cudnn.version()
+        described['tf32'] = torch.backends.cudnn.allow_tf32
+    return described
+
+
+def versions() -> dict[str, Any]:
+    """Returns the versions that results depend on."""
+    return {
+        'python': platform.python_version(),
+        'torch': torch.__version__,
+        'timm': timm.__version__,
+        'repopt_timm': __version__,
+    }

@@ -1,18 +1,21 @@
-"""From a trained model to an INT8 one whose accuracy and speed are measured: ONNX, and ONNX Runtime on the CPU."""
+"""From a trained model to an INT8 one with measured accuracy and speed: ONNX, and ONNX Runtime on the CPU."""
 
 from .classifier import Classifier, load_classifier
-from .comparison import compare_int8, comparison_table
+from .deploy_commands import add_class_map, add_commands
 from .evaluation import evaluate
-from .export import export_onnx, to_onnx
-from .models import load_model
+from .int8_table import compare_int8, comparison_table
+from .layer_noise import layer_report, plot_layers
+from .onnx_export import export_onnx, to_onnx
 from .quantization import Quantization, QuantizationOptions, calibrate, quantize, quantize_onnx
-from .report import layer_report, plot_layers
 from .runtime import save_onnx
+from .trained_model import load_model
 
 __all__ = [
     'Classifier',
     'Quantization',
     'QuantizationOptions',
+    'add_class_map',
+    'add_commands',
     'calibrate',
     'compare_int8',
     'comparison_table',

@@ -11,8 +11,8 @@ import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from .models import load_model
 from .runtime import explained, load_onnx, open_session
+from .trained_model import load_model
 
 __all__ = [
     'Classifier',
@@ -22,6 +22,7 @@ __all__ = [
     'label_names',
     'load_classifier',
     'onnx_classifier',
+    'preprocessing',
     'torch_classifier',
 ]
 
@@ -35,7 +36,7 @@ class Classifier:
         run: Images, float32 of shape (N, C, H, W), to logits of shape (N, classes).
         config: Preprocessing, as `timm.data.resolve_data_config` gives it.
         size: Bytes on disk: of the ONNX file, or of the parameters and buffers of a PyTorch model.
-        class_names: Names of the classes in the order of the logits, if it tells them.
+        class_names: Names of the classes in the order of the logits, if known.
     """
 
     backend: str
@@ -46,7 +47,7 @@ class Classifier:
 
 
 def is_onnx(source: str | os.PathLike) -> bool:
-    """Tells whether a source is an ONNX file, by its name."""
+    """Returns whether a source is an ONNX file, by its name."""
     return Path(source).suffix == '.onnx'
 
 
@@ -57,7 +58,7 @@ def load_classifier(
 
     Args:
         source: An `.onnx` file, or what `load_model` takes.
-        threads: Number of threads; all cores when left out.
+        threads: Number of threads. Defaults to all cores.
         overrides: Preprocessing that differs from the model's own, by timm's names.
 
     Raises:
@@ -72,7 +73,7 @@ def load_classifier(
 def torch_classifier(
     model: nn.Module, threads: int | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Classifier:
-    """Wraps a PyTorch model; `threads` holds for the whole process."""
+    """Wraps a PyTorch model; `threads` applies to the whole process."""
     if threads:
         torch.set_num_threads(threads)
 
@@ -81,7 +82,7 @@ def torch_classifier(
             return model(images)
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    config = resolve_data_config(dict(overrides or {}), model=model)
+    config = preprocessing(overrides, model=model)
     return Classifier('pytorch', run, config, size, label_names(model))
 
 
@@ -92,7 +93,7 @@ def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[s
     name, (batch, *_) = image_input(model)
 
     def run(images: Tensor) -> Tensor:
-        # A model whose batch size is fixed gets that many at once: the last part is filled with its last image.
+        # A model whose batch size is fixed gets that many at once; repeat the last image to fill the last part.
         parts = images.split(batch) if batch else [images]
         missing = max(0, batch - len(parts[-1]))
         if missing:
@@ -104,8 +105,22 @@ def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[s
     return Classifier('onnxruntime', run, config, model.ByteSize(), _metadata(model).get('label_names', ()))
 
 
+def preprocessing(overrides: Mapping[str, Any] | None = None, **model: Any) -> dict[str, Any]:
+    """Returns what `timm.data.resolve_data_config` makes of the overrides and a model.
+
+    Raises:
+        ValueError: If `mean` or `std` do not have a value for each channel.
+    """
+    overrides = dict(overrides or {})
+    try:
+        return resolve_data_config(overrides, **model)
+    except AssertionError:
+        given = ', '.join(f'{name} {overrides[name]}' for name in ('mean', 'std') if name in overrides)
+        raise ValueError(f'Preprocessing with {given}: expected one value, or one for each channel.') from None
+
+
 def label_names(model: nn.Module) -> list[str]:
-    """Returns the names of a timm model's classes in the order of its logits; none if it does not tell them."""
+    """Returns the names of a timm model's classes in the order of its logits; none if unknown."""
     config: Any = getattr(model, 'pretrained_cfg', None) or {}
     names = config.get('label_names') or ()
     # timm allows a dict from number to name, for classes with gaps between them.
@@ -114,13 +129,13 @@ def label_names(model: nn.Module) -> list[str]:
 
 
 def _metadata(model: Any) -> dict[str, Any]:
-    told: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
     for entry in model.metadata_props:
         try:
-            told[entry.key] = json.loads(entry.value)
+            metadata[entry.key] = json.loads(entry.value)
         except ValueError:
             continue
-    return told
+    return metadata
 
 
 def image_input(model: Any) -> tuple[str, list[int]]:
@@ -131,21 +146,21 @@ def image_input(model: Any) -> tuple[str, list[int]]:
 
 
 def data_config(model: Any, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the preprocessing that an `onnx.ModelProto` tells in its metadata; timm's defaults where it does not.
+    """Returns the preprocessing in the metadata of an `onnx.ModelProto`, completed by timm's defaults.
 
     Args:
         model: An exported model, or any from images to logits.
-        overrides: What is to differ, by timm's names.
+        overrides: Values that differ, by timm's names.
 
     Raises:
         ValueError: If the input is not a batch of images.
     """
-    told = _metadata(model)
+    metadata = _metadata(model)
     name, sizes = image_input(model)
     if len(sizes) != 4:
-        raise ValueError(f"The ONNX model's input '{name}' has {len(sizes)} dimensions, expected (N, C, H, W).")
+        raise ValueError(f"The ONNX model's input '{name}' has {len(sizes)} dimensions, expected 4: (N, C, H, W).")
     if all(sizes[1:]):
-        told['input_size'] = sizes[1:]
-    # timm wants to be told something.
-    config = resolve_data_config(dict(overrides or {}), pretrained_cfg={'architecture': '', **told})
+        metadata['input_size'] = sizes[1:]
+    # timm requires an architecture.
+    config = preprocessing(overrides, pretrained_cfg={'architecture': '', **metadata})
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}

@@ -1,7 +1,6 @@
 """Accuracy, latency, throughput and size of a model."""
 
 import os
-import time
 from collections.abc import Callable, Mapping
 from statistics import median, quantiles
 from typing import Any
@@ -9,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reporting import take_turns, time_call
 from .classifier import Classifier, load_classifier
-from .data import ImageFolder
+from .image_folder import ImageFolder
 
-__all__ = ['Runs', 'accuracies', 'alternate', 'check_classes', 'evaluate', 'random_images', 'time_runs']
-
-# Named functions that each run a model once.
-Runs = Mapping[str, Callable[[], Any]]
+__all__ = ['accuracies', 'alternate', 'check_classes', 'evaluate', 'random_images', 'time_runs']
 
 
 def evaluate(
@@ -34,14 +31,14 @@ def evaluate(
         data: Image folder, see `ImageFolder`.
         split: Its split.
         batch_size: Images in a batch, for accuracy and throughput.
-        threads: Number of threads of the model; all cores when left out.
+        threads: Number of threads of the model. Defaults to all cores.
         overrides: Preprocessing that differs from the model's own, by timm's names.
         class_map: See `ImageFolder`; the one that the model was trained with.
 
     Returns:
         `model`, `backend`, `images`, `top1` and `top5` in percent (`top5` over as many classes as there are if fewer),
         `latency_ms` and `latency_p90_ms` of one image (of a batch, where an ONNX file has a fixed one), `throughput` in
-        images per second and `bytes` on disk. Decoding is in none of these times.
+        images per second and `bytes` on disk. These times exclude decoding.
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
@@ -96,7 +93,7 @@ def accuracies(
 
 
 def check_classes(classifier: Classifier, images: ImageFolder) -> None:
-    """Raises a ValueError if a model has other classes than the folder: another number, or in another order."""
+    """Raises a ValueError if the number or the order of a model's classes is not that of the folder."""
     classes = classifier.run(random_images(classifier.config, 1)).shape[-1]
     found, expected = images.class_names, classifier.class_names
     if classes != images.num_classes:
@@ -114,7 +111,7 @@ def check_classes(classifier: Classifier, images: ImageFolder) -> None:
 
 
 def random_images(config: Mapping[str, Any], batch_size: int) -> Tensor:
-    """Makes a batch like preprocessed images, float32 of shape (N, C, H, W): the time of a run depends on no values."""
+    """Makes a batch like preprocessed images, float32 of shape (N, C, H, W); a run's time does not depend on values."""
     return torch.randn(batch_size, *config['input_size'], generator=torch.Generator().manual_seed(0))
 
 
@@ -124,38 +121,36 @@ def time_runs(run: Callable[[], Any], seconds: float = 1.0, least: int = 20) -> 
         run()
     times: list[float] = []
     while len(times) < least or sum(times) < seconds:
-        times.append(_time(run))
+        times.append(time_call(run))
     return times
 
 
-def alternate(runs: Runs, rounds: int = 15, seconds: float = 0.1) -> dict[str, list[float]]:
-    """Times functions in turn, so that what else the machine does meanwhile meets all of them.
+def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 15, seconds: float = 0.1) -> dict[str, list[float]]:
+    """Times functions against each other, see `take_turns`.
 
     Args:
-        runs: See there.
-        rounds: Number of turns of each.
-        seconds: Length of a turn, about.
+        runs: Name to function.
+        rounds: Number of turns of each function.
+        seconds: Approximate length of a turn.
 
     Returns:
         Name to the median seconds of a run, for each round.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    counts = {name: max(3, int(seconds / min(_time(run) for _ in range(3)))) for name, run in runs.items()}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            # Threads of the one before spin on for a while, and caches hold its weights.
+
+    def make_turn(run: Callable[[], Any]) -> Callable[[], float]:
+        count = max(3, int(seconds / min(time_call(run) for _ in range(3))))
+
+        def turn() -> float:
+            # The previous one's threads go on spinning for a while, and its weights fill the caches.
             run()
             run()
-            times[name].append(median(_time(run) for _ in range(counts[name])))
-    return times
+            return median(time_call(run) for _ in range(count))
+
+        return turn
+
+    return take_turns({name: make_turn(run) for name, run in runs.items()}, rounds)
 
 
 def _run(classifier: Classifier, batch_size: int) -> Callable[[], Any]:
     images = random_images(classifier.config, batch_size)
     return lambda: classifier.run(images)
-
-
-def _time(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start

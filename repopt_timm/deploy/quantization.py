@@ -3,7 +3,7 @@
 import fnmatch
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from .classifier import data_config, image_input, onnx_classifier
-from .data import ImageFolder
-from .export import float_onnx
+from .image_folder import ImageFolder
+from .onnx_export import float_onnx
 from .runtime import explained, quiet, require, save_onnx
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 WEIGHTS = ('per-channel', 'per-tensor')
 CALIBRATIONS = ('minmax', 'entropy', 'percentile')
 
-# Activations of so many images are in memory at a time: 60 MB each in RepOpt-VGG-B1 at 224 px.
+# Images whose activations are in memory at a time: 60 MB each in RepOpt-VGG-B1 at 224 px.
 _CALIBRATION_BATCH = 8
 
 # Of the model's size: ONNX Runtime writes two more copies, one after the other, and its own file.
@@ -43,15 +43,15 @@ _LAYERS = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
 class QuantizationOptions:
     """How to quantise.
 
-    Activations become unsigned and weights signed 8-bit integers: on x86 that pair is what the dot-product
-    instructions (VNNI) take.
+    Activations become unsigned and weights signed 8-bit integers: on x86 the dot-product instructions
+    (VNNI) take that pair.
 
     Attributes:
         weights: One scale `per-channel` or `per-tensor`.
         calibration: How ranges of activations are found: `minmax`, `entropy` or `percentile`.
         percentile: Share of an activation's values that its range covers, in percent, for `percentile`.
         images: Number of images to calibrate on.
-        seed: Seed that draws them.
+        seed: Seed of the draw.
         reduce_range: Use 7 bits for weights: without VNNI, x86 adds up pairs of products in 16 bits, which overflow.
         exclude: Layers to leave in float32: names, with `*`, or operators. From either end, or two in a row.
     """
@@ -94,7 +94,7 @@ class Quantization:
     options: QuantizationOptions
 
     def agreement(self) -> float:
-        """Returns on how many of the calibration images both models choose the same class, in percent."""
+        """Returns the percentage of calibration images for which both models choose the same class."""
         first, second = onnx_classifier(self.model), onnx_classifier(self.quantized)
         same = 0
         for batch, _ in self.images.batches(self.indices, _CALIBRATION_BATCH, 'agreement'):
@@ -138,16 +138,19 @@ def calibrate(model: Any, images: ImageFolder, indices: Sequence[int], options: 
         model: A float `onnx.ModelProto`.
         images: Where images come from.
         indices: Those to calibrate on.
-        options: See there; `weights`, `reduce_range` and `exclude` do not matter here.
+        options: See there; `weights` and `reduce_range` do not matter here.
 
     Returns:
         ONNX Runtime's `TensorsData`: the lowest and highest value of each tensor.
 
     Raises:
-        ValueError: If an image does not decode, or ONNX Runtime cannot run the model.
+        ValueError: If an image does not decode, ONNX Runtime cannot run the model, the model is quantised already, or
+            `exclude` matches none of its layers.
         OSError: If there is no room for temporary files.
     """
     quantization = require('onnxruntime.quantization')
+    # Before the work.
+    _excluded(model, options.exclude)
     method = {'minmax': 'MinMax', 'entropy': 'Entropy', 'percentile': 'Percentile'}[options.calibration]
     with TemporaryDirectory(prefix='repopt-timm-') as folder, explained('ONNX Runtime cannot calibrate the model'):
         _check_space(folder, _DISK_SPACE * model.ByteSize())
@@ -158,20 +161,20 @@ def calibrate(model: Any, images: ImageFolder, indices: Sequence[int], options: 
                 _operators(),
                 augmented_model_path=os.fspath(Path(folder, 'augmented.onnx')),
                 calibrate_method=quantization.CalibrationMethod[method],
-                extra_options=_calibrator_options(options),
+                extra_options={'percentile': options.percentile} if options.calibration == 'percentile' else {},
             )
         name, (fixed, *_) = image_input(model)
         title = f'{options.calibration} calibration'
         for batch, _ in images.batches(indices, fixed or _CALIBRATION_BATCH, title, whole=fixed > 0):
             # One batch per call: the calibrators keep what they get until a call ends.
             with quiet():
-                calibrator.collect_data(_Reader(iter([{name: batch.numpy()}])))
+                calibrator.collect_data(_Reader({name: batch.numpy()}))
         with quiet():
             return calibrator.compute_data()
 
 
 def _check_space(folder: str, needed: float) -> None:
-    # ONNX does not notice that it cannot write all of a file, and fails at reading it.
+    # ONNX does not notice an incomplete write, and fails when it reads the file.
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise OSError(
@@ -180,13 +183,11 @@ def _check_space(folder: str, needed: float) -> None:
         )
 
 
-def _calibrator_options(options: QuantizationOptions) -> dict[str, Any]:
-    return {'percentile': options.percentile} if options.calibration == 'percentile' else {}
-
-
 class _Reader:
-    def __init__(self, batches: Iterator[dict[str, np.ndarray]]):
-        self._batches = batches
+    """Gives a calibrator one batch."""
+
+    def __init__(self, batch: dict[str, np.ndarray]):
+        self._batches = iter([batch])
 
     def get_next(self) -> dict[str, np.ndarray] | None:
         return next(self._batches, None)
@@ -208,8 +209,6 @@ def quantize(model: Any, ranges: Any, options: QuantizationOptions) -> Any:
             between others.
     """
     quantization = require('onnxruntime.quantization')
-    if any(node.op_type in ('QuantizeLinear', 'DequantizeLinear') for node in model.graph.node):
-        raise ValueError('The model is quantised already; name the float32 one.')
     excluded = _excluded(model, options.exclude)
     copy = type(model)()
     copy.CopyFrom(model)
@@ -243,22 +242,29 @@ def layers_of(model: Any) -> dict[str, Any]:
     for node in model.graph.node:
         if node.op_type in _LAYERS and node.input[1] in constants:
             name = node.input[1].removesuffix('.weight')
-            # Other weights are constants that the exporter made, or shared.
+            # Other weights are shared, or constants that the exporter made.
             layers[node.name if name == node.input[1] or name in layers else name] = node
     return layers
 
 
 def _excluded(model: Any, patterns: Iterable[str]) -> dict[str, str]:
-    """Maps layers, or nodes that are none, to names of nodes."""
+    """Maps excluded layers, and other nodes, to names of nodes; refuses a model that is quantised already."""
+    if any(node.op_type in ('QuantizeLinear', 'DequantizeLinear') for node in model.graph.node):
+        raise ValueError('The model is quantised already; name the float32 one.')
     layers = layers_of(model)
     excluded: dict[str, str] = {}
     for pattern in patterns:
         found = {name: node.name for name, node in layers.items() if fnmatch.fnmatchcase(name, pattern)}
         found |= {node.name: node.name for node in model.graph.node if node.op_type == pattern}
         if not found:
-            raise ValueError(f"exclude='{pattern}' matches no layer. The model has {', '.join(layers)}.")
+            raise ValueError(f"exclude '{pattern}': no layer or operator has this name, expected {_shown(layers)}.")
         excluded |= found
     return excluded
+
+
+def _shown(layers: Iterable[str], most: int = 8) -> str:
+    names = list(layers)
+    return f'one of {", ".join(names[:most])}{", ..." if names[most:] else ""}'
 
 
 def _check_excluded(quantized: Any, excluded: Mapping[str, str]) -> None:
@@ -274,7 +280,7 @@ def _check_excluded(quantized: Any, excluded: Mapping[str, str]) -> None:
         if node is None or node.op_type not in ('Conv', 'ConvTranspose', 'Gemm'):
             continue
         following = consumers.get(node.output[0], [])
-        # These become part of the rounding.
+        # ONNX Runtime fuses these into the rounding.
         while len(following) == 1 and following[0].op_type in ('Relu', 'Clip'):
             following = consumers.get(following[0].output[0], [])
         before = producers.get(node.input[0])

@@ -4,6 +4,7 @@ import importlib
 import io
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -16,6 +17,9 @@ __all__ = ['explained', 'load_onnx', 'open_session', 'quiet', 'require', 'save_o
 
 # Protocol buffers end here; larger models need a second file, which could be lost or left behind.
 _LARGEST_FILE = 2**31 - 1
+
+# Error codes of ONNX Runtime, and the line and signature of the C++ function that failed.
+_IN_CPP = re.compile(r'\[ONNXRuntimeError\] : \d+ : \w+ : |/\S+\.(?:h|cc|cpp):\d+ .*?\) (?=[A-Z])')
 
 
 def require(module: str) -> Any:
@@ -39,7 +43,7 @@ def load_onnx(path: str | os.PathLike) -> Any:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no ONNX model, or has other inputs or outputs.
+        ValueError: If it is not an ONNX model, or does not have one input and one output.
     """
     onnx = require('onnx')
     if not Path(path).is_file():
@@ -48,7 +52,7 @@ def load_onnx(path: str | os.PathLike) -> Any:
         model = onnx.load(os.fspath(path))
         onnx.checker.check_model(model)
     except (require('google.protobuf.message').DecodeError, onnx.checker.ValidationError) as error:
-        raise ValueError(f"'{path}' is no readable ONNX model: {_first_line(error)}.") from None
+        raise ValueError(f"'{path}' is not a readable ONNX model: {_first_line(error)}.") from None
     graph = model.graph
     constants = {tensor.name for tensor in graph.initializer}
     inputs = [value.name for value in graph.input if value.name not in constants]
@@ -82,8 +86,8 @@ def open_session(model: Any, threads: int | None = None, optimize: bool = True) 
 
     Args:
         model: An `onnx.ModelProto`, or the path of a file.
-        threads: Number of threads; all cores when left out.
-        optimize: Fuse and replace nodes. Without it all tensors keep their names and values.
+        threads: Number of threads. Defaults to all cores.
+        optimize: Fuse and replace nodes. Otherwise all tensors keep their names and values.
 
     Returns:
         An `onnxruntime.InferenceSession`.
@@ -95,7 +99,7 @@ def open_session(model: Any, threads: int | None = None, optimize: bool = True) 
     onnxruntime = require('onnxruntime')
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    # Its errors are raised too, and told in one line.
+    # Errors are raised as well.
     options.log_severity_level = 4
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -111,7 +115,7 @@ def open_session(model: Any, threads: int | None = None, optimize: bool = True) 
 
 @contextmanager
 def explained(problem: str) -> Iterator[None]:
-    """Turns errors of ONNX and its runtime, which have no common base class, into a ValueError that begins so."""
+    """Turns errors of ONNX and its runtime, which have no common base class, into a ValueError: `problem`, reason."""
     try:
         yield
     except Exception as error:
@@ -134,5 +138,5 @@ def quiet() -> Iterator[None]:
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
+    lines = [line for line in _IN_CPP.sub('', str(error)).splitlines() if line.strip()]
     return lines[0].strip().rstrip('.') if lines else type(error).__name__

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from repopt_timm.bench.allocation import allocation, saved_bytes
-from repopt_timm.bench.contenders import batch, forward_pass
+from repopt_timm.bench.bench_models import batch, forward_pass
 
 from ..helpers import tiny_model
 

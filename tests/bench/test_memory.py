@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from repopt_timm.bench.allocation import allocation, saved_bytes, static_bytes
-from repopt_timm.bench.contenders import architecture_of, batch, forward_pass, repvgg, target
+from repopt_timm.bench.bench_models import architecture_of, batch, forward_pass, repvgg, target
 from repopt_timm.bench.memory import _simulate, estimate
 
 from ..helpers import TINY

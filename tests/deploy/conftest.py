@@ -6,8 +6,8 @@ import timm
 import torch
 from PIL import Image
 
-from repopt_timm.deploy import comparison, evaluation, load_model, quantize_onnx, save_onnx
-from repopt_timm.deploy.export import to_onnx
+from repopt_timm.deploy import evaluation, int8_table, load_model, quantize_onnx, save_onnx
+from repopt_timm.deploy.onnx_export import to_onnx
 from repopt_timm.deploy.quantization import QuantizationOptions
 
 from ..helpers import TINY
@@ -24,7 +24,7 @@ def short_times():
     """Times are taken, but not until they are exact."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, 'time_runs', partial(evaluation.time_runs, seconds=0))
-        patch.setattr(comparison, 'alternate', partial(comparison.alternate, rounds=3, seconds=0))
+        patch.setattr(int8_table, 'alternate', partial(int8_table.alternate, rounds=3, seconds=0))
         yield
 
 

@@ -171,6 +171,7 @@ def test_a_layer_that_onnx_runtime_would_quantise_itself_is_refused(quantization
 
 def test_a_layer_that_is_not_there_cannot_be_left_out(quantization):
     with pytest.raises(
-        ValueError, match=r"exclude='stages.9' matches no layer. The model has stem.conv, stages.0.0.conv"
+        ValueError,
+        match=r"exclude 'stages.9': no layer or operator has this name, expected one of stem.conv, stages.0.0.conv",
     ):
         quantization(exclude=('stages.9',))

@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
 from torch import nn
 
-from .classifier import is_onnx, label_names, onnx_classifier
-from .models import load_model
+from .classifier import is_onnx, label_names, onnx_classifier, preprocessing
 from .runtime import load_onnx, quiet, require, save_onnx
+from .trained_model import load_model
 
 __all__ = ['export_onnx', 'float_onnx', 'to_onnx']
 
-# What PyTorch's exporter writes without converting it, and every ONNX Runtime since 1.14 runs. Eight-bit convolutions,
-# per channel too, need no later one.
+# PyTorch's exporter writes it without a conversion, every ONNX Runtime since 1.14 runs it, and it has 8-bit
+# convolutions, per channel too.
 OPSET = 18
 
 # Of the largest logit. Summing in another order makes about 1e-6.
@@ -26,7 +25,7 @@ _TOLERANCE = 1e-3
 def export_onnx(
     source: str | os.PathLike, path: str | os.PathLike, overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """Exports a trained model to an ONNX file that tells its preprocessing in its metadata.
+    """Exports a trained model to an ONNX file with its preprocessing in the metadata.
 
     Args:
         source: What `load_model` takes.
@@ -34,8 +33,8 @@ def export_onnx(
         overrides: Preprocessing that differs from the model's own, by timm's names.
 
     Returns:
-        `out`, `opset`, `bytes`, `batchnorms` (the number of those that follow no convolution and stay), and
-        `difference`, the largest one between a logit and PyTorch's.
+        `out`, `opset`, `bytes`, `batchnorms` (the number that follow no convolution and stay), and `difference`, the
+        largest difference between a logit and PyTorch's.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -43,9 +42,7 @@ def export_onnx(
         OSError: If the file cannot be written.
         ImportError: If the `[deploy]` extra is not installed.
     """
-    require('onnxscript')
-    model = load_model(source)
-    proto, difference = to_onnx(model, resolve_data_config(dict(overrides or {}), model=model))
+    proto, difference = _load_and_export(source, overrides)
     save_onnx(proto, path)
     batchnorms = sum(node.op_type == 'BatchNormalization' for node in proto.graph.node)
     return {
@@ -69,11 +66,13 @@ def float_onnx(source: str | os.PathLike, overrides: Mapping[str, Any] | None = 
         ValueError: If it cannot be loaded or exported.
         ImportError: If the `[deploy]` extra is not installed.
     """
-    if is_onnx(source):
-        return load_onnx(source)
+    return load_onnx(source) if is_onnx(source) else _load_and_export(source, overrides)[0]
+
+
+def _load_and_export(source: str | os.PathLike, overrides: Mapping[str, Any] | None) -> tuple[Any, float]:
     require('onnxscript')
     model = load_model(source)
-    return to_onnx(model, resolve_data_config(dict(overrides or {}), model=model))[0]
+    return to_onnx(model, preprocessing(overrides, model=model))
 
 
 def to_onnx(model: nn.Module, config: Mapping[str, Any]) -> tuple[Any, float]:
@@ -88,9 +87,9 @@ def to_onnx(model: nn.Module, config: Mapping[str, Any]) -> tuple[Any, float]:
         between one of its logits and PyTorch's.
 
     Raises:
-        ValueError: If the model has an operator that ONNX or ONNX Runtime has not, or gives other logits there.
+        ValueError: If ONNX or ONNX Runtime lacks an operator of the model, or the logits differ.
     """
-    # Not one image: the exporter would take a batch of one for a constant.
+    # The exporter takes a batch of one image for a constant.
     example = torch.randn(2, *config['input_size'], generator=torch.Generator().manual_seed(0))
     try:
         with quiet():
@@ -108,8 +107,8 @@ def to_onnx(model: nn.Module, config: Mapping[str, Any]) -> tuple[Any, float]:
         raise ValueError(f'{type(model).__name__} cannot be exported to ONNX: {_cause(error)}') from None
     proto = program.model_proto
     _strip_sources(proto)
-    told = {**config, 'architecture': _architecture(model), 'label_names': label_names(model)}
-    for key, value in told.items():
+    metadata = {**config, 'architecture': _architecture(model), 'label_names': label_names(model)}
+    for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     return proto, _verify(model, proto, example)
 
@@ -120,7 +119,7 @@ def _architecture(model: nn.Module) -> str:
 
 
 def _strip_sources(proto: Any) -> None:
-    # The exporter notes the line of code that each node comes from, with the paths of this machine.
+    # The exporter records the line of code that each node comes from, with the paths of this machine.
     for part in (*proto.graph.node, *proto.graph.input, *proto.graph.output, *proto.graph.initializer):
         del part.metadata_props[:]
 
@@ -132,7 +131,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _verify(model: nn.Module, proto: Any, example: torch.Tensor) -> float:
-    # Another batch size than the exported one, so that a batch that is not dynamic is found.
+    # Another batch size than the exported one shows whether the batch is dynamic.
     images = torch.cat([example, example.flip(-1)])[:3]
     with torch.inference_mode():
         expected = model(images)

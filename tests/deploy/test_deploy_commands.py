@@ -1,11 +1,13 @@
 import json
 import sys
 
+import onnx
 import pytest
 from huggingface_hub import ModelCard
 
 from repopt_timm.cli import main
-from repopt_timm.deploy import evaluate
+from repopt_timm.deploy import evaluate, save_onnx
+from repopt_timm.deploy.image_folder import ImageFolder
 
 from ..helpers import tiny_model
 from .conftest import write_checkpoint
@@ -74,12 +76,21 @@ def five_classes(tmp_path):
         ('quantize {model} --data {tmp}/nowhere --out {tmp}/new.onnx', 'There is no image folder'),
         ('quantize {model} --data {tmp}/empty --out {tmp}/new.onnx', 'There are no images'),
         ('quantize {model} --data {tmp}/broken --out {tmp}/new.onnx', "broken/train/a/1.png' cannot be read"),
-        ('quantize {model} --data {images} --out {tmp}/new.onnx --exclude conv9', "exclude='conv9' matches no layer"),
+        (
+            'quantize {model} --data {images} --out {tmp}/new.onnx --exclude conv9',
+            "exclude 'conv9': no layer",
+        ),
         ('quantize {model} --data {images} --out {tmp}/new.onnx --versus x', '--report'),
-        ('quantize {tmp}/text.onnx --data {images} --out {tmp}/new.onnx', 'is no readable ONNX model'),
-        ('evaluate {tmp}/text.onnx --data {images}', 'is no readable ONNX model'),
+        ('quantize {model} --data {images} --out {model}', 'is the input itself'),
+        ('quantize {model} --data {images} --out {tmp}', 'is a folder'),
+        ('compare-int8 {model} --data {images} --out {five}', 'is not a folder'),
+        ('export test_repopt_vgg --onnx {tmp}/new.onnx', 'There are no trained weights'),
+        ('quantize {tmp}/text.onnx --data {images} --out {tmp}/new.onnx', 'is not a readable ONNX model'),
+        ('evaluate {tmp}/text.onnx --data {images}', 'is not a readable ONNX model'),
         ('evaluate {five} --data {images}', 'The model has 5 classes, but the folder'),
         ('evaluate {model} --data {images} --input-size 3 8 8', 'ONNX Runtime cannot run the model'),
+        ('evaluate {model} --data {images} --mean 0.5 0.5', 'expected one value, or one for each channel'),
+        ('quantize {future} --data {images} --out {tmp}/new.onnx', 'cannot calibrate the model: Load model'),
         ('compare-int8 {model} {model} --data {images}', 'same label'),
         ('compare-int8 {five} --data {images} --images 8 --calibrations minmax', 'The model has 5 classes'),
     ],
@@ -91,14 +102,34 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
     (tmp_path / 'broken' / 'train' / 'a').mkdir(parents=True)
     (tmp_path / 'broken' / 'train' / 'a' / '1.png').write_bytes(b'no image')
     (tmp_path / 'text.onnx').write_text('no model')
+    future = onnx.load(onnx_file)
+    future.opset_import[0].version = 99
+    save_onnx(future, tmp_path / 'future.onnx')
     before = sorted(tmp_path.rglob('*'))
     places = {'tmp': tmp_path, 'model': onnx_file, 'five': five_classes, 'images': images}
+    places['future'] = tmp_path / 'future.onnx'
     assert main([argument.format(**places) for argument in arguments.split()]) == 1
     error = capsys.readouterr().err
     assert error.startswith('error: ')
     assert message in error
     assert error.count('\n') == 1
+    assert 'pretrained=' not in error
+    assert 'std::' not in error
     assert sorted(tmp_path.rglob('*')) == before
+
+
+@pytest.mark.parametrize(
+    ('kind', 'arguments', 'message'), [('int8', '', 'quantised already'), ('float', '--exclude conv9', 'no layer')]
+)
+def test_what_is_known_beforehand_is_said_before_the_calibration(
+    kind, arguments, message, quantization, images, tmp_path, capsys, monkeypatch
+):
+    done = quantization()
+    save_onnx({'int8': done.quantized, 'float': done.model}[kind], tmp_path / 'model.onnx')
+    monkeypatch.setattr(ImageFolder, 'batches', lambda *args, **kwargs: pytest.fail('images were read'))
+    paths = ['--data', str(images), '--out', str(tmp_path / 'new.onnx')]
+    assert main(['quantize', str(tmp_path / 'model.onnx'), *paths, *arguments.split()]) == 1
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import os
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from torch.optim import SGD, AdamW, Optimizer
 from ..optim import RepOptAdamW, RepOptSGD
 from ..optim.reference import ReferenceRepOptAdamW, ReferenceRepOptSGD
 from ..reparam import GradMults, make_grad_mults
+from ..reporting import time_call
 from .allocation import allocation
-from .contenders import architecture_of, make_optimizer, target
-from .measure import paired, synchronized
-from .report import Goal, Row, memory_rows, time_rows
+from .bench_models import architecture_of, make_optimizer, synchronized, target, time_in_turns
+from .rows import Goal, Row, memory_rows, ratio_rows
 from .settings import Settings
 
 __all__ = ['bench_optimizer']
@@ -126,13 +125,13 @@ class _Comparison:
         probes: dict[str, _Probe] = {}
         with _empty_compiler_cache():
             for name, contender in contenders.items():
-                self.settings.tell(f'memory, {name}')
+                self.settings.report_progress(f'memory, {name}')
                 probes[name] = self._probe(contender)
-        self.settings.tell(f'time, {self.rule.name}')
-        steps = {name: synchronized(probe.optimizer.step, device) for name, probe in probes.items()}
-        timings = paired(steps, self.baseline, self.settings.rounds, prepare=self._restore)
+        self.settings.report_progress(f'time, {self.rule.name}')
+        steps = {name: probe.optimizer.step for name, probe in probes.items()}
+        seconds = time_in_turns(steps, device, self.settings.rounds, warmup=2, prepare=self._restore)
         goals = {name: self.rule.goal for name, contender in contenders.items() if contender.ours}
-        rows = time_rows(f'{self.rule.name}: step', timings, self.baseline, goals)
+        rows = ratio_rows(f'{self.rule.name}: step', 's', seconds, self.baseline, goals)
         rows += self._memory_rows(contenders, probes, made.held)
         return rows + self._other_rows(contenders, probes)
 
@@ -161,7 +160,7 @@ class _Comparison:
         self._restore()
         optimizer = contender.make()
         try:
-            first = _seconds(synchronized(optimizer.step, device))
+            first = time_call(synchronized(optimizer.step, device))
         except RuntimeError as error:
             if not contender.compiled:
                 raise
@@ -214,9 +213,9 @@ class _Comparison:
 
 
 def _construction_row(name: str, settings: Settings) -> Row:
-    settings.tell(f'construction, {name}')
+    settings.report_progress(f'construction, {name}')
     model = target(architecture_of(name), settings.device)
-    seconds = _seconds(synchronized(lambda: make_optimizer(model), settings.device))
+    seconds = time_call(synchronized(lambda: make_optimizer(model), settings.device))
     return Row('sgd: construction of RepOptSGD', name, seconds, 's', goal=_CONSTRUCTION_GOAL)
 
 
@@ -235,12 +234,6 @@ def _empty_compiler_cache() -> Iterator[None]:
                     del os.environ[name]
                 else:
                     os.environ[name] = value
-
-
-def _seconds(call: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def _after_a_step(optimizer: Optimizer) -> Optimizer:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from repopt_timm.deploy import export_onnx, load_model, save_onnx
-from repopt_timm.deploy.export import to_onnx
+from repopt_timm.deploy.onnx_export import to_onnx
 
 from .conftest import ARGS, write_checkpoint
 

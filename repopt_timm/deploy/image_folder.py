@@ -3,7 +3,7 @@
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ class ImageFolder:
         root: The folder, or one with a folder for each split, named as timm's training script expects.
         split: Split to look for in `root`, such as `train` or `validation`.
         config: Preprocessing, as `timm.data.resolve_data_config` gives it.
-        class_map: File of classes and their numbers, as timm's scripts take it; in order of name when left out.
+        class_map: File of classes and their numbers, as timm's scripts take it. Defaults to the order of the names.
 
     Attributes:
         folder: Where the images are.
@@ -93,18 +93,15 @@ class ImageFolder:
         if whole:
             indices = [*indices, *islice(cycle(indices), -len(indices) % batch_size)]
         chunks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-        # No bar where nobody looks: `disable=None` asks whether it is a terminal.
+        # `disable=None` shows the bar on terminals only.
         with (
             ThreadPoolExecutor(_WORKERS) as pool,
             tqdm(total=len(indices), desc=title, unit='img', disable=None) as bar,
         ):
-
-            def start(chunk: Sequence[int]) -> list[Future]:
-                return [pool.submit(self.__getitem__, index) for index in chunk]
-
-            following = start(chunks[0]) if chunks else []
-            for chunk in [*chunks[1:], []] if chunks else []:
-                current, following = following, start(chunk)
-                images, targets = zip(*(future.result() for future in current))
+            # Two chunks are in memory: `map` starts at once, so that the next one decodes while this one is used.
+            following = pool.map(self.__getitem__, chunks[0] if chunks else [])
+            for number, chunk in enumerate(chunks, start=1):
+                current, following = following, pool.map(self.__getitem__, chunks[number] if chunks[number:] else [])
+                images, targets = zip(*current)
                 yield torch.stack(images), torch.tensor(targets)
-                bar.update(len(current))
+                bar.update(len(chunk))

@@ -1,12 +1,35 @@
-"""Results as rows, goals that they are held against, and a table of them."""
+"""Results as rows, their goals, and a table of them."""
 
-from collections.abc import Iterable, Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .measure import Spread, Timing
+from ..reporting import markdown_table
 
-__all__ = ['Goal', 'Row', 'as_json', 'markdown', 'memory_rows', 'quantity', 'ratio_table', 'time_rows']
+__all__ = ['RATIO_NOTE', 'Goal', 'Row', 'Spread', 'as_json', 'memory_rows', 'quantity', 'ratio_table', 'ratio_rows']
+
+RATIO_NOTE = (
+    'Times are medians. The candidates took turns in one process, in rounds whose order rotated; a ratio is the median '
+    "of the rounds' ratios."
+)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, quartiles and range of some values."""
+
+    median: float
+    lower: float
+    upper: float
+    lowest: float
+    highest: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> 'Spread':
+        """Summarizes one or more values."""
+        quartiles = statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else [values[0]] * 3
+        return cls(statistics.median(values), quartiles[0], quartiles[2], min(values), max(values))
 
 
 @dataclass(frozen=True)
@@ -15,10 +38,10 @@ class Goal:
 
     Attributes:
         most: Upper end.
-        least: Lower end, if there is one.
+        least: Lower end, if any.
         strict: Whether the upper end itself misses the goal.
         of_value: Whether the measured value is compared, not its ratio.
-        text: How the goal is told.
+        text: How the goal reads.
     """
 
     most: float
@@ -28,7 +51,7 @@ class Goal:
     of_value: bool = False
 
     def is_reached(self, number: float) -> bool:
-        """Tells whether a number is in the range."""
+        """Returns whether a number is in the range."""
         if self.least is not None and number < self.least:
             return False
         return number < self.most if self.strict else number <= self.most
@@ -39,14 +62,14 @@ class Row:
     """One measurement.
 
     Attributes:
-        what: What was measured; rows of one table section have it in common.
-        contender: Of which contender.
+        what: What was measured, the same for all rows of a section of the table.
+        contender: Name of the candidate or the baseline.
         value: The measured value, a median.
         unit: `s`, `B` for bytes, or what was counted.
         ratio: The value over that of `baseline`.
-        baseline: What it is compared with.
-        goal: What it should be, if there is a goal.
-        at: Place on the axis, for measurements of a curve.
+        baseline: Name of what it is compared with.
+        goal: What it should be, if any.
+        at: Position on the axis, for curves.
     """
 
     what: str
@@ -60,7 +83,7 @@ class Row:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the goal is reached; None without one."""
+        """Whether the goal is reached, None without a goal."""
         if self.goal is None:
             return None
         if self.goal.of_value or self.ratio is None:
@@ -68,46 +91,45 @@ class Row:
         return self.goal.is_reached(self.ratio.median)
 
 
-def time_rows(
-    what: str, timings: dict[str, Timing], baseline: str, goals: dict[str, Goal] | None = None, at: float | None = None
+def ratio_rows(
+    what: str,
+    unit: str,
+    values: Mapping[str, Sequence[float]],
+    baseline: str,
+    goals: Mapping[str, Goal] | None = None,
+    at: float | None = None,
 ) -> list[Row]:
-    """Makes a row of each contender's timing.
-
-    Args:
-        what: What was timed.
-        timings: What `paired` returned.
-        baseline: Name of the contender that the ratios refer to.
-        goals: Contender to goal.
-        at: Place on the axis.
-    """
-    goals = goals or {}
-    return [
-        Row(what, name, timing.seconds.median, 's', timing.ratio, baseline, goals.get(name), at)
-        for name, timing in timings.items()
-    ]
-
-
-def memory_rows(
-    what: str, sizes: dict[str, int], baseline: str, goals: dict[str, Goal] | None = None, at: float | None = None
-) -> list[Row]:
-    """Makes a row of each contender's number of bytes.
+    """Makes a row of each candidate's values.
 
     Args:
         what: What was measured.
-        sizes: Contender to number of bytes.
-        baseline: Name of the contender that the ratios refer to.
-        goals: Contender to goal.
-        at: Place on the axis.
+        unit: `s` or `B`.
+        values: Candidate to the values of each round, which are compared with the baseline's of the same round.
+        baseline: Name of the candidate that the ratios refer to.
+        goals: Candidate to goal.
+        at: Position on the axis.
     """
     goals = goals or {}
-    return [
-        Row(what, name, size, 'B', Spread.of([size / sizes[baseline]]), baseline, goals.get(name), at)
-        for name, size in sizes.items()
-    ]
+    rows = []
+    for name, own in values.items():
+        ratio = Spread.of([value / base for value, base in zip(own, values[baseline])])
+        rows.append(Row(what, name, statistics.median(own), unit, ratio, baseline, goals.get(name), at))
+    return rows
+
+
+def memory_rows(
+    what: str,
+    sizes: Mapping[str, int],
+    baseline: str,
+    goals: Mapping[str, Goal] | None = None,
+    at: float | None = None,
+) -> list[Row]:
+    """Makes a row of each candidate's number of bytes, see `ratio_rows`."""
+    return ratio_rows(what, 'B', {name: [size] for name, size in sizes.items()}, baseline, goals, at)
 
 
 def quantity(value: float, unit: str) -> str:
-    """Writes a value with three significant digits and a unit of fitting size."""
+    """Formats a value with three significant digits and a unit of fitting size."""
     if unit == 's':
         for size, name in ((1.0, 's'), (1e-3, 'ms')):
             if value >= size:
@@ -134,7 +156,7 @@ def _ratio(row: Row) -> str:
 
 
 def ratio_table(rows: Sequence[Row]) -> str:
-    """Writes rows as a table: measured values, ratios with quartiles, goals."""
+    """Formats rows as a table of measured values, ratios with quartiles, and goals."""
     head = ('what', 'at', 'contender', 'measured', 'ratio (quartiles)', 'to', 'goal', 'reached')
     lines = []
     previous = None
@@ -153,17 +175,11 @@ def ratio_table(rows: Sequence[Row]) -> str:
         )
         previous = row.what
     used = [column for column in range(len(head)) if any(line[column] for line in lines)]
-    return markdown([head[column] for column in used], [[line[column] for column in used] for line in lines])
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Writes a Markdown table whose columns line up, for terminals."""
-    lines = [tuple(head), *(tuple(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    lines.insert(1, tuple('-' * width for width in widths))
-    return '\n'.join('| ' + ' | '.join(map(str.ljust, line, widths)) + ' |' for line in lines)
+    return markdown_table(
+        [head[column] for column in used], [[line[column] for column in used] for line in lines], True
+    )
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """Returns a row as plain data, with whether its goal is reached."""
+    """Returns a row as plain data, including whether its goal is reached."""
     return {**asdict(row), 'goal': row.goal.text if row.goal is not None else None, 'reached': row.reached}

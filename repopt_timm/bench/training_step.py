@@ -1,34 +1,42 @@
-"""`bench train`: a training step and inference of a target against those of timm's RepVGG."""
+"""`bench train` and `bench search`: training steps and inference of models against each other."""
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .allocation import allocation, saved_bytes, static_bytes
-from .contenders import (
+from .bench_models import (
     architecture_of,
     batch,
     forward_pass,
+    hyper_search,
     inference,
     plain_inference_models,
     repvgg,
+    separate_branches,
     target,
+    time_in_turns,
     training_step,
 )
-from .measure import paired, synchronized
-from .report import Goal, Row, memory_rows, time_rows
+from .rows import Goal, Row, Spread, memory_rows, ratio_rows
 from .settings import Settings
 
-__all__ = ['ACTIVATIONS', 'SAVED', 'TIME', 'bench_train', 'step_rows']
+__all__ = ['bench_search', 'bench_train']
 
-TIME = 'training step'
-ACTIVATIONS = 'saved activations'
-SAVED = 'saved in all'
+_TIME = 'training step'
+_ACTIVATIONS = 'saved activations'
+_SAVED = 'saved in all'
 
 # Times that differ by less count as equal on any machine.
 _NOISE = 0.02
-_GOALS = {TIME: Goal(1, '< 1 x', strict=True), ACTIVATIONS: Goal(0.6, '<= 0.60 x')}
+_TRAIN_GOALS = {_TIME: Goal(1, '< 1 x', strict=True), _ACTIVATIONS: Goal(0.6, '<= 0.60 x')}
+_SEARCH_GOALS = {
+    _TIME: Goal(1.15, '<= 1.15 x'),
+    _ACTIVATIONS: Goal(1.05, '<= 1.05 x'),
+    _SAVED: Goal(1.05, '<= 1.05 x'),
+}
 
 
 def bench_train(settings: Settings) -> list[Row]:
@@ -41,39 +49,55 @@ def bench_train(settings: Settings) -> list[Row]:
         settings.model: target(architecture, device),
         checkpointing: target(architecture, device, grad_checkpointing=True),
     }
-    goals = {what: dict.fromkeys((settings.model, checkpointing), goal) for what, goal in _GOALS.items()}
-    rows = step_rows(models, baseline, goals, settings)
+    rows = _step_rows(models, baseline, _TRAIN_GOALS, (settings.model, checkpointing), settings)
     del models
     merged, folded = plain_inference_models(architecture, device)
     return rows + _inference_rows(settings, f'{baseline}, reparameterized', merged, folded)
 
 
-def step_rows(
-    models: dict[str, nn.Module], baseline: str, goals: dict[str, dict[str, Goal]], settings: Settings
+def bench_search(settings: Settings) -> list[Row]:
+    """Compares a Hyper-Search with merged kernels, and with branches that run one by one, with the target."""
+    architecture, device = architecture_of(settings.model), settings.device
+    searched = f'{settings.model}_hs'
+    model = hyper_search(architecture, device)
+    models = {
+        settings.model: target(architecture, device),
+        searched: model,
+        f'{searched}, three separate branches': separate_branches(model),
+    }
+    return _step_rows(models, settings.model, _SEARCH_GOALS, (searched,), settings)
+
+
+def _step_rows(
+    models: dict[str, nn.Module], baseline: str, goals: dict[str, Goal], candidates: Sequence[str], settings: Settings
 ) -> list[Row]:
-    """Measures time and memory of training steps, for all image sizes, batch sizes and precisions.
+    """Measures time and memory of training steps.
 
     Args:
         models: Name to model.
         baseline: Name of the model that the others are compared with.
-        goals: What is measured to name of a model to its goal.
+        goals: What is measured to the goal for it.
+        candidates: Names of the models that the goals are for.
         settings: What to measure.
     """
+
+    def goals_for(what: str) -> dict[str, Goal]:
+        return dict.fromkeys(candidates, goals[what]) if what in goals else {}
+
     rows: list[Row] = []
     for cell, images, labels, precision in _cells(settings):
-        settings.tell(f'training step, {cell}')
-        steps, saved, peaks = {}, {}, {}
+        settings.report_progress(f'training step, {cell}')
+        steps, peaks = {}, {}
+        saved: dict[str, dict[str, int]] = {_ACTIVATIONS: {}, _SAVED: {}}
         for name, model in models.items():
             made = allocation(partial(training_step, model, images, labels, precision), settings.device)
-            steps[name] = synchronized(made.result, settings.device)
+            steps[name] = made.result
             peaks[name] = static_bytes(model) + made.peak
-            saved[name] = _saved(model, images, labels, precision)
-        # Each step has been made twice above.
-        timings = paired(steps, baseline, settings.rounds, warmup=0)
-        rows += time_rows(f'{TIME}, {cell}', timings, baseline, goals.get(TIME))
-        for index, what in enumerate((ACTIVATIONS, SAVED)):
-            sizes = {name: sizes[index] for name, sizes in saved.items()}
-            rows += memory_rows(f'{what}, {cell}', sizes, baseline, goals.get(what))
+            saved[_ACTIVATIONS][name], saved[_SAVED][name] = _saved(model, images, labels, precision)
+        seconds = time_in_turns(steps, settings.device, settings.rounds)
+        rows += ratio_rows(f'{_TIME}, {cell}', 's', seconds, baseline, goals_for(_TIME))
+        for what, sizes in saved.items():
+            rows += memory_rows(f'{what}, {cell}', sizes, baseline, goals_for(what))
         rows += memory_rows(f'peak of a step, {cell}', peaks, baseline)
     return rows
 
@@ -93,19 +117,17 @@ def _saved(model: nn.Module, images: Tensor, labels: Tensor, precision: str) -> 
 def _inference_rows(settings: Settings, baseline: str, merged: nn.Module, folded: nn.Module) -> list[Row]:
     rows: list[Row] = []
     own = f'{settings.model}, BatchNorm folded'
-    # The same network once more tells how far apart equal ones are measured.
+    # How far apart the same network measures against itself bounds what counts as equal.
     again = f'{baseline}, again'
     for cell, images, _, precision in _cells(settings):
-        settings.tell(f'inference, {cell}')
-        calls = {
-            name: synchronized(inference(model, images, precision), settings.device)
-            for name, model in ((baseline, merged), (again, merged), (own, folded))
-        }
-        timings = paired(calls, baseline, 3 * settings.rounds)
-        noise = timings[again].ratio
+        settings.report_progress(f'inference, {cell}')
+        models = {baseline: merged, again: merged, own: folded}
+        calls = {name: inference(model, images, precision) for name, model in models.items()}
+        seconds = time_in_turns(calls, settings.device, 3 * settings.rounds, warmup=2)
+        noise = Spread.of([second / first for first, second in zip(seconds[baseline], seconds[again])])
         apart = max(_NOISE, abs(noise.lower - 1), abs(noise.upper - 1))
         goal = Goal(1 + apart, f'1 ± {apart:.3f}', 1 - apart)
-        rows += time_rows(f'inference, {cell}', timings, baseline, {own: goal})
+        rows += ratio_rows(f'inference, {cell}', 's', seconds, baseline, {own: goal})
     return rows
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from timm.data import create_dataset, create_loader
 
-from repopt_timm.deploy.data import ImageFolder
+from repopt_timm.deploy.image_folder import ImageFolder
 
 from .conftest import ARGS
 

@@ -1,23 +1,22 @@
-"""Several models in one table: accuracy of float32 and of each kind of INT8, and how fast they run."""
+"""`compare-int8`: accuracy and speed of several models, in float32 and in each kind of INT8, in one table."""
 
 import os
-import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
 import timm
 import torch
 
+from ..reporting import cpu_name, markdown_table
 from .classifier import Classifier, data_config, is_onnx, onnx_classifier, torch_classifier
-from .data import ImageFolder
 from .evaluation import accuracies, alternate, check_classes, random_images
-from .export import float_onnx
-from .models import load_model
+from .image_folder import ImageFolder
+from .onnx_export import float_onnx
 from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, calibrate, quantize
 from .runtime import require
+from .trained_model import load_model
 
 __all__ = ['compare_int8', 'comparison_table']
 
@@ -39,12 +38,12 @@ def compare_int8(
     Args:
         models: Label to `.onnx` file, or to what `load_model` takes.
         data: Image folder whose `validation` split is evaluated.
-        calibration_data: Image folder whose `train` split is calibrated on; `data` when left out.
+        calibration_data: Image folder whose `train` split is calibrated on. Defaults to `data`.
         weights: Granularities to try.
         calibrations: Calibrations to try.
         options: Everything else.
-        latency_batches: Batch sizes to time; none for no times.
-        threads: Number of threads; all cores when left out.
+        latency_batches: Batch sizes to time.
+        threads: Number of threads. Defaults to all cores.
         overrides: Preprocessing that differs from the models' own, by timm's names.
         class_map: See `ImageFolder`; the one that the models were trained with.
 
@@ -70,7 +69,7 @@ def compare_int8(
         indices = pool.sample(options.images, options.seed)
         counted = {'validation_images': len(images), 'calibration_images': len(indices)}
         classifiers = {('float32', ''): onnx_classifier(model, threads, overrides)}
-        # Before the calibrations, which take their time.
+        # Before the calibrations, which take long.
         check_classes(classifiers['float32', ''], images)
         for calibration in calibrations:
             ranges = calibrate(model, pool, indices, replace(options, calibration=calibration))
@@ -82,13 +81,12 @@ def compare_int8(
         if not is_onnx(source):
             timed['pytorch'] = torch_classifier(load_model(source), threads)
         timed['float32'] = classifiers['float32', '']
-        # Calibration changes values only.
+        # Calibration changes values, not the work.
         timed |= {kind: classifiers[kind, calibrations[0]] for kind in weights}
         latency += [_latency_row(label, timed, config, batch) for batch in latency_batches]
-    settings = {**asdict(options), **counted, **_machine(threads)}
-    # Counted, or varied.
-    for name in ('images', 'weights', 'calibration'):
-        del settings[name]
+    # The others are counted, or varied.
+    fixed = {name: getattr(options, name) for name in ('percentile', 'seed', 'reduce_range', 'exclude')}
+    settings = {**fixed, **counted, **_machine(threads)}
     return {'settings': settings, 'accuracy': accuracy, 'latency': latency}
 
 
@@ -127,9 +125,10 @@ def _latency_row(
 
 
 def _machine(threads: int | None) -> dict[str, Any]:
+    cpu, vnni = cpu_name()
     return {
         'threads': threads or os.cpu_count(),
-        'cpu': _cpu(),
+        'cpu': f'{cpu} {"with" if vnni else "without"} VNNI',
         'versions': {
             'onnxruntime': require('onnxruntime').__version__,
             'torch': torch.__version__,
@@ -138,25 +137,15 @@ def _machine(threads: int | None) -> dict[str, Any]:
     }
 
 
-def _cpu() -> str:
-    try:
-        told = Path('/proc/cpuinfo').read_text(encoding='utf-8')
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(':')[2].strip() for line in told.splitlines() if line.startswith('model name')]
-    name = names[0] if names else platform.machine()
-    return f'{name} {"with" if "vnni" in told else "without"} VNNI'
-
-
 def comparison_table(results: Mapping[str, Any]) -> str:
-    """Writes what `compare_int8` returned as Markdown."""
+    """Formats what `compare_int8` returned as Markdown."""
     settings = results['settings']
     lines = [
         f'Top-1 accuracy in percent on {settings["validation_images"]} images, and its drop from float32 in points; '
         f'calibrated on {settings["calibration_images"]} others, seed {settings["seed"]}, percentile '
         f'{settings["percentile"]}.',
         '',
-        *_accuracy_table(results['accuracy']),
+        _accuracy_table(results['accuracy']),
     ]
     if results['latency']:
         versions = ', '.join(f'{name} {version}' for name, version in settings['versions'].items())
@@ -165,12 +154,12 @@ def comparison_table(results: Mapping[str, Any]) -> str:
             f'Milliseconds per batch, and how many times faster INT8 is: medians, measured in turn. {settings["cpu"]}, '
             f'{settings["threads"]} threads, {versions}.',
             '',
-            *_latency_table(results['latency']),
+            _latency_table(results['latency']),
         ]
     return '\n'.join(lines)
 
 
-def _accuracy_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
     calibrations = list(dict.fromkeys(row['calibration'] for row in rows if row['calibration']))
     cells: dict[tuple[str, str], dict[str, str]] = {}
     reference = {row['model']: row['top1'] for row in rows if row['weights'] == 'float32'}
@@ -182,10 +171,10 @@ def _accuracy_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         [model, weights, f'{reference[model]:.2f}', *(found[calibration] for calibration in calibrations)]
         for (model, weights), found in cells.items()
     ]
-    return _markdown(['model', 'weights', 'float32', *(f'INT8 {name}' for name in calibrations)], body)
+    return markdown_table(['model', 'weights', 'float32', *(f'INT8 {name}' for name in calibrations)], body)
 
 
-def _latency_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
     body = []
     for row in rows:
         milliseconds, sizes = row['ms'], row['bytes']
@@ -203,9 +192,4 @@ def _latency_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
                 ]
             )
     head = ['model', 'batch', 'weights', 'PyTorch', 'ONNX float32', 'INT8', 'vs PyTorch', 'vs ONNX', 'MB']
-    return _markdown(head, body)
-
-
-def _markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    rows = [head, ['---'] * len(head), *body]
-    return ['| ' + ' | '.join(row) + ' |' for row in rows]
+    return markdown_table(head, body)

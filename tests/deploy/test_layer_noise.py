@@ -14,7 +14,9 @@ def column(report, key):
 def test_a_bit_is_worth_six_decibels(quantization):
     eight = column(layer_report(quantization()), 'weight_snr_db')
     seven = column(layer_report(quantization(reduce_range=True)), 'weight_snr_db')
-    np.testing.assert_allclose(eight - seven, 6, atol=0.5)
+    # The first layer has few weights to average over.
+    np.testing.assert_allclose(eight - seven, 6, atol=1)
+    assert np.mean(eight - seven) == pytest.approx(6, abs=0.3)
 
 
 def test_noise_adds_up_along_the_network(quantization):

@@ -1,8 +1,10 @@
+import time
+
 import pytest
 import timm
 import torch
 
-from repopt_timm.bench.contenders import (
+from repopt_timm.bench.bench_models import (
     architecture_of,
     batch,
     forward_pass,
@@ -11,6 +13,7 @@ from repopt_timm.bench.contenders import (
     repvgg,
     separate_branches,
     target,
+    time_in_turns,
     training_step,
 )
 from repopt_timm.optim import RepOptSGD
@@ -51,3 +54,11 @@ def test_a_training_step_trains_and_leaves_no_gradients():
 def test_targets_are_trained_with_grad_mults_and_searches_without():
     assert isinstance(make_optimizer(target(architecture_of(TINY), CPU)), RepOptSGD)
     assert not isinstance(make_optimizer(hyper_search(architecture_of(TINY), CPU)), RepOptSGD)
+
+
+def test_preparing_is_not_timed():
+    calls = []
+    prepare = lambda: (calls.append('prepare'), time.sleep(0.05))  # noqa: E731
+    found = time_in_turns({'a': lambda: calls.append('a')}, CPU, rounds=2, prepare=prepare)
+    assert calls == ['prepare', 'a'] * 2
+    assert max(found['a']) < 0.04

@@ -1,8 +1,9 @@
-"""The models that are compared, and what one step of each does."""
+"""The models that are compared, and what a step of each does."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,13 +15,13 @@ from torch.optim import SGD, Optimizer
 
 from ..architectures import ARCHITECTURES, Architecture
 from ..models import RepOptVgg, make_kind
-from ..models.repopt_vgg import RepOptVggBlock
 from ..optim import RepOptSGD
 from ..reparam import CSLAConv2d, carried_scales, make_grad_mults, prepare
+from ..reporting import take_turns, time_call
 from ..scales import Scales
+from .settings import PRECISIONS
 
 __all__ = [
-    'PRECISIONS',
     'SeparateBranches',
     'architecture_of',
     'autocast',
@@ -33,12 +34,11 @@ __all__ = [
     'plain_inference_models',
     'repvgg',
     'separate_branches',
+    'synchronized',
     'target',
+    'time_in_turns',
     'training_step',
 ]
-
-PRECISIONS = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
-"""Name of a precision to the type that autocast computes in, if any."""
 
 
 def architecture_of(model: str) -> Architecture:
@@ -78,7 +78,7 @@ def hyper_search(architecture: Architecture, device: torch.device) -> nn.Module:
 
 
 def repvgg(architecture: Architecture, device: torch.device) -> nn.Module:
-    """Makes the RepVGG with these depths and widths: timm's own, where timm has one."""
+    """Makes the RepVGG with these depths and widths: timm's own, if timm has it."""
     blocks = tuple(
         ByoBlockCfg(type='rep', d=depth, c=width, s=2, gs=0)
         for depth, width in zip(architecture.depths, architecture.widths[1:])
@@ -91,7 +91,7 @@ def repvgg(architecture: Architecture, device: torch.device) -> nn.Module:
 
 
 class SeparateBranches(nn.Module):
-    """A CSLA convolution that runs its branches one by one and adds up what they put out.
+    """A CSLA convolution that runs its branches one by one and adds up their outputs.
 
     Args:
         conv: The convolution whose parameters it takes over.
@@ -119,9 +119,9 @@ class SeparateBranches(nn.Module):
 def separate_branches(model: nn.Module) -> nn.Module:
     """Copies a Hyper-Search or CSLA model with branches that run one by one."""
     model = copy.deepcopy(model)
-    for block in model.modules():
-        if isinstance(block, RepOptVggBlock) and isinstance(block.conv, CSLAConv2d):
-            block.conv = SeparateBranches(block.conv)
+    for name, conv in list(model.named_modules()):
+        if isinstance(conv, CSLAConv2d):
+            model.set_submodule(name, SeparateBranches(conv))
     return model
 
 
@@ -141,7 +141,7 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
-    """Makes the context that forward passes of this precision run in."""
+    """Returns the context manager for forward passes in this precision."""
     dtype = PRECISIONS[precision]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
@@ -171,7 +171,7 @@ def forward_pass(model: nn.Module, images: Tensor, labels: Tensor, precision: st
 
 
 def training_step(model: nn.Module, images: Tensor, labels: Tensor, precision: str = 'float32') -> Callable[[], None]:
-    """Makes a model's optimizer and two steps, which all memory is allocated after, and returns the step.
+    """Makes a model's optimizer, runs two steps, after which all memory is allocated, and returns the step.
 
     A step leaves no gradients behind.
     """
@@ -186,6 +186,44 @@ def training_step(model: nn.Module, images: Tensor, labels: Tensor, precision: s
     step()
     step()
     return step
+
+
+def time_in_turns(
+    calls: Mapping[str, Callable[[], Any]],
+    device: torch.device,
+    rounds: int,
+    warmup: int = 0,
+    prepare: Callable[[], Any] = lambda: None,
+) -> dict[str, list[float]]:
+    """Times calls against each other, see `take_turns`.
+
+    Args:
+        calls: Name to what is timed until the device has finished it.
+        device: Where it runs.
+        rounds: Number of rounds.
+        warmup: Number of rounds to discard at the start.
+        prepare: Called before each call, and not timed.
+
+    Returns:
+        Name to the seconds of each round.
+    """
+
+    def turn(call: Callable[[], Any]) -> float:
+        prepare()
+        return time_call(synchronized(call, device))
+
+    return take_turns({name: partial(turn, call) for name, call in calls.items()}, rounds, warmup)
+
+
+def synchronized(call: Callable[[], Any], device: torch.device) -> Callable[[], None]:
+    """Makes a call wait until the device has finished."""
+
+    def run() -> None:
+        call()
+        if device.type == 'cuda':
+            torch.cuda.synchronize(device)
+
+    return run
 
 
 def inference(model: nn.Module, images: Tensor, precision: str = 'float32') -> Callable[[], None]:

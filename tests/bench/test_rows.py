@@ -1,5 +1,4 @@
-from repopt_timm.bench.measure import Spread
-from repopt_timm.bench.report import Goal, Row, quantity, ratio_table
+from repopt_timm.bench.rows import Goal, Row, Spread, quantity, ratio_rows, ratio_table
 
 
 def row(ratio, goal):
@@ -22,6 +21,18 @@ def test_a_table_has_values_ratios_and_whether_goals_are_reached():
     assert [cell.strip() for cell in first.split('|')[1:]] == ['step', 'theirs', '1.5 s', '', '', '', '', '']
     cells = ['', 'ours', '2 ms', '2.000 (1.800 to 2.200)', 'theirs', '<= 1.25 x', 'NO', '']
     assert [cell.strip() for cell in second.split('|')[1:]] == cells
+
+
+def test_a_ratio_compares_values_of_the_same_round():
+    seconds = {'base': [2, 4, 6, 8, 10], 'other': [3, 6, 9, 12, 15]}
+    base, other = ratio_rows('step', 's', seconds, 'base')
+    assert (base.value, other.value) == (6, 9)
+    assert other.ratio == Spread(1.5, 1.5, 1.5, 1.5, 1.5)
+
+
+def test_a_spread_has_quartiles_and_range():
+    assert Spread.of([3, 6, 9, 12, 15]) == Spread(median=9, lower=6, upper=12, lowest=3, highest=15)
+    assert Spread.of([3.0]) == Spread(3, 3, 3, 3, 3)
 
 
 def test_quantities_have_fitting_units():

@@ -1,4 +1,4 @@
-"""Loads any timm model in the form that is deployed: branches merged, scales gone, BatchNorm folded."""
+"""Loads any timm model in its deployed form: branches merged, scales removed, BatchNorm folded."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ __all__ = ['load_model']
 def load_model(source: str | os.PathLike) -> nn.Module:
     """Loads a trained model, ready for deployment.
 
-    Multi-branch models (`_hs`, `_csla`, and all that timm can reparameterise, such as `repvgg_*`) come out plain.
+    Multi-branch models become plain: `_hs`, `_csla`, and whatever timm can reparameterise, such as `repvgg_*`.
 
     Args:
         source: A checkpoint of a training run, a folder in timm's format, or a name for `timm.create_model`.
@@ -58,7 +58,7 @@ def _create(name: str, **kwargs: Any) -> nn.Module:
 
 
 def _fold_batchnorm(model: nn.Module) -> None:
-    """Folds it where a block's class tells that it follows the convolution; the exporter does so in any graph."""
+    """Folds it where a block's class guarantees that it follows the convolution; the exporter covers other graphs."""
     for block in model.modules():
         if isinstance(block, ConvNormAct):
             conv, norm = block.conv, block.bn

@@ -1,4 +1,4 @@
-"""The story of a quantisation, layer by layer: what the weights look like, and what 8 bits make of them."""
+"""`quantize --report`: distribution of the weights and quantisation noise, layer by layer."""
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +20,8 @@ _BATCH = 8
 def layer_report(quantization: Quantization, images: int = 64) -> dict[str, Any]:
     """Compares a model with its quantised form, layer by layer.
 
-    The signal-to-noise ratios are `20 log10(|x| / |x - x'|)` in dB, x being float32 values and x' what quantisation
-    makes of them. The higher the better; a bit is worth 6 dB.
+    The signal-to-noise ratios are `20 log10(|x| / |x - x'|)` in dB, x being float32 values and x' their
+    quantised form. Higher is better; a bit is worth 6 dB.
 
     Args:
         quantization: What `quantize_onnx` returned.
@@ -72,7 +72,7 @@ class _Quantizer:
 
 
 class _QuantizedGraph:
-    """Finds what a node of a model in QDQ format gets."""
+    """Looks up the inputs of nodes in a model in QDQ format."""
 
     def __init__(self, quantized: Any):
         self._constants = _constants(quantized)
@@ -80,11 +80,11 @@ class _QuantizedGraph:
         self._producers = {node.output[0]: node for node in quantized.graph.node}
 
     def input(self, node: str) -> _Quantizer | None:
-        """Returns the quantiser of a node's input, or None if that is in float32."""
+        """Returns the quantiser of a node's input, or None if it is float32."""
         return self._quantizer(self._nodes[node].input[0])
 
     def weight(self, node: str) -> np.ndarray | None:
-        """Returns the values that a node's quantised weights stand for, or None if they are in float32."""
+        """Returns the values that a node's quantised weights stand for, or None if they are float32."""
         name = self._nodes[node].input[1]
         quantizer = self._quantizer(name)
         return None if quantizer is None else quantizer.restore(self._constants[self._producers[name].input[0]])
@@ -115,7 +115,7 @@ class _Noise:
 
     @property
     def decibels(self) -> float:
-        # Neither is ever nothing in a network that does something; a zero would not be JSON.
+        # JSON has no infinity.
         tiny = np.finfo(np.float64).tiny
         return float(10 * np.log10(max(self._signal, tiny) / max(self._noise, tiny)))
 
@@ -129,7 +129,7 @@ def _activation_noise(
     model, quantized = quantization.model, quantization.quantized
     output, (image, (fixed, *_)) = model.graph.output[0].name, image_input(model)
     rounded_names = [quantizer.output for quantizer in quantizers.values()]
-    # Unoptimised, or the tensors that are asked for would be fused away.
+    # The optimizer would fuse the requested tensors away.
     exact_session = open_session(_with_outputs(model, quantizers), optimize=False)
     rounded_session = open_session(_with_outputs(quantized, rounded_names), optimize=False)
     indices = quantization.indices[:images]
@@ -166,7 +166,7 @@ def _channel_axis(node: Any) -> int:
 
 
 def _weak_channels(weight: np.ndarray, restored: np.ndarray, axis: int) -> float:
-    # Strong channels hide in the sum over all that a common scale has rounded weak ones away.
+    # In the sum over all channels, strong ones hide that a common scale rounds weak ones away.
     channels = zip(np.moveaxis(weight, axis, 0), np.moveaxis(restored, axis, 0))
     levels = [_Noise().add(*channel).decibels for channel in channels if channel[0].any()]
     return float(np.percentile(levels, 5)) if levels else 0.0
@@ -179,7 +179,7 @@ def _moments(weight: np.ndarray) -> dict[str, float]:
         'min': float(weight.min()),
         'max': float(weight.max()),
         'std': float(np.sqrt(variance)),
-        # Weights that are all the same have none.
+        # Undefined for equal weights.
         'kurtosis': float((centred**4).mean() / variance**2) if variance > 0 else 0.0,
     }
 

@@ -1,0 +1,104 @@
+"""What commands measure and print alike: results, Markdown tables, the machine's name, timing in turns."""
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ['add_command', 'cpu_name', 'markdown_table', 'positive', 'print_result', 'take_turns', 'time_call']
+
+
+def add_command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str
+) -> argparse.ArgumentParser:
+    """Adds a command that prints its result with `print_result`.
+
+    Args:
+        commands: What `ArgumentParser.add_subparsers` returned.
+        name: Name of the command.
+        run: Runs it.
+        summary: One line of help.
+    """
+    parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + '.')
+    parser.add_argument('--json', action='store_true', help='print JSON, for programs')
+    parser.set_defaults(run=run)
+    return parser
+
+
+def print_result(args: argparse.Namespace, values: dict[str, Any], text: str) -> None:
+    """Prints a command's result: `values` as JSON if `args.json` is set, else `text`."""
+    print(json.dumps(values, indent=2) if args.json else text)
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    """Returns an argparse type that accepts positive numbers only."""
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        if value <= 0:
+            raise argparse.ArgumentTypeError(f'expected a number above 0, but got {text}')
+        return value
+
+    # argparse names it in its own error.
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], align: bool = False) -> str:
+    """Formats a Markdown table.
+
+    Args:
+        head: Column titles.
+        rows: Cells of each row.
+        align: Pad the cells so that columns line up in a terminal.
+    """
+    lines = [list(head), ['---'] * len(head), *map(list, rows)]
+    if align:
+        del lines[1]
+        widths = [max(map(len, column)) for column in zip(*lines)]
+        lines = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
+        lines.insert(1, ['-' * width for width in widths])
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def cpu_name() -> tuple[str, bool]:
+    """Returns the name of the CPU, and whether it has VNNI instructions."""
+    try:
+        text = Path('/proc/cpuinfo').read_text(encoding='utf-8')
+    except OSError:
+        text = ''
+    names = [line.partition(':')[2].strip() for line in text.splitlines() if line.startswith('model name')]
+    return names[0] if names else platform.processor() or platform.machine(), 'vnni' in text
+
+
+def time_call(call: Callable[[], Any]) -> float:
+    """Returns the seconds that a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def take_turns(turns: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 0) -> dict[str, list[float]]:
+    """Measures candidates in rounds, each candidate once per round.
+
+    Whatever slows down the machine for a while slows down a whole round, so ratios within a round stay meaningful. The
+    order rotates, so that no candidate always inherits the caches of the same other one.
+
+    Args:
+        turns: Name of a candidate to a function that runs it and returns what it measured.
+        rounds: Number of rounds.
+        warmup: Number of rounds to discard at the start.
+
+    Returns:
+        Name to the measured value of each round, in the order of `turns`.
+    """
+    names = list(turns)
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for index in range(warmup + rounds):
+        shift = index % len(names)
+        for name in names[shift:] + names[:shift]:
+            found[name].append(turns[name]())
+    return {name: values[warmup:] for name, values in found.items()}
