@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..reparam import GradMults
-from .grad_mult_optimizer import gradient
-from .sharding import local_rows, sum_over_shards
+from .base import gradient, rows_of
+from .sharding import sum_over_shards
 
 __all__ = ['clip_grad_norm_']
 
@@ -47,17 +47,20 @@ def clip_grad_norm_(
     parameters = [param for param in parameters if param.grad is not None]
     if not parameters:
         return torch.tensor(0.0)
-    squares = []
+    owners, squares = [], []
     for param in parameters:
         grad = gradient(param)
-        # Squares of small float16 gradients are zero in float16.
-        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
+        dtype = torch.promote_types(grad.dtype, torch.float32)
         if param in grad_mults:
-            weighted = grad_mults[param].rows(*local_rows(param)).multiply(grad)
-            squares.append((weighted * grad).sum())
+            for rows in rows_of(param, grad_mults[param]):
+                # Squares of small float16 gradients are zero in float16.
+                part = rows.of(grad).to(dtype)
+                owners.append(param)
+                squares.append(rows.mult.multiply(part).mul_(part).sum())
         else:
-            squares.append(grad.square().sum())
-    total_norm = sum_over_shards(parameters, squares).sqrt()
+            owners.append(param)
+            squares.append(torch.linalg.vector_norm(grad, dtype=dtype).square())
+    total_norm = sum_over_shards(owners, squares).sqrt()
     if error_if_nonfinite and not torch.isfinite(total_norm):
         raise RuntimeError(f'The CSLA norm of the gradients is {total_norm.item()}, so they cannot be clipped.')
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach=foreach)

@@ -202,7 +202,9 @@ def test_a_step_can_be_differentiated():
 def test_parameters_added_later_are_multiplied_too():
     model = scaled_model()
     params = list(model.parameters())
+    params[0].requires_grad_(False)
     optimizer = RepOptSGD(params[1:], lr=1.0, grad_mults=make_grad_mults(model))
+    params[0].requires_grad_()
     optimizer.add_param_group({'params': params[:1]})
     gradients(model)
     expected = params[0].detach() - make_grad_mults(model)[params[0]].multiply(params[0].grad)
