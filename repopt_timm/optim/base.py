@@ -1,6 +1,7 @@
 """What RepOptSGD and RepOptAdamW share: their Grad Mults, and stepping through kernels in chunks."""
 
 import functools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Rows:
         param: The kernel.
         start: First row, of those that this process holds.
         stop: Row after the last.
+        size: Number of elements.
         is_last: Whether they are the last of the kernel.
         mult: Grad Mult of the rows.
     """
@@ -40,13 +42,9 @@ class Rows:
     param: Tensor
     start: int
     stop: int
+    size: int
     is_last: bool
     mult: GradMult
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return (self.stop - self.start) * self.param[0].numel()
 
     def of(self, tensor: Tensor) -> Tensor:
         """Returns these rows of a tensor of the kernel's shape, as a view."""
@@ -54,16 +52,22 @@ class Rows:
         return rows if self.is_last and self.start == 0 else rows[self.start : self.stop]
 
 
-def rows_of(param: Tensor, mult: GradMult) -> list[Rows]:
-    """Cuts a kernel, or what this process holds of it, into rows of about the size of a chunk."""
+def rows_of(param: Tensor, mult: GradMult, whole: bool = False) -> list[Rows]:
+    """Cuts a kernel, or what this process holds of it, into rows of about the size of a chunk, unless told not to."""
     start, stop = local_rows(param)
-    mult, total = mult.rows(start, stop), stop - start
-    count = max(1, CHUNK_SIZES.get(param.device.type, CHUNK_SIZES['cpu']) // param[0].numel())
-    if count > mult.channels:
+    mult, total, row = mult.rows(start, stop), stop - start, math.prod(param.shape[1:])
+    count = max(1, total if whole else _chunk_size(param) // row)
+    if mult.channels < count < total:
         # Of whole groups the diagonals are one view.
         count -= count % mult.channels
     spans = [(first, min(first + count, total)) for first in range(0, total, count)]
-    return [Rows(param, first, last, last == total, mult.rows(first, last)) for first, last in spans]
+    return [
+        Rows(param, first, last, (last - first) * row, last == total, mult.rows(first, last)) for first, last in spans
+    ]
+
+
+def _chunk_size(param: Tensor) -> int:
+    return CHUNK_SIZES.get(param.device.type, CHUNK_SIZES['cpu'])
 
 
 def gradient(param: Tensor) -> Tensor:
@@ -239,11 +243,7 @@ class GradMultOptimizer(torch.optim.Optimizer):
             if param in self.grad_mults:
                 chunks = lists.setdefault((param.device, param.dtype), [[]])
                 for rows in self._rows_of(param, whole):
-                    if (
-                        chunks[-1]
-                        and not whole
-                        and _size(chunks[-1]) + rows.size > CHUNK_SIZES.get(param.device.type, CHUNK_SIZES['cpu'])
-                    ):
+                    if chunks[-1] and not whole and _size(chunks[-1]) + rows.size > _chunk_size(param):
                         chunks.append([])
                     chunks[-1].append(rows)
         made = []
@@ -256,8 +256,7 @@ class GradMultOptimizer(torch.optim.Optimizer):
 
     def _rows_of(self, param: Tensor, whole: bool) -> list[Rows]:
         if whole:
-            start, stop = local_rows(param)
-            return [Rows(param, 0, stop - start, True, self.grad_mults[param].rows(start, stop))]
+            return rows_of(param, self.grad_mults[param], whole=True)
         if param not in self._rows:
             mult = self.grad_mults[param]
             if self._dense:

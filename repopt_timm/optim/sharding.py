@@ -53,8 +53,11 @@ def sum_over_shards(params: Sequence[Tensor], values: Sequence[Tensor]) -> Tenso
     for param, value in zip(params, values):
         sharded: Any = param
         key = (sharded.device_mesh, sharded.placements) if _is_sharded(param) else None
-        values_of.setdefault(key, []).append(value.to(values[0].device))
-    totals = {key: torch.stack(each).sum() for key, each in values_of.items()}
+        values_of.setdefault((key, value.device), []).append(value)
+    totals: dict[Any, Tensor] = {}
+    for (key, _), each in values_of.items():
+        total = torch.stack(each).sum().to(values[0].device)
+        totals[key] = totals[key] + total if key in totals else total
     for key, total in totals.items():
         if key is not None:
             from torch.distributed.tensor import DTensor, Partial, Replicate

@@ -43,6 +43,8 @@ class GradMult:
 
     def rows(self, start: int, stop: int) -> 'GradMult':
         """Returns the Grad Mult of the output channels `start` to `stop`."""
+        if (start, stop) == (0, len(self.taps)):
+            return self
         diagonal = None if self.diagonal is None else self.diagonal[start:stop]
         return GradMult(self.taps[start:stop], diagonal, self.channels, self.first_row + start)
 
@@ -82,17 +84,23 @@ class GradMult:
             grad: Tensor of the kernel's shape.
             out: Memory of the same shape and dtype that may be taken for the product.
         """
-        exact = grad.to(torch.promote_types(grad.dtype, self.taps.dtype))
+        exact = grad
+        if grad.dtype != self.taps.dtype:
+            exact = grad.to(torch.promote_types(grad.dtype, self.taps.dtype))
         # A compiler fuses the mask into what reads it, and neither it nor autograd is served by writing to views.
         if torch.compiler.is_compiling() or exact.requires_grad or not self._diagonal_is_a_view:
             return (exact * self.dense()).to(grad.dtype)
         product = torch.empty_like(exact) if out is None or exact is not grad else out
-        by_tile = (1, (-1, self.taps.shape[1]))
-        torch.mul(exact.unflatten(*by_tile), self.taps.unsqueeze(1), out=product.unflatten(*by_tile))
+        width = self.taps.shape[1]
+        if width in (1, self.channels):
+            torch.mul(exact, self.taps, out=product)
+        else:
+            by_tile = (1, (-1, width))
+            torch.mul(exact.unflatten(*by_tile), self.taps.unsqueeze(1), out=product.unflatten(*by_tile))
         if self.diagonal is not None:
             on_diagonal = self._on_diagonal(product)
             on_diagonal.addcmul_(self._on_diagonal(exact), self.diagonal.view_as(on_diagonal))
-        return product.to(grad.dtype)
+        return product if exact is grad else product.to(grad.dtype)
 
     @property
     def _diagonal_is_a_view(self) -> bool:
