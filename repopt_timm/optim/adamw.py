@@ -10,7 +10,8 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from ..reparam import GradMult, GradMults
-from .base import GradMultOptimizer, Update, gradient, gradients, multiply
+from .base import GradMultOptimizer, Update, as_scalars, gradient, gradients, multiply
+from .compiled import MaskParts, adamw_updates, compiled
 from .sharding import local
 
 __all__ = ['RepOptAdamW']
@@ -113,12 +114,17 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
         updates: list[Update] = [(_update, (settings, list(map(local, plain)), grads, moments, steps))]
         for chunk in self._chunks(params, whole, places=2):
             moments = [chunk.each(functools.partial(self._state_of, name=name)) for name in self._moments(settings)]
-            # Each of the rows counts for itself, and only the last of them for the kernel.
-            steps = [self.state[rows.param]['step'] for rows in chunk.rows]
-            steps = [step if rows.is_last else step.clone() for rows, step in zip(chunk.rows, steps)]
             kernels, grads = chunk.each(local), chunk.each(gradient)
-            arguments = (kernels, grads, moments, steps, chunk.mults, *chunk.places)
-            updates.append(self._kernel_update(_update_kernels, settings, *arguments))
+            steps = [self.state[rows.param]['step'] for rows in chunk.rows]
+            if self._compiled:
+                parts = [self._parts_of(rows.param) for rows in chunk.rows]
+                kernels = [kernel.detach() for kernel in kernels]
+                updates.append((_update_compiled, (settings, kernels, grads, moments, steps, parts)))
+            else:
+                # Each of the rows counts for itself, and only the last of them for the kernel.
+                steps = [step if rows.is_last else step.clone() for rows, step in zip(chunk.rows, steps)]
+                arguments = (settings, kernels, grads, moments, steps, chunk.mults, *chunk.places)
+                updates.append((_update_kernels, arguments))
         return updates
 
     def _moments(self, settings: dict[str, Any]) -> tuple[str, ...]:
@@ -129,6 +135,27 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
         state['step'] = torch.zeros((), dtype=torch.float32, device=self._step_device(settings, param))
         for name in self._moments(settings):
             state[name] = torch.zeros_like(param)
+
+
+def _update_compiled(
+    settings: dict[str, Any],
+    kernels: list[Tensor],
+    grads: list[Tensor],
+    moments: list[list[Tensor]],
+    steps: list[Tensor],
+    parts: list[MaskParts],
+) -> None:
+    torch._foreach_add_(steps, 1)
+    dtype = torch.promote_types(kernels[0].dtype, torch.float32)
+    corrections = []
+    for step in steps:
+        # In float32, `1 - beta2**step` loses four digits.
+        first, second = (1 / (1 - beta ** step.double()) for beta in settings['betas'])
+        corrections.append((first.to(dtype), second.sqrt().to(dtype)))
+    scalars = as_scalars({name: settings[name] for name in ('lr', 'eps', 'weight_decay')}, kernels[0])
+    scalars['betas'] = [torch.as_tensor(beta, dtype=dtype) for beta in settings['betas']]
+    scalars['maximize'] = settings['maximize']
+    compiled(adamw_updates)(kernels, grads, moments, corrections, parts, scalars)
 
 
 def _update_kernels(

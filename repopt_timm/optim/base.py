@@ -1,6 +1,5 @@
 """What RepOptSGD and RepOptAdamW share: their Grad Mults, and stepping through kernels in chunks."""
 
-import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -12,9 +11,10 @@ from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from ..reparam import GradMult, GradMults
+from .compiled import MaskParts, mask_parts
 from .sharding import local, local_rows
 
-__all__ = ['CHUNK_SIZES', 'GradMultOptimizer', 'Update', 'gradient', 'gradients', 'multiply', 'rows_of']
+__all__ = ['CHUNK_SIZES', 'GradMultOptimizer', 'Update', 'as_scalars', 'gradient', 'gradients', 'multiply', 'rows_of']
 
 CHUNK_SIZES = {'cpu': 2**20, 'cuda': 2**24}
 """Device type to elements of a chunk: what a step works in, on top of what it keeps.
@@ -169,6 +169,7 @@ class GradMultOptimizer(torch.optim.Optimizer):
 
     def _prepare(self) -> None:
         self._rows: dict[Tensor, list[Rows]] = {}
+        self._parts: dict[Tensor, MaskParts] = {}
         # GradScaler leaves unscaling and skipping to fused kernels, without waiting for the device.
         self._step_supports_amp_scaling = not self._compiled and all(map(_use_fused, self.param_groups))
 
@@ -220,15 +221,10 @@ class GradMultOptimizer(torch.optim.Optimizer):
             updates += self._updates_of(settings, params, compiling or self._compiled)
         return updates
 
-    def _kernel_update(self, update: Callable[..., None], settings: dict[str, Any], *arguments: Any) -> Update:
-        if not self._compiled:
-            return update, (settings, *arguments)
-        kernel = arguments[0][0]
-        dtype = torch.promote_types(kernel.dtype, torch.float32)
-        # Of a tensor the compiler does not make code for each value.
-        lr = settings['lr'] if isinstance(settings['lr'], Tensor) else torch.full((), settings['lr'], dtype=dtype)
-        settings = {**settings, **self._compiler_settings, 'lr': lr.to(kernel.device, dtype, non_blocking=True)}
-        return _compiled(update), (settings, *arguments)
+    def _parts_of(self, param: Tensor) -> MaskParts:
+        if param not in self._parts:
+            self._parts[param] = mask_parts(self.grad_mults[param].rows(*local_rows(param)), local(param))
+        return self._parts[param]
 
     def _chunks(self, params: Iterable[Tensor], whole: bool, places: int = 1) -> list[Chunk]:
         """Cuts the kernels among parameters into chunks, or puts together whole ones of one device and dtype.
@@ -313,10 +309,15 @@ class GradMultOptimizer(torch.optim.Optimizer):
             self._prepare()
 
 
-@functools.cache
-def _compiled(update: Callable[..., None]) -> Callable[..., None]:
-    # Left to itself, the compiler would write the dense Grad Mults to memory.
-    return torch.compile(update, options={'realize_reads_threshold': 1000, 'realize_opcount_threshold': 1000})
+def as_scalars(settings: dict[str, Any], param: Tensor) -> dict[str, Any]:
+    """Makes scalar tensors of the numbers among settings: compiled code is not made anew when a value changes.
+
+    Of float32 for a kernel of float32, which arithmetic in float64 would slow down.
+    """
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    numbers = {name: value for name, value in settings.items() if isinstance(value, int | float | Tensor)}
+    scalars = {name: torch.as_tensor(value, dtype=dtype) for name, value in numbers.items()}
+    return {**settings, **scalars}
 
 
 _SCALER_SETTINGS = ('grad_scale', 'found_inf')

@@ -10,7 +10,8 @@ from torch.optim.sgd import sgd
 
 from ..reparam import GradMult, GradMults, attach_scales, initialize, make_grad_mults
 from ..reparam.initialization import ScalesMapping
-from .base import GradMultOptimizer, Update, gradient, gradients, multiply
+from .base import GradMultOptimizer, Update, as_scalars, gradient, gradients, multiply
+from .compiled import compiled, sgd_updates
 from .sharding import local
 
 __all__ = ['RepOptSGD', 'build_repopt_sgd']
@@ -108,9 +109,16 @@ class RepOptSGD(GradMultOptimizer, SGD):
         updates: list[Update] = [(_update, (settings, list(map(local, plain)), grads, list(map(buffer, plain))))]
         for chunk in self._chunks(params, whole):
             kernels, grads, buffers = (chunk.each(get) for get in (local, gradient, buffer))
-            updates.append(
-                self._kernel_update(_update_kernels, settings, kernels, grads, buffers, chunk.mults, *chunk.places)
-            )
+            if self._compiled:
+                parts = [self._parts_of(rows.param) for rows in chunk.rows]
+                names = ('lr', 'momentum', 'dampening', 'weight_decay')
+                scalars = as_scalars({name: settings[name] for name in names}, kernels[0])
+                scalars.update(nesterov=settings['nesterov'], maximize=settings['maximize'])
+                kernels = [kernel.detach() for kernel in kernels]
+                updates.append((compiled(sgd_updates), (kernels, grads, buffers, parts, scalars)))
+            else:
+                arguments = (settings, kernels, grads, buffers, chunk.mults, *chunk.places)
+                updates.append((_update_kernels, arguments))
         return updates
 
 
