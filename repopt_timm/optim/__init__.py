@@ -1,10 +1,9 @@
 """RepOptimizers; importing this package registers them with timm."""
 
 from .adamw import RepOptAdamW
-from .build import build_repopt_sgd
 from .clip import clip_grad_norm_
 from .factory import register_optimizers
-from .sgd import RepOptSGD
+from .sgd import RepOptSGD, build_repopt_sgd
 
 __all__ = ['RepOptAdamW', 'RepOptSGD', 'build_repopt_sgd', 'clip_grad_norm_', 'register_optimizers']
 

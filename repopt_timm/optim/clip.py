@@ -5,9 +5,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..reparam import GradMults
-from .grad_mult_optimizer import gradient
-from .sharding import local_rows, sum_over_shards
+from ..reparam import GradMult, GradMults
+from .base import gradient, rows_of
+from .sharding import sum_over_shards
 
 __all__ = ['clip_grad_norm_']
 
@@ -47,18 +47,30 @@ def clip_grad_norm_(
     parameters = [param for param in parameters if param.grad is not None]
     if not parameters:
         return torch.tensor(0.0)
-    squares = []
+    plain = [param for param in parameters if param not in grad_mults]
+    squares = [(param, norm.square()) for param, norm in zip(plain, _norms([gradient(param) for param in plain]))]
     for param in parameters:
-        grad = gradient(param)
-        # Squares of small float16 gradients are zero in float16.
-        grad = grad.to(torch.promote_types(grad.dtype, torch.float32))
         if param in grad_mults:
-            weighted = grad_mults[param].rows(*local_rows(param)).multiply(grad)
-            squares.append((weighted * grad).sum())
-        else:
-            squares.append(grad.square().sum())
-    total_norm = sum_over_shards(parameters, squares).sqrt()
+            grad = gradient(param)
+            for rows in rows_of(param, grad_mults[param]):
+                squares.append((param, _square(rows.of(grad), rows.mult)))
+    total_norm = sum_over_shards(*zip(*squares)).sqrt()
     if error_if_nonfinite and not torch.isfinite(total_norm):
         raise RuntimeError(f'The CSLA norm of the gradients is {total_norm.item()}, so they cannot be clipped.')
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach=foreach)
     return total_norm
+
+
+def _square(grad: Tensor, mult: GradMult) -> Tensor:
+    if grad.dtype != mult.taps.dtype:
+        # Squares of small float16 gradients are zero in float16.
+        grad = grad.to(torch.promote_types(grad.dtype, mult.taps.dtype))
+    return mult.multiply(grad).mul_(grad).sum()
+
+
+def _norms(grads: list[Tensor]) -> list[Tensor]:
+    if any(grad.is_sparse for grad in grads):
+        raise RuntimeError('clip_grad_norm_ does not support sparse gradients: clip the other parameters.')
+    exact = [torch.promote_types(grad.dtype, torch.float32) for grad in grads]
+    alike = len(set(exact)) == 1
+    return list(torch._foreach_norm(grads, 2, exact[0])) if alike else [grad.double().norm() for grad in grads]

@@ -1,6 +1,7 @@
 """Makes the RepOptimizers part of timm's optimizer factory; the only file that touches its registry."""
 
 import warnings
+import weakref
 from typing import Any
 
 import torch
@@ -65,13 +66,12 @@ def register_optimizers() -> None:
     default_registry.__class__ = _RepOptRegistry
 
 
-_warned = False
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def _warn_of_unused_scales(model: nn.Module, opt: str) -> None:
-    global _warned
-    if not _warned and any(carried.initialized for carried in carried_scales(model).values()):
-        _warned = True
+    if model not in _warned and any(carried.initialized for carried in carried_scales(model).values()):
+        _warned.add(model)
         warnings.warn(
             f"The model was initialized from scales, but the optimizer '{opt}' has no Grad Mults, so that it does not "
             f"train like its CSLA counterpart. Use opt='repopt_sgd' or 'repopt_adamw', or create the model without "

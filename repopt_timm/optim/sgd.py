@@ -1,26 +1,31 @@
 """RepOptSGD: SGD with Grad Mults, which trains a plain model as SGD trains its CSLA counterpart."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.optimizer import ParamsT
 from torch.optim.sgd import sgd
 
-from ..reparam import GradMults
-from .compiled import compiled, sgd_update
-from .grad_mult_optimizer import GradMultOptimizer, gradient, hyperparameter, use_fused
+from ..reparam import GradMult, GradMults, make_grad_mults, prepare
+from ..reparam.initialization import ScalesMapping
+from .base import GradMultOptimizer, Update, as_scalars, gradient, gradients, multiply
+from .compiled import compiled, sgd_updates
 from .sharding import local
 
-__all__ = ['RepOptSGD']
+__all__ = ['RepOptSGD', 'build_repopt_sgd']
 
 
 class RepOptSGD(GradMultOptimizer, SGD):
     """SGD that multiplies each kernel's gradient with its Grad Mult, before weight decay and momentum.
 
+    `ReferenceRepOptSGD` in `reference.py` does the same in ten lines; read it first.
+
     Exactly equivalent to `torch.optim.SGD` on the CSLA network (section 3.3 of arXiv 2205.15242) for any learning rate,
     momentum, Nesterov and dampening, and for weight decay if all branches are decayed.
+
+    A step works in memory of the size of one chunk of kernels: 2^20 elements on a CPU, 2^24 on CUDA.
 
     Args:
         params: Parameters or groups, as for `torch.optim.SGD`; those without a Grad Mult are updated as usual, also in
@@ -35,17 +40,21 @@ class RepOptSGD(GradMultOptimizer, SGD):
         foreach: Use torch's multi-tensor implementation.
         differentiable: Let autograd record the step.
         fused: Use torch's fused implementation; the default where there is one, unless `foreach` is given.
-        compiled: Update kernels with code that `torch.compile` makes at the first step: one pass over memory, at the
-            price of some seconds and of the compiler that it needs.
+        compiled: Update kernels with code that `torch.compile` makes at the first step: one graph, one pass over
+            memory, at the price of some seconds and of the compiler that it needs.
+        dense: Keep Grad Mults as masks of the kernels' size: as much memory as the kernels, and few launches on CUDA.
 
     Raises:
-        ValueError: If the Grad Mults are missing, belong to other parameters or to another update rule.
+        ValueError: If the Grad Mults are missing, belong to other parameters or to another update rule, or if a
+            trainable kernel that has one is in no group.
 
     Example:
         >>> optimizer = RepOptSGD(model.parameters(), lr=0.1, momentum=0.9, grad_mults=make_grad_mults(model))
     """
 
     update_rule = 'sgd'
+    _settings = ('lr', 'momentum', 'dampening', 'weight_decay', 'nesterov', 'maximize', 'foreach')
+    _compiler_settings: ClassVar[dict[str, Any]] = {'foreach': True, 'fused': False}
 
     def __init__(
         self,
@@ -53,7 +62,7 @@ class RepOptSGD(GradMultOptimizer, SGD):
         lr: float | Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
-        weight_decay: float = 0,
+        weight_decay: float | Tensor = 0,
         nesterov: bool = False,
         *,
         grad_mults: GradMults | None = None,
@@ -62,6 +71,7 @@ class RepOptSGD(GradMultOptimizer, SGD):
         differentiable: bool = False,
         fused: bool | None = None,
         compiled: bool = False,
+        dense: bool = False,
     ):
         super().__init__(
             params,
@@ -75,64 +85,91 @@ class RepOptSGD(GradMultOptimizer, SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._take_grad_mults(grad_mults, compiled)
+        self._take_grad_mults(grad_mults, compiled, dense)
 
-    def _step_group(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        fresh = [param for param in params if self.state[param].get('momentum_buffer') is None]
-        seen = [param for param in params if self.state[param].get('momentum_buffer') is not None]
-        for each in fresh if group['momentum'] else ():
-            self.state[each]['momentum_buffer'] = torch.zeros_like(each)
+    def _updates_of(self, settings: dict[str, Any], params: list[Tensor], whole: bool) -> list[Update]:
+        fresh = []
+        if settings['momentum'] != 0:
+            fresh = [param for param in params if self.state[param].get('momentum_buffer') is None]
+            for param in fresh:
+                self.state[param]['momentum_buffer'] = torch.zeros_like(param)
         # Torch's kernels take one dampening for a whole list, and nothing dampens a momentum's first step.
-        self._step_params({**group, 'dampening': 0.0}, fresh)
-        self._step_params(group, seen)
+        seen = [param for param in params if not any(param is each for each in fresh)]
+        return [
+            *self._updates_alike({**settings, 'dampening': 0.0}, fresh, whole),
+            *self._updates_alike(settings, seen, whole),
+        ]
 
-    def _step_params(self, group: dict[str, Any], params: list[Tensor]) -> None:
+    def _updates_alike(self, settings: dict[str, Any], params: list[Tensor], whole: bool) -> list[Update]:
+        def buffer(param: Tensor) -> Tensor | None:
+            return self._state_of(param, 'momentum_buffer')
+
         plain = [param for param in params if param not in self.grad_mults]
-        buffers = [local(self.state[param].get('momentum_buffer')) for param in plain]
-        _update(group, [local(param) for param in plain], [gradient(param) for param in plain], buffers)
-        kernels = [param for param in params if param in self.grad_mults]
-        if self._compiled:
-            self._step_compiled(group, kernels)
-        else:
-            self._step_blocks(group, kernels)
-
-    def _step_blocks(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        for blocks in self._row_blocks(params):
-            rows = [block.of(block.param) for block in blocks]
-            grads = self._multiply(blocks, [block.of(gradient(block.param)) for block in blocks], 'grads')
-            buffers = [self.state[block.param].get('momentum_buffer') for block in blocks]
-            buffers = [buffer if buffer is None else block.of(buffer) for block, buffer in zip(blocks, buffers)]
-            _update(group, rows, grads, buffers)
-
-    def _step_compiled(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        names = ('lr', 'momentum', 'dampening', 'weight_decay')
-        settings: dict[torch.dtype, dict[str, Tensor]] = {}
-        for param in params:
-            if param.dtype not in settings:
-                settings[param.dtype] = {name: hyperparameter(group[name], param) for name in names}
-            compiled(sgd_update)(
-                local(param).detach(),
-                gradient(param),
-                local(self.state[param].get('momentum_buffer')),
-                self._mask_parts(param),
-                **settings[param.dtype],
-                nesterov=group['nesterov'],
-                maximize=group['maximize'],
-            )
+        grads = gradients(plain, settings['fused'])
+        updates: list[Update] = [(_update, (settings, list(map(local, plain)), grads, list(map(buffer, plain))))]
+        for chunk in self._chunks(params, whole):
+            kernels, grads, buffers = (chunk.each(get) for get in (local, gradient, buffer))
+            if self._compiled:
+                parts = [self._parts_of(rows.param) for rows in chunk.rows]
+                names = ('lr', 'momentum', 'dampening', 'weight_decay')
+                scalars = as_scalars({name: settings[name] for name in names}, kernels[0])
+                scalars.update(nesterov=settings['nesterov'], maximize=settings['maximize'])
+                kernels = [kernel.detach() for kernel in kernels]
+                updates.append((compiled(sgd_updates), (kernels, grads, buffers, parts, scalars)))
+            else:
+                arguments = (settings, kernels, grads, buffers, chunk.mults, *chunk.places)
+                updates.append((_update_kernels, arguments))
+        return updates
 
 
-def _update(group: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]) -> None:
-    sgd(
-        params,
-        grads,
-        buffers,
-        has_sparse_grad=any(grad.is_sparse for grad in grads),
-        foreach=group['foreach'],
-        fused=use_fused(group, params, grads, buffers),
-        weight_decay=group['weight_decay'],
-        momentum=group['momentum'],
-        lr=group['lr'],
-        dampening=group['dampening'],
-        nesterov=group['nesterov'],
-        maximize=group['maximize'],
-    )
+def _update_kernels(
+    settings: dict[str, Any],
+    kernels: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor | None],
+    mults: list[GradMult],
+    place: list[Tensor] | None,
+) -> None:
+    _update(settings, kernels, multiply(mults, grads, place), buffers)
+
+
+def _update(settings: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]) -> None:
+    if params:
+        sgd(params, grads, buffers, has_sparse_grad=any(grad.is_sparse for grad in grads), **settings)
+
+
+def build_repopt_sgd(
+    model: nn.Module,
+    scales: ScalesMapping,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 4e-5,
+    init: bool = True,
+) -> RepOptSGD:
+    """Applies the Rule of Initialization to a model and makes the RepOptSGD that trains it.
+
+    Nesterov momentum; the weight decay goes to 4-D weights alone, that is, to convolutions. timm's grouping, which
+    `timm.optim.create_optimizer_v2(model, 'repopt_sgd')` uses, also decays the classifier.
+
+    Args:
+        model: Any model whose convolutions `scales` names.
+        scales: Module name to branch name to vector of shape (O,).
+        lr: Learning rate.
+        momentum: Momentum factor.
+        weight_decay: L2 penalty.
+        init: Initialize the weights; False goes on from those that the model has.
+
+    Raises:
+        ValueError: If the scales do not fit the model.
+
+    Example:
+        >>> model = timm.create_model('repopt_vgg_a0', num_classes=10)
+        >>> optimizer = build_repopt_sgd(model, Scales.initial(model), lr=0.1)
+    """
+    prepare(model, scales, init)
+    params = [param for param in model.parameters() if param.requires_grad]
+    groups = [
+        {'params': [param for param in params if param.ndim == 4], 'weight_decay': weight_decay},
+        {'params': [param for param in params if param.ndim != 4], 'weight_decay': 0.0},
+    ]
+    return RepOptSGD(groups, lr=lr, momentum=momentum, nesterov=True, grad_mults=make_grad_mults(model))

@@ -49,11 +49,15 @@ def sum_over_shards(params: Sequence[Tensor], values: Sequence[Tensor]) -> Tenso
     Returns:
         The sum, the same on all processes, on the first value's device.
     """
-    totals: dict[Any, Tensor] = {}
+    values_of: dict[Any, list[Tensor]] = {}
     for param, value in zip(params, values):
         sharded: Any = param
         key = (sharded.device_mesh, sharded.placements) if _is_sharded(param) else None
-        totals[key] = totals[key] + value.to(totals[key].device) if key in totals else value
+        values_of.setdefault((key, value.device), []).append(value)
+    totals: dict[Any, Tensor] = {}
+    for (key, _), each in values_of.items():
+        total = torch.stack(each).sum().to(values[0].device)
+        totals[key] = totals[key] + total if key in totals else total
     for key, total in totals.items():
         if key is not None:
             from torch.distributed.tensor import DTensor, Partial, Replicate
@@ -61,4 +65,4 @@ def sum_over_shards(params: Sequence[Tensor], values: Sequence[Tensor]) -> Tenso
             mesh, placements = key
             partial = [Partial() if placement.is_shard() else Replicate() for placement in placements]
             totals[key] = DTensor.from_local(total, mesh, partial).full_tensor()
-    return torch.stack([total.to(values[0].device) for total in totals.values()]).sum()
+    return torch.stack(list(totals.values())).sum()

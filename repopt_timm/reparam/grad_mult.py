@@ -1,10 +1,11 @@
 """Grad Mults, the Rule of Iteration (section 3.3 and appendix A of arXiv 2205.15242)."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .branches import Branch, make_branches
@@ -14,131 +15,117 @@ from .initialization import CarriedScales, ScalesMapping, branch_counts, carried
 from .vectors import check_vectors
 from .vectors import fingerprint as fingerprint_of
 
-__all__ = ['UPDATE_RULES', 'GradMult', 'GradMults', 'MaskParts', 'dense_mask', 'make_grad_mults']
+__all__ = ['UPDATE_RULES', 'GradMult', 'GradMults', 'make_grad_mults']
 
 UPDATE_RULES = {'sgd': 2, 'adamw': 1}
 """Update rule to the power of |s_b| in its Grad Mult."""
 
 
-Taps = tuple[slice, slice]
-MaskParts = tuple[Tensor, list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor, Tensor]]]
-
-
-@dataclass(frozen=True)
-class Support:
-    """Where a branch adds to a Grad Mult, and what.
-
-    Attributes:
-        taps: Height and width of the window in the kernel.
-        vector: What is added for each output channel, shape (O, 1, 1, 1).
-        pattern: The support in one row of the kernel, shape (1, I/g, k_h, k_w). Of a window: 1 on its taps, else 0. Of
-            a diagonal: the input channel on its taps, else -1, int32.
-    """
-
-    taps: Taps
-    vector: Tensor
-    pattern: Tensor
-
-    def rows(self, start: int, stop: int) -> 'Support':
-        """Returns the part for the output channels `start` to `stop`."""
-        return Support(self.taps, self.vector[start:stop], self.pattern)
+# Tiles make products along contiguous kernels vectorize; this is the most of a kernel's size that they may take.
+_TILE_SHARE = 1 / 16
+_TILE_CHANNELS = 16
 
 
 @dataclass(frozen=True)
 class GradMult:
     """The Grad Mult of one kernel of shape (O, I/g, k_h, k_w): `M = sum_b |s_b|^power M_b`.
 
-    Every branch adds one number per output channel on its support, so that a few vectors stand for the dense mask.
+    Off the (group-wise) channel diagonal M is the same for all input channels, so that a thin tile stands for it.
 
     Attributes:
-        base: What is added everywhere, shape (O, 1, 1, 1).
-        windows: What is added on some taps for all input channels.
-        diagonals: What is added on some taps of the (group-wise) channel diagonal.
+        taps: M off the diagonal, shape (O, t, k_h, k_w) with a t that divides I/g: input channels repeat it.
+        diagonal: What is added on the centred taps of the diagonal, shape (O, 1, h, w), if anything is.
+        channels: Input channels of a group, I/g.
         first_row: Output channel of the kernel that the first row belongs to.
     """
 
-    base: Tensor
-    windows: tuple[Support, ...]
-    diagonals: tuple[Support, ...]
+    taps: Tensor
+    diagonal: Tensor | None
+    channels: int
     first_row: int = 0
 
     def rows(self, start: int, stop: int) -> 'GradMult':
         """Returns the Grad Mult of the output channels `start` to `stop`."""
-        windows = tuple(window.rows(start, stop) for window in self.windows)
-        diagonals = tuple(diagonal.rows(start, stop) for diagonal in self.diagonals)
-        return GradMult(self.base[start:stop], windows, diagonals, self.first_row + start)
+        if (start, stop) == (0, len(self.taps)):
+            return self
+        diagonal = None if self.diagonal is None else self.diagonal[start:stop]
+        return GradMult(self.taps[start:stop], diagonal, self.channels, self.first_row + start)
+
+    def tiled(self) -> 'GradMult':
+        """Returns the same Grad Mult with the taps repeated as often as a small share of the kernel's size allows."""
+        most = min(_TILE_CHANNELS, int(self.channels * _TILE_SHARE)) if self.taps[0].numel() > 1 else 1
+        width = max((size for size in range(1, most + 1) if self.channels % size == 0), default=1)
+        return replace(self, taps=self.taps.expand(-1, width, -1, -1).contiguous()) if width > 1 else self
+
+    def filled(self, kernel: Tensor) -> 'GradMult':
+        """Returns the same Grad Mult as a mask of the kernel's size, which lies in memory like the kernel."""
+        mask = torch.empty_like(kernel, dtype=self.taps.dtype, requires_grad=False).copy_(self.dense())
+        return GradMult(mask, None, self.channels, self.first_row)
 
     @property
     def nbytes(self) -> int:
         """Memory that it holds, in bytes."""
-        supports = (*self.windows, *self.diagonals)
-        tensors = [self.base, *(tensor for support in supports for tensor in (support.vector, support.pattern))]
-        return sum(tensor.nbytes for tensor in tensors)
-
-    @property
-    def parts(self) -> MaskParts:
-        """The arguments of `dense_mask`: plain data, which compiled code checks faster than objects."""
-        windows = [(window.vector, window.pattern) for window in self.windows]
-        rows = torch.arange(len(self.base), device=self.base.device, dtype=torch.int32) + self.first_row
-        diagonals = [
-            (diagonal.vector, diagonal.pattern, (rows % diagonal.pattern.shape[1]).view(-1, 1, 1, 1))
-            for diagonal in self.diagonals
-        ]
-        return self.base, windows, diagonals
+        return self.taps.nbytes + (0 if self.diagonal is None else self.diagonal.nbytes)
 
     def dense(self) -> Tensor:
         """Returns M as a mask that broadcasts to the kernel."""
-        return dense_mask(*self.parts)
+        mask = self.taps
+        if mask.shape[1] > 1:
+            mask = mask.repeat(1, self.channels // mask.shape[1], 1, 1)
+        if self.diagonal is None:
+            return mask
+        rows = torch.arange(len(mask), device=mask.device) + self.first_row
+        columns = torch.arange(self.channels, device=mask.device)
+        on_diagonal = (rows[:, None] % self.channels == columns)[:, :, None, None]
+        top, left = _margins(mask, self.diagonal)
+        return mask + torch.where(on_diagonal, F.pad(self.diagonal, (left, left, top, top)), 0.0)
 
     def multiply(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
         """Returns `M * grad` in `grad`'s dtype, computed in float32 or better, without making M.
 
         Args:
             grad: Tensor of the kernel's shape.
-            out: Memory that may be taken for the product.
+            out: Memory of the same shape and dtype that may be taken for the product.
         """
-        exact = grad.to(torch.promote_types(grad.dtype, self.base.dtype))
-        # Sums are not made in a lower precision.
-        product = torch.mul(exact, self.base, out=out if exact is grad else None)
-        for window in self.windows:
-            height, width = window.taps
-            product[:, :, height, width].addcmul_(exact[:, :, height, width], window.vector)
-        for diagonal in self.diagonals:
-            for start, stop, column in _diagonal_runs(self.first_row, *grad.shape[:2]):
-                index = (slice(start, stop), slice(column, column + stop - start), *diagonal.taps)
-                on_diagonal = diagonal.vector[start:stop, 0, 0, 0]
-                product[index].diagonal().addcmul_(exact[index].diagonal(), on_diagonal)
-        return product.to(grad.dtype)
+        exact = grad
+        if grad.dtype != self.taps.dtype:
+            exact = grad.to(torch.promote_types(grad.dtype, self.taps.dtype))
+        # A compiler fuses the mask into what reads it, and neither it nor autograd is served by writing to views.
+        if torch.compiler.is_compiling() or exact.requires_grad or not self._diagonal_is_a_view:
+            return (exact * self.dense()).to(grad.dtype)
+        product = torch.empty_like(exact) if out is None or exact is not grad else out
+        width = self.taps.shape[1]
+        if width in (1, self.channels):
+            torch.mul(exact, self.taps, out=product)
+        else:
+            by_tile = (1, (-1, width))
+            torch.mul(exact.unflatten(*by_tile), self.taps.unsqueeze(1), out=product.unflatten(*by_tile))
+        if self.diagonal is not None:
+            on_diagonal = self._on_diagonal(product)
+            on_diagonal.addcmul_(self._on_diagonal(exact), self.diagonal.view_as(on_diagonal))
+        return product if exact is grad else product.to(grad.dtype)
+
+    @property
+    def _diagonal_is_a_view(self) -> bool:
+        size, column = len(self.taps), self.first_row % self.channels
+        return self.diagonal is None or column + size <= self.channels or (column == 0 and size % self.channels == 0)
+
+    def _on_diagonal(self, kernel: Tensor) -> Tensor:
+        """Returns what of a kernel lies on the diagonals of all groups, shape (groups, channels, h, w), as a view."""
+        assert self.diagonal is not None
+        size, _, height, width = self.diagonal.shape
+        rows, columns, *taps = kernel.stride()
+        top, left = _margins(kernel, self.diagonal)
+        first = (self.first_row % self.channels) * columns + top * taps[0] + left * taps[1]
+        per_group = min(size, self.channels)
+        shape = (size // per_group, per_group, height, width)
+        strides = (per_group * rows, rows + columns, *taps)
+        return kernel.as_strided(shape, strides, kernel.storage_offset() + first)
 
 
-def dense_mask(
-    base: Tensor,
-    windows: Sequence[tuple[Tensor, Tensor]],
-    diagonals: Sequence[tuple[Tensor, Tensor, Tensor]],
-) -> Tensor:
-    """Makes M as a mask that broadcasts to the kernel; a compiler fuses it into what reads it.
-
-    Args:
-        base: See `GradMult`.
-        windows: Vector and pattern of each, see `Support`.
-        diagonals: Vector and pattern of each, and the input channel on the diagonal of each row, shape (O, 1, 1, 1).
-    """
-    mask = base
-    for vector, pattern in windows:
-        mask = mask + vector * pattern
-    for vector, pattern, columns in diagonals:
-        mask = mask + torch.where(pattern == columns, vector, 0.0)
-    return mask
-
-
-def _diagonal_runs(first_row: int, rows: int, channels: int) -> Iterator[tuple[int, int, int]]:
-    """Yields `start`, `stop`, first input channel of the runs of rows that belong to one group of a convolution."""
-    start = 0
-    while start < rows:
-        column = (first_row + start) % channels
-        stop = min(start + channels - column, rows)
-        yield start, stop, column
-        start = stop
+def _margins(kernel: Tensor, window: Tensor) -> tuple[int, int]:
+    """Returns how many taps of a kernel lie above, and how many left of a centred window."""
+    return (kernel.shape[2] - window.shape[2]) // 2, (kernel.shape[3] - window.shape[3]) // 2
 
 
 class GradMults(Mapping[Tensor, GradMult]):
@@ -306,30 +293,22 @@ def _check_tied(kernels: Sequence[_Kernel]) -> None:
 def _grad_mult(kernel: _Kernel, power: int) -> GradMult:
     weight = kernel.weight
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    base = torch.zeros((weight.shape[0], 1, 1, 1), device=weight.device, dtype=dtype)
-    windows = []
-    diagonals = []
+    taps = torch.zeros((weight.shape[0], 1, *weight.shape[2:]), device=weight.device, dtype=dtype)
+    diagonal = torch.zeros_like(taps)
+    window = (0, 0)
     for branch in kernel.branches:
-        added = torch.full_like(base, branch.count)
+        added = torch.full((), branch.count, device=weight.device, dtype=dtype)
         if branch.scaled:
             vector = kernel.vectors[branch.name].to(weight.device, dtype)
             added = branch.count * vector.abs().pow(power).view(-1, 1, 1, 1)
-        if branch.diagonal and weight.shape[1] > 1:
-            channels = torch.arange(weight.shape[1], device=weight.device, dtype=torch.int32)
-            diagonals.append(_support(branch, weight, added, channels.view(1, -1, 1, 1), outside=-1))
-        elif branch.kernel_size == tuple(weight.shape[2:]):
-            base += added
-        else:
-            windows.append(_support(branch, weight, added, torch.ones_like(base[:1]), outside=0))
-    return GradMult(base, tuple(windows), tuple(diagonals))
+        on_diagonal = branch.diagonal and weight.shape[1] > 1
+        _centre(diagonal if on_diagonal else taps, branch.kernel_size).add_(added)
+        if on_diagonal:
+            window = (max(window[0], branch.kernel_size[0]), max(window[1], branch.kernel_size[1]))
+    return GradMult(taps, _centre(diagonal, window).clone() if any(window) else None, weight.shape[1])
 
 
-def _support(branch: Branch, weight: Tensor, added: Tensor, inside: Tensor, outside: int) -> Support:
-    starts = [(outer - inner) // 2 for outer, inner in zip(weight.shape[2:], branch.kernel_size)]
-    height, width = (slice(start, start + size) for start, size in zip(starts, branch.kernel_size))
-    pattern = inside.new_full((1, *weight.shape[1:]), outside)
-    pattern[:, :, height, width] = inside
-    if weight.stride(1) == 1:
-        # A mask is read along with the kernel, fastest if both lie in memory alike.
-        pattern = pattern.contiguous(memory_format=torch.channels_last)
-    return Support((height, width), added, pattern)
+def _centre(kernel: Tensor, size: tuple[int, int]) -> Tensor:
+    starts = [(outer - inner) // 2 for outer, inner in zip(kernel.shape[2:], size)]
+    height, width = (slice(start, start + inner) for start, inner in zip(starts, size))
+    return kernel[:, :, height, width]

@@ -57,13 +57,11 @@ def test_a_wrong_grad_mult_would_be_noticed(mutation):
     right = make_grad_mults(plain)
     wrong = {}
     for kernel, mult in right.items():
-        if mutation == 'power':
-            wrong[kernel] = dataclasses.replace(mult, base=mult.base.sqrt())
-        elif mutation == 'diagonal':
-            wrong[kernel] = dataclasses.replace(mult, first_row=1)
-        else:
-            windows = tuple(dataclasses.replace(window, taps=(slice(0, 1), window.taps[1])) for window in mult.windows)
-            wrong[kernel] = dataclasses.replace(mult, windows=windows)
+        wrong[kernel] = {
+            'power': dataclasses.replace(mult, taps=mult.taps.sqrt()),
+            'diagonal': dataclasses.replace(mult, first_row=1),
+            'centre': dataclasses.replace(mult, taps=mult.taps.roll(1, -1)),
+        }[mutation]
     csla_optimizer = torch.optim.SGD(csla.parameters(), lr=0.01)
     optimizer = RepOptSGD(plain.parameters(), lr=0.01, grad_mults=GradMults(wrong, 'sgd', right.fingerprint))
     assert train(csla, plain, csla_optimizer, optimizer, steps=2) > 1e-6

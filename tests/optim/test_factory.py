@@ -130,11 +130,10 @@ def test_there_is_no_silent_plain_sgd(model, message):
         create_optimizer_v2(model(), 'repopt_sgd', lr=0.1)
 
 
-def test_an_ordinary_optimizer_on_an_initialized_target_warns_once(monkeypatch):
-    monkeypatch.setattr(factory, '_warned', False)
-    model = scaled_model()
-    with pytest.warns(UserWarning, match=r"'sgd' has no Grad Mults.*repopt_sgd"):
-        create_optimizer_v2(model, 'sgd', lr=0.1)
+def test_an_ordinary_optimizer_on_an_initialized_target_warns_once_for_each_model():
+    for model in scaled_model(), scaled_model():
+        with pytest.warns(UserWarning, match=r"'sgd' has no Grad Mults.*repopt_sgd"):
+            create_optimizer_v2(model, 'sgd', lr=0.1)
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         create_optimizer_v2(model, 'sgd', lr=0.1)

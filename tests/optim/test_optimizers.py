@@ -5,7 +5,15 @@ import pytest
 import torch
 from torch import nn
 
-from repopt_timm import RepOptAdamW, RepOptSGD, attach_scales, build_repopt_sgd, make_grad_mults
+from repopt_timm import (
+    RepOptAdamW,
+    RepOptSGD,
+    attach_scales,
+    build_repopt_sgd,
+    clip_grad_norm_,
+    make_grad_mults,
+)
+from repopt_timm.optim import base
 from repopt_timm.optim.reference import ReferenceRepOptAdamW, ReferenceRepOptSGD
 
 from ..helpers import random_scales, tiny_model
@@ -55,6 +63,100 @@ def test_the_fast_optimizer_follows_the_readable_one(rule, settings, implementat
         optimizer.step()
         reference.step()
     same(model, twin, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize('rule', CLASSES)
+@pytest.mark.parametrize('size', [1, 3000, 20000])
+@pytest.mark.parametrize('groups', [1, 4, 16])
+@pytest.mark.parametrize('kwargs', [{}, {'dense': True}], ids=['tiles', 'dense'])
+def test_each_chunk_of_a_kernel_gets_its_own_rows_of_the_grad_mult(rule, size, groups, kwargs, monkeypatch):
+    monkeypatch.setitem(base.CHUNK_SIZES, 'cpu', size)
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, groups=groups)).double()
+    scales = {'0': {'kxk': torch.randn(64), '1x1': torch.randn(64), 'identity': torch.ones(64)}}
+    twin = copy.deepcopy(model)
+    optimizers = [
+        CLASSES[rule][0](model.parameters(), lr=0.1, grad_mults=make_grad_mults(model, scales, rule), **kwargs),
+        CLASSES[rule][1](twin.parameters(), make_grad_mults(twin, scales, rule), lr=0.1),
+    ]
+    for step in range(2):
+        for net, optimizer in zip((model, twin), optimizers):
+            gradients(net, step)
+            optimizer.step()
+    same(model, twin, rtol=1e-9, atol=1e-12)
+    gradients(model)
+    mults = make_grad_mults(model, scales)
+    expected = (mults[model[0].weight].dense() * model[0].weight.grad.square()).sum() + model[
+        0
+    ].bias.grad.square().sum()
+    torch.testing.assert_close(clip_grad_norm_(model.parameters(), 1.0, mults), expected.sqrt())
+
+
+@pytest.mark.parametrize('rule', CLASSES)
+def test_a_step_can_be_compiled(rule):
+    model = scaled_model()
+    twin = copy.deepcopy(model)
+    optimizer, reference = make(model, rule, lr=torch.tensor(0.01)), make(twin, rule, lr=0.01)
+    step = torch.compile(optimizer.step)
+    for seed in range(2):
+        gradients(model, seed)
+        gradients(twin, seed)
+        step()
+        reference.step()
+    # torch.compile works out AdamW's bias correction of plain parameters in float32.
+    same(model, twin, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('rule', CLASSES)
+def test_a_loaded_state_shares_nothing_with_its_source(rule):
+    model = scaled_model()
+    optimizer = make(model, rule, lr=0.01, **({'momentum': 0.9} if rule == 'sgd' else {}))
+    gradients(model)
+    optimizer.step()
+    resumed = make(model, rule)
+    resumed.load_state_dict(optimizer.state_dict())
+    for param, state in optimizer.state.items():
+        for name, value in state.items():
+            assert value.data_ptr() != resumed.state[param][name].data_ptr()
+
+
+def test_a_trainable_kernel_that_is_in_no_group_is_named():
+    model = scaled_model()
+    params = list(model.parameters())
+    with pytest.raises(ValueError, match=r'in no parameter group.*\(16, 3, 3, 3\)'):
+        RepOptSGD(params[1:], grad_mults=make_grad_mults(model))
+    params[0].requires_grad_(False)
+    RepOptSGD(params[1:], grad_mults=make_grad_mults(model))
+
+
+def test_a_new_group_of_kernels_without_grad_mults_warns():
+    optimizer = make(scaled_model(), 'sgd')
+    with pytest.warns(UserWarning, match=r'1 kernels .* no Grad Mult.*\(4, 3, 1, 1\)'):
+        optimizer.add_param_group({'params': nn.Conv2d(3, 4, 1).weight})
+
+
+def test_adamw_refuses_sparse_gradients():
+    model = nn.ModuleDict({'net': scaled_model(torch.float32), 'words': nn.Embedding(5, 2, sparse=True)})
+    model['words'](torch.tensor([1])).sum().backward()
+    with pytest.raises(RuntimeError, match='does not support sparse gradients'):
+        make(model, 'adamw').step()
+
+
+@pytest.mark.parametrize('rule', CLASSES)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_a_grad_scaler_unscales_inside_of_the_step(rule, dtype):
+    model = scaled_model(dtype)
+    twin = copy.deepcopy(model)
+    optimizer, reference = make(model, rule, lr=0.1), make(twin, rule, lr=0.1)
+    scaler = torch.amp.GradScaler('cpu', init_scale=4.0)
+    scaler.scale(torch.ones(()))
+    gradients(model)
+    gradients(twin)
+    for param in model.parameters():
+        param.grad *= 4.0
+    assert optimizer._step_supports_amp_scaling
+    scaler.step(optimizer)
+    reference.step()
+    same(model, twin, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize('rule', CLASSES)
@@ -202,7 +304,9 @@ def test_a_step_can_be_differentiated():
 def test_parameters_added_later_are_multiplied_too():
     model = scaled_model()
     params = list(model.parameters())
+    params[0].requires_grad_(False)
     optimizer = RepOptSGD(params[1:], lr=1.0, grad_mults=make_grad_mults(model))
+    params[0].requires_grad_()
     optimizer.add_param_group({'params': params[:1]})
     gradients(model)
     expected = params[0].detach() - make_grad_mults(model)[params[0]].multiply(params[0].grad)

@@ -1,0 +1,59 @@
+"""CUDA tensors without a GPU: shapes, devices and dispatched operations, but no values."""
+
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from repopt_timm.reparam import GradMult, GradMults
+
+_LIBRARY = torch.library.Library('aten', 'IMPL')
+for _name in ('_fused_sgd_', '_fused_sgd_.tensor_lr', '_fused_adamw_.tensor_lr'):
+    # The real ones ask for a driver.
+    _LIBRARY.impl(_name, lambda params, grads, *args, **kwargs: check_alike(params, grads), 'Meta')
+
+
+def check_alike(*lists):
+    """Asserts what torch's fused and multi-tensor kernels ask of their lists to take the fast path."""
+    for tensors in zip(*lists):
+        assert len({(each.shape, each.stride(), each.dtype, each.device) for each in tensors}) == 1
+
+
+class Dispatched(TorchDispatchMode):
+    """Counts what is dispatched, and fails where the host waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    @property
+    def total(self):
+        return sum(self.counts.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ('_local_scalar_dense', 'item', 'nonzero', 'is_nonzero'), f'{name} waits for the device'
+        if name in ('_to_copy', 'copy_') and args[0].device.type == 'cuda':
+            assert (kwargs or {}).get('device') != torch.device('cpu'), f'{name} waits for the device'
+        self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def fake_cuda(model, grad_mults):
+    """Yields a model's parameters as fake CUDA tensors with gradients, and its Grad Mults for them."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = {}
+        for param in model.parameters():
+            fakes[param] = nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device='cuda'))
+            fakes[param].grad = torch.empty_like(fakes[param])
+        mults = {fakes[param]: _on_cuda(mult) for param, mult in grad_mults.items()}
+        yield list(fakes.values()), GradMults(mults, grad_mults.update_rule, grad_mults.fingerprint)
+
+
+def _on_cuda(mult):
+    diagonal = None if mult.diagonal is None else torch.empty(mult.diagonal.shape, device='cuda')
+    return GradMult(torch.empty(mult.taps.shape, device='cuda'), diagonal, mult.channels)
