@@ -12,7 +12,7 @@ from .architectures import ARCHITECTURES
 from .bench import add_bench_commands
 from .cards.transfer import parse_hub_source
 from .checkpoints.packing import PRECISIONS
-from .console import tell
+from .console import exit_code, tell
 from .convert import model_from_reference
 from .deploy import evaluate
 from .deploy.commands import add_class_map
@@ -22,7 +22,7 @@ from .publish import push_to_hub, save_pretrained
 from .scales import Scales
 from .scales.table import scales_table
 from .sources import load_scales
-from .train.main import main as train_main
+from .train.command import main as train_main
 
 __all__ = ['main']
 
@@ -39,19 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 1 after an error, of which one line is told.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        # Training has a parser of its own, which reads configs.
-        if argv[:1] == ['train']:
-            train_main(argv[1:])
-        elif argv[:1] == ['quickstart']:
-            train_main(['-c', 'quickstart', *argv[1:]])
-        else:
-            args = _parser().parse_args(argv)
-            args.run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-        return 1
-    return 0
+    debug = '--debug' in argv
+    return exit_code(partial(_run, [word for word in argv if word != '--debug']), debug)
+
+
+def _run(argv: list[str]) -> None:
+    # Training has a parser of its own, which reads configs.
+    if argv[:1] == ['train']:
+        train_main(argv[1:])
+    elif argv[:1] == ['quickstart']:
+        train_main(['-c', 'quickstart', *argv[1:]])
+    else:
+        args = _parser().parse_args(argv)
+        args.run(args)
 
 
 def _parser() -> argparse.ArgumentParser:

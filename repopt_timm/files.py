@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ['replacing', 'write_text']
+__all__ = ['remove_temporaries', 'replacing', 'write_text']
+
+# In the name of a file that is being written.
+_MARK = '.tmp'
 
 
 @contextmanager
@@ -18,7 +21,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix='.' + path.stem + '-', suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix='.' + path.stem + '-', suffix=_MARK + path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -36,3 +39,9 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes UTF-8 text to `path`, whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding='utf-8', newline='\n')
+
+
+def remove_temporaries(folder: str | os.PathLike) -> None:
+    """Removes what processes that were killed in `replacing` left in a folder."""
+    for path in Path(folder).glob(f'.*-*{_MARK}*'):
+        path.unlink(missing_ok=True)

@@ -16,8 +16,8 @@ from timm.models import resume_checkpoint
 from repopt_timm import Scales, save_pretrained
 from repopt_timm.publish import model_from_checkpoint
 from repopt_timm.train import run
-from repopt_timm.train.arguments import parse_arguments
-from repopt_timm.train.main import main
+from repopt_timm.train.parsing import parse_arguments
+from repopt_timm.train.command import main
 
 TINY = 'test_repopt_vgg'
 
@@ -157,7 +157,7 @@ def test_a_target_is_trained_with_the_scales_it_is_given(arguments, tmp_path):
     fingerprints = {group['scales_fingerprint'] for group in checkpoint['optimizer']['param_groups']}
     assert fingerprints == {Scales.initial(TINY).fingerprint}
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
-    assert [row['epoch'] for row in rows] == ['0', '1', '2']
+    assert [row['epoch'] for row in rows] == ['1', '2', '3']
     assert float(rows[-1]['eval_top1']) >= 50
 
 
@@ -298,7 +298,7 @@ def test_a_folder_that_is_not_there_is_named(arguments):
 def test_a_folder_whose_splits_number_their_classes_differently_is_refused(images, arguments, tmp_path):
     shutil.copytree(images, tmp_path / 'images')
     shutil.rmtree(tmp_path / 'images/train/dark')
-    with pytest.raises(ValueError, match="The class 'dark' has the number 0 in the validation images, but none"):
+    with pytest.raises(ValueError, match="The training images lack the class 'dark'"):
         main([str(tmp_path / 'images'), *arguments('--scales', 'initial')[1:]])
 
 
