@@ -43,7 +43,9 @@ def _one_line(error: Exception) -> str:
         # An error in a loader's worker: its own line is the last.
         text = text.rstrip().rsplit('\n', 1)[-1].partition(': ')[2]
     if 'weights_only' in text:
-        text = 'A file would run code when it is read, and is refused. Save its tensors alone and load those.'
+        # torch advises to switch the check off.
+        told = text.partition('Weights only')[0] if 'Weights only' in text else ''
+        text = f'{told}it cannot be read without running code from it. Save its tensors alone and load those.'
     line = ' '.join(text.split())
     if isinstance(error, ValueError | OSError | ImportError) and line:
         return line

@@ -51,7 +51,8 @@ def open_folder(root: str | os.PathLike, split: str, need_split: bool, **kwargs:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"There are no images for the split '{split}' in '{root}': {error}") from None
     except (tarfile.TarError, EOFError) as error:
-        raise ValueError(f"'{root}' is not a readable .tar file: {error}.") from None
+        archive = root / split if root.is_dir() else root
+        raise ValueError(f"'{archive}' is not a readable .tar file: {error}.") from None
     splits = sorted(name for name in _SPLITS if (root / name).is_dir())
     if root.is_dir() and Path(getattr(dataset.reader, 'root', root)) == root and (need_split or splits):
         raise ValueError(
@@ -69,7 +70,7 @@ class _NamedImages(ImageDataset):
     """timm's dataset, which names an image that cannot be read instead of its index.
 
     Attributes:
-        skip_damaged: Go on with the next image instead of an error, as timm does. A validation would be of other images.
+        skip_damaged: Go on with the next image, as timm does. A validation would be of other images.
     """
 
     skip_damaged = False

@@ -146,8 +146,6 @@ def _train_in(
     """Resumes a run in its folder, if asked to, and trains its epochs."""
     saver = CheckpointSaver(folder, args, args.checkpoint_hist)
     source = _resume(folder, args, state)
-    if args.distributed:
-        _check_epochs(state, folder, args.world_size)
     _replay_schedule(state, updates)
     loss_fn = _make_loss(args).to(args.device)
     primary = args.rank == 0
@@ -185,11 +183,11 @@ def _train_in(
 
 def _resume(folder: Path, args: argparse.Namespace, state: TrainState) -> Path | None:
     """Brings the state to where the run stopped, and returns the checkpoint; None for a new run."""
-    if not args.resume:
-        if (folder / LAST_CHECKPOINT).exists():
-            raise _already_there(folder)
-        return None
-    found = find_checkpoint(folder, args.resume, args.override)
+    found = find_checkpoint(folder, args.resume, args.override) if args.resume else None
+    if not args.resume and (folder / LAST_CHECKPOINT).exists():
+        raise _already_there(folder)
+    if args.distributed:
+        _check_epochs(len(found[1]['history']) if found else 0, folder, args.world_size)
     if found is None:
         return None
     path, checkpoint = found
@@ -327,9 +325,9 @@ def _already_there(folder: Path) -> ValueError:
     )
 
 
-def _check_epochs(state: TrainState, folder: Path, world_size: int) -> None:
+def _check_epochs(done: int, folder: Path, world_size: int) -> None:
     epochs = [0] * world_size
-    torch.distributed.all_gather_object(epochs, len(state.history))
+    torch.distributed.all_gather_object(epochs, done)
     if len(set(epochs)) > 1:
         raise ValueError(
             f"The processes would go on after different epochs: {', '.join(map(str, epochs))}, by rank. '{folder}' has "

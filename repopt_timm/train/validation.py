@@ -154,13 +154,20 @@ def _check_augmentation(args: argparse.Namespace) -> None:
         make = rand_augment_transform
     elif args.aa.startswith('augmix'):
         make = augment_and_mix_transform
+    # timm passes over an option without a number.
+    if not all(any(char.isdigit() for char in option) for option in args.aa.split('-')[1:]):
+        raise _bad_policy(args.aa)
     try:
         make(args.aa, {'translate_const': 10, 'img_mean': (124, 116, 104)})
     except (AssertionError, ValueError, KeyError, IndexError, TypeError):
-        raise ValueError(
-            f"--aa is '{args.aa}', expected a policy of timm: rand-m9-mstd0.5, augmix-m5-w4, v0, v0r, original, "
-            f'originalr, 3a, each with such options.'
-        ) from None
+        raise _bad_policy(args.aa) from None
+
+
+def _bad_policy(name: str) -> ValueError:
+    return ValueError(
+        f"--aa is '{name}', expected a policy of timm: rand-m9-mstd0.5, augmix-m5-w4, v0, v0r, original, originalr, "
+        f'3a, each with such options.'
+    )
 
 
 def _check_device(args: argparse.Namespace) -> None:
