@@ -50,7 +50,7 @@ from .run_checkpoints import (
     versions,
 )
 from .run_folder import ARGUMENTS_FILE, LAST_CHECKPOINT, run_folder
-from .validation import check_arguments, check_classes, check_device_name, check_images, explaining
+from .validation import check_arguments, check_classes, check_device_name, check_images, check_model, explaining
 
 __all__ = ['Result', 'prepare_device', 'train']
 
@@ -117,6 +117,7 @@ def train(args: argparse.Namespace) -> Result:
             f'smaller --batch-size.'
         )
     check_images(datasets, data_config['input_size'])
+    check_model(model, data_config['input_size'], device)
     updates = -(-len(loaders.train) // args.grad_accum_steps)
     scheduler, args.total_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
     ema = None
@@ -150,7 +151,8 @@ def _train_in(
     loss_fn = _make_loss(args).to(args.device)
     primary = args.rank == 0
     if primary:
-        write_text(folder / ARGUMENTS_FILE, write_config(args))
+        notes = ''.join(f'# {line}\n' for line in getattr(args, 'overridden', []))
+        write_text(folder / ARGUMENTS_FILE, notes + write_config(args))
         if source is not None:
             saver.rebuild(state.history, source)
     loggers = make_loggers(args, folder) if primary else []
@@ -192,7 +194,8 @@ def _resume(folder: Path, args: argparse.Namespace, state: TrainState) -> Path |
         return None
     path, checkpoint = found
     _check_changes(path, checkpoint, args, scales_fingerprint(unwrap_model(state.model)))
-    restore(state, checkpoint, str(path), args.override)
+    with explaining(f"'{path}' does not hold the state of this run"):
+        restore(state, checkpoint, str(path), args.override)
     _logger.info(f'Resuming {path} after epoch {len(state.history)}.')
     return path
 

@@ -189,13 +189,17 @@ def check_intact(path: Path) -> None:
 def _read(path: Path) -> dict[str, Any]:
     check_intact(path)
     checkpoint = read_checkpoint(path)
-    history = checkpoint.get('history')
-    if not isinstance(history, list) or not history or not all(isinstance(row, dict) for row in history):
+    history: Any = checkpoint.get('history')
+    if not isinstance(history, list) or not history or [_epoch_of(row) for row in history] != list(range(len(history))):
         raise ValueError(
-            f"'{path}' is not the checkpoint of a run: it has no history. Start from its weights with "
+            f"'{path}' is not the checkpoint of a run: it has no history of its epochs. Start from its weights with "
             f'--initial-checkpoint.'
         )
     return checkpoint
+
+
+def _epoch_of(row: Any) -> Any:
+    return row.get('epoch') if isinstance(row, dict) else None
 
 
 def find_checkpoint(folder: Path, resume: str, override: bool) -> tuple[Path, dict[str, Any]] | None:

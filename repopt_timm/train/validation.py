@@ -18,11 +18,12 @@ from timm.data.auto_augment import augment_and_mix_transform, auto_augment_trans
 from timm.models import parse_model_name
 from timm.optim import get_optimizer_info, list_optimizers
 
-__all__ = ['check_arguments', 'check_classes', 'check_device_name', 'check_images', 'explaining']
+__all__ = ['check_arguments', 'check_classes', 'check_device_name', 'check_images', 'check_model', 'explaining']
 
 _REPOPT = ('repopt_sgd', 'repopt_adamw')
 _TORCH_DATASETS = ('inaturalist', 'inat', 'places365', 'qmnist', 'imagenet', 'image_folder', 'folder')
 _PREFIXES = {'hfds': 'datasets', 'hfids': 'datasets', 'tfds': 'tensorflow_datasets', 'wds': 'webdataset'}
+_MOST_NAMES = 20
 _COLOR_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
 
 
@@ -59,7 +60,8 @@ def explaining(what: str) -> Iterator[None]:
 def _unknown(what: str, name: str, known: Iterable[str]) -> ValueError:
     names = sorted(known)
     near = difflib.get_close_matches(name, names, 3)
-    hint = f'Did you mean {" or ".join(near)}?' if near else f'Expected one of {", ".join(names)}.'
+    some = ', '.join(names[:_MOST_NAMES]) + (', …' if len(names) > _MOST_NAMES else '')
+    hint = f'Did you mean {" or ".join(near)}?' if near else f'Expected one of {some}.'
     return ValueError(f"{what} '{name}' is unknown. {hint}")
 
 
@@ -87,6 +89,8 @@ def _check_paths(args: argparse.Namespace) -> None:
 def _check_dataset(args: argparse.Namespace) -> None:
     prefix, separator, name = args.dataset.partition('/')
     prefix = prefix.lower()
+    if args.target_key is not None and prefix not in _PREFIXES:
+        raise ValueError('--target-key is for --dataset hfds/, hfids/, tfds/ and wds/: remove it for other data.')
     if args.dataset in ('', 'digits'):
         return
     known = ', '.join(f'{each}/NAME' for each in ('torch', *_PREFIXES))
@@ -231,8 +235,14 @@ def _check_optimizer(args: argparse.Namespace) -> None:
     known = {*map(str, list_optimizers()), *_REPOPT}
     if name not in known:
         raise _unknown('--opt', args.opt, known)
-    info = get_optimizer_info(name.replace('_', ''))
-    accepted = {*_parameters(info.opt_class), *_parameters(timm.optim.create_optimizer_v2)} - {'self', 'kwargs'}
+    opt_class: Any = get_optimizer_info(name.replace('_', '')).opt_class
+    if isinstance(opt_class, str):
+        # timm imports it when it is made.
+        package = opt_class.partition('.')[0]
+        if importlib.util.find_spec(package) is None:
+            raise ImportError(f'--opt {args.opt} needs {package}: pip install {package}.')
+        return
+    accepted = {*_parameters(opt_class), *_parameters(timm.optim.create_optimizer_v2)} - {'self', 'kwargs'}
     for key in args.opt_kwargs:
         if key not in accepted and key != 'grad_mults':
             raise _unknown(f'--opt-kwargs: {args.opt} has no argument', key, accepted - {'model_or_params', 'params'})
@@ -312,6 +322,18 @@ def check_images(datasets: tuple[Any, Any], input_size: tuple[int, ...]) -> None
                 f'The {split} images have {len(image)} channels and the model {input_size[0]}: give --in-chans '
                 f'{len(image)}, or --input-img-mode {_COLOR_MODES.get(input_size[0], "")}.'
             )
+
+
+@torch.no_grad()
+def check_model(model: torch.nn.Module, input_size: tuple[int, ...], device: torch.device) -> None:
+    """Passes one empty image through a model.
+
+    Raises:
+        ValueError: If it does not take images of this size.
+    """
+    size = ' x '.join(str(length) for length in input_size)
+    with explaining(f'The model does not take images of {size}, --input-size or --img-size'):
+        model.eval()(torch.zeros(1, *input_size, device=device))
 
 
 _CHECKS: tuple[Callable[[argparse.Namespace], None], ...] = (

@@ -11,6 +11,8 @@ import torch
 from PIL import Image
 
 from repopt_timm.cli import main
+from repopt_timm.train import run
+from repopt_timm.train.schema import ARGUMENTS
 
 from ..helpers import TINY
 
@@ -120,6 +122,7 @@ ROWS = [
     ('optimizer', '--opt bogus', "--opt 'bogus' is unknown"),
     ('nearly an optimizer', '--opt repopt_sdg', "--opt 'repopt_sdg' is unknown. Did you mean repopt_sgd"),
     ('a suffix that timm trains with', '--opt bogus_sgd', "--opt 'bogus_sgd' is unknown"),
+    ('optimizer of a package', '--opt bnbsgd', '--opt bnbsgd needs bitsandbytes: pip install bitsandbytes'),
     ('model', '--model repopt_vgg_a00', "timm knows no model 'repopt_vgg_a00'. Did you mean repopt_vgg_a0"),
     ('no model', '--model=', "--model is '', expected the name of a timm model"),
     ('no folder of a model', '--model local-dir:nowhere', "there is no model in 'nowhere'"),
@@ -147,6 +150,12 @@ ROWS = [
     ('no classes', '--num-classes 0', '--num-classes is 0'),
     ('batch beyond the data', '--batch-size 998', 'do not fill one batch of 998'),
     # Channels.
+    (
+        'a size that the model does not take',
+        '--model vit_tiny_patch16_224 --scales=',
+        'does not take images of 3 x 32 x 32',
+    ),
+    ('pool of transformers', '--gp token', 'Invalid pool type: token'),
     ('five channels', '--in-chans 5', '--in-chans is 5'),
     ('no channels', '--in-chans 0', '--in-chans is 0'),
     ('channels twice', '--in-chans 1', '--in-chans is 1 and --input-size has 3 channels'),
@@ -181,6 +190,7 @@ ROWS = [
     # Names.
     ('flag', '--bogus', "unknown argument '--bogus'"),
     ('nearly a flag', '--wieght-decay 1', "unknown argument '--wieght-decay'. Did you mean '--weight-decay'?"),
+    ('label key of a folder', '--target-key label', '--target-key is for --dataset hfds/'),
     ('two folders of images', 'more', "unknown argument 'more'"),
     ('flag without value', '--model', '--model: expected one argument'),
     ('several flags', '--mod x', 'ambiguous option: --mod could match'),
@@ -297,6 +307,31 @@ def test_random_bytes_are_refused_wherever_a_file_is_read(images, tmp_path, caps
     source.write_bytes(generator.randbytes(generator.choice([0, 1, 100, 10000])))
     where = ['--output', str(tmp_path / 'output'), '--experiment', 'run']
     refuse(capsys, tmp_path / 'output', '', [str(images), '--model', TINY, *where, flag, str(source)])
+
+
+NASTY = ['', '0', '-1', 'nan', 'inf', '1e999', 'bogus', '3', '0.5', '9' * 30, 'None', 'True', '../x', '1,2', 'a=b', '☃']
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(100))
+def test_no_value_of_any_argument_comes_unforeseen(images, tmp_path, capsys, monkeypatch, seed):
+    def train_one_epoch(*args):
+        raise ValueError('accepted')
+
+    monkeypatch.setattr(run, 'train_one_epoch', train_one_epoch)
+    generator = random.Random(seed)
+    arguments = [argument for argument in ARGUMENTS.values() if argument.kind is not bool]
+    words = [str(images), '--model', TINY, '--scales', 'initial', '--input-size', '3', '32', '32', '--batch-size', '8']
+    words += ['--workers', '0', '--output', str(tmp_path / 'output'), '--experiment', 'run']
+    for _ in range(10):
+        argument = generator.choice(arguments)
+        count = generator.choice([1, 2, 3]) if argument.count or argument.kind is dict else 1
+        values = [generator.choice(NASTY) for _ in range(count)]
+        assert main(['train', *words, argument.flag, *values]) == 1
+        told = capsys.readouterr().err.strip().splitlines()[-1]
+        assert told.startswith('error: ')
+        assert 'not foreseen' not in told
+        assert not (tmp_path / 'output').exists()
 
 
 @pytest.mark.parametrize(

@@ -352,6 +352,7 @@ def test_an_override_is_applied_and_recorded(arguments, tmp_path):
     assert {group['momentum'] for group in groups} == {0.5}
     assert checkpoint['args'].overridden == ['after epoch 1: momentum 0.9 -> 0.5, weight_decay 2e-05 -> 0.125']
     assert parse_arguments(['-c', str(tmp_path / 'run/args.yaml')]).weight_decay == 0.125
+    assert (tmp_path / 'run/args.yaml').read_text().startswith('# after epoch 1: momentum 0.9 -> 0.5')
 
 
 def test_another_optimizer_is_refused_even_with_override(finished):
