@@ -5,8 +5,8 @@ import difflib
 import logging
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -88,7 +88,9 @@ def train(args: argparse.Namespace) -> Result:
 
     Raises:
         ValueError: If arguments do not go together.
-        FileNotFoundError: If a file that they name is not there.
+        FileNotFoundError: If a file that they name does not exist.
+        OSError: If a checkpoint cannot be written.
+        InterruptedRunError: If Ctrl-C or SIGTERM ended it.
     """
     start = time.perf_counter()
     check_arguments(args)
@@ -156,17 +158,11 @@ def _train_in(
         if source is not None:
             saver.rebuild(state.history, source)
     loggers = make_loggers(args, folder) if primary else []
-    with postponed_signals():
+    with postponed_signals(), _explaining_ends(folder, args, state):
         for epoch in range(len(state.history), args.total_epochs):
             _start_epoch(epoch, loaders, args)
-            try:
-                metrics = train_one_epoch(state, loaders, loss_fn, clip, autocast, epoch, args)
-                _check_weights(state.model, epoch, args)
-            except DivergedError as error:
-                raise DivergedError(f'{error} {_way_back(folder, state.history)}') from None
-            except InterruptedRunError:
-                _logger.info(f'Stopped in epoch {epoch + 1}. {_saved(folder, state.history)}')
-                raise
+            metrics = train_one_epoch(state, loaders, loss_fn, clip, autocast, epoch, args)
+            _check_weights(state.model, epoch, args)
             row = {
                 'epoch': epoch,
                 **{name if name == 'lr' else f'train_{name}': value for name, value in metrics.items()},
@@ -179,8 +175,24 @@ def _train_in(
                 _log(row, loggers, args)
             if state.scheduler is not None:
                 state.scheduler.step(epoch + 1, row.get('eval_top1'))
-            if epoch + 1 < args.total_epochs:
-                raise_if_interrupted()
+            raise_if_interrupted()
+
+
+@contextmanager
+def _explaining_ends(folder: Path, args: argparse.Namespace, state: TrainState) -> Iterator[None]:
+    """Adds to an early end of a run what it leaves."""
+    try:
+        yield
+    except (DivergedError, InterruptedRunError) as error:
+        done = len(state.history)
+        saved = 'No epoch was finished, so there is no checkpoint.'
+        if done:
+            saved = f"The checkpoint of epoch {done} is '{folder / LAST_CHECKPOINT}'."
+        if isinstance(error, InterruptedRunError):
+            _logger.info(f'Stopped in epoch {min(done + 1, args.total_epochs)} of {args.total_epochs}. {saved}')
+            raise
+        advice = 'Try a lower --lr, more --warmup-epochs, or --clip-grad'
+        raise DivergedError(f'{error} {saved} {advice}{" and --resume with --override" if done else ""}.') from None
 
 
 def _resume(folder: Path, args: argparse.Namespace, state: TrainState) -> Path | None:
@@ -238,18 +250,6 @@ def _check_weights(model: nn.Module, epoch: int, args: argparse.Namespace) -> No
                 f"The parameter '{name}' is not finite after epoch {epoch + 1} of {args.total_epochs}, although its "
                 f'training loss is, at learning rate {args.lr:g}.'
             )
-
-
-def _saved(folder: Path, history: list[dict[str, Any]]) -> str:
-    if not history:
-        return 'No epoch was finished, so there is no checkpoint.'
-    return f"The checkpoint of epoch {len(history)} is '{folder / LAST_CHECKPOINT}'."
-
-
-def _way_back(folder: Path, history: list[dict[str, Any]]) -> str:
-    return f'{_saved(folder, history)} Try a lower --lr, more --warmup-epochs, or --clip-grad' + (
-        ' and --resume with --override.' if history else '.'
-    )
 
 
 def _log(row: dict[str, Any], loggers: list[Callable], args: argparse.Namespace) -> None:
@@ -351,7 +351,8 @@ def _make_model(args: argparse.Namespace, scales: Scales | None, dataset: Any, d
         **args.model_kwargs,
     )
     if args.initial_checkpoint:
-        load_weights(model, select_state_dict(read_checkpoint(args.initial_checkpoint)), args.initial_checkpoint)
+        with explaining(f"'{args.initial_checkpoint}' does not hold weights"):
+            load_weights(model, select_state_dict(read_checkpoint(args.initial_checkpoint)), args.initial_checkpoint)
     # Not those of the data that pretrained weights come from.
     model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names if len(names) == model.num_classes else None}
     if args.grad_checkpointing:

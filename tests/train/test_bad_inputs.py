@@ -260,6 +260,8 @@ def refuse(capsys, output, message, words):
     assert message in lines[-1]
     assert lines[-1].startswith('error: ')
     assert 'Traceback' not in ''.join(lines)
+    assert 'foreseen' not in lines[-1]
+    assert 'weights_only' not in lines[-1]
     assert not output.exists()
 
 
@@ -307,6 +309,41 @@ def test_random_bytes_are_refused_wherever_a_file_is_read(images, tmp_path, caps
     source.write_bytes(generator.randbytes(generator.choice([0, 1, 100, 10000])))
     where = ['--output', str(tmp_path / 'output'), '--experiment', 'run']
     refuse(capsys, tmp_path / 'output', '', [str(images), '--model', TINY, *where, flag, str(source)])
+
+
+CHECKPOINTS = [
+    {},
+    [1, 2],
+    torch.zeros(3),
+    {'state_dict': {}},
+    {'state_dict': {'stem.conv.weight': 1}},
+    {'state_dict': {'stem.conv.weight': torch.zeros(2, 2).to_sparse()}},
+    {'state_dict': {'stem.conv.weight': torch.quantize_per_tensor(torch.zeros(2, 2), 1.0, 0, torch.quint8)}},
+    {'state_dict': {1: torch.zeros(2)}},
+    {'history': 'long', 'state_dict': {}},
+    {'history': [1], 'state_dict': {}},
+    {'history': [{'epoch': 3}], 'state_dict': {}},
+    {'history': [{'epoch': 0}], 'state_dict': {}, 'optimizer': 3},
+    {'history': [{'epoch': 0}], 'state_dict': {'x': 2}, 'optimizer': {}, 'args': 'none'},
+]
+
+
+@pytest.mark.parametrize('flag', ['--initial-checkpoint', '--resume'])
+@pytest.mark.parametrize('content', CHECKPOINTS, ids=range(len(CHECKPOINTS)))
+def test_checkpoints_of_other_content_are_refused_in_one_line(images, tmp_path, capsys, content, flag):
+    torch.save(content, tmp_path / 'strange.pth')
+    words = [str(images), '--model', TINY, '--scales', 'initial', '--input-size', '3', '32', '32', '--workers', '0']
+    where = [
+        '-b',
+        '8',
+        '--output',
+        str(tmp_path / 'output'),
+        '--experiment',
+        'run',
+        flag,
+        str(tmp_path / 'strange.pth'),
+    ]
+    refuse(capsys, tmp_path / 'output', 'strange.pth', [*words, *where])
 
 
 NASTY = ['', '0', '-1', 'nan', 'inf', '1e999', 'bogus', '3', '0.5', '9' * 30, 'None', 'True', '../x', '1,2', 'a=b', '☃']

@@ -128,10 +128,24 @@ def test_a_signal_ends_a_run_after_the_batch_and_the_named_command_continues_it(
         main(arguments(*TARGET, '--workers', workers))
     assert end.value.code == 128 + signum
     told = capsys.readouterr().err.strip().splitlines()
-    assert told[-2] == f"Stopped in epoch 2. The checkpoint of epoch 1 is '{tmp_path}/run/last.pth.tar'."
+    assert told[-2] == f"Stopped in epoch 2 of 3. The checkpoint of epoch 1 is '{tmp_path}/run/last.pth.tar'."
     command = told[-1].split('repopt-timm train ')[1].split()
     main(command)
     same_run(tmp_path / 'whole', tmp_path / 'run')
+
+
+def test_a_signal_during_a_validation_is_heard_too(arguments, tmp_path, monkeypatch, capsys):
+    def validate(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    original = run.validate
+    monkeypatch.setattr(run, 'validate', validate)
+    with pytest.raises(SystemExit) as end:
+        main(arguments(*TARGET))
+    assert end.value.code == 130
+    assert 'Stopped in epoch 1 of 3. No epoch was finished, so there is no checkpoint.' in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
 
 
 @pytest.mark.slow
