@@ -37,7 +37,7 @@ def open_folder(root: str | os.PathLike, split: str, need_split: bool, **kwargs:
         timm's dataset, without images in hidden folders.
 
     Raises:
-        FileNotFoundError: If there is no such folder or class map.
+        FileNotFoundError: If the folder or class map does not exist.
         ValueError: If there are no images in it, it does not have the split, or the class map cannot be read.
     """
     root = Path(root)
@@ -140,7 +140,7 @@ def read_class_map(class_map: str | None, root: str | os.PathLike | None) -> dic
         The numbers of classes by name; None without a file.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If it is neither, or would run code.
     """
     if not class_map:

@@ -39,7 +39,7 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
     """Makes training and validation set.
 
     Raises:
-        FileNotFoundError: If there is no such folder or class map.
+        FileNotFoundError: If the folder or class map does not exist.
         ValueError: If no data is named, the folder has no images or not both splits, or they have different classes.
     """
     name, root = args.dataset, args.data_dir

@@ -74,7 +74,7 @@ def read_config(name: str) -> dict[str, Any]:
         name: A path, or the name of a config that ships with the package, without suffix.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        FileNotFoundError: If the file does not exist.
         ValueError: If the file is not one YAML document of text keys, each of them once.
     """
     shipped = resource_dir('configs')
@@ -166,7 +166,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parses the command line; values of the `-c` file replace the defaults.
 
     Raises:
-        FileNotFoundError: If there is no such config.
+        FileNotFoundError: If the config does not exist.
         ValueError: If an argument is unknown, or its value is not one that it can have.
     """
     namespace = make_parser().parse_args(argv)
@@ -177,7 +177,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     values |= _given(namespace)
     values['search_kwargs'] = _search_arguments(values['search_kwargs'])
     if values['data_dir'] and Path(values['data_dir']).name in ('', '..'):
-        # Cards tell the folder's name.
+        # Cards record the folder's name.
         values['data_dir'] = os.path.abspath(values['data_dir'])
     return argparse.Namespace(config=config_name, **values)
 
