@@ -37,24 +37,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(argv)
     prepare_device(args)
+    search_first = args.search_first
     try:
-        if args.search_first:
+        if search_first:
             _search_and_train(args)
         else:
             train(args)
     except InterruptedRunError as error:
         if args.rank == 0:
-            print(f'{error}: continue with  {_continuation(argv, args)}', file=sys.stderr)
+            # The name that a run without one got; search and target have theirs from the model.
+            experiment = '' if search_first else args.experiment
+            print(f'{error}: continue with  {_continuation(argv, args, experiment)}', file=sys.stderr)
         raise SystemExit(128 + error.signum) from None
 
 
-def _continuation(argv: Sequence[str], args: argparse.Namespace) -> str:
+def _continuation(argv: Sequence[str], args: argparse.Namespace, experiment: str) -> str:
     """Returns the command that continues a run."""
     program = ['python', 'train.py'] if Path(sys.argv[0]).name == 'train.py' else ['repopt-timm', 'train']
     extra = [] if args.resume else ['--resume']
-    if not args.search_first and not any(word.startswith('--exp') for word in argv) and args.resume in (None, 'auto'):
-        # A config may name it, which does no harm.
-        extra += ['--experiment', args.experiment]
+    if experiment and args.resume in (None, 'auto') and not any(word.startswith('--exp') for word in argv):
+        extra += ['--experiment', experiment]
     return shlex.join([*program, *argv, *extra])
 
 

@@ -134,6 +134,22 @@ def test_a_signal_ends_a_run_after_the_batch_and_the_named_command_continues_it(
     same_run(tmp_path / 'whole', tmp_path / 'run')
 
 
+def test_a_search_that_was_stopped_goes_on_with_its_target(images, tmp_path, monkeypatch, capsys):
+    def start_epoch(epoch, loaders, args):
+        original(epoch, loaders, args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    original = run._start_epoch
+    words = f'{images} --model {TINY} --output {tmp_path} --epochs 1 --batch-size 8 --workers 0 --lr 0.02'.split()
+    words += ['--input-size', '3', '32', '32', '--search-first']
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(run, '_start_epoch', start_epoch)
+        main(words)
+    assert end.value.code == 143
+    main(capsys.readouterr().err.strip().splitlines()[-1].split('repopt-timm train ')[1].split())
+    assert (tmp_path / TINY / 'report.md').exists()
+
+
 def test_a_signal_during_a_validation_is_heard_too(arguments, tmp_path, monkeypatch, capsys):
     def validate(*args):
         os.kill(os.getpid(), signal.SIGINT)
