@@ -14,6 +14,7 @@ from . import bench, deploy
 from .cards.transfer import HUB_PREFIX
 from .cards.writing import push_scales, save_scales_card
 from .checkpoints.packing import PRECISIONS
+from .console import exit_code
 from .deploy import add_class_map, evaluate
 from .models import ensure_registered
 from .models.reference_weights import model_from_reference
@@ -25,7 +26,7 @@ from .reporting import print_result as tell
 from .scales import Scales
 from .scales.table import scales_table
 from .sources import load_scales
-from .train.main import main as train_main
+from .train.command import main as train_main
 
 __all__ = ['main']
 
@@ -42,19 +43,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0, or 1 after an error, which is reported in one line.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
-        # Training has a parser of its own, which reads configs.
-        if argv[:1] == ['train']:
-            train_main(argv[1:])
-        elif argv[:1] == ['quickstart']:
-            train_main(['-c', 'quickstart', *argv[1:]])
-        else:
-            args = _parser().parse_args(argv)
-            args.run(args)
-    except (ValueError, OSError, ImportError) as error:
-        print(f'error: {" ".join(str(error).split())}', file=sys.stderr)
-        return 1
-    return 0
+    debug = '--debug' in argv
+    return exit_code(partial(_run, [word for word in argv if word != '--debug']), debug)
+
+
+def _run(argv: list[str]) -> None:
+    # Training has a parser of its own, which reads configs.
+    if argv[:1] == ['train']:
+        train_main(argv[1:])
+    elif argv[:1] == ['quickstart']:
+        train_main(['-c', 'quickstart', *argv[1:]])
+    else:
+        args = _parser().parse_args(argv)
+        args.run(args)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,13 +1,24 @@
 """Image folders through timm's factory, and the classes of its datasets."""
 
+import logging
 import os
+import pickle
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from timm.data import create_dataset
+from PIL import Image
+from timm.data import ImageDataset, create_dataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.utils.misc import natural_key
 
-__all__ = ['check_same_classes', 'class_names', 'count_classes', 'open_folder']
+__all__ = ['check_same_classes', 'class_names', 'count_classes', 'open_folder', 'read_class_map']
+
+_logger = logging.getLogger(__name__)
+
+# As many as timm tries.
+_ATTEMPTS = 10
 
 # The names of splits that timm knows, and one that many folders have.
 _SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
@@ -23,39 +34,140 @@ def open_folder(root: str | os.PathLike, split: str, need_split: bool, **kwargs:
         **kwargs: Further arguments of `timm.data.create_dataset`, such as `class_map`.
 
     Returns:
-        timm's dataset.
+        timm's dataset, without images in hidden folders.
 
     Raises:
-        FileNotFoundError: If there is no such folder or class map.
+        FileNotFoundError: If the folder or class map does not exist.
         ValueError: If there are no images in it, it does not have the split, or the class map cannot be read.
     """
     root = Path(root)
     if not root.exists():
         raise FileNotFoundError(f"There is no image folder '{root}'.")
-    _check_class_map(kwargs.get('class_map') or '', root)
+    if root.is_dir():
+        _check_loops(root)
+    class_map: Any = read_class_map(kwargs.pop('class_map', None), root)
     try:
-        dataset = create_dataset('', root=os.fspath(root), split=split, **kwargs)
-    except RuntimeError as error:
+        dataset = create_dataset('', root=os.fspath(root), split=split, class_map=class_map, **kwargs)
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(f"There are no images for the split '{split}' in '{root}': {error}") from None
+    except (tarfile.TarError, EOFError) as error:
+        archive = root / split if root.is_dir() else root
+        raise ValueError(f"'{archive}' is not a readable .tar file: {error}.") from None
     splits = sorted(name for name in _SPLITS if (root / name).is_dir())
     if root.is_dir() and Path(getattr(dataset.reader, 'root', root)) == root and (need_split or splits):
         raise ValueError(
             f"'{root}' has no split '{split}', but {', '.join(splits) or 'classes only'}. Make a folder "
             f"'{root / split}' with a folder for each class, or name another split."
         )
-    return dataset
+    if isinstance(dataset.reader, ReaderImageFolder):
+        _skip_hidden(dataset.reader, class_map)
+    named = _NamedImages(None, reader=dataset.reader, input_img_mode=dataset.input_img_mode)
+    named.skip_damaged = kwargs.get('is_training', False)
+    return named
 
 
-def _check_class_map(class_map: str, root: Path) -> None:
-    # timm looks for it in the folder of images too, and takes these two formats.
-    if class_map and not (Path(class_map).is_file() or Path(root, class_map).is_file()):
+class _NamedImages(ImageDataset):
+    """timm's dataset, which names an image that cannot be read instead of its index.
+
+    Attributes:
+        skip_damaged: Go on with the next image, as timm does. A validation would be of other images.
+    """
+
+    skip_damaged = False
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        for offset in range(min(_ATTEMPTS, len(self))):
+            position = (index + offset) % len(self)
+            try:
+                file, target = self.reader[position]
+                with file:
+                    image = Image.open(file).convert(self.input_img_mode)
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                name = self.filename(position, absolute=True)
+                if not self.skip_damaged:
+                    raise ValueError(f"The image '{name}' is damaged: {error}. Remove or replace it.") from None
+                _logger.warning(f"The image '{name}' is damaged and skipped: {error}")
+                continue
+            return (image if self.transform is None else self.transform(image)), target
+        raise ValueError(
+            f"The image '{name}' and the {offset} before it are damaged: check the data, such as for a copy that was "
+            f'broken off.'
+        )
+
+
+def _check_loops(root: Path) -> None:
+    # timm follows links, and would find the images of a loop forty times over.
+    for folder, names, _ in os.walk(root):
+        here = os.path.realpath(folder)
+        for name in names:
+            link = os.path.join(folder, name)
+            if os.path.islink(link) and (here + os.sep).startswith(os.path.realpath(link) + os.sep):
+                raise ValueError(f"'{link}' is a link to a folder that it is in: remove it.")
+
+
+def _skip_hidden(reader: ReaderImageFolder, class_map: Mapping[str, int] | None) -> None:
+    """Removes the images in hidden folders, such as `.ipynb_checkpoints`, which timm takes for a class."""
+    shown = [sample for sample in reader.samples if not _is_hidden(os.path.relpath(sample[0], reader.root))]
+    if len(shown) == len(reader.samples):
+        return
+    if not shown:
+        raise ValueError(f"'{reader.root}' has images in hidden folders only.")
+    if class_map is None:
+        names = {number: name for name, number in reader.class_to_idx.items()}
+        found = sorted({names[number] for _, number in shown}, key=natural_key)
+        reader.class_to_idx = {name: number for number, name in enumerate(found)}
+        shown = [(path, reader.class_to_idx[names[number]]) for path, number in shown]
+    reader.samples = shown
+
+
+def _is_hidden(path: str) -> bool:
+    return any(part.startswith('.') for part in Path(path).parts)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        raise pickle.UnpicklingError(f'it would run {module_name}.{global_name}')
+
+
+def read_class_map(class_map: str | None, root: str | os.PathLike | None) -> dict[str, int] | None:
+    """Reads a class map: a .txt file with a name on each line, or a .pkl file of a dict from names to numbers.
+
+    Args:
+        class_map: The file; timm also looks for it in the folder of images.
+        root: That folder.
+
+    Returns:
+        The numbers of classes by name; None without a file.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it is neither, or would run code.
+    """
+    if not class_map:
+        return None
+    paths = [path for path in (Path(class_map), Path(root or '.', class_map)) if path.is_file()]
+    if not paths:
         raise FileNotFoundError(f"There is no class map '{class_map}'.")
-    if class_map and Path(class_map).suffix.lower() not in ('.txt', '.pkl'):
-        raise ValueError(f"The class map '{class_map}' is no .txt file, a name per line, and no .pkl of a dict.")
+    suffix = paths[0].suffix.lower()
+    if suffix not in ('.txt', '.pkl'):
+        raise ValueError(f"The class map '{class_map}' is not a .txt file, a name per line, nor a .pkl file of a dict.")
+    try:
+        if suffix == '.txt':
+            # Like timm, which numbers the lines.
+            return {line.strip(): number for number, line in enumerate(paths[0].read_text('utf-8').splitlines())}
+        with open(paths[0], 'rb') as file:
+            numbers = _PlainUnpickler(file).load()
+    except (UnicodeDecodeError, pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"The class map '{class_map}' cannot be read: {error}.") from None
+    except (AttributeError, ImportError, MemoryError, OverflowError) as error:
+        raise ValueError(f"The class map '{class_map}' cannot be read: {error}.") from None
+    if not isinstance(numbers, dict) or not all(type(n) is int and n >= 0 for n in numbers.values()):
+        raise ValueError(f"The class map '{class_map}' does not hold a dict from names to numbers.")
+    return numbers
 
 
 def _class_numbers(dataset: Any) -> dict[str, int]:
-    """Returns the numbers of a dataset's classes by name; none if it does not tell them."""
+    """Returns the numbers of a dataset's classes by name; none if it does not name them."""
     for owner in (dataset, getattr(dataset, 'reader', None)):
         for attribute in ('class_to_idx', 'class_name_to_idx', 'classes'):
             classes = getattr(owner, attribute, None)
@@ -67,7 +179,7 @@ def _class_numbers(dataset: Any) -> dict[str, int]:
 
 
 def count_classes(dataset: Any) -> int | None:
-    """Counts a dataset's classes, if it tells them."""
+    """Counts a dataset's classes, if it names them."""
     # Several names may share a number.
     return max(_class_numbers(dataset).values(), default=-1) + 1 or None
 
@@ -80,11 +192,19 @@ def class_names(dataset: Any) -> list[str]:
 
 
 def check_same_classes(train: Any, validation: Any) -> None:
-    """Raises a ValueError if both datasets tell their classes, and validation numbers one differently."""
-    numbers = _class_numbers(train)
-    for name, number in _class_numbers(validation).items() if numbers else ():
-        if numbers.get(name) != number:
+    """Raises a ValueError if both datasets name their classes, and they differ in names or numbers."""
+    numbers, found = _class_numbers(train), _class_numbers(validation)
+    if not numbers or not found:
+        return
+    advice = 'Give both the same folders, or the same numbers by --class-map.'
+    for split, missing in (('training', set(found) - set(numbers)), ('validation', set(numbers) - set(found))):
+        if missing:
+            names = ', '.join(f"'{name}'" for name in sorted(missing, key=natural_key)[:5])
+            more = f' and {len(missing) - 5} more' if len(missing) > 5 else ''
+            raise ValueError(f'The {split} images lack the class {names}{more}. {advice}')
+    for name, number in found.items():
+        if numbers[name] != number:
             raise ValueError(
-                f"The class '{name}' has the number {number} in the validation images, but {numbers.get(name, 'none')} "
-                f'in those for training. Give both the same folders, or the same numbers by --class-map.'
+                f"The class '{name}' has the number {number} in the validation images, but {numbers[name]} in those "
+                f'for training. {advice}'
             )

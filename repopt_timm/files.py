@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ['check_output', 'replacing', 'write_text']
+__all__ = ['check_output', 'remove_temporaries', 'replacing', 'write_text']
+
+# In the name of a file that is being written.
+_MARK = '.tmp'
 
 
 @contextmanager
@@ -18,7 +21,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix='.' + path.stem + '-', suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix='.' + path.stem + '-', suffix=_MARK + path.suffix)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -64,3 +67,9 @@ def check_output(path: str | os.PathLike, *inputs: str | os.PathLike) -> Path:
     if any(target.exists() and os.path.exists(source) and target.samefile(source) for source in inputs):
         raise ValueError(f"'{path}' cannot be written: it is the input itself. Name another file.")
     return target
+
+
+def remove_temporaries(folder: str | os.PathLike) -> None:
+    """Removes what processes that were killed in `replacing` left in a folder."""
+    for path in Path(folder).glob(f'.*-*{_MARK}*'):
+        path.unlink(missing_ok=True)

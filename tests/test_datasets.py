@@ -1,8 +1,10 @@
+import pickle
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
-from repopt_timm.datasets import class_names, count_classes
+from repopt_timm.datasets import check_same_classes, class_names, count_classes, open_folder, read_class_map
 
 
 @pytest.mark.parametrize(
@@ -20,3 +22,44 @@ def test_classes_are_counted_by_number_and_named_where_each_has_one_name(told, c
     for dataset in (SimpleNamespace(**told), SimpleNamespace(reader=SimpleNamespace(**told))):
         assert count_classes(dataset) == count
         assert class_names(dataset) == names
+
+
+def make_images(root, *folders):
+    for folder in folders:
+        (root / folder).mkdir(parents=True)
+        Image.new('RGB', (4, 4)).save(root / folder / 'image.png')
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    make_images(tmp_path, 'train/cat', 'train/.ipynb_checkpoints', 'train/dog', 'train/dog/.cache')
+    dataset = open_folder(tmp_path, 'train', need_split=True)
+    assert class_names(dataset) == ['cat', 'dog']
+    assert [dataset.reader.samples[index][1] for index in range(len(dataset))] == [0, 1]
+    make_images(tmp_path, 'validation/.hidden')
+    with pytest.raises(ValueError, match='images in hidden folders only'):
+        open_folder(tmp_path, 'validation', need_split=True)
+
+
+@pytest.mark.parametrize(
+    ('train', 'validation', 'message'),
+    [
+        (['cat', 'dog'], ['dog'], "The validation images lack the class 'cat'"),
+        (['dog'], ['cat', 'dog'], "The training images lack the class 'cat'"),
+        (list('abcdefgh'), ['a'], "lack the class 'b', 'c', 'd', 'e', 'f' and 2 more"),
+    ],
+)
+def test_the_classes_that_a_split_lacks_are_named(tmp_path, train, validation, message):
+    make_images(tmp_path, *[f'train/{name}' for name in train], *[f'validation/{name}' for name in validation])
+    splits = [open_folder(tmp_path, split, need_split=True) for split in ('train', 'validation')]
+    with pytest.raises(ValueError, match=message):
+        check_same_classes(*splits)
+
+
+def test_class_maps_are_lines_or_a_plain_pickle(tmp_path):
+    (tmp_path / 'map.txt').write_text('dog\ncat\n')
+    (tmp_path / 'map.pkl').write_bytes(pickle.dumps({'dog': 0, 'cat': 1}))
+    for name in ('map.txt', 'map.pkl'):
+        assert read_class_map(name, tmp_path) == {'dog': 0, 'cat': 1}
+    (tmp_path / 'map.pkl').write_bytes(pickle.dumps(['dog', 'cat']))
+    with pytest.raises(ValueError, match='does not hold a dict from names to numbers'):
+        read_class_map('map.pkl', tmp_path)

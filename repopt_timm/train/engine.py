@@ -1,23 +1,50 @@
 """One epoch of training, and one pass of validation."""
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from huggingface_hub.utils import tqdm
-from timm.utils import accuracy
+from timm.utils import ModelEmaV3, accuracy
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .data import Loaders
-from .state import TrainState
+from .interruption import raise_if_interrupted
+from .loaders import Loaders
 
-__all__ = ['train_one_epoch', 'validate']
+__all__ = ['DivergedError', 'TrainState', 'train_one_epoch', 'validate']
+
+
+class DivergedError(ValueError):
+    """The training loss, or a weight, is infinite or NaN."""
+
+
+@dataclass
+class TrainState:
+    """What changes while a run goes on, and a checkpoint holds.
+
+    Attributes:
+        model: The model, wrapped for DDP or compiled if so.
+        optimizer: Its optimizer.
+        scheduler: timm scheduler of the learning rate; a function of epoch and history.
+        ema: Moving average of the weights.
+        scaler: Scaler of float16 gradients.
+        history: A row for each finished epoch: `epoch`, `lr`, `train_loss`, `eval_loss`, `eval_top1`, `eval_top5`.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    ema: ModelEmaV3 | None = None
+    scaler: torch.amp.GradScaler | None = None
+    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class _Progress:
@@ -72,6 +99,10 @@ def train_one_epoch(
         epoch: Index of the epoch.
         args: Arguments of the run.
 
+    Raises:
+        DivergedError: If the loss is not finite; looked for at each line of progress.
+        InterruptedRunError: If a signal asked the run to end; after a whole batch.
+
     Returns:
         `loss`, the mean over the images, `accuracy` in percent over those whose label is unmixed, and `lr`.
     """
@@ -84,6 +115,7 @@ def train_one_epoch(
     progress = _Progress(f'epoch {epoch + 1}/{args.total_epochs} train', batches, args)
     # On the device: reading a value every batch would make a GPU wait for the host.
     sums = torch.zeros(4, dtype=torch.float64, device=args.device)
+    checked = 0
     optimizer.zero_grad()
     for index, (images, target) in enumerate(loaders.train):
         images, target = _to_device(images, target, args)
@@ -120,6 +152,10 @@ def train_one_epoch(
             sums[2] += accuracy(output.detach().float(), target)[0] * count
             sums[3] += count
         progress.update(index, count, _describe_training, sums)
+        if (index + 1) % args.log_interval == 0 or index + 1 == batches:
+            _check_finite(sums, epoch, checked, index, optimizer, args)
+            checked = index + 1
+        raise_if_interrupted()
     progress.close()
     sums = _reduce(sums, args)
     metrics = {'loss': (sums[0] / sums[1]).item(), 'lr': lr}
@@ -154,9 +190,21 @@ def validate(
         loss = nn.functional.cross_entropy(output, target)
         sums += torch.stack([loss, top1, top5, torch.ones_like(loss)]) * count
         progress.update(index, count, _describe_validation, sums)
+        raise_if_interrupted()
     progress.close()
     loss, top1, top5, count = _reduce(sums, args).tolist()
     return {'loss': loss / count, 'top1': top1 / count, 'top5': top5 / count}
+
+
+def _check_finite(
+    sums: Tensor, epoch: int, first: int, last: int, optimizer: torch.optim.Optimizer, args: argparse.Namespace
+) -> None:
+    if math.isfinite(sums[0].item()):
+        return
+    raise DivergedError(
+        f'The training loss of epoch {epoch + 1} of {args.total_epochs} is not finite since one of the steps '
+        f'{first + 1} to {last + 1}, at learning rate {optimizer.param_groups[0]["lr"]:g}.'
+    )
 
 
 def _to_device(images: Tensor, target: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor]:

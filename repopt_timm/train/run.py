@@ -1,13 +1,12 @@
 """A training run, from arguments to checkpoints."""
 
 import argparse
-import csv
 import difflib
-import io
 import logging
+import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -36,11 +35,22 @@ from ..plot import plot_scales
 from ..reparam import kind_of, make_grad_mults
 from ..scales import Scales
 from ..sources import ScalesSource, default_scales
-from .checkpoint import LAST_CHECKPOINT, CheckpointSaver, load_weights, restore, versions
-from .data import make_datasets, make_loaders
-from .engine import train_one_epoch, validate
+from .engine import DivergedError, TrainState, train_one_epoch, validate
+from .interruption import InterruptedRunError, postponed_signals, raise_if_interrupted
+from .loaders import Loaders, make_datasets, make_loaders
 from .loggers import make_loggers
-from .state import TrainState
+from .parsing import write_config
+from .run_checkpoints import (
+    CheckpointSaver,
+    changed_arguments,
+    find_checkpoint,
+    load_weights,
+    restore,
+    scales_fingerprint,
+    versions,
+)
+from .run_folder import ARGUMENTS_FILE, LAST_CHECKPOINT, run_folder
+from .validation import check_arguments, check_classes, check_device_name, check_images, check_model, explaining
 
 __all__ = ['Result', 'prepare_device', 'train']
 
@@ -78,25 +88,28 @@ def train(args: argparse.Namespace) -> Result:
 
     Raises:
         ValueError: If arguments do not go together.
-        FileNotFoundError: If a file that they name is not there.
+        FileNotFoundError: If a file that they name does not exist.
+        OSError: If a checkpoint cannot be written.
+        InterruptedRunError: If Ctrl-C or SIGTERM ended it.
     """
     start = time.perf_counter()
+    check_arguments(args)
     device = torch.device(args.device)
     variant, saved_args = _variant(args.model)
-    # What a repository's config says of the architecture goes into the checkpoint, which does not name the repository.
-    kept = {name: saved_args[name] for name in _ARCHITECTURE_ARGS if name in saved_args}
-    args.model_kwargs = {**kept, **args.model_kwargs}
-    args.gp = args.gp or saved_args.get('global_pool')
-    _set_defaults(args, variant, device)
-    folder, resume_from = _folder(args)
+    _resolve(args, variant, saved_args)
+    folder = _folder(args)
     datasets = make_datasets(args)
+    check_classes(args.num_classes, count_classes(datasets[0]))
     # The same on all ranks: DDP spreads the first one's weights, but not its moving average.
     random_seed(args.seed)
-    model = _make_model(args, _scales(args, variant), datasets[0], device)
-    optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), **args.opt_kwargs})
+    with explaining(f'timm cannot make {args.model}' + _with_kwargs('--model-kwargs', args.model_kwargs)):
+        model = _make_model(args, _scales(args, variant), datasets[0], device)
+    with explaining(f'timm cannot make the optimizer {args.opt}' + _with_kwargs('--opt-kwargs', args.opt_kwargs)):
+        optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), **args.opt_kwargs})
     clip = _make_clip(args, model, optimizer)
     autocast, scaler = _precision(args, device)
-    data_config = resolve_data_config(vars(args), model=model)
+    with explaining('--input-size, --mean, --std and --crop-pct do not go together'):
+        data_config = resolve_data_config(vars(args), model=model)
     # Where the weights come from is not in the checkpoint, but what they expect is.
     vars(args).update(data_config)
     loaders = make_loaders(args, datasets, data_config, unwrap_model(model).num_classes, device)
@@ -105,41 +118,18 @@ def train(args: argparse.Namespace) -> Result:
             f'The {len(datasets[0])} training images do not fill one batch of {args.batch_size} per process: choose a '
             f'smaller --batch-size.'
         )
+    check_images(datasets, data_config['input_size'])
+    check_model(model, data_config['input_size'], device)
     updates = -(-len(loaders.train) // args.grad_accum_steps)
     scheduler, args.total_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
     state = TrainState(_wrap(model, args, device), optimizer, scheduler, ema, scaler)
-    if resume_from is not None:
-        restore(state, read_checkpoint(resume_from), str(resume_from))
-        _logger.info(f'Resuming {resume_from} after epoch {len(state.history)}.')
-    if args.distributed:
-        _check_epochs(state, folder, args.world_size)
-    _replay_schedule(state, updates)
-    loss_fn = _make_loss(args).to(device)
-
-    primary = args.rank == 0
-    saver = CheckpointSaver(folder, args, args.checkpoint_hist)
-    loggers = make_loggers(args, folder) if primary else []
-    for epoch in range(len(state.history), args.total_epochs):
-        _start_epoch(epoch, loaders, args)
-        metrics = train_one_epoch(state, loaders, loss_fn, clip, autocast, epoch, args)
-        row = {'epoch': epoch, **{name if name == 'lr' else f'train_{name}': value for name, value in metrics.items()}}
-        if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.total_epochs:
-            row |= _evaluate(state, loaders.validation, autocast, epoch, args)
-        state.history.append(row)
-        if primary:
-            saver.save(state)
-            write_text(folder / 'summary.csv', _csv(state.history))
-            for log in loggers:
-                log(row)
-            values = ', '.join(f'{key} {value:.4g}' for key, value in row.items() if key != 'epoch')
-            _logger.info(f'epoch {epoch + 1}/{args.total_epochs}: {values}')
-        if state.scheduler is not None:
-            state.scheduler.step(epoch + 1, row.get('eval_top1'))
+    with run_folder(folder) if args.rank == 0 else nullcontext():
+        _train_in(folder, args, state, loaders, clip, autocast, updates)
     result = Result(folder, unwrap_model(model if ema is None else ema), state.history, time.perf_counter() - start)
-    if primary:
+    if args.rank == 0:
         _save_scales(args, result)
     if args.distributed:
         # What follows on other ranks may read the files of this run.
@@ -147,8 +137,136 @@ def train(args: argparse.Namespace) -> Result:
     return result
 
 
+def _train_in(
+    folder: Path,
+    args: argparse.Namespace,
+    state: TrainState,
+    loaders: Loaders,
+    clip: Callable | None,
+    autocast: Callable[[], AbstractContextManager],
+    updates: int,
+) -> None:
+    """Resumes a run in its folder, if asked to, and trains its epochs."""
+    saver = CheckpointSaver(folder, args, args.checkpoint_hist)
+    source = _resume(folder, args, state)
+    _replay_schedule(state, updates)
+    loss_fn = _make_loss(args).to(args.device)
+    primary = args.rank == 0
+    if primary:
+        notes = ''.join(f'# {line}\n' for line in getattr(args, 'overridden', []))
+        write_text(folder / ARGUMENTS_FILE, notes + write_config(args))
+        if source is not None:
+            saver.rebuild(state.history, source)
+    loggers = make_loggers(args, folder) if primary else []
+    with postponed_signals(), _explaining_ends(folder, args, state):
+        for epoch in range(len(state.history), args.total_epochs):
+            _start_epoch(epoch, loaders, args)
+            metrics = train_one_epoch(state, loaders, loss_fn, clip, autocast, epoch, args)
+            _check_weights(state.model, epoch, args)
+            row = {
+                'epoch': epoch,
+                **{name if name == 'lr' else f'train_{name}': value for name, value in metrics.items()},
+            }
+            if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.total_epochs:
+                row |= _evaluate(state, loaders.validation, autocast, epoch, updates, args)
+            state.history.append(row)
+            if primary:
+                saver.save(state)
+                _log(row, loggers, args)
+            if state.scheduler is not None:
+                state.scheduler.step(epoch + 1, row.get('eval_top1'))
+            raise_if_interrupted()
+
+
+@contextmanager
+def _explaining_ends(folder: Path, args: argparse.Namespace, state: TrainState) -> Iterator[None]:
+    """Adds to an early end of a run what it leaves."""
+    try:
+        yield
+    except (DivergedError, InterruptedRunError) as error:
+        done = len(state.history)
+        saved = 'No epoch was finished, so there is no checkpoint.'
+        if done:
+            saved = f"The checkpoint of epoch {done} is '{folder / LAST_CHECKPOINT}'."
+        if isinstance(error, InterruptedRunError):
+            _logger.info(f'Stopped in epoch {min(done + 1, args.total_epochs)} of {args.total_epochs}. {saved}')
+            raise
+        advice = 'Try a lower --lr, more --warmup-epochs, or --clip-grad'
+        raise DivergedError(f'{error} {saved} {advice}{" and --resume with --override" if done else ""}.') from None
+
+
+def _resume(folder: Path, args: argparse.Namespace, state: TrainState) -> Path | None:
+    """Brings the state to where the run stopped, and returns the checkpoint; None for a new run."""
+    found = find_checkpoint(folder, args.resume, args.override) if args.resume else None
+    if not args.resume and (folder / LAST_CHECKPOINT).exists():
+        raise _already_there(folder)
+    if args.distributed:
+        _check_epochs(len(found[1]['history']) if found else 0, folder, args.world_size)
+    if found is None:
+        return None
+    path, checkpoint = found
+    _check_changes(path, checkpoint, args, scales_fingerprint(unwrap_model(state.model)))
+    with explaining(f"'{path}' does not hold the state of this run"):
+        restore(state, checkpoint, str(path), args.override)
+    _logger.info(f'Resuming {path} after epoch {len(state.history)}.')
+    return path
+
+
+def _check_changes(path: Path, checkpoint: dict[str, Any], args: argparse.Namespace, fingerprint: str | None) -> None:
+    saved = checkpoint.get('args')
+    changed = changed_arguments(saved, args)
+    told = ', '.join(f'{name} {old!r} -> {new!r}' for name, (old, new) in changed.items())
+    args.overridden = getattr(saved, 'overridden', [])
+    found = checkpoint.get('scales_fingerprint', fingerprint)
+    if found != fingerprint:
+        raise ValueError(
+            f"'{path}' was saved with the scales {(found or 'none')[:12]}, not {(fingerprint or 'none')[:12]}. Resume "
+            f'with the --scales of the run, or start a new one.' + (f' Other differences: {told}.' if told else '')
+        )
+    if 'opt' in changed:
+        raise ValueError(
+            f"'{path}' is of a run with the optimizer {changed['opt'][0]}, whose state {args.opt} cannot go on from "
+            f'({told}). Resume with --opt {changed["opt"][0]}, or start a new run with --initial-checkpoint.'
+        )
+    if changed and not args.override:
+        raise ValueError(
+            f"'{path}' is of a run with other arguments: {told}. Resume with those of the run, which {ARGUMENTS_FILE} "
+            f'beside it holds, or apply the new ones from here on with --override.'
+        )
+    if changed:
+        done = len(checkpoint['history'])
+        args.overridden = [*args.overridden, f'after epoch {done}: {told}']
+        _logger.warning(f'After epoch {done} the run goes on with other arguments: {told}.')
+    epochs = getattr(saved, 'epochs', args.epochs)
+    if epochs != args.epochs:
+        _logger.warning(f'The schedule is now that of {args.epochs} epochs, not of {epochs}.')
+
+
+def _check_weights(model: nn.Module, epoch: int, args: argparse.Namespace) -> None:
+    # The loss of the last step was computed before it.
+    for name, parameter in unwrap_model(model).named_parameters():
+        if not parameter.isfinite().all():
+            raise DivergedError(
+                f"The parameter '{name}' is not finite after epoch {epoch + 1} of {args.total_epochs}, although its "
+                f'training loss is, at learning rate {args.lr:g}.'
+            )
+
+
+def _log(row: dict[str, Any], loggers: list[Callable], args: argparse.Namespace) -> None:
+    told = {**row, 'epoch': row['epoch'] + 1}
+    for log in loggers:
+        log(told)
+    values = ', '.join(f'{key} {value:.4g}' for key, value in row.items() if key != 'epoch')
+    _logger.info(f'epoch {told["epoch"]}/{args.total_epochs}: {values}')
+
+
+def _with_kwargs(flag: str, kwargs: dict[str, Any]) -> str:
+    return f' with {flag} ' + ' '.join(f'{name}={value}' for name, value in kwargs.items()) if kwargs else ''
+
+
 def prepare_device(args: argparse.Namespace) -> None:
     """Joins the processes of a parallel run, if it is one, and sets `device`, `distributed`, `rank`, `world_size`."""
+    check_device_name(args.device)
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     args.device = str(init_distributed_device(args))
 
@@ -169,15 +287,18 @@ def _variant(model_name: str) -> tuple[str, dict[str, Any]]:
     return variant, saved_args
 
 
-def _set_defaults(args: argparse.Namespace, variant: str, device: torch.device) -> None:
-    if args.sync_bn and device.type != 'cuda':
-        raise ValueError(
-            f'--sync-bn works on GPUs, not on {device.type}. Leave it out; --dist-bn averages the statistics.'
-        )
+def _resolve(args: argparse.Namespace, variant: str, saved_args: dict[str, Any]) -> None:
+    """Replaces defaults that depend on the model and on other arguments."""
+    # What a repository's config says of the architecture goes into the checkpoint, which does not name the repository.
+    kept = {name: saved_args[name] for name in _ARCHITECTURE_ARGS if name in saved_args}
+    args.model_kwargs = {**kept, **args.model_kwargs}
+    args.gp = args.gp or saved_args.get('global_pool')
     if args.opt is None:
         args.opt = 'repopt_sgd' if _is_target(variant) else 'sgd'
     if args.lr is None:
         args.lr = args.lr_base * _batch_ratio(args)
+    # Again, as it depends on the optimizer.
+    check_arguments(args)
 
 
 def _batch_ratio(args: argparse.Namespace) -> float:
@@ -191,26 +312,27 @@ def _is_target(variant: str) -> bool:
     return name.kind == 'target' and PREFIX in name.architecture
 
 
-def _folder(args: argparse.Namespace) -> tuple[Path, Path | None]:
+def _folder(args: argparse.Namespace) -> Path:
     if args.resume and args.resume != 'auto':
-        return Path(args.resume).parent, Path(args.resume)
+        return Path(args.resume).parent
     if args.resume and not args.experiment:
         raise ValueError('--resume without a file needs --experiment, to know which run in --output to continue.')
-    experiment = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
-    folder = Path(args.output) / experiment
-    last = folder / LAST_CHECKPOINT
-    if last.exists() and not args.resume:
-        raise ValueError(
-            f"There is a run in '{folder}' already. Continue it with --resume, or choose another --experiment."
-        )
-    if args.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder, last if last.exists() else None
+    args.experiment = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
+    folder = Path(args.output) / args.experiment
+    if not args.resume and (folder / LAST_CHECKPOINT).exists():
+        raise _already_there(folder)
+    return folder
 
 
-def _check_epochs(state: TrainState, folder: Path, world_size: int) -> None:
+def _already_there(folder: Path) -> ValueError:
+    return ValueError(
+        f"There is a run in '{folder}' already. Continue it with --resume, or choose another --experiment."
+    )
+
+
+def _check_epochs(done: int, folder: Path, world_size: int) -> None:
     epochs = [0] * world_size
-    torch.distributed.all_gather_object(epochs, len(state.history))
+    torch.distributed.all_gather_object(epochs, done)
     if len(set(epochs)) > 1:
         raise ValueError(
             f"The processes would go on after different epochs: {', '.join(map(str, epochs))}, by rank. '{folder}' has "
@@ -231,7 +353,8 @@ def _make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: 
         **model_args,
     )
     if args.initial_checkpoint:
-        load_weights(model, select_state_dict(read_checkpoint(args.initial_checkpoint)), args.initial_checkpoint)
+        with explaining(f"'{args.initial_checkpoint}' does not hold weights"):
+            load_weights(model, select_state_dict(read_checkpoint(args.initial_checkpoint)), args.initial_checkpoint)
     # Not those of the data that pretrained weights come from.
     model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names if len(names) == model.num_classes else None}
     if args.grad_checkpointing:
@@ -250,8 +373,6 @@ def _make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: 
 
 
 def _scales(args: argparse.Namespace, variant: str) -> ScalesSource | None:
-    if 'scales' in args.model_kwargs:
-        raise ValueError('Give scales with --scales instead of --model-kwargs.')
     if args.scales:
         return args.scales
     # The model of a repository brings the scales of its card.
@@ -281,11 +402,6 @@ def _make_clip(args: argparse.Namespace, model: nn.Module, optimizer: torch.opti
     parameters = list(model.parameters())
     if not isinstance(base, (RepOptSGD, RepOptAdamW)):
         return partial(dispatch_clip_grad, parameters, args.clip_grad, mode=args.clip_mode)
-    if args.clip_mode != 'norm':
-        raise ValueError(
-            f'--clip-mode {args.clip_mode} breaks the equivalence with the CSLA network. With {args.opt} use '
-            f"--clip-mode norm, which measures that network's norm."
-        )
     return partial(clip_grad_norm_, parameters, args.clip_grad, make_grad_mults(model))
 
 
@@ -331,26 +447,33 @@ def _start_epoch(epoch: int, loaders: Any, args: argparse.Namespace) -> None:
 
 
 def _evaluate(
-    state: TrainState, loader: Any, autocast: Callable, epoch: int, args: argparse.Namespace
+    state: TrainState, loader: Any, autocast: Callable, epoch: int, updates: int, args: argparse.Namespace
 ) -> dict[str, float]:
+    """Evaluates the model; if the run averages its weights the average, and the model as `eval_raw_*`."""
+    title = f'epoch {epoch + 1}/{args.total_epochs} validation'
     if args.distributed and args.dist_bn:
         distribute_bn(state.model, args.world_size, args.dist_bn == 'reduce')
-    model = state.model
-    if state.ema is not None:
-        model = state.ema.module
-        if args.distributed and args.dist_bn:
-            distribute_bn(model, args.world_size, args.dist_bn == 'reduce')
-    metrics = validate(model, loader, autocast, f'epoch {epoch + 1}/{args.total_epochs} validation', args)
-    return {f'eval_{name}': value for name, value in metrics.items()}
+    if state.ema is None:
+        return {f'eval_{name}': value for name, value in validate(state.model, loader, autocast, title, args).items()}
+    raw = validate(state.model, loader, autocast, title, args)
+    if args.distributed and args.dist_bn:
+        distribute_bn(state.ema.module, args.world_size, args.dist_bn == 'reduce')
+    averaged = validate(state.ema.module, loader, autocast, f'{title} of the average', args)
+    share = _initial_share(state.ema, (epoch + 1) * updates)
+    if share > 0.1 and args.rank == 0:
+        _logger.warning(
+            f'The average has not warmed up: after epoch {epoch + 1} {share:.0%} of it are the weights that the run '
+            f'started from. eval_raw_top1 is that of the model itself; --model-ema-warmup or a lower --model-ema-decay '
+            f'warms up sooner.'
+        )
+    return {f'eval_{name}': value for name, value in averaged.items()} | {
+        f'eval_raw_{name}': value for name, value in raw.items()
+    }
 
 
-def _csv(history: list[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(name for row in history for name in row))
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(history)
-    return buffer.getvalue()
+def _initial_share(ema: ModelEmaV3, updates: int) -> float:
+    """Returns the share of an average that is from before its second update; timm copies the weights until then."""
+    return math.prod(ema.get_decay(step) for step in range(2, updates))
 
 
 def _save_scales(args: argparse.Namespace, result: Result) -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from repopt_timm.train.arguments import parse_arguments
+from repopt_timm.train.parsing import parse_arguments
 
 from ..helpers import TINY
 

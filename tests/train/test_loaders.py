@@ -2,7 +2,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from repopt_timm.train.digits import write_digits
+from repopt_timm.train.loaders import write_digits
 
 
 def test_the_digits_are_written_once_as_an_image_folder(tmp_path):

@@ -3,14 +3,18 @@
 import argparse
 import copy
 import logging
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import write_text
 from ..plot import plot_curves, plot_scales
 from ..scales import read_scale_file
-from .arguments import parse_arguments
+from .interruption import InterruptedRunError
+from .parsing import parse_arguments
 from .run import SCALES_FILE, Result, prepare_device, train
+from .validation import check_arguments
 
 __all__ = ['main']
 
@@ -21,53 +25,59 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the training command.
 
     Args:
-        argv: Command-line arguments; those of the process when left out.
+        argv: Command-line arguments. Defaults to those of the process.
 
     Raises:
-        ValueError: If arguments do not go together.
-        FileNotFoundError: If a file that they name is not there.
+        ValueError: If arguments do not go together, or the training diverges.
+        FileNotFoundError: If a file that they name does not exist.
+        SystemExit: With 128 plus the signal's number if Ctrl-C or SIGTERM ended the run.
     """
     logging.basicConfig(level=logging.WARNING, format='%(message)s', force=True)
     logging.getLogger('repopt_timm').setLevel(logging.INFO)
+    argv = list(sys.argv[1:] if argv is None else argv)
     args = parse_arguments(argv)
     prepare_device(args)
-    if args.search_first:
-        _search_and_train(args)
-    else:
-        train(args)
+    search_first = args.search_first
+    try:
+        if search_first:
+            _search_and_train(args)
+        else:
+            train(args)
+    except InterruptedRunError as error:
+        if args.rank == 0:
+            # The name that a run without one got; search and target have theirs from the model.
+            experiment = '' if search_first else args.experiment
+            print(f'{error}: continue with  {_continuation(argv, args, experiment)}', file=sys.stderr)
+        raise SystemExit(128 + error.signum) from None
+
+
+def _continuation(argv: Sequence[str], args: argparse.Namespace, experiment: str) -> str:
+    """Returns the command that continues a run."""
+    program = ['python', 'train.py'] if Path(sys.argv[0]).name == 'train.py' else ['repopt-timm', 'train']
+    extra = [] if args.resume else ['--resume']
+    if experiment and args.resume in (None, 'auto') and not any(word.startswith('--exp') for word in argv):
+        extra += ['--experiment', experiment]
+    return shlex.join([*program, *argv, *extra])
 
 
 def _search_and_train(args: argparse.Namespace) -> None:
     """Searches, trains the target with what was found, and writes a report."""
-    if args.scales:
-        raise ValueError('--search-first searches the scales itself, so it does not go with --scales.')
-    if args.resume and args.resume != 'auto':
-        raise ValueError('--search-first is continued with --resume alone: it finds out itself how far it got.')
-    needed = {'lr', 'weight_decay'}
-    if not _is_sgd(args.opt or 'sgd') and 'opt' not in args.search_kwargs and not needed <= set(args.search_kwargs):
-        raise ValueError(
-            f'The search uses SGD, which the learning rate and weight decay of {args.opt} do not suit. Give it its '
-            f'own, such as --search-kwargs lr=0.1 weight_decay=4e-5.'
-        )
+    check_arguments(args)
     experiment = args.experiment or args.model
     folder = Path(args.output) / experiment
-    args.output, args.experiment = str(folder), 'target'
+    search_kwargs = args.search_kwargs
+    args.output, args.experiment, args.search_first, args.search_kwargs = str(folder), 'target', False, {}
     search_args = copy.deepcopy(args)
     search_args.model, search_args.experiment, search_args.opt = f'{args.model.split(".")[0]}_hs', 'search', 'sgd'
     # These are for the target.
     search_args.pretrained, search_args.initial_checkpoint, search_args.opt_kwargs = False, '', {}
-    for name, value in args.search_kwargs.items():
-        setattr(search_args, 'data_dir' if name == 'data' else name, value)
+    vars(search_args).update(search_kwargs)
 
     results = {'search': train(search_args)}
     args.scales = str(results['search'].folder / SCALES_FILE)
     results['target'] = train(args)
     if results['target'].history and search_args.rank == 0:
         _report(folder, {'search': search_args, 'target': args}, results)
-
-
-def _is_sgd(opt: str) -> bool:
-    return any(name in opt.lower() for name in ('sgd', 'momentum', 'nesterov'))
 
 
 def _report(folder: Path, arguments: dict[str, argparse.Namespace], results: dict[str, Result]) -> None:

@@ -1,18 +1,21 @@
-"""Datasets and loaders, from timm's factories."""
+"""Datasets and loaders, from timm's factories, and the quickstart's data."""
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 
-from ..datasets import check_same_classes, open_folder
-from .digits import write_digits
+from ..datasets import check_same_classes, open_folder, read_class_map
+from ..files import replacing
+from .validation import explaining
 
-__all__ = ['Loaders', 'make_datasets', 'make_loaders']
+__all__ = ['Loaders', 'make_datasets', 'make_loaders', 'write_digits']
 
 _DIGITS = 'digits'
+_DONE = 'complete'
 
 
 @dataclass
@@ -36,19 +39,16 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
     """Makes training and validation set.
 
     Raises:
-        FileNotFoundError: If there is no such folder or class map.
+        FileNotFoundError: If the folder or class map does not exist.
         ValueError: If no data is named, the folder has no images or not both splits, or they have different classes.
     """
     name, root = args.dataset, args.data_dir
     if name == _DIGITS:
         name, root = '', root or 'output/digits'
         write_digits(root)
-    elif not root and not name:
-        raise ValueError('No data: give the path of an image folder, or --dataset, or try -c quickstart.')
     channels = args.in_chans or (args.input_size[0] if args.input_size else 3)
     common = {
         'root': root,
-        'class_map': args.class_map,
         'download': args.dataset_download,
         'batch_size': args.batch_size,
         'seed': args.seed,
@@ -61,8 +61,11 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
         {'split': args.val_split, 'num_samples': args.val_num_samples},
     ]
     if name:
-        train, validation = (create_dataset(name, **split, **common) for split in splits)
+        common['class_map'] = read_class_map(args.class_map, root) or ''
+        with explaining(f'--dataset {name}'):
+            train, validation = (create_dataset(name, **split, **common) for split in splits)
     else:
+        common['class_map'] = args.class_map
         train, validation = (open_folder(need_split=True, **split, **common) for split in splits)
     check_same_classes(train, validation)
     return train, validation
@@ -135,3 +138,29 @@ def make_loaders(
         **common,
     )
     return Loaders(train, validation, mixup, collate_mixup)
+
+
+def write_digits(root: str | Path) -> None:
+    """Writes the images as `train/<digit>/<index>.png` and `validation/...`, every fourth image for validation.
+
+    Args:
+        root: Folder to write to; nothing happens if the images are there already.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+    """
+    from PIL import Image
+
+    root = Path(root)
+    if (root / _DONE).exists():
+        return
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise ImportError("The digits need scikit-learn: pip install 'repopt-timm[quickstart]'.") from None
+    digits = load_digits()
+    for index, (pixels, label) in enumerate(zip(digits.images, digits.target)):
+        split = 'validation' if index % 4 == 0 else 'train'
+        with replacing(root / split / str(label) / f'{index:04d}.png') as temporary:
+            Image.fromarray((pixels * 255 / 16).round().astype('uint8')).save(temporary)
+    (root / _DONE).touch()

@@ -1,0 +1,54 @@
+"""Ctrl-C and SIGTERM end a run between two batches."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+__all__ = ['InterruptedRunError', 'postponed_signals', 'raise_if_interrupted']
+
+_received: list[int] = []
+
+
+class InterruptedRunError(Exception):
+    """A signal asked the run to end."""
+
+    def __init__(self, signum: int):
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def raise_if_interrupted() -> None:
+    """Raises an InterruptedRunError if a signal arrived; called where nothing is half done."""
+    if _received:
+        raise InterruptedRunError(_received[0])
+
+
+@contextmanager
+def postponed_signals() -> Iterator[None]:
+    """Notes SIGINT and SIGTERM for `raise_if_interrupted`; a second one raises KeyboardInterrupt at once.
+
+    An exception out of a signal handler can be lost while loaders fork, and would hit a half-written state elsewhere.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        # Ctrl-C reaches the workers of loaders too; the run that they belong to ends them.
+        if os.getpid() != owner:
+            return
+        if _received:
+            raise KeyboardInterrupt
+        _received.append(signum)
+
+    previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+        _received.clear()

@@ -1,0 +1,45 @@
+import pytest
+
+from repopt_timm.console import exit_code
+
+
+def raising(error):
+    def run():
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ('error', 'line'),
+    [
+        (ValueError('two\n  lines'), 'error: two lines'),
+        (KeyError('step'), "error: KeyError: 'step'. This was not foreseen: run the command with --debug"),
+        (RuntimeError(), 'error: RuntimeError: no message. This was not foreseen'),
+        (
+            ValueError('bad.pth is refused: Weights only load failed. Set `weights_only` to False.'),
+            'bad.pth is refused',
+        ),
+        (
+            ValueError("Caught.\nOriginal Traceback (most recent call last):\n  x\nValueError: the image 'a' is bad"),
+            "error: the image 'a' is bad",
+        ),
+    ],
+)
+def test_an_error_is_one_line(capsys, error, line):
+    assert exit_code(raising(error)) == 1
+    told = capsys.readouterr().err
+    assert told.count('\n') == 1
+    assert line in told
+    assert 'weights_only' not in told
+
+
+def test_debug_shows_the_traceback_of_an_error():
+    with pytest.raises(KeyError):
+        exit_code(raising(KeyError('step')), debug=True)
+
+
+def test_ctrl_c_has_the_exit_code_of_shells(capsys):
+    assert exit_code(raising(KeyboardInterrupt())) == 130
+    assert capsys.readouterr().err == 'Interrupted.\n'
+    assert exit_code(lambda: None) == 0

@@ -1,0 +1,418 @@
+"""What a run leaves after errors, signals and kills, and what it goes on from."""
+
+import csv
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from repopt_timm.train import run
+from repopt_timm.train.command import main
+from repopt_timm.train.parsing import parse_arguments
+from repopt_timm.train.run_checkpoints import find_checkpoint
+
+from ..helpers import TINY
+from .runs import ENVIRONMENT, assert_same_bits, read
+
+TARGET = ['--scales', 'initial']
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def same_run(first, second):
+    assert names_in(first) == names_in(second)
+    for name in ('last.pth.tar', 'model_best.pth.tar'):
+        assert read(first, name)['epoch'] == read(second, name)['epoch']
+        assert_same_bits(read(first, name)['state_dict'], read(second, name)['state_dict'])
+    assert (first / 'summary.csv').read_text() == (second / 'summary.csv').read_text()
+
+
+def damage(path, position=0.5):
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * position)] ^= 4
+    # Not through the link that it shares with a copy.
+    path.unlink()
+    path.write_bytes(content)
+
+
+def test_the_folder_holds_arguments_that_repeat_the_run(arguments, tmp_path):
+    main(arguments(*TARGET, '--opt-kwargs', 'momentum=0.8'))
+    main(['-c', str(tmp_path / 'run/args.yaml'), '--experiment', 'again'])
+    assert_same_bits(read(tmp_path / 'run')['state_dict'], read(tmp_path / 'again')['state_dict'])
+
+
+def test_epochs_are_counted_from_one_in_log_and_table(arguments, tmp_path, capsys):
+    main(arguments(*TARGET))
+    with open(tmp_path / 'run/summary.csv', newline='') as file:
+        assert [row['epoch'] for row in csv.DictReader(file)] == ['1', '2', '3']
+    captured = capsys.readouterr()
+    assert 'epoch 1/3: train_loss' in captured.err
+    assert 'epoch 0' not in captured.err + captured.out
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_once(arguments, tmp_path):
+    main(arguments(*TARGET, '--epochs', '1'))
+    before = read(tmp_path / 'run')
+    with pytest.raises(ValueError) as error:
+        main(arguments(*TARGET, '--epochs', '4', '--lr', '1e20', '--resume', '--override', '--log-interval', '1'))
+    text = str(error.value)
+    assert 'of epoch 2 of 4 is not finite' in text
+    assert 'learning rate' in text
+    assert f"The checkpoint of epoch 1 is '{tmp_path}/run/last.pth.tar'. Try a lower --lr" in text
+    assert_same_bits(before['state_dict'], read(tmp_path / 'run')['state_dict'])
+
+
+def test_the_steps_between_which_the_loss_became_nan_are_named(arguments, tmp_path, monkeypatch):
+    losses = iter([1.0, 1.0, 1.0, float('nan')])
+
+    class Loss(torch.nn.Module):
+        def forward(self, output, target):
+            return output.mean() * 0 + next(losses)
+
+    monkeypatch.setattr(run, '_make_loss', lambda args: Loss())
+    with pytest.raises(ValueError, match='of epoch 1 of 3 is not finite since one of the steps 3 to 4, at'):
+        main(arguments(*TARGET, '--log-interval', '2'))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(arguments, tmp_path, monkeypatch):
+    def train_one_epoch(state, loaders, loss_fn, clip, autocast, epoch, args):
+        metrics = original(state, loaders, loss_fn, clip, autocast, epoch, args)
+        if epoch == 1:
+            with torch.no_grad():
+                state.model.head.fc.bias[0] = float('inf')
+        return metrics
+
+    original = run.train_one_epoch
+    monkeypatch.setattr(run, 'train_one_epoch', train_one_epoch)
+    with pytest.raises(ValueError, match=r"'head\.fc\.bias' is not finite after epoch 2"):
+        main(arguments(*TARGET))
+    assert read(tmp_path / 'run')['epoch'] == 0
+
+
+def test_a_metric_that_is_nan_is_never_the_best(arguments, tmp_path, monkeypatch):
+    metrics = iter([(1.0, 50.0), (float('nan'), 90.0), (1.0, float('nan'))])
+
+    def validate(model, loader, autocast, title, args):
+        loss, top1 = next(metrics)
+        return {'loss': loss, 'top1': top1, 'top5': 100.0}
+
+    monkeypatch.setattr(run, 'validate', validate)
+    main(arguments(*TARGET))
+    assert read(tmp_path / 'run', 'model_best.pth.tar')['epoch'] == 0
+    assert [name for name in names_in(tmp_path / 'run') if name.startswith('checkpoint')] == ['checkpoint-0.pth.tar']
+
+
+@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('workers', ['0', '2'])
+def test_a_signal_ends_a_run_after_the_batch_and_the_named_command_continues_it(
+    arguments, tmp_path, monkeypatch, capsys, signum, workers
+):
+    main(arguments(*TARGET, '--workers', workers, experiment='whole'))
+
+    def start_epoch(epoch, loaders, args):
+        original(epoch, loaders, args)
+        if epoch == 1:
+            os.kill(os.getpid(), signum)
+
+    original = run._start_epoch
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(run, '_start_epoch', start_epoch)
+        main(arguments(*TARGET, '--workers', workers))
+    assert end.value.code == 128 + signum
+    told = capsys.readouterr().err.strip().splitlines()
+    assert told[-2] == f"Stopped in epoch 2 of 3. The checkpoint of epoch 1 is '{tmp_path}/run/last.pth.tar'."
+    command = told[-1].split('repopt-timm train ')[1].split()
+    main(command)
+    same_run(tmp_path / 'whole', tmp_path / 'run')
+
+
+def test_a_search_that_was_stopped_goes_on_with_its_target(images, tmp_path, monkeypatch, capsys):
+    def start_epoch(epoch, loaders, args):
+        original(epoch, loaders, args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    original = run._start_epoch
+    words = f'{images} --model {TINY} --output {tmp_path} --epochs 1 --batch-size 8 --workers 0 --lr 0.02'.split()
+    words += ['--input-size', '3', '32', '32', '--search-first']
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(run, '_start_epoch', start_epoch)
+        main(words)
+    assert end.value.code == 143
+    main(capsys.readouterr().err.strip().splitlines()[-1].split('repopt-timm train ')[1].split())
+    assert (tmp_path / TINY / 'report.md').exists()
+
+
+def test_a_signal_during_a_validation_is_heard_too(arguments, tmp_path, monkeypatch, capsys):
+    def validate(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    original = run.validate
+    monkeypatch.setattr(run, 'validate', validate)
+    with pytest.raises(SystemExit) as end:
+        main(arguments(*TARGET))
+    assert end.value.code == 130
+    assert 'Stopped in epoch 1 of 3. No epoch was finished, so there is no checkpoint.' in capsys.readouterr().err
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('delay', range(6))
+def test_ctrl_c_reaches_a_run_whenever_it_comes(arguments, tmp_path, delay):
+    words = arguments(*TARGET, '--epochs', '500', '--workers', '2')
+    with subprocess.Popen(
+        [sys.executable, '-m', 'repopt_timm.cli', 'train', *words],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        while not (tmp_path / 'run/last.pth.tar').exists():
+            time.sleep(0.01)
+        time.sleep(0.037 * delay)
+        # As a terminal does: to the workers too.
+        os.killpg(process.pid, signal.SIGINT)
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert 'Traceback' not in told
+    assert told.strip().splitlines()[-1].startswith('SIGINT: continue with  repopt-timm train ')
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from repopt_timm.train.command import main
+from repopt_timm.train.run_checkpoints import CheckpointSaver
+
+fatal, calls = int(sys.argv[1]), -1
+
+def counting(function):
+    def call(*args, **kwargs):
+        global calls
+        if calls >= 0:
+            if calls == fatal:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls += 1
+        return function(*args, **kwargs)
+    return call
+
+for name in ('replace', 'link', 'unlink'):
+    setattr(os, name, counting(getattr(os, name)))
+save = CheckpointSaver.save
+
+def save_counted(self, state):
+    global calls
+    calls = 0 if state.history[-1]['epoch'] == 1 else -1
+    save(self, state)
+    calls = -1
+
+CheckpointSaver.save = save_counted
+main(sys.argv[2:])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_at_any_write_of_an_epoch_goes_on_as_if_it_was_not(arguments, tmp_path):
+    extra = [*TARGET, '--checkpoint-hist', '1']
+    main(arguments(*extra, experiment='whole'))
+    for fatal in range(100):
+        name = f'killed-{fatal}'
+        command = [sys.executable, '-c', KILLED, str(fatal), *arguments(*extra, experiment=name)]
+        code = subprocess.run(command, env=ENVIRONMENT, capture_output=True, check=False).returncode
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        # What others read meanwhile is whole.
+        assert read(tmp_path / name, 'model_best.pth.tar')['history']
+        main(arguments(*extra, '--resume', experiment=name))
+        same_run(tmp_path / 'whole', tmp_path / name)
+    assert fatal >= 6
+
+
+def test_what_a_killed_write_left_is_removed_on_resume(arguments, tmp_path):
+    main(arguments(*TARGET, '--epochs', '1'))
+    (tmp_path / 'run/.last.pth-abcd1234.tmp.tar').write_bytes(b'x' * 1000)
+    main(arguments(*TARGET, '--epochs', '2', '--resume'))
+    assert not list((tmp_path / 'run').glob('.*tmp*'))
+
+
+def test_missing_copies_are_made_again_from_the_last_checkpoint(arguments, tmp_path):
+    main(arguments(*TARGET, experiment='whole'))
+    main(arguments(*TARGET))
+    for name in names_in(tmp_path / 'run'):
+        if (
+            name.startswith(('model_best', 'summary'))
+            or name == f'checkpoint-{read(tmp_path / "run")["epoch"]}.pth.tar'
+        ):
+            (tmp_path / 'run' / name).unlink()
+    (tmp_path / 'run/checkpoint-77.pth.tar').write_bytes(b'of another run')
+    main(arguments(*TARGET, '--resume'))
+    same_run(tmp_path / 'whole', tmp_path / 'run')
+
+
+def test_one_process_trains_in_a_folder_and_a_dead_one_does_not_keep_it(arguments, tmp_path):
+    main(arguments(*TARGET, '--epochs', '1'))
+    code = f"import fcntl; f = open('{tmp_path}/run/.lock', 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
+    with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        with pytest.raises(ValueError, match=r"Another process trains in '.*run' already \(process \d+ on "):
+            main(arguments(*TARGET, '--epochs', '2', '--resume'))
+        other.kill()
+    main(arguments(*TARGET, '--epochs', '2', '--resume'))
+
+
+def test_a_damaged_checkpoint_falls_back_to_the_newest_good_one_and_says_so(arguments, tmp_path, capsys):
+    main(arguments(*TARGET, experiment='whole'))
+    main(arguments(*TARGET, '--epochs', '3'))
+    damage(tmp_path / 'run/last.pth.tar')
+    damage(tmp_path / 'run/checkpoint-2.pth.tar')
+    (tmp_path / 'run/model_best.pth.tar').unlink()
+    main(arguments(*TARGET, '--resume'))
+    told = capsys.readouterr().err
+    assert "last.pth.tar' is damaged" in told
+    assert f"Going on from '{tmp_path}/run/checkpoint-1.pth.tar', which is of epoch 2." in told
+    same_run(tmp_path / 'whole', tmp_path / 'run')
+    damage(tmp_path / 'run/last.pth.tar')
+    with pytest.raises(ValueError, match=r"last\.pth\.tar' is damaged"):
+        main(arguments(*TARGET, '--resume', str(tmp_path / 'run/last.pth.tar')))
+
+
+def test_a_flipped_bit_is_found_wherever_it_matters(arguments, tmp_path):
+    main(arguments(*TARGET, '--epochs', '1'))
+    last = tmp_path / 'run/last.pth.tar'
+    good, expected = last.read_bytes(), read(tmp_path / 'run')['state_dict']
+    for copy in ('checkpoint-0.pth.tar', 'model_best.pth.tar'):
+        (tmp_path / 'run' / copy).unlink()
+    refused = 0
+    for index in range(60):
+        damage(last, (index + 0.5) / 60)
+        try:
+            _, checkpoint = find_checkpoint(tmp_path / 'run', 'auto', False)
+            assert_same_bits(expected, checkpoint['state_dict'])
+        except ValueError:
+            refused += 1
+        last.write_bytes(good)
+    assert refused >= 50
+
+
+def test_a_full_disk_is_named_and_keeps_the_old_checkpoint(arguments, tmp_path):
+    main(arguments(*TARGET, '--epochs', '1'))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"Cannot write '.*run/last\.pth\.tar': File too large\. The checkpoint of"):
+            main(arguments(*TARGET, '--epochs', '2', '--resume'))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert read(tmp_path / 'run')['epoch'] == 0
+    assert not list((tmp_path / 'run').glob('.*tmp*'))
+    main(arguments(*TARGET, '--epochs', '2', '--resume'))
+
+
+CHANGES = [
+    ('--weight-decay 0.1', 'weight_decay 2e-05 -> 0.1'),
+    ('--momentum 0.5', 'momentum 0.9 -> 0.5'),
+    ('--lr 0.5', 'lr 0.02 -> 0.5'),
+    ('--mixup 0.2', 'mixup 0.0 -> 0.2'),
+    ('--batch-size 4', 'batch_size 8 -> 4'),
+    ('--seed 2', 'seed 1 -> 2'),
+    ('--smoothing 0.2', 'smoothing 0.1 -> 0.2'),
+    ('--opt-kwargs nesterov=False', "opt_kwargs {} -> {'nesterov': False}"),
+    ('--opt sgd', '--opt repopt_sgd'),
+    ('--model-ema', 'model_ema False -> True'),
+    ('--amp', 'amp False -> True'),
+]
+
+
+@pytest.fixture(scope='module')
+def finished(images, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('finished')
+    words = [
+        '--input-size',
+        '3',
+        '32',
+        '32',
+        '--batch-size',
+        '8',
+        '--epochs',
+        '1',
+        '--warmup-epochs',
+        '1',
+        '--lr',
+        '0.02',
+        '--workers',
+        '0',
+        '--seed',
+        '1',
+    ]
+    words = [str(images), '--model', TINY, '--output', str(folder), '--experiment', 'run', *words, *TARGET]
+    main(words)
+    return words, folder
+
+
+@pytest.mark.parametrize(('extra', 'message'), CHANGES, ids=[change[0] for change in CHANGES])
+def test_a_run_is_not_resumed_with_another_training(finished, extra, message):
+    words, folder = finished
+    before = (folder / 'run/last.pth.tar').read_bytes()
+    with pytest.raises(ValueError) as error:
+        main([*words, '--epochs', '2', '--resume', *extra.split()])
+    assert message in str(error.value)
+    assert (folder / 'run/last.pth.tar').read_bytes() == before
+
+
+def test_what_does_not_change_the_training_may_differ(finished):
+    words, _ = finished
+    main([*words, '--resume', '--workers', '1', '--log-interval', '7', '--channels-last', '--device', 'cpu'])
+
+
+def test_an_override_is_applied_and_recorded(arguments, tmp_path):
+    main(arguments(*TARGET, '--epochs', '1'))
+    main(arguments(*TARGET, '--epochs', '2', '--resume', '--override', '--weight-decay', '0.125', '--momentum', '0.5'))
+    checkpoint = read(tmp_path / 'run')
+    groups = checkpoint['optimizer']['param_groups']
+    assert {group['weight_decay'] for group in groups} == {0.0, 0.125}
+    assert {group['momentum'] for group in groups} == {0.5}
+    assert checkpoint['args'].overridden == ['after epoch 1: momentum 0.9 -> 0.5, weight_decay 2e-05 -> 0.125']
+    assert parse_arguments(['-c', str(tmp_path / 'run/args.yaml')]).weight_decay == 0.125
+    assert (tmp_path / 'run/args.yaml').read_text().startswith('# after epoch 1: momentum 0.9 -> 0.5')
+
+
+def test_another_optimizer_is_refused_even_with_override(finished):
+    words, _ = finished
+    with pytest.raises(ValueError, match='with the optimizer repopt_sgd, whose state adamw cannot go on from'):
+        main([*words, '--epochs', '2', '--resume', '--override', '--opt', 'adamw'])
+
+
+def test_an_old_checkpoint_does_not_truncate_a_finished_run_unasked(arguments, tmp_path):
+    main(arguments(*TARGET))
+    old = str(tmp_path / 'run/checkpoint-0.pth.tar')
+    with pytest.raises(ValueError, match=r"is of epoch 1, and the run in '.*' went on to epoch 3"):
+        main(arguments(*TARGET, '--resume', old))
+    assert len(read(tmp_path / 'run')['history']) == 3
+    main(arguments(*TARGET, '--resume', old, '--override', '--epochs', '2'))
+    assert len(read(tmp_path / 'run')['history']) == 2
+    assert 'checkpoint-2.pth.tar' not in names_in(tmp_path / 'run')
+
+
+def test_a_finished_run_is_not_overwritten(arguments):
+    main(arguments('--scales', 'initial', '--epochs', '1'))
+    with pytest.raises(ValueError, match='There is a run in'):
+        main(arguments('--scales', 'initial', '--epochs', '1'))
+
+
+def test_the_average_and_the_model_are_both_measured(arguments, tmp_path, capsys):
+    main(arguments(*TARGET, '--model-ema', '--epochs', '1'))
+    row = read(tmp_path / 'run')['history'][0]
+    assert {'eval_top1', 'eval_raw_top1', 'eval_raw_loss'} <= row.keys()
+    told = 'The average has not warmed up: after epoch 1 100% of it are the weights that the run started from.'
+    assert told in capsys.readouterr().err
+    main(arguments(*TARGET, '--model-ema', '--model-ema-decay', '0.3', '--epochs', '1', experiment='warm'))
+    assert 'has not warmed up' not in capsys.readouterr().err
