@@ -32,6 +32,23 @@ default_cfgs: dict[str, DefaultCfg] = {}
 """timm looks here for the configurations of what this module registers."""
 
 
+class ModelArgsWithoutScales:
+    """Keeps scales out of the factory arguments that timm records on a model and writes to config.json.
+
+    Scales are data, not a setting. A class's attribute, as timm sets it on the instance after the model is made.
+    """
+
+    def __get__(self, model: Any, owner: type) -> Any:
+        if model is None:
+            return self
+        if '_model_args' not in vars(model):
+            raise AttributeError(f"'{owner.__name__}' object has no attribute '_model_args'")
+        return vars(model)['_model_args']
+
+    def __set__(self, model: Any, args: dict[str, Any]) -> None:
+        vars(model)['_model_args'] = {key: value for key, value in args.items() if key != 'scales'}
+
+
 def make_kind(model: nn.Module, kind: str, source: ScalesSource | None, init: bool = True) -> nn.Module:
     """Makes the target, Hyper-Search or CSLA model of a plain network.
 
@@ -210,6 +227,7 @@ def _create_twin(
     create = model_entrypoint(name.network)
     plain: Any = create(pretrained=pretrained and not own, pretrained_cfg=config, **kwargs)
     plain.architecture = name.network
+    type(plain)._model_args = ModelArgsWithoutScales()
     _state_constructed_strides(plain, create, kwargs)
     model: Any = make_kind(plain, name.kind, scales, init=not pretrained)
     model.pretrained_cfg = model.default_cfg = {**config.to_dict(), 'architecture': variant}

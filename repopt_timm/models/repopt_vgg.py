@@ -26,7 +26,7 @@ from ..reparam import ConvPrior, CSLAConv2d, carried_scales, stage_scale
 from ..reparam.prior import repvgg_branches
 from ..scales import Scales
 from ..sources import ScalesSource
-from .kinds import make_kind, register_kinds, requested_scales, to_plain
+from .kinds import ModelArgsWithoutScales, make_kind, register_kinds, requested_scales, to_plain
 from .pretrained_weights import choose_weights, tagged_cfgs
 
 __all__ = ['RepOptVgg', 'RepOptVggBlock']
@@ -134,7 +134,9 @@ class RepOptVgg(ByobNet):
         scales_provenance: Where the scales come from, if the model has any.
     """
 
-    __jit_unused_properties__ = ('scales', '_model_args')
+    __jit_unused_properties__ = ('scales',)
+
+    _model_args = ModelArgsWithoutScales()
 
     pretrained_cfg: dict[str, Any]
     default_cfg: dict[str, Any]
@@ -225,15 +227,6 @@ class RepOptVgg(ByobNet):
     def no_weight_decay(self) -> set[str]:
         """Names of the trainable scales, which are never decayed."""
         return {name for name, _ in self.named_parameters() if name.endswith('.scale')}
-
-    @property
-    def _model_args(self) -> dict[str, Any]:
-        # timm records the factory's arguments here and writes them to config.json. Scales are data, not a setting.
-        return self._kept_model_args
-
-    @_model_args.setter
-    def _model_args(self, args: dict[str, Any]) -> None:
-        self._kept_model_args = {key: value for key, value in args.items() if key != 'scales'}
 
 
 def _byob_cfg(cfg: Architecture, strides: Sequence[int], use_se: bool) -> ByoModelCfg:
