@@ -20,7 +20,7 @@ def plot_ratios(rows: Sequence[Row], path: str | os.PathLike, title: str) -> Non
     """Draws ratios with their quartiles, and goals, of times on the left and of memory on the right.
 
     Args:
-        rows: Results; those without a ratio, and the baselines, are left out.
+        rows: Results; baselines and rows without a ratio are not drawn.
         path: Picture to write, in the format that its suffix names.
         title: Text above the picture.
 
@@ -37,6 +37,10 @@ def plot_ratios(rows: Sequence[Row], path: str | os.PathLike, title: str) -> Non
     for axes, panel in zip(all_axes[0], panels):
         _draw_ratios(axes, panel)
         axes.set_ylim(height + 0.7, 0.4)
+    _save(figure, path, title)
+
+
+def _save(figure: Any, path: str | os.PathLike, title: str) -> None:
     figure.suptitle(title, x=0.01, ha='left')
     save_figure(figure, path)
 
@@ -67,16 +71,7 @@ def _draw_ratios(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def plot_scaling(rows: Sequence[Row], path: str | os.PathLike, title: str) -> None:
-    """Draws step time and peak memory against width, depth, batch and resolution.
-
-    Args:
-        rows: What `bench_scaling` returned.
-        path: Picture to write, in the format that its suffix names.
-        title: Text above the picture.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
+    """Draws step time and peak memory against width, depth, batch and resolution; arguments as in `plot_ratios`."""
     figure, all_axes = pyplot_module().subplots(2, len(AXES), figsize=(4 * len(AXES), 6.5), layout='constrained')
     labels = {'width': 'factor for the width', 'depth': 'factor for the depth', 'batch': 'images in the batch'}
     kinds = (('step time', 's', 1.0, 'time of a step (s)'), ('peak memory', 'B', _GIB, 'peak memory of a step (GiB)'))
@@ -89,8 +84,7 @@ def plot_scaling(rows: Sequence[Row], path: str | os.PathLike, title: str) -> No
             axes.set_xlabel(labels.get(axis, 'image size (px)'))
         line[0].set_ylabel(label)
     all_axes[0][0].legend(frameon=False)
-    figure.suptitle(title, x=0.01, ha='left')
-    save_figure(figure, path)
+    _save(figure, path, title)
 
 
 def _draw_lines(axes: Any, rows: Sequence[Row], unit: float) -> None:
@@ -101,16 +95,7 @@ def _draw_lines(axes: Any, rows: Sequence[Row], unit: float) -> None:
 
 
 def plot_memory(rows: Sequence[Row], path: str | os.PathLike, title: str) -> None:
-    """Draws the peak memory of a step against the batch size, and what fits GPUs.
-
-    Args:
-        rows: What `bench_memory` returned.
-        path: Picture to write, in the format that its suffix names.
-        title: Text above the picture.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
+    """Draws the peak memory of a step against the batch size, and what fits GPUs; arguments as in `plot_ratios`."""
     peaks = [row for row in rows if row.what.startswith('peak')]
     cells = list(dict.fromkeys(row.what.partition(', ')[2] for row in peaks))
     figure, all_axes = pyplot_module().subplots(
@@ -127,5 +112,4 @@ def plot_memory(rows: Sequence[Row], path: str | os.PathLike, title: str) -> Non
         axes.set(title=cell, xlabel='images in the batch of one process', xlim=(0, None), ylim=(0, None))
     all_axes[0][0].set_ylabel('peak memory of a training step (GiB)')
     all_axes[0][-1].legend(frameon=False)
-    figure.suptitle(title, x=0.01, ha='left')
-    save_figure(figure, path)
+    _save(figure, path, title)

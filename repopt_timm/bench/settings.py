@@ -20,7 +20,7 @@ PRECISIONS = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.floa
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of a benchmark, which ignores those that it has no use for.
+    """Settings of a benchmark, which ignores the ones that it does not need.
 
     Attributes:
         model: Name of the target model.

@@ -29,10 +29,10 @@ def test_from_a_checkpoint_to_a_measured_int8_file(checkpoint, images, tmp_path,
 def test_a_saved_card_has_the_accuracy_of_the_weights_beside_it(checkpoint, images, tmp_path, capsys):
     folder = tmp_path / 'saved'
     assert main(['save', str(checkpoint), str(folder), '--precision', 'int8', '--data', str(images), '--json']) == 0
-    told = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)
     results = ModelCard.load(folder / 'README.md').data.eval_results
-    assert [result.metric_value for result in results] == [told['top1'], told['top5']]
-    assert told['top1'] == round(evaluate(folder, images)['top1'], 3)
+    assert [result.metric_value for result in results] == [found['top1'], found['top5']]
+    assert found['top1'] == round(evaluate(folder, images)['top1'], 3)
 
 
 def test_two_models_of_equally_named_runs_are_both_in_the_report(onnx_file, images, tmp_path):

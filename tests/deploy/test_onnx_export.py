@@ -22,23 +22,23 @@ def run(path, images):
 
 
 def test_an_exported_file_gives_the_logits_of_pytorch_at_every_batch_size(checkpoint, tmp_path):
-    told = export_onnx(checkpoint, tmp_path / 'model.onnx')
+    found = export_onnx(checkpoint, tmp_path / 'model.onnx')
     model = load_model(checkpoint)
     for batch in (1, 2, 7):
         images = torch.randn(batch, 3, 32, 32)
         with torch.inference_mode():
             torch.testing.assert_close(run(tmp_path / 'model.onnx', images), model(images), rtol=0, atol=1e-4)
-    assert told['difference'] < 1e-4
-    assert told['bytes'] == (tmp_path / 'model.onnx').stat().st_size
+    assert found['difference'] < 1e-4
+    assert found['bytes'] == (tmp_path / 'model.onnx').stat().st_size
 
 
 def test_it_is_one_file_of_convolutions_that_tells_its_preprocessing(exported, onnx_file):
     assert [file.name for file in onnx_file.parent.iterdir()] == ['model.onnx']
     operators = {node.op_type for node in exported.graph.node}
     assert operators == {'Conv', 'Relu', 'ReduceMean', 'Reshape', 'Gemm'}
-    told = {entry.key: json.loads(entry.value) for entry in exported.metadata_props}
-    assert told['architecture'] == 'test_repopt_vgg'
-    assert {name: told[name] for name in ('input_size', 'mean', 'crop_pct')} == {
+    found = {entry.key: json.loads(entry.value) for entry in exported.metadata_props}
+    assert found['architecture'] == 'test_repopt_vgg'
+    assert {name: found[name] for name in ('input_size', 'mean', 'crop_pct')} == {
         name: getattr(ARGS, name) for name in ('input_size', 'mean', 'crop_pct')
     }
 
