@@ -21,8 +21,7 @@ from .models.reference_weights import model_from_reference
 from .names import ModelName
 from .plot import plot_scales
 from .publish import push_to_hub, save_pretrained
-from .reporting import add_command as _command
-from .reporting import print_result as tell
+from .reporting import add_command, print_result
 from .scales import Scales
 from .scales.table import scales_table
 from .sources import load_scales
@@ -66,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_scales_commands(commands.add_parser('scales', help='show, convert, draw and share searched scales'))
     bench.add_commands(commands)
 
-    save = _command(commands, 'save', _save, 'write a checkpoint as a folder in the format of the Hub')
+    save = add_command(commands, 'save', _save, 'write a checkpoint as a folder in the format of the Hub')
     save.add_argument('checkpoint', help='checkpoint of a training run')
     save.add_argument('out', help='folder to write, which local-dir:OUT loads')
     _add_contents(save)
@@ -75,13 +74,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_class_map(save)
 
-    push = _command(commands, 'push', _push, 'publish a checkpoint as a model on the Hub, with its scales in the card')
+    push = add_command(
+        commands, 'push', _push, 'publish a checkpoint as a model on the Hub, with its scales in the card'
+    )
     push.add_argument('checkpoint', help='checkpoint of a training run')
     push.add_argument('repo', help='repository on the Hub, user/repo')
     _add_contents(push)
     _add_publishing(push)
 
-    convert = _command(
+    convert = add_command(
         commands, 'convert-checkpoint', _convert_checkpoint, "convert the reference repository's weights"
     )
     convert.add_argument('checkpoint', help='target checkpoint, such as RepOpt-VGG-B1-acc78.62.pth')
@@ -95,24 +96,24 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_scales_commands(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    show = _command(commands, 'show', _show, 'show scales')
+    show = add_command(commands, 'show', _show, 'show scales')
     _add_source(show)
-    extract = _command(commands, 'extract', _write, 'take the scales out of the checkpoint of a hyper-search')
+    extract = add_command(commands, 'extract', _write, 'take the scales out of the checkpoint of a hyper-search')
     _add_source(extract)
     extract.add_argument('out', help='.safetensors file, or folder for a model card')
-    convert = _command(
+    convert = add_command(
         commands, 'convert', _write, 'write scales as a .safetensors file, or as a folder with a model card'
     )
     _add_source(convert)
     convert.add_argument('out', help='.safetensors file, or folder for a model card')
-    plot = _command(commands, 'plot', _plot, 'draw scales against depth')
+    plot = add_command(commands, 'plot', _plot, 'draw scales against depth')
     _add_source(plot)
     plot.add_argument('out', help='picture to write')
-    push = _command(commands, 'push', _push_scales, 'publish scales on the Hub')
+    push = add_command(commands, 'push', _push_scales, 'publish scales on the Hub')
     _add_source(push)
     push.add_argument('repo', help='repository on the Hub, user/repo')
     _add_publishing(push)
-    pull = _command(commands, 'pull', _pull, 'get scales from the Hub')
+    pull = add_command(commands, 'pull', _pull, 'get scales from the Hub')
     pull.add_argument('repo', help='repository on the Hub, user/repo[@revision]')
     pull.add_argument('out', help='.safetensors file, or folder for a model card')
 
@@ -162,7 +163,7 @@ def _show(args: argparse.Namespace) -> None:
     lines += [
         f'{row["stage"]:<10} {row["branch"]:<10} {row["mean"]:9.4f} {row["min"]:9.4f} {row["max"]:9.4f}' for row in rows
     ]
-    tell(args, {**_summary(scales), 'stages': rows}, '\n'.join(lines))
+    print_result(args, {**_summary(scales), 'stages': rows}, '\n'.join(lines))
 
 
 def _write_scales(scales: Scales, args: argparse.Namespace) -> None:
@@ -170,7 +171,7 @@ def _write_scales(scales: Scales, args: argparse.Namespace) -> None:
         scales.save(args.out)
     else:
         save_scales_card(scales, args.out)
-    tell(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
+    print_result(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
 
 
 def _write(args: argparse.Namespace) -> None:
@@ -184,18 +185,18 @@ def _pull(args: argparse.Namespace) -> None:
 def _plot(args: argparse.Namespace) -> None:
     scales = _load(args)
     plot_scales(scales, args.out, scales.title)
-    tell(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
+    print_result(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
 
 
 def _push_scales(args: argparse.Namespace) -> None:
     scales = _load(args)
     url = push_scales(scales, args.repo, args.private, args.revision, args.create_pr)
-    tell(args, {**_summary(scales), 'url': url}, f'{scales.title} -> {url}')
+    print_result(args, {**_summary(scales), 'url': url}, f'{scales.title} -> {url}')
 
 
 def _save(args: argparse.Namespace) -> None:
     save = partial(save_pretrained, args.checkpoint, scales=args.scales, curves=args.curves, precision=args.precision)
-    told, text = {'checkpoint': args.checkpoint, 'out': args.out}, f'{args.checkpoint} -> {args.out}'
+    values, text = {'checkpoint': args.checkpoint, 'out': args.out}, f'{args.checkpoint} -> {args.out}'
     metrics = None
     if args.data:
         with TemporaryDirectory() as folder:
@@ -203,10 +204,10 @@ def _save(args: argparse.Namespace) -> None:
             found = evaluate(folder, args.data, class_map=args.class_map)
         measured = {name: round(found[name], 3) for name in ('top1', 'top5')}
         metrics = {'dataset': Path(args.data).resolve().name, **measured}
-        told |= measured
+        values |= measured
         text += f': top-1 {measured["top1"]:.2f} %, top-5 {measured["top5"]:.2f} % of {found["images"]} images'
     save(args.out, metrics=metrics)
-    tell(args, told, text)
+    print_result(args, values, text)
 
 
 def _push(args: argparse.Namespace) -> None:
@@ -220,20 +221,20 @@ def _push(args: argparse.Namespace) -> None:
         revision=args.revision,
         create_pr=args.create_pr,
     )
-    tell(args, {'checkpoint': args.checkpoint, 'url': url}, f'{args.checkpoint} -> {url}')
+    print_result(args, {'checkpoint': args.checkpoint, 'url': url}, f'{args.checkpoint} -> {url}')
 
 
 def _convert_checkpoint(args: argparse.Namespace) -> None:
     if not args.out and not args.push:
         raise ValueError('Name a folder to write with --out, a repository to publish in with --push, or both.')
     model = model_from_reference(args.checkpoint)
-    told: dict[str, Any] = {'architecture': model.architecture, 'num_classes': model.num_classes}
+    values: dict[str, Any] = {'architecture': model.architecture, 'num_classes': model.num_classes}
     training = {'converted_from': Path(args.checkpoint).name, 'method': "published by the method's authors"}
     if args.out:
         save_pretrained(model, args.out, scales=args.scales, training=training)
-        told['out'] = args.out
+        values['out'] = args.out
     if args.push:
-        told['url'] = push_to_hub(
+        values['url'] = push_to_hub(
             model,
             args.push,
             scales=args.scales,
@@ -242,7 +243,7 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
             revision=args.revision,
             create_pr=args.create_pr,
         )
-    tell(args, told, ', '.join(f'{name} {value}' for name, value in told.items()))
+    print_result(args, values, ', '.join(f'{name} {value}' for name, value in values.items()))
 
 
 if __name__ == '__main__':

@@ -51,6 +51,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
                 return {**tensors, '__metadata__': file.metadata() or {}}
         except SafetensorError as error:
             raise ValueError(f"'{path}' is no readable safetensors file: {error}.") from None
+    _check_intact(path)
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -63,6 +64,24 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             f"'{path}' holds a {type(checkpoint).__name__}, expected a dict of tensors or of a training run."
         )
     return checkpoint
+
+
+def _check_intact(path: Path) -> None:
+    """Compares the parts of a checkpoint with their checksums; torch writes them and does not look at them.
+
+    Raises:
+        ValueError: If one differs, or the file was cut off.
+    """
+    if not zipfile.is_zipfile(path):
+        # Older formats of torch have no checksums; the reader finds out whether it is one.
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
+        raise ValueError(f"'{path}' is damaged: {error}.") from None
+    if damaged is not None:
+        raise ValueError(f"'{path}' is damaged: its part {damaged} does not match its checksum.")
 
 
 def select_state_dict(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

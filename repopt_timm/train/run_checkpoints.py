@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import shutil
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from .schema import ARGUMENTS
 __all__ = [
     'CheckpointSaver',
     'changed_arguments',
-    'check_intact',
     'find_checkpoint',
     'load_weights',
     'restore',
@@ -171,26 +169,7 @@ def _write(content: dict[str, Any], temporary: Path, path: Path) -> None:
         raise OSError(f"Cannot write '{path}': {reason}. {kept}Make room and continue with --resume.")
 
 
-def check_intact(path: Path) -> None:
-    """Compares the parts of a checkpoint with their checksums; torch writes them and does not look at them.
-
-    Raises:
-        ValueError: If one differs, or the file was cut off.
-    """
-    if not zipfile.is_zipfile(path):
-        # Older formats of torch have no checksums; the reader finds out whether it is one.
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise ValueError(f"'{path}' is damaged: {error}.") from None
-    if damaged is not None:
-        raise ValueError(f"'{path}' is damaged: its part {damaged} does not match its checksum.")
-
-
 def _read(path: Path) -> dict[str, Any]:
-    check_intact(path)
     checkpoint = read_checkpoint(path)
     history: Any = checkpoint.get('history')
     if not isinstance(history, list) or not history or [_epoch_of(row) for row in history] != list(range(len(history))):
