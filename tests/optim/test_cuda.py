@@ -4,8 +4,7 @@ import pytest
 import timm
 import torch
 
-from repopt_timm import RepOptAdamW, RepOptSGD, attach_scales, clip_grad_norm_, make_grad_mults
-from repopt_timm.reparam import branch_names
+from repopt_timm import RepOptAdamW, RepOptSGD, Scales, attach_scales, clip_grad_norm_, make_grad_mults
 
 from .fake_cuda import Dispatched, check_alike, fake_cuda
 
@@ -18,12 +17,7 @@ def with_scales(name):
     if name == 'repopt_vgg_b1':
         return timm.create_model(name, scales='initial')
     model = timm.create_model(name)
-    scales = {}
-    for path, conv in model.named_modules():
-        if isinstance(conv, torch.nn.Conv2d):
-            branches = branch_names(conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride)
-            scales[path] = {branch: torch.ones(conv.out_channels) for branch in branches}
-    attach_scales(model, scales)
+    attach_scales(model, Scales.initial(model))
     return model
 
 
