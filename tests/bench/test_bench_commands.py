@@ -58,12 +58,12 @@ def test_train_compares_training_and_inference(bench):
 
 
 def test_scaling_goes_along_four_axes(bench):
-    _, results = bench('scaling', '--quick', '--device', 'cpu', '--img-size', '32', '96', '--repeats', '1')
+    _, results = bench('scaling', '--quick', '--device', 'cpu', '--img-size', '128', '224', '--repeats', '1')
     axes = {row['what']: [] for row in results['rows']}
     for row in results['rows']:
         if row['contender'] == 'test_repopt_vgg':
             axes[row['what']].append((row['at'], row['value']))
-    assert [at for at, _ in axes['step time against resolution']] == [32, 96]
+    assert [at for at, _ in axes['step time against resolution']] == [128, 224]
     for axis in ('width', 'depth', 'batch', 'resolution'):
         (_, small), (_, large) = axes[f'peak memory against {axis}']
         assert small < large
