@@ -9,7 +9,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from repopt_timm import RepOptSGD, make_grad_mults, prepare
 from repopt_timm.optim.sharding import local_rows
 
-
 RANK = 1
 
 
@@ -21,9 +20,9 @@ def mesh():
     dist.destroy_process_group()
 
 
-def sharded(tensor, mesh, rank):
+def sharded(tensor, mesh):
     return DTensor.from_local(
-        tensor.chunk(3)[rank].clone(), mesh, [Shard(0)], shape=tensor.shape, stride=tensor.stride()
+        tensor.chunk(3)[RANK].clone(), mesh, [Shard(0)], shape=tensor.shape, stride=tensor.stride()
     )
 
 
