@@ -29,6 +29,9 @@ from .train.command import main as train_main
 
 __all__ = ['main']
 
+# Folders of repositories may have a dot in their names too.
+_FILE_SUFFIXES = {'.bin', '.json', '.md', '.pickle', '.pkl', '.png', '.pt', '.pth', '.tar'}
+
 _SOURCE = "file, folder, model card, 'hf-hub:user/repo[@revision]', shipped name, or 'initial' with --architecture"
 
 
@@ -169,6 +172,8 @@ def _show(args: argparse.Namespace) -> None:
 def _write_scales(scales: Scales, args: argparse.Namespace) -> None:
     if Path(args.out).suffix == '.safetensors':
         scales.save(args.out)
+    elif Path(args.out).suffix in _FILE_SUFFIXES:
+        raise ValueError(f"'{args.out}': scales are written as .safetensors or as a folder with a model card.")
     else:
         save_scales_card(scales, args.out)
     print_result(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')

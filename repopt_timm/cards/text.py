@@ -82,13 +82,13 @@ def _summary(model_name: str, weights: bool, scales: Scales | None) -> str:
         )
     if weights and scales is not None:
         return (
-            f'{of_model}, and the scales of {paper} that belong to them: an image classifier of plain 3x3 '
+            f'{of_model}, and the scales of {paper} that belong to them: an image classifier of plain '
             f'convolutions, whose structural prior is in its optimizer instead of its branches. The scales are in the '
             f'metadata of this card.'
         )
     if weights:
         return (
-            f'{of_model}, an image classifier of plain 3x3 convolutions from {paper}. Its scales are not part of this '
+            f'{of_model}, an image classifier of plain convolutions from {paper}. Its scales are not part of this '
             f'repository.'
         )
     return (
@@ -100,9 +100,10 @@ def _summary(model_name: str, weights: bool, scales: Scales | None) -> str:
 def _usage(repo_id: str, model_name: str, weights: bool, scales: Scales | None) -> list[str]:
     hub = f"'hf-hub:{repo_id}'"
     load = f'model = timm.create_model({hub}, pretrained=True).eval()'
+    register = _registration(model_name)
     snippets = []
     if weights:
-        snippets += ['Load the model:', _python(load)]
+        snippets += ['Load the model:', _python(*register, load)]
     elif scales is not None:
         snippets += [
             'Load the scales:',
@@ -112,14 +113,17 @@ def _usage(repo_id: str, model_name: str, weights: bool, scales: Scales | None) 
         name = ModelName.parse(model_name)
         size = f'num_classes=100{_strides_argument(scales)}'
         make = _create(f"'{name.architecture}'", size, f'scales={hub}')
-        snippets += ['Train a new model with these scales:', _python(make, _optimizer('repopt_sgd', 0.1))]
+        snippets += ['Train a new model with these scales:', _python(*register, make, _optimizer('repopt_sgd', 0.1))]
     if weights:
-        plain_with_scales = scales is not None and model_name in ARCHITECTURES
+        plain_with_scales = scales is not None and ModelName.parse(model_name).kind == 'target'
         rule = _optimizer('repopt_sgd' if plain_with_scales else 'sgd', 0.01)
-        snippets += ['Fine-tune:', _python(_create(hub, 'pretrained=True, num_classes=10'), rule)]
+        snippets += ['Fine-tune:', _python(*register, _create(hub, 'pretrained=True, num_classes=10'), rule)]
     elif scales is not None:
         search = _create(f"'{name.of_kind('hs')}'", size, f'scales={hub}')
-        snippets += ['Fine-tune the scales, in a search on other data that starts from them:', _python(search)]
+        snippets += [
+            'Fine-tune the scales, in a search on other data that starts from them:',
+            _python(*register, search),
+        ]
     return snippets
 
 
@@ -143,6 +147,11 @@ def _create(*arguments: str) -> str:
 
 def _python(*lines: str) -> str:
     return '\n'.join(['```python', 'import repopt_timm, timm', '', *lines, '```'])
+
+
+def _registration(model_name: str) -> list[str]:
+    name = ModelName.parse(model_name)
+    return [] if name.architecture == name.network else [f"repopt_timm.register_twins('{name.network}')"]
 
 
 def _history(files: Collection[str], scales: Scales | None, training: Mapping[str, Any] | None) -> list[str]:

@@ -192,7 +192,7 @@ def register_twins(name: str) -> None:
             entry.cfgs[tag] = replace(cfg, architecture=architecture)
         if not entry.tags:
             entry.tags.append('')
-            entry.cfgs[''] = replace(base, url=None, hf_hub_id=None, file=None, tag='', first_conv=None)
+            entry.cfgs[''] = replace(base, url=None, hf_hub_id=None, file=None, tag='')
         default_cfgs[ModelName(architecture, kind).variant] = entry
     register_kinds(architecture, _create_twin, __name__, KINDS)
 
@@ -213,6 +213,7 @@ def _create_twin(
     scales: ScalesSource | None = None,
     features_only: bool = False,
     out_indices: Any = None,
+    output_fmt: str = 'NCHW',
     **kwargs: Any,
 ) -> nn.Module:
     name = ModelName.parse(variant)
@@ -230,13 +231,26 @@ def _create_twin(
     type(plain)._model_args = ModelArgsWithoutScales()
     _state_constructed_strides(plain, create, kwargs)
     model: Any = make_kind(plain, name.kind, scales, init=not pretrained)
-    model.pretrained_cfg = model.default_cfg = {**config.to_dict(), 'architecture': variant}
+    first_conv = _first_conv(model, resolve_pretrained_cfg(name.network).first_conv)
+    settings = {**config.to_dict(), 'architecture': variant, 'first_conv': first_conv}
+    model.pretrained_cfg = model.default_cfg = settings
+    if hasattr(model, '_traits'):
+        model._traits = {**model._traits, 'first_conv': first_conv}
     if own and pretrained:
-        load_pretrained(model, config.to_dict(), num_classes=model.num_classes, in_chans=kwargs.get('in_chans') or 3)
+        load_pretrained(model, settings, num_classes=model.num_classes, in_chans=kwargs.get('in_chans') or 3)
     if features_only:
-        indices = range(len(model.feature_info)) if out_indices is None else out_indices
-        return FeatureGetterNet(model, out_indices=tuple(indices))
+        if out_indices is None:
+            out_indices = create(features_only=True, device='meta').feature_info.out_indices
+        return FeatureGetterNet(model, out_indices=out_indices, output_fmt=output_fmt)
     return model
+
+
+def _first_conv(model: nn.Module, name: Any) -> Any:
+    """Returns what timm adapts to other image channels: the first convolution, or its branches but the identity."""
+    conv = dict(model.named_modules()).get(name) if isinstance(name, str) else None
+    if not isinstance(conv, CSLAConv2d):
+        return name
+    return tuple(f'{name}.branches.{branch}' for branch in conv.branches if branch != 'identity')
 
 
 def _state_constructed_strides(plain: nn.Module, create: Callable[..., nn.Module], kwargs: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Which convolutions of a network can have branches, and the geometry that identifies them."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -91,6 +91,11 @@ class Geometry:
             groups=conv.groups,
         )
 
+    def has_kernel(self, shape: Sequence[int]) -> bool:
+        """Returns whether a kernel of shape (O, I/g, k_h, k_w) may be that of this convolution."""
+        inputs = shape[1] if self.in_channels is None else self.in_channels // self.groups
+        return tuple(shape) == (self.out_channels, inputs, *self.kernel_size)
+
     @classmethod
     def parse(cls, text: str) -> 'Geometry':
         """Parses what `str` makes of a geometry, such as `64 -> 128 channels, 3x3, stride 2x2, groups 1`.
@@ -135,6 +140,8 @@ def refusal(conv: nn.Module) -> str | None:
     elif conv._parameters.get('weight') is None:
         return 'its weight is computed from other parameters (pruned or weight-normalized)'
     assert isinstance(conv, nn.Conv2d)
+    if {'forward', '_conv_forward'} & set(vars(conv)):
+        return 'its forward method was replaced on the instance, so it may compute something else'
     if conv.padding_mode != 'zeros':
         return f"it pads with padding_mode='{conv.padding_mode}', not with zeros"
     if any(size % 2 == 0 for size in conv.kernel_size):

@@ -78,8 +78,9 @@ class CSLAConv2d(nn.Module):
 
     Adding up the kernels before one convolution gives the same function and the same gradients as adding up the
     branches' outputs, without their activations. The scales are buffers, or parameters in a Hyper-Search; the buffers
-    stay float32 whatever dtype the module is cast to. Works under `torch.compile`, `torch.export`, `torch.func`,
-    `torch.jit.trace`, autocast, double backward and on `meta`; `torch.jit.script` does not take it.
+    stay float32 whatever dtype the module is cast to. Works under `torch.compile`, `torch.export`, `torch.jit.trace`,
+    `torch.func.grad` and `vmap`, autocast, double backward and on `meta`; not under `torch.jit.script` and forward-mode
+    differentiation (`torch.func.jvp`, `hessian`).
 
     Args:
         conv: Gives shape, stride, padding, dilation, groups, bias, device and dtype; its weight is not read.
@@ -123,6 +124,8 @@ class CSLAConv2d(nn.Module):
         for branch in self._branches:
             weight = conv.weight.new_empty(branch.operator_shape(self._shape))
             vector = conv.weight.new_full((conv.out_channels,), value, dtype=dtype) if branch.scaled else None
+            if conv.weight.is_contiguous(memory_format=torch.channels_last) and weight.ndim == 4:
+                weight = weight.contiguous(memory_format=torch.channels_last)
             operator = _Operator(branch.draw_(weight), vector, trainable_scales)
             operator.requires_grad_(conv.weight.requires_grad)
             self.branches[branch.name] = operator
@@ -135,11 +138,15 @@ class CSLAConv2d(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Gives operators PyTorch's default initialization, identities ones, and scales their initial value."""
+        """Gives operators PyTorch's default initialization, identities ones, and scales their initial value.
+
+        Scales that came from elsewhere stay as they are.
+        """
         for branch, operator in self._operators():
             branch.draw_(operator.weight)
             if branch.scaled and self.initial_scale is not None:
                 operator.scale.fill_(self.initial_scale)
+        self.has_scales = self.has_scales or self.initial_scale is not None
 
     def _operators(self) -> list[tuple[Branch, Any]]:
         return list(zip(self._branches, self.branches.values()))
@@ -224,12 +231,17 @@ class CSLAConv2d(nn.Module):
         # A compiler finds out by itself what to keep, and a trace cannot record a Function of ours.
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
         # A padding with a name is not one of the backward function's.
-        if traced or not torch.is_grad_enabled() or isinstance(self.padding, str):
+        if traced or not torch.is_grad_enabled() or isinstance(self.padding, str) or x.ndim != 4:
             return F.conv2d(x, self.kernel(), self.bias, *geometry)
         device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # Autocast leaves float64 as it is.
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
         return _MergedConv2d.apply(x, self.bias, self._branches, self._shape, geometry, *self._tensors())
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._check_scales()
+        super()._save_to_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return (
@@ -244,6 +256,8 @@ class CSLAConv2d(nn.Module):
         for operator, scale in zip(constant, exact):
             # A cast would round the constants; leaving `meta` has no values to keep.
             operator.scale = operator.scale.float() if scale.is_meta else scale.to(operator.scale.device)
+            if scale.is_meta and not operator.scale.is_meta:
+                self.has_scales = False
         return self
 
 

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from .branches import Branch, make_branches
 from .convolutions import kernel_of, refusal
 from .csla import CSLAConv2d
-from .initialization import CarriedScales, ScalesMapping, branch_counts, carried_scales, scaled_conv
+from .initialization import (
+    CarriedScales,
+    ScalesMapping,
+    branch_counts,
+    carried_scales,
+    check_network,
+    scaled_conv,
+    unwrap,
+)
 from .vectors import check_vectors
 from .vectors import fingerprint as fingerprint_of
 
@@ -241,7 +249,8 @@ def _check_complete(model: nn.Module, carried: Mapping[str, CarriedScales]) -> N
         for sibling in each.siblings:
             replaced = modules.get(prefix + sibling)
             # A part of the network, such as a backbone without its last stage, may lack some.
-            if replaced is not None and prefix + sibling not in carried:
+            inside = any(found == prefix + sibling or found.startswith(f'{prefix}{sibling}.') for found in carried)
+            if replaced is not None and not inside:
                 raise ValueError(
                     f"'{prefix + sibling}' of {type(model).__name__} got scales, but a {type(replaced).__name__} "
                     f'without them has taken its place. Attach the scales after replacing modules.'
@@ -249,22 +258,31 @@ def _check_complete(model: nn.Module, carried: Mapping[str, CarriedScales]) -> N
 
 
 def _named_kernels(model: nn.Module, scales: ScalesMapping) -> list[_Kernel]:
-    # Wrappers for compilation and parallel training put these in front of names.
-    modules = {_unwrapped(name): module for name, module in model.named_modules()}
-    params = {_unwrapped(name): param for name, param in model.named_parameters()}
+    inner = unwrap(model)
+    if not isinstance(inner, torch.fx.GraphModule):
+        check_network(inner, scales)
+    modules = {_uncompiled(name): module for name, module in inner.named_modules()}
+    params = {_uncompiled(name): param for name, param in inner.named_parameters()}
     source = getattr(scales, 'source', '') or 'The scales'
+    geometry = getattr(scales, 'geometry', {})
     kernels = []
     for name, vectors in scales.items():
         if isinstance(modules.get(name), nn.Conv2d):
             found = scaled_conv(model, name, modules[name], scales)
             kernels.append(_Kernel(name, kernel_of(found.conv), found.branches, vectors))
             continue
-        original = f'{name}.parametrizations.weight.original'
-        weight = params.get(f'{name}.weight', params.get(original))
-        if weight is None or weight.ndim != 4:
+        weight = params.get(f'{name}.weight')
+        # What is left of a module in an exported graph is a plain holder of its parameters.
+        known = type(modules.get(name, nn.Module())) is nn.Module
+        if weight is None or weight.ndim != 4 or not known:
             raise ValueError(
                 f"{source} name a convolution '{name}', but {type(model).__name__} has neither such a convolution nor "
                 f"a parameter '{name}.weight' of four dimensions. Scales go by module name: use those of this network."
+            )
+        if name in geometry and not geometry[name].has_kernel(weight.shape):
+            raise ValueError(
+                f"{source} were searched with '{name}' of {geometry[name]}, but its kernel here has the shape "
+                f'{tuple(weight.shape)}. Use the scales of this network.'
             )
         check_vectors(name, vectors, len(weight), source=source)
         counts = branch_counts(scales, name)
@@ -273,8 +291,9 @@ def _named_kernels(model: nn.Module, scales: ScalesMapping) -> list[_Kernel]:
     return kernels
 
 
-def _unwrapped(name: str) -> str:
-    return '.'.join(part for part in name.split('.') if part not in ('_orig_mod', 'module'))
+def _uncompiled(name: str) -> str:
+    # A part of a model may be compiled.
+    return '.'.join(part for part in name.split('.') if part != '_orig_mod')
 
 
 def _check_tied(kernels: Sequence[_Kernel]) -> None:

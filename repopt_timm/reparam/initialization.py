@@ -23,6 +23,7 @@ __all__ = [
     'network_name',
     'prepare',
     'scaled_convs',
+    'unwrap',
 ]
 
 ScalesMapping = Mapping[str, Mapping[str, Tensor]]
@@ -63,11 +64,17 @@ class ScaledConv(NamedTuple):
     branches: tuple[Branch, ...]
 
 
-def network_name(model: nn.Module) -> str:
-    """Returns the name of a network: that of its architecture in timm, else its class's."""
+def unwrap(model: nn.Module) -> nn.Module:
+    """Returns the network inside of wrappers for compilation and parallel training."""
     inner: Any = model
     while hasattr(inner, '_orig_mod') or isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
         inner = inner._orig_mod if hasattr(inner, '_orig_mod') else inner.module
+    return inner
+
+
+def network_name(model: nn.Module) -> str:
+    """Returns the name of a network: that of its architecture in timm, else its class's."""
+    inner: Any = unwrap(model)
     name = getattr(inner, 'architecture', None)
     if not isinstance(name, str):
         config = getattr(inner, 'pretrained_cfg', None)
@@ -77,11 +84,8 @@ def network_name(model: nn.Module) -> str:
 
 def geometry_of(model: nn.Module, names: Mapping[str, object]) -> dict[str, Geometry]:
     """Reads the geometry of the named convolutions, plain or CSLA, in the order of the model's modules."""
-    geometry: dict[str, Geometry] = {}
-    for name, module in model.named_modules():
-        if name in names:
-            geometry[name] = Geometry.of(module, first=not geometry)
-    return geometry
+    convs = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d | CSLAConv2d)]
+    return {name: Geometry.of(conv, first=index == 0) for index, (name, conv) in enumerate(convs) if name in names}
 
 
 def branch_counts(scales: ScalesMapping, module: str) -> dict[str, int]:
@@ -97,6 +101,11 @@ def scaled_convs(model: nn.Module, scales: ScalesMapping) -> list[ScaledConv]:
         ValueError: If a named module is missing or is not a plain convolution, it is not the convolution that the
             scales were searched on, or a vector does not fit it.
     """
+    if not isinstance(scales, Mapping):
+        raise ValueError(
+            f'The scales are a {type(scales).__name__}, expected Scales or a mapping of module names to branch names '
+            f'to vectors. Scales go by module name, never by position.'
+        )
     modules = dict(model.named_modules())
     return [scaled_conv(model, name, modules.get(name), scales) for name in scales]
 

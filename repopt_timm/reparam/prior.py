@@ -151,6 +151,8 @@ def initial_scales(model: nn.Module, prior: Mapping[str, ConvPrior]) -> dict[str
 def _counted(branches: BranchCounts, name: str) -> dict[str, int]:
     try:
         return counted(branches)
+    except TypeError:
+        raise ValueError(f"'{name}': its branches are {branches!r:.80}, expected names or {{name: count}}.") from None
     except ValueError as error:
         raise ValueError(f"'{name}': {error}") from None
 

@@ -91,7 +91,8 @@ def csla(model: nn.Module, scales: ScalesMapping | Prior | None = None) -> nn.Mo
         carried = carried_scales(model)
         if not carried:
             raise ValueError(f'{type(model).__name__} carries no scales, so name them: csla(model, scales).')
-        scales = {name: each.vectors for name, each in carried.items()}
+        vectors = {name: each.vectors for name, each in carried.items()}
+        scales = _Counted(vectors, {name: each.counts for name, each in carried.items()})
     return convert_(copy.deepcopy(model), scales, trainable_scales=False)
 
 
@@ -139,6 +140,7 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
     else:
         prior = resolve_prior(model, given)
     modules = dict(model.named_modules())
+    _check_not_tied({name: modules[name] for name in prior})
     converted: dict[nn.Module, nn.Module] = {}
     for name, each in prior.items():
         conv: Any = modules[name]
@@ -146,8 +148,19 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
         twin = CSLAConv2d(conv, each.branches, initial, trainable_scales)
         if scales is not None:
             twin.set_vectors(scales[name], name)
+            twin.initial_scale = None
         converted[conv] = _take_over(conv, twin)
     return _replace(model, converted)
+
+
+def _check_not_tied(convs: Mapping[str, Any]) -> None:
+    owners: dict[Tensor, str] = {}
+    for name, conv in convs.items():
+        if (other := owners.setdefault(conv.weight, name)) != name:
+            raise ValueError(
+                f"'{other}' and '{name}' share one kernel, but their branches would be separate. Leave one of them out "
+                f'of the prior, or use one module in both places.'
+            )
 
 
 class _Counted(dict):
@@ -171,6 +184,12 @@ def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
     for name in _HOOKS:
         if hasattr(old, name):
             getattr(new, name).update(getattr(old, name))
+    new._is_full_backward_hook = old._is_full_backward_hook
+    for name, buffer in old._buffers.items():
+        new.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
+    for name, child in old._modules.items():
+        if name != 'branches':
+            new.add_module(name, child)
     for name, value in vars(old).items():
         if name not in vars(new) and name not in _OWN_ATTRIBUTES and not name.startswith('_'):
             setattr(new, name, value)

@@ -36,6 +36,8 @@ def check_vectors(
     if expected is not None and set(vectors) != set(expected):
         raise ValueError(f'{where} has scales for the branches {sorted(vectors)}, expected {sorted(expected)}.')
     for name, vector in vectors.items():
+        if not isinstance(vector, Tensor):
+            raise ValueError(f"{where}: the scale of branch '{name}' is a {type(vector).__name__}, expected a tensor.")
         shape = tuple(vector.shape)
         if vector.ndim != 1 or (channels is not None and shape != (channels,)):
             wanted = f'({channels},)' if channels is not None else 'one dimension'

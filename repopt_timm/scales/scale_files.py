@@ -112,7 +112,11 @@ def _modules_of(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]
         else:
             continue
         modules.setdefault(module, {})[branch] = tensor.flatten() if branch == 'identity' else tensor
-    return modules
+    # A convolution that is used in several places is there under each name, with the same memory.
+    first: dict[Any, str] = {}
+    for module, vectors in modules.items():
+        first.setdefault(tuple(sorted((branch, each.data_ptr()) for branch, each in vectors.items())), module)
+    return {module: modules[module] for module in first.values()}
 
 
 def _counts_of(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:

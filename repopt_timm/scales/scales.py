@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from ..files import replacing
@@ -24,7 +23,7 @@ from ..reparam import (
 )
 from ..reparam.branches import Branch
 from ..reparam.convolutions import conv_prior
-from ..reparam.initialization import check_network, scaled_convs
+from ..reparam.initialization import check_network, scaled_convs, unwrap
 from ..reparam.prior import Prior
 from ..reparam.vectors import check_vectors, fingerprint
 
@@ -82,12 +81,15 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
             module: {
                 branch: vector.detach().to('cpu', torch.float32).clone() for branch, vector in sorted(vectors.items())
             }
-            for module, vectors in modules.items()
+            for module, vectors in _checked(modules, source)
         }
         self._counts = {
             module: {branch: (counts or {}).get(module, {}).get(branch, 1) for branch in vectors}
             for module, vectors in self._modules.items()
         }
+        for module, branches in (counts or {}).items():
+            if unknown := sorted(set(branches) - set(self._modules.get(module, {}))):
+                raise ValueError(f"{where}: there is a count for '{module}', branch '{unknown[0]}', but no scale.")
         for module, vectors in self._modules.items():
             shape = self._geometry.get(module)
             check_vectors(module, vectors, shape.out_channels if shape else None, source=source)
@@ -166,7 +168,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         Raises:
             ValueError: If they were searched on another network; names the convolution and both geometries.
         """
-        inner = unwrap_model(unwrap_model(model))
+        inner = unwrap(model)
         check_network(inner, self)
         if twin_modules := {name: m for name, m in inner.named_modules() if isinstance(m, CSLAConv2d)}:
             for name in {**twin_modules, **self}:
@@ -228,7 +230,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         Raises:
             ValueError: If the model has no scales.
         """
-        model = unwrap_model(unwrap_model(model))
+        model = unwrap(model)
         modules: Mapping[str, Mapping[str, Tensor]] = twin_vectors(model)
         counts = {name: m.branch_counts for name, m in model.named_modules() if isinstance(m, CSLAConv2d)}
         if not modules:
@@ -294,3 +296,11 @@ def _check_branch(branch: str, count: int, shape: Geometry | None, where: str) -
         raise ValueError(f'{where}: {error}') from None
     if made.diagonal and shape is not None and shape.stride != (1, 1):
         raise ValueError(f'{where}: an identity branch needs stride 1, but the convolution has {shape}.')
+
+
+def _checked(modules: Mapping[str, Any], source: str) -> list[tuple[str, Mapping[str, Tensor]]]:
+    for module, vectors in modules.items():
+        if not isinstance(vectors, Mapping):
+            raise ValueError(f"{source or 'Scales'}: '{module}' has a {type(vectors).__name__}, expected a mapping.")
+        check_vectors(module, vectors, source=source)
+    return list(modules.items())

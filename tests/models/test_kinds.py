@@ -6,7 +6,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from repopt_timm import Scales, make_grad_mults, register_twins, to_plain
+from repopt_timm import Scales, make_grad_mults, register_twins, save_pretrained, to_plain
 from repopt_timm.models import ensure_registered
 from repopt_timm.names import ModelName
 from repopt_timm.reparam import kind_of
@@ -59,6 +59,23 @@ def test_features_only_gives_features_and_trains(kind):
     optimizer = timm.optim.create_optimizer_v2(model, 'sgd' if kind else 'repopt_sgd', lr=0.1)
     model(IMAGES)[-1].sum().backward()
     optimizer.step()
+
+
+def test_features_only_counts_from_the_end_like_timm():
+    expected = timm.create_model('test_resnet', features_only=True, out_indices=2).feature_info.channels()
+    assert twin('_hs', features_only=True, out_indices=2).feature_info.channels() == expected
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_weights_of_ones_own_are_adapted_to_other_image_channels(kind, tmp_path):
+    save_for_hf(twin(kind, scales=searched()), tmp_path, model_config={'num_classes': 5})
+    model = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, in_chans=1)
+    assert model(torch.randn(1, 1, 64, 64)).isfinite().all()
+
+
+def test_a_card_registers_the_model_before_it_is_created(tmp_path):
+    save_pretrained(twin(scales=searched()), tmp_path)
+    assert "repopt_timm.register_twins('test_resnet')" in (tmp_path / 'README.md').read_text()
 
 
 def test_registering_twice_and_by_name_is_safe():

@@ -140,6 +140,11 @@ def test_a_count_trains_as_many_operators_that_share_a_scale():
     torch.testing.assert_close(module.branches['kxk'].weight.grad[2], single.branches['kxk'].weight.grad)
 
 
+def replaced_forward(conv):
+    conv.forward = lambda x: x
+    return conv
+
+
 @pytest.mark.parametrize(
     ('conv', 'reason'),
     [
@@ -150,6 +155,7 @@ def test_a_count_trains_as_many_operators_that_share_a_scale():
         (nn.Conv2d(4, 4, 3, padding='valid'), 'its padding is'),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode='circular'), "padding_mode='circular'"),
         (weight_norm(nn.Conv2d(4, 4, 3, padding=1)), 'a parametrization computes its weight'),
+        (replaced_forward(nn.Conv2d(4, 4, 3, padding=1)), 'its forward method was replaced'),
         (l1_unstructured(nn.Conv2d(4, 4, 3, padding=1), 'weight', 1), 'computed from other parameters'),
     ],
 )

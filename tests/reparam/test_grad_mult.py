@@ -117,3 +117,34 @@ def test_a_count_multiplies_its_branch(rule, power):
     scales = Scales('', {'0': {'kxk': torch.full((4,), -3.0)}}, counts={'0': {'kxk': 5}})
     (mult,) = make_grad_mults(model, scales, rule).values()
     assert mult.dense().eq(5 * 3.0**power).all()
+
+
+@pytest.mark.parametrize(
+    ('other', 'message'),
+    [
+        (lambda: nn.Conv2d(4, 4, 5, padding=2), r"'1' of .*3x3.*, but its kernel here has the shape \(4, 4, 5, 5\)"),
+        (lambda: nn.Conv2d(4, 4, 3, padding=1, groups=2), r'its kernel here has the shape \(4, 2, 3, 3\)'),
+    ],
+)
+def test_kernels_found_by_name_have_to_be_those_of_the_search(other, message):
+    def net(conv):
+        return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), conv)
+
+    scales = Scales.initial(net(nn.Conv2d(4, 4, 3, padding=1)))
+    exported = torch.export.export(net(other()), (torch.randn(1, 4, 8, 8),)).module()
+    with pytest.raises(ValueError, match=message):
+        make_grad_mults(exported, scales)
+
+
+def test_modules_that_are_not_convolutions_are_not_found_by_name():
+    scales = {'0': {'kxk': torch.ones(4)}}
+    with pytest.raises(ValueError, match="neither such a convolution nor a parameter '0"):
+        make_grad_mults(nn.Sequential(nn.ConvTranspose2d(4, 4, 3)), scales)
+    with pytest.raises(ValueError, match='are a list, expected Scales or a mapping'):
+        prepare(nn.Sequential(nn.Conv2d(4, 4, 3)), [('0', {'kxk': torch.ones(4)})])
+
+
+def test_a_scaled_convolution_may_be_wrapped():
+    model = tiny_model(scales=random_scales())
+    model.stem.conv = nn.Sequential(model.stem.conv, nn.BatchNorm2d(16))
+    assert len(make_grad_mults(model)) == 7

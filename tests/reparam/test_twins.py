@@ -159,3 +159,67 @@ def test_scales_of_any_network_survive_card_file_and_hub(hub, client, tmp_path):
         mult = scales['conv1']['kxk'].square().view(-1, 1, 1, 1).expand_as(before).clone()
         mult[:, :, 3:4, 3:4] += scales['conv1']['1x1'].square().view(-1, 1, 1, 1)
         torch.testing.assert_close(target.conv1.weight.detach(), before - 0.1 * mult * target.conv1.weight.grad)
+
+
+def test_counts_of_carried_scales_are_the_twins():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+    scales = Scales.initial(model, {'0': {'kxk': 3}})
+    assert Scales.from_model(csla(prepare(model, scales))) == scales
+
+
+def test_tied_kernels_are_not_silently_untied():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="'0' and '1' share one kernel"):
+        hyper_search(model)
+
+
+def test_full_backward_hooks_and_buffers_of_a_convolution_stay():
+    model, seen = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), []
+    model[0].register_full_backward_hook(lambda *_: seen.append(1))
+    model[0].register_buffer('amax', torch.ones(1))
+    twin = hyper_search(model)
+    twin(torch.randn(1, 4, 5, 5, requires_grad=True)).sum().backward()
+    assert seen == [1]
+    assert 'amax' in dict(twin[0].named_buffers())
+    assert list(to_plain(twin).state_dict()) == list(model.state_dict())
+
+
+def test_given_scales_survive_a_reset_and_do_not_appear_from_nowhere():
+    scales = {'0': {'kxk': torch.full((4,), 3.0)}}
+    twin = csla(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), scales)
+    twin[0].reset_parameters()
+    assert twin[0].vectors()['kxk'].eq(3).all()
+    with torch.device('meta'):
+        model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+    empty = csla(model, scales).to_empty(device='cpu')
+    with pytest.raises(ValueError, match='has no scales yet'):
+        empty(torch.randn(1, 4, 5, 5))
+
+
+def test_a_submodule_called_module_is_no_wrapper():
+    model = nn.ModuleDict({'module': nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), 'head': nn.Conv2d(4, 4, 1)})
+    scales = Scales.from_model(hyper_search(model))
+    assert list(scales) == ['module.0', 'head']
+    assert len(make_grad_mults(prepare(model, scales), scales)) == 2
+
+
+def test_a_shared_convolution_is_once_in_a_checkpoint(tmp_path):
+    model = Neck()
+    search = hyper_search(model)
+    torch.save(search.state_dict(), tmp_path / 'search.pth')
+    assert load_scales(tmp_path / 'search.pth', model) == Scales.from_model(search)
+
+
+def test_a_csla_model_without_scales_is_not_saved():
+    with pytest.raises(ValueError, match='has no scales yet'):
+        csla(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), {'0': ['kxk']}).state_dict()
+
+
+def test_unbatched_images_channels_last_and_float64_work_like_a_convolutions():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)).to(memory_format=torch.channels_last)
+    twin = hyper_search(model)
+    twin(torch.randn(4, 5, 5)).sum().backward()
+    assert to_plain(twin)[0].weight.is_contiguous(memory_format=torch.channels_last)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert twin.double()(torch.randn(1, 4, 5, 5).double()).dtype == torch.float64
