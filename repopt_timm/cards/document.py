@@ -76,7 +76,7 @@ def eval_results(metrics: Mapping[str, float | str], source: str = 'metrics') ->
         source: What to call them in errors.
 
     Raises:
-        ValueError: If the dataset is missing, or a result is no number.
+        ValueError: If the dataset is missing, or a result is not a number.
     """
     dataset = metrics.get('dataset')
     if not isinstance(dataset, str) or not dataset:

@@ -7,7 +7,7 @@ Format version 2: the card's YAML front matter has a key `repopt` with
 * `modules`: for each convolution, in the order of the network, `branches` (their names, sorted), `counts` (name to
   count, without those of 1; not there if empty), `geometry` (`str(Geometry)`, such as
   `64 -> 128 channels, 3x3, stride 2x2, groups 1`; not there if unknown),
-  `channels` (where there is no geometry) and `data`: the branches' vectors one after the other as little-endian
+  `channels` (without a geometry) and `data`: the branches' vectors one after the other as little-endian
   float32, whose bytes are sorted by significance (all lowest bytes first), compressed by zlib, in base64;
 * `training`, only beside weights: how these were trained (plain data).
 """

@@ -59,7 +59,7 @@ def parse_hub_source(text: str) -> HubSource:
     """
     if not text.startswith(HUB_PREFIX):
         raise ValueError(
-            f"'{text}' is no source on the Hub, expected {HUB_PREFIX}user/repo or {HUB_PREFIX}user/repo@revision."
+            f"'{text}' is not a source on the Hub, expected {HUB_PREFIX}user/repo or {HUB_PREFIX}user/repo@revision."
         )
     repo_id, at, revision = text.removeprefix(HUB_PREFIX).partition('@')
     if at and not revision:
@@ -71,14 +71,16 @@ def check_source(repo_id: str, revision: str | None = None) -> HubSource:
     """Checks the names of a repository and a revision.
 
     Raises:
-        ValueError: If one of them is no such name.
+        ValueError: If one of them is not a valid name.
     """
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"'{repo_id}' is no name of a repository on the Hub, such as user/repo: {error}") from None
+        raise ValueError(
+            f"'{repo_id}' is not the name of a repository on the Hub, such as user/repo: {error}"
+        ) from None
     if revision is not None and (not _REVISION.fullmatch(revision) or '..' in revision):
-        raise ValueError(f"{repo_id}: '{revision}' is no name of a revision, expected a branch, tag or commit.")
+        raise ValueError(f"{repo_id}: '{revision}' is not the name of a revision, expected a branch, tag or commit.")
     return HubSource(repo_id, revision)
 
 
@@ -95,21 +97,21 @@ def download(
         repo_id: Name of the repository, `user/repo`.
         file: Name of the file in it.
         revision: Branch, tag or commit.
-        cache_dir: The client's cache when left out.
-        token: The token of `hf auth login` when left out.
+        cache_dir: Defaults to the client's cache.
+        token: Defaults to the token of `hf auth login`.
 
     Returns:
         Where it is in the cache.
 
     Raises:
-        ValueError: If a name is no name of a repository or revision.
+        ValueError: If a name is not that of a repository or revision.
         HubFileNotFoundError: If the repository has no such file.
-        HubError: If the file cannot be had for another reason.
+        HubError: If the file cannot be downloaded for another reason.
     """
     source = check_source(repo_id, revision)
     cache = None if cache_dir is None else os.fspath(cache_dir)
     if constants.HF_HUB_OFFLINE and try_to_load_from_cache(repo_id, file, cache, revision) is _CACHED_NO_EXIST:
-        # The client knows that there is none, but tells it apart from an unknown file only while it is online.
+        # The client knows that the file is missing, but reports it as unknown while it is offline.
         raise HubFileNotFoundError(_no_such_file(source, file))
     with _clear_errors(source, file, token):
         return Path(hf_hub_download(repo_id, file, revision=revision, cache_dir=cache, token=token))
@@ -131,16 +133,16 @@ def push_folder(
         write: Called with a folder that has the repository's card, if there is one, with the repository's full name,
             and with the names of its files; writes what is to be uploaded into the folder.
         message: Title of the commit.
-        private: Whether a new repository is private; the owner's default when left out.
+        private: Whether a new repository is private. Defaults to the owner's setting.
         revision: Branch to commit to.
         create_pr: Open a pull request instead of changing the branch.
-        token: The token of `hf auth login` when left out.
+        token: Defaults to the token of `hf auth login`.
 
     Returns:
         Address of the commit or pull request.
 
     Raises:
-        ValueError: If a name is no name of a repository or revision.
+        ValueError: If a name is not that of a repository or revision.
         HubError: If the repository cannot be written to.
     """
     source = check_source(repo_id, revision)

@@ -39,7 +39,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no checkpoint, or would need code to run.
+        ValueError: If the file is not a checkpoint, or would need code to run.
     """
     path = Path(path)
     if not path.is_file():
@@ -50,7 +50,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return {**tensors, '__metadata__': file.metadata() or {}}
         except SafetensorError as error:
-            raise ValueError(f"'{path}' is no readable safetensors file: {error}.") from None
+            raise ValueError(f"'{path}' is not a readable safetensors file: {error}.") from None
     _check_intact(path)
     try:
         with torch.serialization.safe_globals(_STAND_INS):
@@ -58,7 +58,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         raise ValueError(f"'{path}' is refused: {_refusal(path, error)}") from None
     except (EOFError, RuntimeError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"'{path}' is no readable checkpoint: {error}.") from None
+        raise ValueError(f"'{path}' is not a readable checkpoint: {error}.") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f"'{path}' holds a {type(checkpoint).__name__}, expected a dict of tensors or of a training run."

@@ -53,7 +53,7 @@ class Rows:
 
 
 def rows_of(param: Tensor, mult: GradMult, whole: bool = False) -> list[Rows]:
-    """Cuts a kernel, or what this process holds of it, into rows of about the size of a chunk, unless told not to."""
+    """Cuts a kernel, or what this process holds of it, into rows of about the size of a chunk, or leaves it whole."""
     start, stop = local_rows(param)
     mult, total, row = mult.rows(start, stop), stop - start, math.prod(param.shape[1:])
     count = max(1, total if whole else _chunk_size(param) // row)

@@ -215,28 +215,29 @@ def _resume(folder: Path, args: argparse.Namespace, state: TrainState) -> Path |
 def _check_changes(path: Path, checkpoint: dict[str, Any], args: argparse.Namespace, fingerprint: str | None) -> None:
     saved = checkpoint.get('args')
     changed = changed_arguments(saved, args)
-    told = ', '.join(f'{name} {old!r} -> {new!r}' for name, (old, new) in changed.items())
+    changes = ', '.join(f'{name} {old!r} -> {new!r}' for name, (old, new) in changed.items())
     args.overridden = getattr(saved, 'overridden', [])
     found = checkpoint.get('scales_fingerprint', fingerprint)
     if found != fingerprint:
         raise ValueError(
             f"'{path}' was saved with the scales {(found or 'none')[:12]}, not {(fingerprint or 'none')[:12]}. Resume "
-            f'with the --scales of the run, or start a new one.' + (f' Other differences: {told}.' if told else '')
+            f'with the --scales of the run, or start a new one.'
+            + (f' Other differences: {changes}.' if changes else '')
         )
     if 'opt' in changed:
         raise ValueError(
             f"'{path}' is of a run with the optimizer {changed['opt'][0]}, whose state {args.opt} cannot go on from "
-            f'({told}). Resume with --opt {changed["opt"][0]}, or start a new run with --initial-checkpoint.'
+            f'({changes}). Resume with --opt {changed["opt"][0]}, or start a new run with --initial-checkpoint.'
         )
     if changed and not args.override:
         raise ValueError(
-            f"'{path}' is of a run with other arguments: {told}. Resume with those of the run, which {ARGUMENTS_FILE} "
+            f"'{path}' is of a run with other arguments: {changes}. Resume with its own, which {ARGUMENTS_FILE} "
             f'beside it holds, or apply the new ones from here on with --override.'
         )
     if changed:
         done = len(checkpoint['history'])
-        args.overridden = [*args.overridden, f'after epoch {done}: {told}']
-        _logger.warning(f'After epoch {done} the run goes on with other arguments: {told}.')
+        args.overridden = [*args.overridden, f'after epoch {done}: {changes}']
+        _logger.warning(f'After epoch {done} the run goes on with other arguments: {changes}.')
     epochs = getattr(saved, 'epochs', args.epochs)
     if epochs != args.epochs:
         _logger.warning(f'The schedule is now that of {args.epochs} epochs, not of {epochs}.')
@@ -253,11 +254,11 @@ def _check_weights(model: nn.Module, epoch: int, args: argparse.Namespace) -> No
 
 
 def _log(row: dict[str, Any], loggers: list[Callable], args: argparse.Namespace) -> None:
-    told = {**row, 'epoch': row['epoch'] + 1}
+    shown = {**row, 'epoch': row['epoch'] + 1}
     for log in loggers:
-        log(told)
+        log(shown)
     values = ', '.join(f'{key} {value:.4g}' for key, value in row.items() if key != 'epoch')
-    _logger.info(f'epoch {told["epoch"]}/{args.total_epochs}: {values}')
+    _logger.info(f'epoch {shown["epoch"]}/{args.total_epochs}: {values}')
 
 
 def _with_kwargs(flag: str, kwargs: dict[str, Any]) -> str:
@@ -367,8 +368,8 @@ def _make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: 
     if args.rank == 0:
         count = sum(param.numel() for param in model.parameters())
         carried = getattr(model, 'scales', None)
-        told = f', scales {carried.fingerprint[:12]}' if carried is not None else ''
-        _logger.info(f'{args.model}: {count / 1e6:.1f} M parameters, {model.num_classes} classes, {args.opt}{told}')
+        suffix = f', scales {carried.fingerprint[:12]}' if carried is not None else ''
+        _logger.info(f'{args.model}: {count / 1e6:.1f} M parameters, {model.num_classes} classes, {args.opt}{suffix}')
     return model
 
 

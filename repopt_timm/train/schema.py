@@ -72,12 +72,12 @@ class Argument:
         if self.kind is str:
             return 'text'
         limits = [('at least', self.low), ('above', self.above), ('at most', self.high), ('below', self.below)]
-        told = ' and '.join(f'{word} {limit:g}' for word, limit in limits if limit is not None)
+        limits_text = ' and '.join(f'{word} {limit:g}' for word, limit in limits if limit is not None)
         what = 'whole number' if self.kind is int else 'finite number'
         if self.count:
             counts = ' or '.join(str(count) for count in self.count) + ' ' if self.count != _ANY_COUNT else ''
-            return f'{counts}{what}s {told}'.rstrip()
-        return f'a {what} {told}'.rstrip()
+            return f'{counts}{what}s {limits_text}'.rstrip()
+        return f'a {what} {limits_text}'.rstrip()
 
     def parse(self, text: Any, where: str) -> Any:
         """Converts what the command line gives: text, a list of texts, or the default of a flag.

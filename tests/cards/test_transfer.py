@@ -195,13 +195,13 @@ def test_tokens_stay_out_of_errors(hub, client, token):
     [
         ('ann/tiny', 'expected hf-hub:user/repo'),
         ('hf-hub:ann/tiny@', "names no revision after the '@'"),
-        ('hf-hub:../../secret', 'is no name of a repository'),
-        ('hf-hub:ann/../..', 'is no name of a repository'),
-        ('hf-hub:/etc', 'is no name of a repository'),
-        ('hf-hub:', 'is no name of a repository'),
-        ('hf-hub:ann/tiny@../../main', 'is no name of a revision'),
-        ('hf-hub:ann/tiny@/etc/passwd', 'is no name of a revision'),
-        ('hf-hub:ann/tiny@a@b', 'is no name of a revision'),
+        ('hf-hub:../../secret', 'is not the name of a repository'),
+        ('hf-hub:ann/../..', 'is not the name of a repository'),
+        ('hf-hub:/etc', 'is not the name of a repository'),
+        ('hf-hub:', 'is not the name of a repository'),
+        ('hf-hub:ann/tiny@../../main', 'is not the name of a revision'),
+        ('hf-hub:ann/tiny@/etc/passwd', 'is not the name of a revision'),
+        ('hf-hub:ann/tiny@a@b', 'is not the name of a revision'),
     ],
 )
 def test_a_source_cannot_lead_out_of_the_cache(text, message):
