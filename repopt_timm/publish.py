@@ -76,7 +76,7 @@ def save_pretrained(
     Args:
         model: A timm model, or a checkpoint of a run.
         directory: Where to.
-        scales: The scales that it was trained with. Defaults to those that the model carries.
+        scales: The scales that it was trained with. Defaults to what the model carries.
         metrics: Results as the Hub shows them, such as `{'dataset': 'cifar10', 'top1': 93.1}`, in percent.
             Defaults to those of the checkpoint, unless `precision` is `int8`.
         training: How the weights were trained, plain data for the card. Defaults to what the checkpoint states.

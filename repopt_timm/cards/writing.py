@@ -36,7 +36,7 @@ def write_card(
     """Writes the card of a directory, and the picture of its scales; what else an existing card says survives.
 
     Args:
-        directory: Where to; the files that are there are those that the card is about.
+        directory: Folder of the card, and of the files that it describes.
         repo_id: Name that the repository has on the Hub. Defaults to a placeholder with the directory's name.
         model_name: Name of the model in timm.
         scales: The scales. Defaults to what the card has already.

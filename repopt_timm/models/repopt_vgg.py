@@ -185,7 +185,7 @@ class RepOptVgg(ByobNet):
 
     @property
     def scales(self) -> Scales | None:
-        """The scales of an `_hs` or `_csla` model, or those that a plain one carries; None without any."""
+        """The scales of an `_hs` or `_csla` model, or what a plain one carries; None without any."""
         if carried_scales(self) or any(isinstance(m, CSLAConv2d) and m.has_scales for m in self.modules()):
             return Scales.from_model(self)
         return None

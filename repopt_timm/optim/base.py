@@ -32,7 +32,7 @@ class Rows:
 
     Attributes:
         param: The kernel.
-        start: First row, of those that this process holds.
+        start: First row, counted from the first that this process holds.
         stop: Row after the last.
         size: Number of elements.
         is_last: Whether they are the last of the kernel.

@@ -157,7 +157,7 @@ def build_repopt_sgd(
         lr: Learning rate.
         momentum: Momentum factor.
         weight_decay: L2 penalty.
-        init: Initialize the weights; False goes on from those that the model has.
+        init: Initialize the weights; False keeps the model's own.
 
     Raises:
         ValueError: If the scales do not fit the model.

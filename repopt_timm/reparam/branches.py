@@ -86,7 +86,7 @@ def counted(branches: BranchCounts) -> dict[str, int]:
     """Returns branch name to count, sorted by name.
 
     Raises:
-        ValueError: If a name stands there twice, or there are no branches.
+        ValueError: If a name stands there twice, or the branches are empty.
     """
     if isinstance(branches, str):
         raise ValueError(f"The branches are the text '{branches}', expected a list such as ['{branches}'].")

@@ -184,7 +184,7 @@ def make_grad_mults(model: nn.Module, scales: ScalesMapping | None = None, updat
         model: The model, or any wrapper around it: convolutions are found wherever they are. With `scales` it may have
             no convolutions at all, as after `torch.export` or a pt2e preparation: kernels are then found by the name
             of the parameter, `<module>.weight`.
-        scales: Module name to branch name to vector of shape (O,). Defaults to those that the convolutions carry.
+        scales: Module name to branch name to vector of shape (O,). Defaults to what the convolutions carry.
         update_rule: `sgd` for the power 2, `adamw` for the power 1.
 
     Returns:

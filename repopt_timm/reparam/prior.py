@@ -98,7 +98,7 @@ def resolve_prior(model: nn.Module, prior: Prior | None = None) -> dict[str, Con
     Args:
         model: Network whose modules it names.
         prior: Module name to branch names, to {branch name: count} or to `ConvPrior`; a function that returns such a
-            mapping for the model; Defaults to `repvgg_prior`.
+            mapping for the model. Defaults to `repvgg_prior`.
 
     Returns:
         Module name to prior, in the order of the model's modules.

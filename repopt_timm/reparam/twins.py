@@ -78,7 +78,7 @@ def csla(model: nn.Module, scales: ScalesMapping | Prior | None = None) -> nn.Mo
 
     Args:
         model: See `hyper_search`.
-        scales: The scales; Defaults to those that the model's convolutions carry. A prior gives a twin without scales,
+        scales: The scales. Defaults to what the model's convolutions carry. A prior gives a twin without scales,
             which raises until a checkpoint brings them.
 
     Returns:

@@ -221,7 +221,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
 
     @classmethod
     def from_model(cls, model: nn.Module, provenance: Mapping[str, Any] | None = None) -> 'Scales':
-        """Reads the scales of a Hyper-Search or CSLA model, or those that a plain model carries.
+        """Reads the scales of a Hyper-Search or CSLA model, or what a plain model carries.
 
         Args:
             model: Any model with `CSLAConv2d` modules or attached scales.
