@@ -440,7 +440,10 @@ class _Handler(BaseHTTPRequestHandler):
         lines = [json.loads(line) for line in b''.join(self.chunks()).splitlines() if line.strip()]
         with self.hub.lock:
             ref = repo.find_ref(self.args['rev'])
-            files = repo.files(ref)
+            parent = lines[0]['value'].get('parentCommit', repo.resolve(ref))
+            if parent != repo.resolve(ref) and not create_pr:
+                raise ApiError(412, 'A commit has happened since. Please refresh and try again.')
+            files = repo.files(parent)
             for line in lines:
                 if line['key'] != 'header':
                     files[line['value']['path']] = self.changed_file(repo, line['key'], line['value'])

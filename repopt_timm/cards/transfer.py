@@ -1,7 +1,9 @@
 """Repositories on the Hugging Face Hub: files down, folders up, and one kind of error for whatever goes wrong."""
 
 import os
+import random
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import NamedTuple
 from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     HTTPError,
@@ -32,9 +35,20 @@ HUB_PREFIX = 'hf-hub:'
 # What git allows in the name of a branch or tag, less what could lead out of the cache.
 _REVISION = re.compile(r'\w[\w.+#/-]*')
 
+# Of several pushes that meet, one gets through each time; the others read what it wrote, and try again.
+_ATTEMPTS = 12
+_FIRST_WAIT, _LONGEST_WAIT = 0.5, 8.0
+_MOVED = (409, 412)
+
 
 class HubError(OSError):
-    """Something on the Hub is missing, closed or out of reach; the text names the repository and the next step."""
+    """Something on the Hub is missing, closed or out of reach; the text names the repository and the next step.
+
+    Attributes:
+        status: The HTTP status of the answer, if there was one.
+    """
+
+    status: int | None = None
 
 
 class HubFileNotFoundError(HubError):
@@ -128,10 +142,13 @@ def push_folder(
 ) -> str:
     """Writes files into a folder and uploads them in one commit; the repository and the branch are made if need be.
 
+    If somebody else commits to the branch meanwhile, their card is read and `write` called again: nothing is lost.
+
     Args:
         repo_id: Name of the repository, `user/repo`, or `repo` for one of the token's owner.
         write: Called with a folder that has the repository's card, if there is one, with the repository's full name,
-            and with the names of its files; writes what is to be uploaded into the folder.
+            and with the names of its files; writes what is to be uploaded into the folder. Called again for each
+            attempt.
         message: Title of the commit.
         private: Whether a new repository is private. Defaults to the owner's setting.
         revision: Branch to commit to.
@@ -147,24 +164,47 @@ def push_folder(
     """
     source = check_source(repo_id, revision)
     api = HfApi(token=token)
+    with _clear_errors(source, None, token):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith('refs/'):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+    source = HubSource(repo_id, revision)
+    for attempt in range(_ATTEMPTS - 1):
+        try:
+            return _commit(api, source, write, message, create_pr)
+        except HubError as error:
+            if error.status not in _MOVED:
+                raise
+        time.sleep(random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt)))
+    return _commit(api, source, write, message, create_pr)
+
+
+def _commit(
+    api: HfApi,
+    source: HubSource,
+    write: Callable[[Path, str, frozenset[str]], None],
+    message: str,
+    create_pr: bool,
+) -> str:
+    """Makes one commit on what the branch is now; the Hub refuses it (412) if the branch moves meanwhile."""
+    repo_id, revision = source
     with TemporaryDirectory(prefix='repopt-timm-') as name:
         folder = Path(name)
-        with _clear_errors(source, None, token):
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not create_pr and not revision.startswith('refs/'):
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
-            files = frozenset(api.list_repo_files(repo_id, revision=revision))
+        with _clear_errors(source, None, api.token):
+            parent = api.repo_info(repo_id, revision=revision).sha
+            files = frozenset(api.list_repo_files(repo_id, revision=parent))
         if CARD_FILE in files:
             with TemporaryDirectory(prefix='repopt-timm-') as cache, replacing(folder / CARD_FILE) as card:
-                card.write_bytes(download(repo_id, CARD_FILE, revision, cache, token).read_bytes())
+                card.write_bytes(download(repo_id, CARD_FILE, parent, cache, api.token).read_bytes())
         write(folder, repo_id, files)
-        with _clear_errors(source, None, token, folder / CARD_FILE):
+        with _clear_errors(source, None, api.token, folder / CARD_FILE):
             commit = api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
                 revision=revision,
                 create_pr=create_pr,
                 commit_message=message,
+                parent_commit=parent,
             )
     return commit.pr_url or commit.commit_url
 
@@ -173,11 +213,14 @@ def push_folder(
 def _clear_errors(
     source: HubSource, file: str | None, token: str | bool | None, card: Path | None = None
 ) -> Iterator[None]:
-    kind = HubError
+    kind, status = HubError, None
     try:
         yield
     except (EntryNotFoundError, HTTPError, OfflineModeIsEnabled, ConnectionError, TimeoutError, RuntimeError) as error:
-        text = _explain(error, source, file, card)
+        if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, HfHubHTTPError):
+            # The client calls any answer other than a redirect a failed connection.
+            error = error.__cause__
+        text, status = _explain(error, source, file, card), _status(error)
         if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
             kind = HubFileNotFoundError
     except OSError as error:
@@ -188,7 +231,14 @@ def _clear_errors(
     else:
         return
     # Without the client's own error as a cause: its text, and those that led to it, may show a token.
-    raise kind(scrub(text, token, get_token())) from None
+    raised = kind(scrub(text, token, get_token()))
+    raised.status = status
+    raise raised from None
+
+
+def _status(error: Exception) -> int | None:
+    response = getattr(error, 'response', None)
+    return None if response is None else response.status_code
 
 
 def _explain(error: Exception, source: HubSource, file: str | None, card: Path | None) -> str:
@@ -196,6 +246,11 @@ def _explain(error: Exception, source: HubSource, file: str | None, card: Path |
     if isinstance(error, RevisionNotFoundError):
         return (
             f'{wanted}: the repository has no such revision. Look at its branches and tags, or leave the revision out.'
+        )
+    if isinstance(error, GatedRepoError):
+        return (
+            f'{wanted}: the repository is gated, and this token has no access to it. Ask for access on '
+            f'{constants.ENDPOINT}/{source.repo_id}, and log in with `hf auth login` or set HF_TOKEN.'
         )
     if isinstance(error, RepositoryNotFoundError):
         return (
@@ -208,26 +263,40 @@ def _explain(error: Exception, source: HubSource, file: str | None, card: Path |
         )
     if isinstance(error, EntryNotFoundError):
         return _no_such_file(source, file)
-    if isinstance(error, HfHubHTTPError) and error.response is not None:
-        return _explain_status(error, source, wanted, card)
+    status = _status(error)
+    if status is not None:
+        return f'{wanted}: {_explain_status(status, error, source, file, card)}'
     return _unreachable(source, file, error)
 
 
-def _explain_status(error: HfHubHTTPError, source: HubSource, wanted: str, card: Path | None) -> str:
-    status = error.response.status_code
+def _explain_status(status: int, error: Exception, source: HubSource, file: str | None, card: Path | None) -> str:
     if status == 401:
-        return f'{wanted}: the Hub does not accept the token (401). Log in again with `hf auth login` or set HF_TOKEN.'
+        return 'the Hub does not accept the token (401). Log in again with `hf auth login` or set HF_TOKEN.'
+    if status == 403 and file is not None:
+        return (
+            f'this token may not read it (403). Use one with read access to {source.repo_id}; a gated repository needs '
+            f'your consent on {constants.ENDPOINT}/{source.repo_id} first.'
+        )
     if status == 403:
         return (
-            f'{wanted}: this token may not do that (403). Use one with write access to {source.repo_id}, push to a '
-            f'repository of your own, or open a pull request with create_pr=True.'
+            f'this token may not do that (403). Use one with write access to {source.repo_id}, push to a repository '
+            f'of your own, or open a pull request (--create-pr, create_pr=True).'
+        )
+    if status in _MOVED:
+        return (
+            f'others went on changing the branch ({status}): {_ATTEMPTS} attempts to add to it came too late. Nothing '
+            f'was changed; push again when they have finished, or to a branch of your own (--revision).'
         )
     if status == 413 and card is not None and card.is_file():
         return (
-            f'{wanted}: the Hub refuses the card {CARD_FILE} of {card.stat().st_size} bytes as too large (413). '
-            f'Shorten its text, or its provenance.'
+            f'the Hub refuses the card {CARD_FILE} of {card.stat().st_size} bytes as too large (413). Shorten its '
+            f'text, or its provenance.'
         )
-    return f'{wanted}: the Hub answers {status}: {_reason(error)}. Try again later.'
+    if status == 429:
+        return f'the Hub takes no more requests from you for now (429): {_reason(error)}. Wait a while, then try again.'
+    if status >= 500:
+        return f'the Hub answers {status}: {_reason(error)}. That is a problem of the Hub: try again later.'
+    return f'the Hub refuses that ({status}): {_reason(error)}. Mend what it names, then try again.'
 
 
 def _offline(source: HubSource, file: str | None) -> str:

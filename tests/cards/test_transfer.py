@@ -1,15 +1,19 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from huggingface_hub import HfApi, ModelCard, constants
 
 from repopt_timm import load_scales, push_scales, save_scales_card
+from repopt_timm.cards import transfer
+from repopt_timm.cards.document import eval_results
 from repopt_timm.cards.format import encode_scales
-from repopt_timm.cards.transfer import HubError, HubFileNotFoundError, download, parse_hub_source
+from repopt_timm.cards.transfer import HubError, HubFileNotFoundError, download, parse_hub_source, push_folder
+from repopt_timm.cards.writing import write_card
 
-from ..helpers import random_scales
+from ..helpers import TINY, random_scales
 
 REPO = 'ann/tiny'
 
@@ -166,11 +170,64 @@ def test_a_card_that_is_too_large_is_told_its_size(hub, client, scales):
     assert load_scales(f'hf-hub:{REPO}') == scales
 
 
-def test_a_failing_hub_is_told(hub, client, scales):
-    hub.fail_requests(500, pattern='/commit/')
-    with pytest.raises(HubError, match='hf-hub:ann/tiny: the Hub answers 500'):
-        push_scales(random_scales(), REPO)
+ANSWERS = {
+    400: r'the Hub refuses that \(400\): .*Mend what it names',
+    401: r'the Hub does not accept the token \(401\)\. Log in again',
+    403: r'this token may not do that \(403\)\. Use one with write access to ann/tiny',
+    412: r'others went on changing the branch \(412\).*push again when they have finished',
+    413: r'the Hub refuses the card README\.md of \d+ bytes as too large \(413\)',
+    500: r'the Hub answers 500: .*a problem of the Hub: try again later',
+}
+
+
+def test_each_answer_to_a_push_has_its_own_next_step(hub, client, scales, monkeypatch):
+    monkeypatch.setattr(transfer, '_FIRST_WAIT', 0)
+    for status, message in ANSWERS.items():
+        hub.faults.clear()
+        hub.fail_requests(status, times=99, pattern='/commit/')
+        with pytest.raises(HubError, match=f'hf-hub:ann/tiny: {message}') as caught:
+            push_folder(REPO, lambda folder, name, files: (folder / 'new.txt').touch(), 'title')
+        assert caught.value.status == status
     assert load_scales(f'hf-hub:{REPO}') == scales
+
+
+def test_a_download_that_is_forbidden_is_not_called_a_network_problem(hub, client, scales):
+    client('other')
+    hub.fail_requests(403, times=9, pattern='/resolve/')
+    with pytest.raises(HubError, match=r'README\.md: this token may not read it \(403\).*read access to ann/tiny'):
+        load_scales(f'hf-hub:{REPO}')
+
+
+def test_an_edit_of_the_card_during_a_push_survives_it(hub, client, scales, monkeypatch):
+    monkeypatch.setattr(transfer, '_FIRST_WAIT', 0)
+    edited = []
+
+    def write(folder, name, files):
+        if not edited:
+            card = hub.repo(REPO).read('README.md') + b'A line of a person.\n'
+            edited.append(HfApi().upload_file(path_or_fileobj=card, path_in_repo='README.md', repo_id=REPO))
+        write_card(folder, name, TINY, None, eval_results({'dataset': 'digits', 'top1': 90}), published=files)
+
+    push_folder(REPO, write, 'Results')
+    card = ModelCard(hub.repo(REPO).read('README.md').decode())
+    assert card.text.endswith('A line of a person.\n')
+    assert [result.metric_value for result in card.data.eval_results] == [90]
+    assert load_scales(f'hf-hub:{REPO}') == scales
+
+
+def test_eight_pushes_at_once_lose_nothing(hub, client, monkeypatch):
+    monkeypatch.setattr(transfer, '_FIRST_WAIT', 0.02)
+
+    def push(number):
+        results = eval_results({'dataset': f'data{number}', 'top1': 90 + number})
+        return push_folder(
+            REPO, lambda folder, name, _: write_card(folder, name, TINY, None, results), f'push {number}'
+        )
+
+    with ThreadPoolExecutor(8) as pool:
+        assert len(set(pool.map(push, range(8)))) == 8
+    card = ModelCard(hub.repo(REPO).read('README.md').decode())
+    assert {result.metric_value for result in card.data.eval_results} == set(range(90, 98))
 
 
 def test_a_tampered_card_on_the_hub_is_refused(hub, client, scales):
