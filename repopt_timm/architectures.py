@@ -1,11 +1,9 @@
 """The RepOpt-VGG architectures as plain data: depths and widths."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-__all__ = ['ARCHITECTURES', 'DEFAULT_STRIDES', 'Architecture', 'infer_architecture']
-
-DEFAULT_STRIDES = (2, 2, 2, 2, 2)
+__all__ = ['ARCHITECTURES', 'Architecture', 'infer_architecture']
 
 
 @dataclass(frozen=True)
@@ -13,8 +11,8 @@ class Architecture:
     """Depths and widths of a RepOpt-VGG variant.
 
     Attributes:
-        depths: Number of blocks in each of the four stages.
-        widths: Channels of the stem and of the four stages.
+        depths: Number of blocks in each stage.
+        widths: Channels of the stem and of each stage.
         use_se: Squeeze-and-excitation after the ReLU of every block.
     """
 
@@ -22,12 +20,44 @@ class Architecture:
     widths: tuple[int, ...]
     use_se: bool = False
 
+    def with_numbers(self, depths: Sequence[int] | None = None, widths: Sequence[int] | None = None) -> 'Architecture':
+        """Returns the architecture with other depths or widths; None keeps its own.
+
+        Raises:
+            ValueError: If they are not positive integers, one width more than depths.
+        """
+        chosen = replace(
+            self, depths=_numbers('depths', depths, self.depths), widths=_numbers('widths', widths, self.widths)
+        )
+        if len(chosen.widths) != len(chosen.depths) + 1:
+            raise ValueError(
+                f'depths={chosen.depths} and widths={chosen.widths}: expected one width more than depths, for the stem '
+                f'and each stage. Give both.'
+            )
+        return chosen
+
+    def arguments(
+        self, depths: Sequence[int], widths: Sequence[int], strides: Sequence[int]
+    ) -> dict[str, tuple[int, ...]]:
+        """Returns the arguments of `timm.create_model` by which a network differs from this architecture."""
+        own = {'depths': self.depths, 'widths': self.widths, 'strides': (2,) * (len(depths) + 1)}
+        given = {'depths': tuple(depths), 'widths': tuple(widths), 'strides': tuple(strides)}
+        return {name: numbers for name, numbers in given.items() if numbers != own[name]}
+
     def out_channels(self) -> dict[str, int]:
         """Returns the module name of each convolution, to its number of output channels."""
         channels = {'stem.conv': self.widths[0]}
         for stage, (depth, width) in enumerate(zip(self.depths, self.widths[1:])):
             channels |= {f'stages.{stage}.{index}.conv': width for index in range(depth)}
         return channels
+
+
+def _numbers(name: str, given: Sequence[int] | None, own: tuple[int, ...]) -> tuple[int, ...]:
+    if given is None:
+        return own
+    if not isinstance(given, list | tuple) or not given or not all(type(each) is int and each > 0 for each in given):
+        raise ValueError(f'{name}={given!r:.80}: expected positive integers, such as {own}.')
+    return tuple(given)
 
 
 def _vgg(depths: tuple[int, ...], factors: tuple[float, ...], base: int = 64, use_se: bool = False) -> Architecture:
@@ -47,6 +77,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     'repopt_vgg_l1': _vgg((8, 14, 24, 1), (2.0, 2.0, 2.0, 4.0)),
     'repopt_vgg_l2': _vgg((8, 14, 24, 1), (2.5, 2.5, 2.5, 5.0)),
     'repopt_vgg_d2se': _vgg((8, 14, 24, 1), (2.5, 2.5, 2.5, 5.0), use_se=True),
+    # For depths and widths of the user's own: A0's unless given.
+    'repopt_vgg': _vgg((2, 4, 14, 1), (0.75, 0.75, 0.75, 2.5)),
     'test_repopt_vgg': _vgg((1, 2, 2, 1), (1.0, 1.0, 1.0, 1.0), base=16),
 }
 

@@ -6,8 +6,12 @@ from .architectures import ARCHITECTURES
 
 __all__ = ['KINDS', 'PREFIX', 'ModelName']
 
-KINDS = {'hs': '_hs', 'csla': '_csla', 'target': ''}
-"""Kind of model to the end of its name: Hyper-Search, CSLA, and the plain network that is trained and deployed."""
+KINDS = {'hs': '_hs', 'csla': '_csla', 'branches': '_branches', 'target': ''}
+"""Kind of model to the end of its name.
+
+`hs` Hyper-Search, `csla` constant scales, `branches` the multi-branch original, which an ordinary optimizer trains, and
+`target` the plain network that is trained and deployed.
+"""
 
 PREFIX = 'repopt_'
 
@@ -18,7 +22,7 @@ class ModelName:
 
     Attributes:
         architecture: Name of the plain network, `repopt_vgg_a0`.
-        kind: `target`, `hs` or `csla`.
+        kind: `target`, `hs`, `csla` or `branches`.
         tag: Name of weights, `cifar10`; empty for none.
     """
 

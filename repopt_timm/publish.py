@@ -14,7 +14,7 @@ from timm.data import resolve_data_config
 from timm.models import save_for_hf
 from torch import nn
 
-from .architectures import ARCHITECTURES, DEFAULT_STRIDES
+from .architectures import ARCHITECTURES
 from .cards.document import CARD_FILE, eval_results
 from .cards.text import CURVES_FILE, SCALES_PICTURE, WEIGHTS_FILE
 from .cards.transfer import push_folder
@@ -23,6 +23,7 @@ from .checkpoints.packing import PRECISIONS, pack
 from .checkpoints.read import read_checkpoint, select_state_dict
 from .files import replacing
 from .models import RepOptVgg, ensure_registered
+from .models.strided_byobnet import RepVgg
 from .names import ModelName
 from .plot import plot_curves
 from .reparam import attach_scales, kind_of
@@ -254,14 +255,15 @@ def _scales_of(model: nn.Module) -> Scales | None:
 def _model_args(model: nn.Module) -> dict[str, Any]:
     # Later versions of timm record them themselves, those about 1.0.26 write only what is named here.
     args: dict[str, Any] = {}
-    if isinstance(model, RepOptVgg):
-        if tuple(model.strides) != DEFAULT_STRIDES:
-            args['strides'] = list(model.strides)
+    if isinstance(model, RepVgg):
+        own = ARCHITECTURES[ModelName.parse(_timm_name(model)).architecture]
+        chosen = own.arguments(model.depths, model.widths, model.strides)
+        args |= {name: list(numbers) for name, numbers in chosen.items()}
         use_se = not isinstance(model.stem.attn, nn.Identity)
-        if use_se != ARCHITECTURES[model.architecture].use_se:
+        if use_se != own.use_se:
             args['use_se'] = use_se
-        if model.stem.conv.in_channels != 3:
-            args['in_chans'] = model.stem.conv.in_channels
+        if model.in_chans != 3:
+            args['in_chans'] = model.in_chans
         if model.head.global_pool.pool_type != 'avg':
             args['global_pool'] = model.head.global_pool.pool_type
     return args

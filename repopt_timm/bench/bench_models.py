@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from ..architectures import ARCHITECTURES, Architecture
 from ..models import RepOptVgg, make_kind
+from ..models.strided_byobnet import RepVgg
 from ..optim import RepOptSGD
 from ..reparam import CSLAConv2d, carried_scales, make_grad_mults, prepare
 from ..reporting import take_turns, time_call
@@ -79,15 +79,7 @@ def hyper_search(architecture: Architecture, device: torch.device) -> nn.Module:
 
 def repvgg(architecture: Architecture, device: torch.device) -> nn.Module:
     """Makes the RepVGG with these depths and widths: timm's own, if timm has it."""
-    blocks = tuple(
-        ByoBlockCfg(type='rep', d=depth, c=width, s=2, gs=0)
-        for depth, width in zip(architecture.depths, architecture.widths[1:])
-    )
-    attention: dict[str, Any] = {}
-    if architecture.use_se:
-        attention = {'attn_layer': 'se', 'attn_kwargs': {'rd_ratio': 1 / 16, 'rd_divisor': 1}}
-    cfg = ByoModelCfg(blocks=blocks, stem_type='rep', stem_chs=architecture.widths[0], **attention)
-    return ByobNet(cfg, device=device).to(memory_format=memory_format(device))
+    return RepVgg(architecture, device=device).to(memory_format=memory_format(device))
 
 
 class SeparateBranches(nn.Module):

@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..architectures import ARCHITECTURES, DEFAULT_STRIDES
+from ..architectures import ARCHITECTURES
 from ..names import ModelName
+from ..reparam import Geometry
 from ..scales import Scales, scales_table
 
 __all__ = ['CURVES_FILE', 'SCALES_PICTURE', 'WEIGHTS_FILE', 'render_body']
@@ -111,7 +112,7 @@ def _usage(repo_id: str, model_name: str, weights: bool, scales: Scales | None) 
         ]
     if scales is not None:
         name = ModelName.parse(model_name)
-        size = f'num_classes=100{_strides_argument(scales)}'
+        size = f'num_classes=100{_numbers(scales)}'
         make = _create(f"'{name.architecture}'", size, f'scales={hub}')
         snippets += ['Train a new model with these scales:', _python(*register, make, _optimizer('repopt_sgd', 0.1))]
     if weights:
@@ -127,12 +128,18 @@ def _usage(repo_id: str, model_name: str, weights: bool, scales: Scales | None) 
     return snippets
 
 
-def _strides_argument(scales: Scales) -> str:
-    if scales.architecture not in ARCHITECTURES or not scales.geometry:
+def _numbers(scales: Scales) -> str:
+    """Returns the arguments by which the network that scales were searched on differs from its architecture."""
+    own = ARCHITECTURES.get(scales.architecture)
+    stages: dict[str, list[Geometry]] = {}
+    for name, each in scales.geometry.items():
+        stages.setdefault(name.removesuffix('.conv').rpartition('.')[0], []).append(each)
+    if own is None or not stages:
         return ''
-    firsts = [each for name, each in scales.geometry.items() if name == 'stem.conv' or name.endswith('.0.conv')]
-    strides = tuple(each.stride[0] for each in firsts)
-    return '' if strides == DEFAULT_STRIDES else f', strides={strides}'
+    first = [stage[0] for stage in stages.values()]
+    depths = [len(stage) for stage in stages.values()][1:]
+    chosen = own.arguments(depths, [each.out_channels for each in first], [each.stride[0] for each in first])
+    return ''.join(f', {name}={numbers}' for name, numbers in chosen.items())
 
 
 def _optimizer(name: str, lr: float) -> str:
@@ -185,9 +192,9 @@ def _limits(weights: bool, scales: Scales | None) -> list[str]:
     limits = []
     if scales is not None:
         limits.append(
-            f'* The scales belong to `{scales.architecture}` with these strides, and to no other network. They are '
-            f'meant to be carried from one data set to another; compare with `--scales initial`, the unsearched '
-            f'values, to see how well that works for yours.'
+            f'* The scales belong to `{scales.architecture}` with these channels and strides, and to no other network. '
+            f'They are meant to be carried from one data set to another; compare with `--scales initial`, the '
+            f'unsearched values, to see how well that works for yours.'
         )
     if weights:
         limits.append(

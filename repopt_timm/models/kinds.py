@@ -20,13 +20,16 @@ from timm.models._registry import get_arch_pretrained_cfgs
 from torch import nn
 
 from .. import reparam
-from ..names import KINDS, PREFIX, ModelName
+from ..names import PREFIX, ModelName
 from ..reparam import CSLAConv2d, convert_, prepare, repvgg_prior
 from ..sources import ScalesSource, load_scales, scales_beside_weights
 
 __all__ = ['ensure_registered', 'make_kind', 'register_kinds', 'register_twins', 'requested_scales', 'to_plain']
 
 register_notrace_module(CSLAConv2d)
+
+# A network of timm without branches is the original itself.
+_KINDS_OF_PLAIN = ('target', 'hs', 'csla')
 
 default_cfgs: dict[str, DefaultCfg] = {}
 """timm looks here for the configurations of what this module registers."""
@@ -136,9 +139,7 @@ def _is_from_config(scales: ScalesSource, weights: dict[str, Any], kwargs: dict[
     return args is not None and args.pop('scales', None) == scales
 
 
-def register_kinds(
-    architecture: str, create: Callable[..., nn.Module], module: str, kinds: Iterable[str] = ('hs', 'csla')
-) -> None:
+def register_kinds(architecture: str, create: Callable[..., nn.Module], module: str, kinds: Iterable[str]) -> None:
     """Registers models of an architecture with timm.
 
     Args:
@@ -184,7 +185,7 @@ def register_twins(name: str) -> None:
         return
     cfgs = get_arch_pretrained_cfgs(name)
     base = resolve_pretrained_cfg(name)
-    for kind in KINDS:
+    for kind in _KINDS_OF_PLAIN:
         entry = DefaultCfg()
         for full_name, cfg in cfgs.items() if kind == 'target' else ():
             tag = full_name.partition('.')[2]
@@ -194,7 +195,7 @@ def register_twins(name: str) -> None:
             entry.tags.append('')
             entry.cfgs[''] = replace(base, url=None, hf_hub_id=None, file=None, tag='')
         default_cfgs[ModelName(architecture, kind).variant] = entry
-    register_kinds(architecture, _create_twin, __name__, KINDS)
+    register_kinds(architecture, _create_twin, __name__, _KINDS_OF_PLAIN)
 
 
 def ensure_registered(model_name: str) -> None:

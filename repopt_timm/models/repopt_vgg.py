@@ -1,11 +1,11 @@
 """RepOpt-VGG for timm (arXiv 2205.15242), built on its ByobNet: plain 3x3 convolutions, BatchNorm and ReLU.
 
-Its `_hs` and `_csla` models are twins of this plain network, see `repopt_timm.reparam.twins`.
+Its `_hs` and `_csla` models are twins of this plain network, see `repopt_timm.reparam.twins`; `_branches` is the RepVGG
+of the same depths, widths and strides.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import fields, replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._manipulate import named_apply
-from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg, LayerFn, _init_weights, get_layer_fns
+from timm.models.byobnet import LayerFn
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 
-from ..architectures import ARCHITECTURES, DEFAULT_STRIDES, Architecture
+from ..architectures import ARCHITECTURES, Architecture
 from ..checkpoints.packing import unpack
 from ..names import KINDS, ModelName
 from ..reparam import ConvPrior, CSLAConv2d, carried_scales, stage_scale
@@ -28,6 +27,7 @@ from ..scales import Scales
 from ..sources import ScalesSource
 from .kinds import ModelArgsWithoutScales, make_kind, register_kinds, requested_scales, to_plain
 from .pretrained_weights import choose_weights, tagged_cfgs
+from .strided_byobnet import RepVgg
 
 __all__ = ['RepOptVgg', 'RepOptVggBlock']
 
@@ -41,8 +41,6 @@ class RepOptVggBlock(nn.Module):
         stride: Stride of the convolution.
         dilation: Dilation of the stage's first and of its further blocks, as ByobNet passes it.
         layers: ByobNet's layer functions.
-        index: Index of the block inside its stage.
-        constructed_stride: Stride before an `output_stride` turned it into dilation. Defaults to `stride`.
         drop_block: Layer that drops activations after the BatchNorm.
         device: Device of the parameters.
         dtype: Floating point type of the parameters.
@@ -55,8 +53,6 @@ class RepOptVggBlock(nn.Module):
         stride: int = 1,
         dilation: tuple[int, int] = (1, 1),
         layers: LayerFn | None = None,
-        index: int = 0,
-        constructed_stride: int | None = None,
         drop_block: Any = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -70,11 +66,19 @@ class RepOptVggBlock(nn.Module):
         )
         self.bn = layers.norm_act(out_chs, drop_layer=drop_block, **dd)
         self.attn = layers.attn(out_chs, **dd) if layers.attn is not None else nn.Identity()
-        constructed = stride if constructed_stride is None else constructed_stride
+        self.put_prior(0, stride)
+
+    def put_prior(self, index: int, stride: int) -> None:
+        """Lets the convolution carry its branches and what their scales start from.
+
+        Args:
+            index: Index of the block inside its stage.
+            stride: Stride that the convolution was constructed with.
+        """
         branches = repvgg_branches(self.conv)
-        if constructed != 1:
+        if stride != 1:
             branches.pop('identity', None)
-        ConvPrior(branches, stage_scale(index), (constructed, constructed)).put_on(self.conv)
+        ConvPrior(branches, stage_scale(index), (stride, stride)).put_on(self.conv)
 
     def reparameterize(self) -> None:
         """Merges the branches and folds BatchNorm, for inference; `timm.utils.reparameterize_model` calls it."""
@@ -114,25 +118,20 @@ def _without_counting(norm: Any) -> Iterator[None]:
         norm._buffers.update(buffers)
 
 
-class RepOptVgg(ByobNet):
-    """RepOpt-VGG. All that ByobNet offers works; see `timm.create_model` for the arguments that are not listed.
+class RepOptVgg(RepVgg):
+    """RepOpt-VGG. All that ByobNet offers works; see `RepVgg` and `timm.create_model` for further arguments.
 
     Args:
         cfg: Depths and widths.
         architecture: Name of the plain model.
-        use_se: Squeeze-and-excitation after every ReLU. Defaults to the architecture's own setting.
-        strides: Strides of the stem and of the four stages.
-        in_chans: Number of image channels.
-        output_stride: Stride of the last features; a smaller one dilates the last stages.
         drop_path_rate: Must be 0: a plain network has no residual branch to drop.
-        device: Device of the parameters.
-        dtype: Floating point type of the parameters.
 
     Attributes:
         architecture: Name of the plain model.
-        strides: See above.
         scales_provenance: Where the scales come from, if the model has any.
     """
+
+    block_type = RepOptVggBlock
 
     __jit_unused_properties__ = ('scales',)
 
@@ -142,45 +141,15 @@ class RepOptVgg(ByobNet):
     default_cfg: dict[str, Any]
     _traits: dict[str, Any]
 
-    def __init__(
-        self,
-        cfg: Architecture,
-        architecture: str,
-        use_se: bool | None = None,
-        strides: Sequence[int] = DEFAULT_STRIDES,
-        in_chans: int = 3,
-        output_stride: int = 32,
-        drop_path_rate: float = 0.0,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        **kwargs: Any,
-    ):
-        strides = tuple(strides)
-        if len(strides) != 5 or not set(strides) <= {1, 2}:
-            raise ValueError(f'strides={strides}: expected five values of 1 or 2, for the stem and four stages.')
+    def __init__(self, cfg: Architecture, architecture: str, drop_path_rate: float = 0.0, **kwargs: Any):
         if drop_path_rate:
             raise ValueError(f'drop_path_rate={drop_path_rate}: a plain network has no residual branch to drop.')
-        use_se = cfg.use_se if use_se is None else use_se
-        overlay = {field.name: kwargs.pop(field.name) for field in fields(ByoModelCfg) if field.name in kwargs}
-        byob_cfg = replace(_byob_cfg(cfg, strides, use_se), **overlay)
-        # ByobNet takes its stem's stride to be 2, and counts all further strides from there.
-        byob_stride = output_stride * 2 // strides[0]
-        super().__init__(
-            byob_cfg,
-            in_chans=in_chans,
-            output_stride=byob_stride,
-            device=device,
-            dtype=dtype,
-            zero_init_last=False,
-            **kwargs,
-        )
-        for info in self.feature_info:
-            info['reduction'] = info['reduction'] * strides[0] // 2
-        layers = get_layer_fns(byob_cfg)
-        self.stem = RepOptVggBlock(in_chans, cfg.widths[0], strides[0], layers=layers, device=device, dtype=dtype)
-        named_apply(_init_weights, self.stem)
+        super().__init__(cfg, **kwargs)
+        for stage, stride in zip(self.stages, self.strides[1:]):
+            for index, block in enumerate(stage):
+                # An `output_stride` may have turned the stride into dilation.
+                block.put_prior(index, stride if index == 0 else 1)
         self.architecture = architecture
-        self.strides = strides
         self.scales_provenance: dict[str, Any] = {}
 
     @property
@@ -229,29 +198,6 @@ class RepOptVgg(ByobNet):
         return {name for name, _ in self.named_parameters() if name.endswith('.scale')}
 
 
-def _byob_cfg(cfg: Architecture, strides: Sequence[int], use_se: bool) -> ByoModelCfg:
-    stages = []
-    for depth, width, stride in zip(cfg.depths, cfg.widths[1:], strides[1:]):
-        # ByobNet takes a partial for a block's class, whatever its annotation says.
-        block_type: Any = partial(RepOptVggBlock)
-        block = ByoBlockCfg(type=block_type, d=1, c=width, s=stride, gs=0)
-        constructed = [stride, *[1] * (depth - 1)]
-        stages.append(
-            tuple(
-                replace(block, block_kwargs={'index': index, 'constructed_stride': each})
-                for index, each in enumerate(constructed)
-            )
-        )
-    return ByoModelCfg(
-        blocks=tuple(stages),
-        stem_type='3x3',
-        stem_pool=None,
-        stem_chs=cfg.widths[0],
-        attn_layer='se' if use_se else None,
-        attn_kwargs={'rd_ratio': 1 / 16, 'rd_divisor': 1} if use_se else {},  # as in RepVGG-D2se
-    )
-
-
 def _create_repopt_vgg(
     variant: str,
     pretrained: bool = False,
@@ -263,23 +209,32 @@ def _create_repopt_vgg(
     name = ModelName.parse(variant)
     pretrained_cfg = choose_weights(variant, pretrained, pretrained_cfg, pretrained_cfg_overlay)
     scales = requested_scales(variant, pretrained, pretrained_cfg, pretrained_cfg_overlay, scales, kwargs)
-    strides = tuple(kwargs.get('strides') or DEFAULT_STRIDES)
+    if name.kind == 'branches' and scales is not None:
+        raise ValueError(
+            f'{variant} does not take scales: it has branches, which an ordinary optimizer trains (--opt sgd). '
+            f'{name.architecture} is the plain network that takes them.'
+        )
+    cfg = ARCHITECTURES[name.architecture]
+    strides = kwargs.get('strides') or (2,) * (
+        1 + len(cfg.with_numbers(kwargs.get('depths'), kwargs.get('widths')).depths)
+    )
     return build_model_with_cfg(
-        partial(_build, kind=name.kind, scales=scales, init=not pretrained),
+        partial(_build, architecture=name.architecture, kind=name.kind, scales=scales, init=not pretrained),
         variant,
         pretrained,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=pretrained_cfg_overlay,
         pretrained_filter_fn=_restore,
-        model_cfg=ARCHITECTURES[name.architecture],
+        model_cfg=cfg,
         feature_cfg={'flatten_sequential': True, 'out_indices': tuple(range(_num_features(strides)))},
-        architecture=name.architecture,
         **kwargs,
     )
 
 
-def _build(kind: str, scales: ScalesSource | None, init: bool, **kwargs: Any) -> nn.Module:
-    return make_kind(RepOptVgg(**kwargs), kind, scales, init)
+def _build(architecture: str, kind: str, scales: ScalesSource | None, init: bool, **kwargs: Any) -> nn.Module:
+    if kind == 'branches':
+        return RepVgg(**kwargs)
+    return make_kind(RepOptVgg(architecture=architecture, **kwargs), kind, scales, init)
 
 
 def _restore(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -294,6 +249,7 @@ _FIRST_CONV = {
     'target': 'stem.conv',
     'hs': ('stem.conv.branches.1x1', 'stem.conv.branches.kxk'),
     'csla': ('stem.conv.branches.1x1', 'stem.conv.branches.kxk'),
+    'branches': ('stem.conv_1x1.conv', 'stem.conv_kxk.conv'),
 }
 
 
@@ -388,10 +344,16 @@ def repopt_vgg_d2se(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 
 @register_model
+def repopt_vgg(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """RepOpt-VGG of any `depths=`, `widths=` and `strides=`."""
+    return _create_repopt_vgg('repopt_vgg', pretrained, **kwargs)
+
+
+@register_model
 def test_repopt_vgg(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """A RepOpt-VGG of six narrow convolutions, for tests."""
     return _create_repopt_vgg('test_repopt_vgg', pretrained, **kwargs)
 
 
 for _name in ARCHITECTURES:
-    register_kinds(_name, _create_repopt_vgg, __name__)
+    register_kinds(_name, _create_repopt_vgg, __name__, ('hs', 'csla', 'branches'))

@@ -57,7 +57,7 @@ __all__ = ['Result', 'prepare_device', 'train']
 _logger = logging.getLogger(__name__)
 
 SCALES_FILE = 'scales.safetensors'
-_ARCHITECTURE_ARGS = ('strides', 'use_se', 'act_layer')
+_ARCHITECTURE_ARGS = ('depths', 'widths', 'strides', 'use_se', 'act_layer')
 
 
 class Result:

@@ -18,6 +18,8 @@ from timm.data.auto_augment import augment_and_mix_transform, auto_augment_trans
 from timm.models import parse_model_name
 from timm.optim import get_optimizer_info, list_optimizers
 
+from ..names import ModelName
+
 __all__ = ['check_arguments', 'check_classes', 'check_device_name', 'check_images', 'check_model', 'explaining']
 
 _REPOPT = ('repopt_sgd', 'repopt_adamw')
@@ -224,8 +226,11 @@ def _check_model(args: argparse.Namespace) -> None:
             raise ValueError(f'--model-kwargs has {key}, which has a flag of its own.')
     if source == 'local-dir' and not Path(name, 'config.json').is_file():
         raise FileNotFoundError(f"--model: there is no model in '{name}', expected a folder with a config.json.")
-    if source is None and name.split('.')[0].endswith('_hs') and args.scales:
+    kind = ModelName.parse(name).kind
+    if source is None and kind == 'hs' and args.scales:
         raise ValueError(f'--model {args.model} searches scales, so it does not take --scales.')
+    if source is None and kind == 'branches' and args.scales:
+        raise ValueError(f'--model {args.model} has branches instead of scales, so it does not take --scales.')
 
 
 def _check_optimizer(args: argparse.Namespace) -> None:

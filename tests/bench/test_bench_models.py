@@ -39,7 +39,8 @@ def test_separate_branches_compute_what_the_search_computes():
 def test_the_repvgg_is_the_one_of_timm(name):
     own = repvgg(architecture_of(f'repopt_vgg_{name}'), META)
     theirs = timm.create_model(f'repvgg_{name}', device='meta')
-    assert str(own) == str(theirs)
+    # But for the name of the class.
+    assert str(own).partition('\n')[2] == str(theirs).partition('\n')[2]
 
 
 def test_a_training_step_trains_and_leaves_no_gradients():

@@ -67,7 +67,7 @@ def test_stem_and_stages_are_initialized_alike():
 
 def test_all_kinds_of_all_variants_are_listed():
     listed = timm.list_models('*repopt_vgg*')
-    assert set(listed) == {name + kind for name in ARCHITECTURES for kind in KINDS}
+    assert set(listed) == {name + kind for name in ARCHITECTURES for kind in [*KINDS, '_branches']}
 
 
 def test_a_targets_state_dict_is_that_of_a_plain_network():
@@ -193,9 +193,9 @@ def test_scales_are_kept_out_of_a_models_arguments():
 
 
 def test_strides_and_drop_path_are_checked():
-    with pytest.raises(ValueError, match='expected five values of 1 or 2'):
+    with pytest.raises(ValueError, match='expected 5 values of 1 or 2'):
         tiny_model(strides=(2, 2, 2))
-    with pytest.raises(ValueError, match='expected five values of 1 or 2'):
+    with pytest.raises(ValueError, match='expected 5 values of 1 or 2'):
         tiny_model(strides=(2, 2, 2), scales='initial')
     with pytest.raises(ValueError, match='no residual branch to drop'):
         tiny_model(drop_path_rate=0.1)

@@ -173,6 +173,7 @@ ROWS = [
     ('weights from a picture', '--initial-checkpoint DATA/train/dark/0.png', '0.png'),
     ('search with scales', '--search-first', '--search-first searches the scales itself'),
     ('search model with scales', f'--model {TINY}_hs', 'searches scales, so it does not take --scales'),
+    ('branches with scales', f'--model {TINY}_branches', 'has branches instead of scales'),
     ('search arguments alone', '--search-kwargs epochs=2', '--search-kwargs are for --search-first'),
     ('scales from nowhere', '--scales nowhere.safetensors', 'No scales found'),
     ('scales twice', '--model-kwargs scales=initial', 'Give scales with --scales instead of --model-kwargs'),

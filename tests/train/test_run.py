@@ -105,6 +105,15 @@ def test_a_target_is_trained_with_the_scales_it_is_given(arguments, tmp_path):
     assert float(rows[-1]['eval_top1']) >= 50
 
 
+def test_the_numbers_of_a_network_are_those_of_the_run_of_its_checkpoint_and_of_what_is_resumed(arguments, tmp_path):
+    numbers = ['--model-kwargs', 'depths=(1,1)', 'widths=(8,8,16)', 'strides=(1,2,2)', '--warmup-epochs', '0']
+    for epochs in ('1', '2'):
+        main(arguments(*numbers, '--epochs', epochs, '--resume', model=f'{TINY}_branches'))
+    assert read(tmp_path / 'run')['args'].opt == 'sgd'
+    model = model_from_checkpoint(tmp_path / 'run/last.pth.tar')
+    assert (model.depths, model.widths, model.strides) == ((1, 1), (8, 8, 16), (1, 2, 2))
+
+
 def test_csla_validation_and_ordinary_models_train_too(arguments, tmp_path):
     main(arguments('--scales', 'initial', '--epochs', '1', model=f'{TINY}_csla', experiment='csla'))
     main(arguments('--epochs', '1', model='test_byobnet', experiment='other'))
