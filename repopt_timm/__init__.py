@@ -3,6 +3,7 @@
 The method is in `repopt_timm.reparam`, in plain PyTorch.
 """
 
+from .blocks import plain_state_dict, plain_twin, report_twin
 from .cards.writing import push_scales, save_scales_card
 from .models import RepOptVgg, register_twins, to_plain
 from .optim import RepOptAdamW, RepOptSGD, build_repopt_sgd, clip_grad_norm_
@@ -41,11 +42,14 @@ __all__ = [
     'initialize',
     'load_scales',
     'make_grad_mults',
+    'plain_state_dict',
+    'plain_twin',
     'prepare',
     'push_scales',
     'push_to_hub',
     'refused_convs',
     'register_twins',
+    'report_twin',
     'repvgg_prior',
     'save_pretrained',
     'save_scales_card',

@@ -15,10 +15,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.byobnet import LayerFn
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.utils.checkpoint import checkpoint
 
 from ..architectures import ARCHITECTURES, Architecture
+from ..blocks.plain_block import fold
 from ..checkpoints.packing import unpack
 from ..names import KINDS, ModelName
 from ..reparam import ConvPrior, CSLAConv2d, carried_scales, stage_scale
@@ -82,14 +82,7 @@ class RepOptVggBlock(nn.Module):
 
     def reparameterize(self) -> None:
         """Merges the branches and folds BatchNorm, for inference; `timm.utils.reparameterize_model` calls it."""
-        if isinstance(self.conv, CSLAConv2d):
-            self.conv = self.conv.to_conv()
-        if isinstance(self.bn, nn.BatchNorm2d):
-            conv: Any = self.conv
-            norm: Any = self.bn
-            statistics = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-            conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-            self.bn = norm.act
+        fold(self)
 
     def activate(self, x: Tensor) -> Tensor:
         """Returns what follows the convolution's output `x`."""

@@ -8,9 +8,19 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-__all__ = ['ConvPrior', 'Geometry', 'RefusedConv', 'check_no_branches', 'conv_prior', 'kernel_of', 'refusal']
+__all__ = [
+    'ConvPrior',
+    'Geometry',
+    'RefusedConv',
+    'check_no_branches',
+    'conv_prior',
+    'keep_branches',
+    'kernel_of',
+    'refusal',
+]
 
 _PRIOR_ATTRIBUTE = 'repopt_prior'
+_KEPT_ATTRIBUTE = 'repopt_keeps_branches'
 
 _N = r'([1-9]\d{0,8})'
 _GEOMETRY = re.compile(rf'(any|[1-9]\d{{0,8}}) -> {_N} channels, {_N}x{_N}, stride {_N}x{_N}, groups {_N}')
@@ -28,6 +38,7 @@ _FOLDING_CLASSES = frozenset(
         'NextConvBlock',
         'NextTransformerBlock',
         'NormLinear',
+        'PlainBlock',
         'RepOptVggBlock',
         'RepVit',
         'RepVitClassifier',
@@ -176,8 +187,16 @@ def _is_fake_quantize(parametrization: nn.Module) -> bool:
 
 
 def multi_branch_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields name and module of the blocks whose own `reparameterize()` or `fuse()` has branches to merge."""
+    """Yields name and module of the blocks whose own `reparameterize()` or `fuse()` has branches to merge.
+
+    A block that `keep_branches` marks is not one of them, nor is what it contains.
+    """
+    kept: tuple[str, ...] = ()
     for name, module in model.named_modules():
+        if hasattr(module, _KEPT_ATTRIBUTE):
+            kept += (f'{name}.' if name else '',)
+        if f'{name}.'.startswith(kept):
+            continue
         method = getattr(module, 'reparameterize', None) or getattr(module, 'fuse', None)
         folds = type(module).__name__ in _FOLDING_CLASSES
         if not callable(method) or folds or _is_merged(module):
@@ -186,13 +205,18 @@ def multi_branch_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def keep_branches(block: nn.Module) -> None:
+    """Marks a block whose branches are meant to stay in a network that is plain otherwise."""
+    setattr(block, _KEPT_ATTRIBUTE, True)
+
+
 def _is_merged(block: Any) -> bool:
     # How timm's blocks remember that their branches are merged already.
     return (
         isinstance(getattr(block, 'reparam_conv', None), nn.Conv2d)
         or getattr(block, 'infer_mode', None) is True
         or getattr(block, 'fused', None) is True
-        or getattr(block, 'fusion_bn', None) == []
+        or (hasattr(block, 'fusion_bn') and len(block.fusion_bn) == 0)
         or (hasattr(block, 'dw_conv_list') and block.dw_conv_list is None)
     )
 

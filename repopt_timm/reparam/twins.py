@@ -24,7 +24,7 @@ from .initialization import (
 )
 from .prior import Prior, resolve_prior
 
-__all__ = ['convert_', 'csla', 'hyper_search', 'to_plain', 'twin_vectors']
+__all__ = ['convert_', 'csla', 'hyper_search', 'replace_modules', 'to_plain', 'twin_vectors']
 
 _HOOKS = (
     '_backward_hooks',
@@ -116,7 +116,7 @@ def to_plain(twin: nn.Module) -> nn.Module:
         module: _take_over(module, module.to_conv()) for module in plain.modules() if isinstance(module, CSLAConv2d)
     }
     counts = {name: module.branch_counts for name, module in twin.named_modules() if isinstance(module, CSLAConv2d)}
-    plain = _replace(plain, converted)
+    plain = replace_modules(plain, converted)
     attach_scales(plain, _Counted(vectors, counts), initialized=True)
     return plain
 
@@ -150,7 +150,7 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
             twin.set_vectors(scales[name], name)
             twin.initial_scale = None
         converted[conv] = _take_over(conv, twin)
-    return _replace(model, converted)
+    return replace_modules(model, converted)
 
 
 def _check_not_tied(convs: Mapping[str, Any]) -> None:
@@ -196,7 +196,7 @@ def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
     return new
 
 
-def _replace(model: nn.Module, converted: Mapping[nn.Module, nn.Module]) -> nn.Module:
+def replace_modules(model: nn.Module, converted: Mapping[nn.Module, nn.Module]) -> nn.Module:
     """Replaces modules wherever they are used; a shared one stays shared."""
     if model in converted:
         return converted[model]

@@ -1,0 +1,45 @@
+"""What takes the place of a multi-branch block: a convolution, a BatchNorm, and what followed them."""
+
+from typing import Any
+
+from torch import nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from ..reparam import CSLAConv2d
+
+__all__ = ['PlainBlock', 'fold']
+
+
+class PlainBlock(nn.Sequential):
+    """`conv`, `bn`, then attention and activation under the names that they had in the multi-branch block.
+
+    Args:
+        conv: The convolution.
+        bn: The BatchNorm.
+        adds_norm: Whether the multi-branch block had no BatchNorm after the sum of its branches. The statistics of one
+            that was added are estimates after a merge; see `recalibrate`.
+        after: Further modules by name, in the order in which they run.
+    """
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, adds_norm: bool = True, **after: nn.Module):
+        super().__init__()
+        self.add_module('conv', conv)
+        self.add_module('bn', bn)
+        for name, module in after.items():
+            self.add_module(name, module)
+        self.adds_norm = adds_norm
+
+    def reparameterize(self) -> None:
+        """Merges branches of a twin and folds BatchNorm, for inference; `timm.utils.reparameterize_model` calls it."""
+        fold(self)
+
+
+def fold(block: Any) -> None:
+    """Folds `block.bn` into `block.conv`, in place; a CSLA convolution's branches are merged first."""
+    if isinstance(block.conv, CSLAConv2d):
+        block.conv = block.conv.to_conv()
+    conv, norm = block.conv, block.bn
+    if isinstance(norm, nn.BatchNorm2d):
+        statistics: Any = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+        block.bn = getattr(norm, 'act', nn.Identity())

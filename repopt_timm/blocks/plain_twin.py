@@ -1,0 +1,184 @@
+"""The plain twin of a multi-branch network of timm: one convolution and one BatchNorm for each of its blocks."""
+
+import copy
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..reparam import ConvPrior, resolve_prior, stage_scale
+from ..reparam.convolutions import keep_branches, multi_branch_blocks
+from ..reparam.twins import replace_modules
+from . import byobnet_blocks
+from .branch_sum import BranchSum, Reader
+from .merged_weights import load_merged_
+from .plain_block import PlainBlock
+
+__all__ = ['KEPT', 'READERS', 'BlockReport', 'Conversion', 'convert', 'plain_state_dict', 'plain_twin', 'report_twin']
+
+_FAMILIES = {'byobnet': byobnet_blocks}
+
+READERS: dict[str, Reader] = {
+    f'timm.models.{file}.{name}': reader
+    for file, family in _FAMILIES.items()
+    for name, reader in family.READERS.items()
+}
+"""Class of a block that becomes plain, to what reads it."""
+
+KEPT: dict[str, str] = {}
+"""Class of a block that keeps its branches, to the reason."""
+
+
+class BlockReport(NamedTuple):
+    """What became of a multi-branch block.
+
+    Attributes:
+        name: Its name in the network.
+        type: Its class.
+        branches: Name of each convolution that took its place, to branch name to count; empty if it was left.
+        reason: Why it was left as it is; empty if it was converted.
+    """
+
+    name: str
+    type: str
+    branches: dict[str, dict[str, int]]
+    reason: str = ''
+
+
+class Conversion(NamedTuple):
+    """A plain twin, the description of the branches that each of its convolutions replaces, and the report."""
+
+    twin: nn.Module
+    sums: dict[str, BranchSum]
+    report: list[BlockReport]
+
+
+def plain_twin(model: nn.Module, weights: bool = False) -> nn.Module:
+    """Makes the plain twin of a multi-branch network of timm: one convolution, one BatchNorm in each block's place.
+
+    Attention and activations stay where they are. The convolutions carry the prior that the block's branches state, so
+    that `Scales.initial`, `hyper_search` and `csla` know it. `report_twin` lists what is converted and what is left.
+
+    Args:
+        model: The network; any part of one will do. It is not changed.
+        weights: Merge the trained branches into the twin, whose logits in evaluation mode are then those of the model.
+            By default kernels are those of the first branch of full size, as timm initialized them, and added
+            BatchNorms are neutral: a start for training from scratch.
+
+    Returns:
+        The plain network.
+
+    Raises:
+        ValueError: If the model has no multi-branch block, or one that cannot become plain, as one that drops its
+            branches (`drop_path_rate`), or whose class is unknown.
+
+    Example:
+        >>> twin = plain_twin(timm.create_model('mobileone_s0'))
+        >>> prepare(twin, Scales.initial(twin))
+    """
+    return convert(model, weights).twin
+
+
+def report_twin(model: nn.Module) -> list[BlockReport]:
+    """Lists what `plain_twin` makes of the multi-branch blocks of a model, in its order.
+
+    Raises:
+        ValueError: See `plain_twin`.
+    """
+    return convert(model).report
+
+
+def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Makes the state dict of the plain twin from one of the multi-branch network.
+
+    Args:
+        model: Multi-branch network whose parameters are those of `state_dict`; it is not changed.
+        state_dict: Trained parameters.
+
+    Raises:
+        ValueError: See `plain_twin`.
+    """
+    trained = copy.deepcopy(model)
+    trained.load_state_dict(state_dict, assign=True)
+    return plain_twin(trained, weights=True).state_dict()
+
+
+def convert(model: nn.Module, weights: bool = False) -> Conversion:
+    """Makes the plain twin with all that is known about it; see `plain_twin`."""
+    twin = copy.deepcopy(model)
+    blocks = list(multi_branch_blocks(twin))
+    if not blocks:
+        raise ValueError(f'{type(model).__name__} has no multi-branch block: it is plain, or its branches are merged.')
+    owners: dict[nn.Module, int] = {}
+    sums: dict[nn.Module, BranchSum] = {}
+    converted: dict[nn.Module, nn.Module] = {}
+    kept: dict[int, str] = {}
+    for index, (name, block) in enumerate(blocks):
+        if any(name.startswith(f'{blocks[each][0]}.') for each in kept):
+            continue
+        key = f'{type(block).__module__}.{type(block).__qualname__}'
+        if key in KEPT:
+            kept[index] = KEPT[key]
+            keep_branches(block)
+            continue
+
+        def plain(source: BranchSum, index: int = index, **after: nn.Module) -> nn.Module:
+            made = _plain_block(source, weights, after).train(blocks[index][1].training)
+            owners[made.conv], sums[made.conv] = index, source
+            return made
+
+        try:
+            if key not in READERS:
+                raise ValueError('plain_twin does not know this class')
+            converted[block] = READERS[key](block, plain)
+        except ValueError as error:
+            where = f"'{name}' of {type(model).__name__}" if name else 'The model'
+            raise ValueError(f'{where} is a {type(block).__name__} that cannot become plain: {error}.') from None
+    twin = replace_modules(twin, converted)
+    names = {conv: name for name, conv in twin.named_modules() if conv in sums}
+    found = {name: sums[conv] for conv, name in names.items()}
+    _carry_prior(twin, found)
+    report = []
+    for index, (name, block) in enumerate(blocks):
+        branches = {each: sums[conv].counts for conv, each in names.items() if owners[conv] == index}
+        if branches or index in kept:
+            report.append(BlockReport(name, type(block).__name__, branches, kept.get(index, '')))
+    return Conversion(twin, found, report)
+
+
+@torch.no_grad()
+def _plain_block(source: BranchSum, weights: bool, after: Mapping[str, nn.Module]) -> Any:
+    like: Any = source.kxk
+    factory = {'device': like.weight.device, 'dtype': like.weight.dtype}
+    conv = nn.Conv2d(
+        like.in_channels,
+        like.out_channels,
+        like.kernel_size,
+        stride=like.stride,
+        padding=like.padding,
+        dilation=like.dilation,
+        groups=like.groups,
+        bias=False,
+        **factory,
+    )
+    conv.weight = nn.Parameter(like.weight.detach().clone(), like.weight.requires_grad)
+    if source.norm is not None:
+        norm = copy.deepcopy(source.norm)
+    else:
+        first = source.parts[0].norm
+        assert first is not None
+        norm = nn.BatchNorm2d(like.out_channels, first.eps, first.momentum, **factory)
+    if weights:
+        load_merged_(source, conv, norm)
+    return PlainBlock(conv, norm, adds_norm=source.norm is None, **after)
+
+
+def _carry_prior(twin: nn.Module, sums: Mapping[str, BranchSum]) -> None:
+    prior: dict[str, Any] = {}
+    for name, source in sums.items():
+        index = name.split('.')[-2:-1]
+        by_stage = stage_scale(int(index[0]) if index and index[0].isdigit() else 0)
+        prior[name] = ConvPrior(source.counts, by_stage) if source.by_stage else source.counts
+    for name, each in (resolve_prior(twin, prior) if prior else {}).items():
+        each.put_on(twin.get_submodule(name))  # type: ignore[arg-type]

@@ -1,0 +1,105 @@
+import copy
+
+import pytest
+import timm
+import torch
+from timm.models.byobnet import MobileOneBlock, RepVggBlock
+from timm.utils import reparameterize_model
+from torch import nn
+
+from repopt_timm import Scales, csla, hyper_search, plain_state_dict, plain_twin, prepare, report_twin
+from repopt_timm.blocks import PlainBlock
+from repopt_timm.reparam import repvgg_prior
+
+from .block_examples import examples, images
+
+EXAMPLES = examples()
+
+
+@pytest.fixture(params=EXAMPLES)
+def example(request):
+    return EXAMPLES[request.param]
+
+
+def test_a_block_becomes_one_convolution_with_the_branches_that_it_had(example):
+    twin = plain_twin(example.block)
+    prior = {name: dict(each.branches) for name, each in repvgg_prior(twin).items()}
+    assert prior == example.branches
+    assert {name: each for row in report_twin(example.block) for name, each in row.branches.items()} == prior
+
+
+def test_a_merged_block_computes_what_its_branches_did(example):
+    x = images(example.channels)
+    before = copy.deepcopy(example.block.state_dict())
+    block = copy.deepcopy(example.block).eval()
+    twin = plain_twin(block, weights=True)
+    torch.testing.assert_close(twin(x), block(x), rtol=1e-10, atol=1e-10)
+    assert not torch.allclose(plain_twin(block)(x), block(x))
+    torch.testing.assert_close(example.block.state_dict(), before)
+
+
+def test_a_folded_twin_has_no_batchnorm_in_the_place_of_a_block(example):
+    x = images(example.channels)
+    twin = plain_twin(copy.deepcopy(example.block).eval(), weights=True)
+    scales = Scales.initial(twin)
+    for model in (twin, hyper_search(twin), csla(twin, scales)):
+        folded = reparameterize_model(nn.Sequential(model))
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+        torch.testing.assert_close(folded(x), model(x))
+
+
+def test_the_running_mean_of_a_merged_block_is_the_mean_of_its_convolution(example):
+    x = images(example.channels)
+    block = copy.deepcopy(example.block).train()
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    block(x)
+    twin = plain_twin(block.eval(), weights=True)
+    for part in twin.modules():
+        if isinstance(part, PlainBlock) and part is twin:
+            torch.testing.assert_close(part.bn.running_mean, part.conv(x).mean((0, 2, 3)))
+
+
+def test_the_state_dict_of_a_multi_branch_network_becomes_that_of_its_twin():
+    trained = EXAMPLES['MobileOneBlock-depthwise'].block
+    fresh = MobileOneBlock(8, 8, group_size=1, num_conv_branches=3).double()
+    plain = plain_state_dict(fresh, trained.state_dict())
+    torch.testing.assert_close(plain, plain_twin(trained, weights=True).state_dict())
+    assert sorted(plain) == sorted(plain_twin(fresh).state_dict())
+
+
+def test_a_twin_keeps_the_names_of_a_rep_opt_vgg():
+    twin = plain_twin(timm.create_model('repvgg_a0', device='meta'))
+    assert set(twin.state_dict()) == set(timm.create_model('repopt_vgg_a0', device='meta').state_dict())
+
+
+def test_scales_of_repvgg_start_by_stage_and_those_of_others_by_run():
+    repvgg = Scales.initial(plain_twin(timm.create_model('repvgg_a0', device='meta')))
+    mobileone = Scales.initial(plain_twin(timm.create_model('mobileone_s0', device='meta')))
+    first = {name: scales['kxk'][0].item() for name, scales in (*repvgg.items(),)}
+    assert [round(first[f'stages.2.{index}.conv'], 4) for index in (0, 1, 2, 8)] == [1.0, 1.4142, 1.0, 0.5]
+    starts = [round(mobileone[f'stages.0.{index}.conv']['kxk'][0].item(), 4) for index in range(4)]
+    assert starts == [1.0, 0.8165, 0.7071, 0.6325]
+    assert mobileone.counts['stages.0.0.conv'] == {'1x1': 1, 'kxk': 4}
+
+
+def test_a_twin_of_a_twin_is_an_error():
+    twin = plain_twin(RepVggBlock(4, 4))
+    prepare(twin, Scales.initial(twin))
+    with pytest.raises(ValueError, match='PlainBlock has no multi-branch block'):
+        plain_twin(twin)
+
+
+@pytest.mark.parametrize('block', [RepVggBlock, MobileOneBlock])
+def test_a_block_that_drops_its_branches_cannot_become_plain(block):
+    with pytest.raises(ValueError, match=r"'0' of Sequential is a \w+ that cannot .* drop_path_rate=0\."):
+        plain_twin(nn.Sequential(block(4, 4, drop_path_rate=0.1)))
+
+
+def test_a_block_of_an_unknown_class_is_an_error():
+    class Odd(RepVggBlock):
+        pass
+
+    with pytest.raises(ValueError, match=r"'0' of Sequential is a Odd that cannot .* does not know this class\."):
+        plain_twin(nn.Sequential(Odd(4, 4)))
