@@ -1,9 +1,54 @@
-"""How a command ends: errors as one line, and the exit code."""
+"""How commands begin and end: arguments with a hint at what was meant, errors as one line, and the exit code."""
 
+import argparse
+import difflib
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn
 
-__all__ = ['exit_code']
+__all__ = ['CommandParser', 'did_you_mean', 'exit_code']
+
+_INVALID_CHOICE = re.compile(r"argument ([^:]+): invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Raises a ValueError of one line instead of printing its usage and ending the process."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        """Parses; an argument that this parser does not have is an error here, where its own are known."""
+        words = list(sys.argv[1:] if args is None else args)
+        # A parser of commands gets the flags of all of them.
+        if not self._subparsers:
+            # First of all: a required argument that is missing may be the mistyped one.
+            self._refuse([word for word in words if word.startswith('--') and not self._has(word.partition('=')[0])])
+        found, unknown = super().parse_known_args(words, namespace)
+        self._refuse(unknown)
+        return found, unknown
+
+    def _has(self, flag: str) -> bool:
+        return any(known.startswith(flag) for known in self._option_string_actions)
+
+    def _refuse(self, unknown: list[str]) -> None:
+        if unknown:
+            near = did_you_mean(unknown[0].partition('=')[0], self._option_string_actions)
+            self.error(f"unknown argument '{unknown[0]}'.{near}")
+
+    def error(self, message: str) -> NoReturn:
+        """Raises the error, with the nearest choice to one that does not exist."""
+        if match := _INVALID_CHOICE.fullmatch(message):
+            argument, value, choices = match.groups()
+            near = did_you_mean(value, [choice.strip("' ") for choice in choices.split(',')])
+            kind = argument.lower() if argument.isupper() else f'value of {argument}'
+            message = f"unknown {kind} '{value}'." + (near or f' Expected one of {choices}.')
+        end = '' if message.endswith(('.', '?')) else '.'
+        raise ValueError(f'{message}{end} `{self.prog} --help` says more.')
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns ` Did you mean '...'?` with the nearest of the known words; nothing if none is near."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f" Did you mean '{near[0]}'?" if near else ''
 
 
 def exit_code(run: Callable[[], None], debug: bool = False) -> int:

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .commands import COMMANDS
+
 __all__ = ['add_command', 'cpu_name', 'markdown_table', 'positive', 'print_result', 'take_turns', 'time_call']
 
 
 def add_command(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str = ''
 ) -> argparse.ArgumentParser:
     """Adds a command that prints its result with `print_result`.
 
@@ -20,8 +22,9 @@ def add_command(
         commands: What `ArgumentParser.add_subparsers` returned.
         name: Name of the command.
         run: Runs it.
-        summary: One line of help.
+        summary: One line of help. Defaults to that of `COMMANDS`.
     """
+    summary = summary or COMMANDS[name].summary
     parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + '.')
     parser.add_argument('--json', action='store_true', help='print JSON, for programs')
     parser.set_defaults(run=run)

@@ -9,13 +9,14 @@ from torch import nn
 
 from .cards.document import CARD_FILE, read_card_scales, read_metadata
 from .cards.format import METADATA_KEY
-from .cards.transfer import HUB_PREFIX, HubFileNotFoundError, download, parse_hub_source
+from .cards.transfer import HUB_PREFIX, HubFileNotFoundError, cached_files, download, parse_hub_source
 from .names import ModelName
 from .reparam import network_name
 from .resources import shipped_repositories
 from .scales import Scales, read_scale_file
+from .scales.published import PUBLISHED, find_published, published_table, read_published
 
-__all__ = ['ScalesSource', 'default_scales', 'load_scales', 'scales_beside_weights']
+__all__ = ['ScalesSource', 'default_scales', 'known_scales', 'load_scales', 'scales_beside_weights']
 
 ScalesSource = Scales | Mapping | str | os.PathLike
 
@@ -25,8 +26,9 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
 
     Args:
         source: `Scales`; module name to branch name to vector, for `model`; `initial` for the unsearched values of
-            `model`; `hf-hub:user/repo[@revision]`; a folder in the layout of such a repository, or the name of one that
-            ships, such as `repopt_vgg_a0.cifar10`; a model card; or a file, see `read_scale_file`.
+            `model`; `published` for what the method's authors published for `model`, or its name, such as
+            `repopt_vgg_b1.published`; `hf-hub:user/repo[@revision]`; a folder in the layout of such a repository, or
+            the name of one that ships, such as `repopt_vgg_a0.cifar10`; a model card; or a file, see `read_scale_file`.
         model: The plain model, or a twin, that they are for.
         token: For the Hub. Defaults to the token of `hf auth login`.
 
@@ -36,6 +38,7 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
     Raises:
         FileNotFoundError: If there is no such file, folder or shipped name.
         HubError: If the repository cannot be read.
+        OSError: If published scales cannot be downloaded.
         ValueError: If the source holds no scales, or they do not belong to the model.
     """
     if isinstance(source, Mapping) and not isinstance(source, Scales):
@@ -45,7 +48,8 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
     if not isinstance(source, Scales | str | os.PathLike):
         raise ValueError(
             f"scales={source!r:.80} is a {type(source).__name__}, expected a file, a folder, 'hf-hub:user/repo', "
-            f"'initial', Scales, or a mapping of module names to vectors. Scales go by module name, never by position."
+            f"'initial', 'published', Scales, or a mapping of module names to vectors. Scales go by module name, never "
+            f'by position.'
         )
     if isinstance(source, Scales):
         scales = source
@@ -53,6 +57,15 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
         if model is None:
             raise ValueError("scales='initial' needs a model to make the values for. Name it (--architecture).")
         return Scales.initial(model)
+    elif source == PUBLISHED:
+        if model is None:
+            raise ValueError(
+                f"scales='{PUBLISHED}' needs a model to know which. Name it (--architecture), or one of "
+                f'{", ".join(published_table())}.'
+            )
+        scales = read_published(network_name(model))
+    elif source in published_table():
+        scales = read_published(str(source))
     elif isinstance(source, str) and source.startswith(HUB_PREFIX):
         hub = parse_hub_source(source)
         scales = read_card_scales(download(hub.repo_id, CARD_FILE, hub.revision, token=token), str(hub))
@@ -69,7 +82,8 @@ def _read_local(path: Path, architecture: str | None) -> Scales:
     if folder is None:
         raise FileNotFoundError(
             f"No scales found at '{path}': expected a file, a folder with a model card, {HUB_PREFIX}user/repo, "
-            f"'initial', or one that ships: {', '.join(shipped) or 'none do'}."
+            f"'initial', one that ships ({', '.join(shipped) or 'none do'}) or is published "
+            f'({", ".join(published_table())}).'
         )
     if not (folder / CARD_FILE).is_file():
         raise FileNotFoundError(f"No scales found in the folder '{folder}': it has no {CARD_FILE}.")
@@ -93,10 +107,45 @@ def default_scales(model_name: str) -> Scales:
         scales = _card_scales(shipped_repositories()[name] / CARD_FILE, name)
         if scales is not None:
             return scales
+    published = find_published(architecture)
+    download = f"download those of the method's authors with --scales {PUBLISHED}, " if published else ''
     raise ValueError(
         f'{model_name} has no scales, and none ship for it. Search some with --model {architecture}_hs (or '
-        f'--search-first), import some with --scales FILE, or start with the unsearched values: --scales initial.'
+        f'--search-first), {download}import some with --scales FILE, or start with the unsearched values: --scales '
+        f'initial.'
     )
+
+
+def known_scales() -> list[dict[str, Any]]:
+    """Lists the scales that ship, those that are published, and those in the cache of the Hub.
+
+    Returns:
+        Rows with `name`, which `load_scales` takes; `network`, `dataset` and `license`, as far as known; `where`:
+        `ships`, `published`, `published, cached` or `cached`.
+    """
+    rows = []
+    for name, folder in shipped_repositories().items():
+        rows += _card_row(folder / CARD_FILE, name, 'ships')
+    for name, row in published_table().items():
+        where = 'published, cached' if row.is_cached else 'published'
+        network = ModelName.parse(name).network
+        rows.append({'name': name, 'network': network, 'dataset': row.dataset, 'license': row.license, 'where': where})
+    for source, card in cached_files(CARD_FILE):
+        rows += _card_row(card, str(source), 'cached')
+    return rows
+
+
+def _card_row(card: Path, name: str, where: str) -> list[dict[str, Any]]:
+    try:
+        metadata = read_metadata(card)
+        scales = read_card_scales(card) if METADATA_KEY in metadata else None
+    except ValueError:
+        # Somebody else's card, of which there may be any kind in a cache.
+        return []
+    if scales is None:
+        return []
+    facts = {'dataset': scales.provenance.get('dataset'), 'license': metadata.get('license')}
+    return [{'name': name, 'network': scales.architecture, **facts, 'where': where}]
 
 
 def scales_beside_weights(cfg: Mapping[str, Any]) -> Scales | None:

@@ -1,10 +1,15 @@
 import json
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import repopt_timm
 from repopt_timm import load_scales
 from repopt_timm.cli import main
+from repopt_timm.commands import COMMANDS
 
 from .helpers import TINY, random_scales, tiny_model
 
@@ -54,3 +59,81 @@ def test_an_error_is_one_clear_line(arguments, message, tmp_path, capsys):
     assert error.startswith('error: ')
     assert message in error
     assert error.count('\n') == 1
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['qantize', 'x'], "unknown command 'qantize'. Did you mean 'quantize'? `repopt-timm --help`"),
+        (['scales', 'lits'], "unknown command 'lits'. Did you mean 'list'? `repopt-timm scales --help`"),
+        (['export', 'x', '--onx', 'y'], "unknown argument '--onx'. Did you mean '--onnx'? `repopt-timm export --help`"),
+        (['train', '--modle=x'], "unknown argument '--modle=x'. Did you mean '--model'? `repopt-timm train --help`"),
+        (['save', 'x', 'y', '--precision', 'int4'], "unknown value of --precision 'int4'. Did you mean 'int8'?"),
+        (['bench', 'zzz'], "unknown benchmark 'zzz'. Expected one of"),
+        (['quantize'], 'the following arguments are required: model, --data, --out. `repopt-timm quantize --help`'),
+        (['run', 'nowhere.py'], "There is no script 'nowhere.py'. Those of timm are in its repository"),
+        (['run'], 'No script is named'),
+    ],
+)
+def test_what_was_mistyped_gets_a_hint(arguments, message, capsys):
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count('\n') == 1
+
+
+@pytest.mark.parametrize('command', [*COMMANDS])
+def test_each_command_has_a_help_that_calls_it_by_its_name(command, capsys):
+    if command == 'run':
+        assert main([command, '--help']) == 0
+    else:
+        with pytest.raises(SystemExit, match='0'):
+            main([command, '--help'])
+    called = 'train' if command == 'quickstart' else command
+    assert capsys.readouterr().out.startswith(f'usage: repopt-timm {called} ')
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit, match='0'):
+        main(['--version'])
+    assert capsys.readouterr().out == f'repopt-timm {repopt_timm.__version__}\n'
+
+
+def test_a_script_finds_models_optimizers_and_its_own_arguments(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'beside.py').write_text('FLAG = "--model"\n')
+    (tmp_path / 'script.py').write_text(
+        'import sys, timm, beside\n'
+        'assert __name__ == "__main__" and sys.argv[1:] == [beside.FLAG, "repopt_resnet10t_hs", "--debug"]\n'
+        'model = timm.create_model(sys.argv[2])\n'
+        'print(timm.optim.get_optimizer_info("repoptsgd").name, hasattr(model, "scales_provenance"))\n'
+        'sys.exit(3)\n'
+    )
+    monkeypatch.setattr(sys, 'argv', [*sys.argv])
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    with pytest.raises(SystemExit, match='3'):
+        main(['run', str(tmp_path / 'script.py'), '--model', 'repopt_resnet10t_hs', '--debug'])
+    assert capsys.readouterr().out == 'repoptsgd True\n'
+
+
+def test_an_error_of_a_script_keeps_its_traceback(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'script.py').write_text('raise ValueError("bad")\n')
+    monkeypatch.setattr(sys, 'argv', [*sys.argv])
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    with pytest.raises(SystemExit, match='1'):
+        main(['run', str(tmp_path / 'script.py')])
+    assert re.search(r'script\.py", line 1.*ValueError: bad', capsys.readouterr().err, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_help_waits_for_little_but_timm():
+    code = (
+        'import sys, timm\nbefore = set(sys.modules)\nfrom repopt_timm.cli import main\n'
+        'try:\n    main(["--help"])\nexcept SystemExit:\n    print("", *set(sys.modules) - before, sep="\\n")'
+    )
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.partition('COMMAND')[2].split('\n'))
+    assert 'repopt_timm.cli' in loaded
+    assert not any(name.split('.')[1:2] in (['bench'], ['deploy'], ['train'], ['scale_commands']) for name in loaded)
+    packages = {name.partition('.')[0] for name in loaded if name.replace('.', '').isidentifier()}
+    # No ONNX, matplotlib or data sets.
+    assert packages - sys.stdlib_module_names == {'repopt_timm', 'timm', 'huggingface_hub'}

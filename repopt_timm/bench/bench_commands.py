@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..commands import COMMANDS
 from ..files import check_output, write_text
 from ..reporting import positive
 from .settings import PRECISIONS, Settings, choose_device, describe_environment, versions
@@ -97,7 +98,7 @@ def add_commands(commands: Any) -> None:
     Args:
         commands: What `ArgumentParser.add_subparsers` returned.
     """
-    parser = commands.add_parser('bench', help='measure what training and search cost')
+    parser = commands.add_parser('bench', help=COMMANDS['bench'].summary)
     benchmarks = parser.add_subparsers(required=True, metavar='BENCHMARK')
     for name, bench in _BENCHES.items():
         text = bench.summary[0].upper() + bench.summary[1:] + '.'

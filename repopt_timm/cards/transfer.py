@@ -10,8 +10,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, scan_cache_dir, try_to_load_from_cache
 from huggingface_hub.errors import (
+    CacheNotFound,
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
@@ -28,7 +29,16 @@ from ..files import replacing
 from ..tokens import scrub
 from .document import CARD_FILE
 
-__all__ = ['HUB_PREFIX', 'HubError', 'HubFileNotFoundError', 'HubSource', 'download', 'parse_hub_source', 'push_folder']
+__all__ = [
+    'HUB_PREFIX',
+    'HubError',
+    'HubFileNotFoundError',
+    'HubSource',
+    'cached_files',
+    'download',
+    'parse_hub_source',
+    'push_folder',
+]
 
 HUB_PREFIX = 'hf-hub:'
 
@@ -129,6 +139,23 @@ def download(
         raise HubFileNotFoundError(_no_such_file(source, file))
     with _clear_errors(source, file, token):
         return Path(hf_hub_download(repo_id, file, revision=revision, cache_dir=cache, token=token))
+
+
+def cached_files(file: str) -> list[tuple[HubSource, Path]]:
+    """Returns where a file is in the cache: a source and a path for each revision of a model repository that has it."""
+    try:
+        repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
+    except CacheNotFound:
+        return []
+    found = []
+    for repo in sorted(repos, key=lambda each: each.repo_id):
+        for revision in repo.revisions if repo.repo_type == 'model' else ():
+            names = sorted(revision.refs) or [revision.commit_hash]
+            paths = [each.file_path for each in revision.files if each.file_name == file]
+            found += [
+                (HubSource(repo.repo_id, None if name == 'main' else name), path) for name in names for path in paths
+            ]
+    return found
 
 
 def push_folder(

@@ -27,12 +27,12 @@ def add_commands(commands: Any) -> None:
     Args:
         commands: What `ArgumentParser.add_subparsers` returned.
     """
-    export = add_command(commands, 'export', _export, 'write a trained model as ONNX')
+    export = add_command(commands, 'export', _export)
     export.add_argument('model', help=_MODEL)
     export.add_argument('--onnx', metavar='FILE', required=True, help='file to write')
     _add_preprocessing(export)
 
-    quantized = add_command(commands, 'quantize', _quantize, 'write a trained model as INT8 ONNX')
+    quantized = add_command(commands, 'quantize', _quantize)
     quantized.add_argument('model', help=f'{_MODEL}, or .onnx file')
     quantized.add_argument('--data', metavar='DIR', required=True, help=f'{_DATA}, to calibrate on')
     quantized.add_argument('--split', default='train', help='split to calibrate on')
@@ -44,9 +44,7 @@ def add_commands(commands: Any) -> None:
     quantized.add_argument('--versus', metavar='MODEL', help='with --report, another model to draw beside')
     _add_preprocessing(quantized)
 
-    evaluated = add_command(
-        commands, 'evaluate', _evaluate, 'measure accuracy, latency, throughput and size of a model'
-    )
+    evaluated = add_command(commands, 'evaluate', _evaluate)
     evaluated.add_argument('model', help=f'{_MODEL}, or .onnx file')
     evaluated.add_argument('--data', metavar='DIR', required=True, help=_DATA)
     evaluated.add_argument('--split', default='validation', help='split to evaluate')
@@ -55,9 +53,7 @@ def add_commands(commands: Any) -> None:
     _add_threads(evaluated)
     _add_preprocessing(evaluated)
 
-    compared = add_command(
-        commands, 'compare-int8', _compare, 'measure models in float32 and in all kinds of INT8, in one table'
-    )
+    compared = add_command(commands, 'compare-int8', _compare)
     compared.add_argument('models', nargs='+', metavar='[LABEL=]MODEL', help=f'{_MODEL}, or .onnx file')
     compared.add_argument('--data', metavar='DIR', required=True, help=f'{_DATA}; validation is evaluated')
     add_class_map(compared)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..commands import PROGRAM
 from ..files import write_text
 from ..plot import plot_curves, plot_scales
 from ..scales import read_scale_file
@@ -21,11 +22,12 @@ __all__ = ['main']
 _logger = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None, command: str = 'train') -> None:
     """Runs the training command.
 
     Args:
         argv: Command-line arguments. Defaults to those of the process.
+        command: `train`, or `quickstart` for training with the config of this name.
 
     Raises:
         ValueError: If arguments do not go together, or the training diverges.
@@ -35,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format='%(message)s', force=True)
     logging.getLogger('repopt_timm').setLevel(logging.INFO)
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = parse_arguments(argv)
+    if command == 'quickstart':
+        argv = ['-c', command, *argv]
+    args = parse_arguments(argv, ' '.join(_program()))
     prepare_device(args)
     search_first = args.search_first
     try:
@@ -53,11 +57,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _continuation(argv: Sequence[str], args: argparse.Namespace, experiment: str) -> str:
     """Returns the command that continues a run."""
-    program = ['python', 'train.py'] if Path(sys.argv[0]).name == 'train.py' else ['repopt-timm', 'train']
     extra = [] if args.resume else ['--resume']
     if experiment and args.resume in (None, 'auto') and not any(word.startswith('--exp') for word in argv):
         extra += ['--experiment', experiment]
-    return shlex.join([*program, *argv, *extra])
+    return shlex.join([*_program(), *argv, *extra])
+
+
+def _program() -> list[str]:
+    return ['python', 'train.py'] if Path(sys.argv[0]).name == 'train.py' else [PROGRAM, 'train']
 
 
 def _search_and_train(args: argparse.Namespace) -> None:

@@ -2,14 +2,14 @@
 
 import argparse
 import copy
-import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from ..console import CommandParser, did_you_mean
 from ..resources import resource_dir
 from .schema import ARGUMENTS, SECTIONS, Argument
 
@@ -19,22 +19,14 @@ __all__ = ['make_parser', 'parse_arguments', 'read_config', 'write_config']
 _NOT_IN_CONFIGS = ('resume', 'override', 'debug')
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        # Not argparse's usage of a hundred flags.
-        unknown = message.removeprefix('unrecognized arguments: ')
-        if unknown != message:
-            flag = unknown.split()[0]
-            near = _near(flag, [argument.flag for argument in ARGUMENTS.values()]).strip()
-            message = f"unknown argument '{flag}'. {near}" if near else f"unknown argument '{flag}'"
-        end = '' if message.endswith('?') else '.'
-        raise ValueError(f'{message}{end} repopt-timm train --help lists the arguments.')
+def make_parser(program: str = 'train.py') -> argparse.ArgumentParser:
+    """Makes the parser of `train.py` and `repopt-timm train`; it gives texts, and only what is on the command line.
 
-
-def make_parser() -> argparse.ArgumentParser:
-    """Makes the parser of `train.py` and `repopt-timm train`; it gives texts, and only what is on the command line."""
-    parser = _Parser(
-        prog='train',
+    Args:
+        program: What its usage calls it.
+    """
+    parser = CommandParser(
+        prog=program,
         description='Search scales (_hs models), validate with _csla models, or train RepOpt-VGG targets.',
         argument_default=argparse.SUPPRESS,
     )
@@ -123,14 +115,9 @@ def _yaml_problem(error: Exception) -> str:
     return ' '.join(str(error).split())
 
 
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f" Did you mean '{near[0]}'?" if near else ''
-
-
 def _argument(name: str, where: str) -> Argument:
     if name not in ARGUMENTS:
-        raise ValueError(f"{where}: unknown argument '{name}'.{_near(name, ARGUMENTS)}")
+        raise ValueError(f"{where}: unknown argument '{name}'.{did_you_mean(name, ARGUMENTS)}")
     return ARGUMENTS[name]
 
 
@@ -162,14 +149,18 @@ def _with_data(values: dict[str, Any], folder: str, where: str) -> dict[str, Any
     return {**values, 'data_dir': folder}
 
 
-def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None, program: str = 'train.py') -> argparse.Namespace:
     """Parses the command line; values of the `-c` file replace the defaults.
+
+    Args:
+        argv: Command-line arguments. Defaults to those of the process.
+        program: What errors and the usage call the command.
 
     Raises:
         FileNotFoundError: If the config does not exist.
         ValueError: If an argument is unknown, or its value is not one that it can have.
     """
-    namespace = make_parser().parse_args(argv)
+    namespace = make_parser(program).parse_args(argv)
     config_name = getattr(namespace, 'config', None)
     values = {name: copy.deepcopy(argument.default) for name, argument in ARGUMENTS.items()}
     if config_name is not None:

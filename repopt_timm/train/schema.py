@@ -216,8 +216,8 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
             'scales',
             str,
             None,
-            "scales: a file, a folder with a model card, 'hf-hub:user/repo[@revision]', the name of scales that ship, "
-            "or 'initial' for the unsearched values. Defaults to the scales that ship for a target",
+            "scales: a file, a folder with a model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, "
+            "'published' by the authors, 'initial' for unsearched values. Defaults to those that ship for a target",
             metavar='SOURCE',
             free=True,
         ),

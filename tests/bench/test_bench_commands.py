@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -90,12 +88,3 @@ def test_an_error_is_one_clear_line(arguments, message, capsys):
     assert error.startswith('error: ')
     assert message in error
     assert error.count('\n') == 1
-
-
-@pytest.mark.slow
-def test_help_waits_for_nothing_that_a_command_needs():
-    code = 'import sys, repopt_timm.cli; print(*sys.modules, sep="\\n")'
-    loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
-    assert 'repopt_timm.bench.bench_commands' in loaded
-    late = ('onnx', 'onnxruntime', 'matplotlib', 'repopt_timm.bench.memory', 'repopt_timm.bench.training_step')
-    assert not set(late) & set(loaded)

@@ -1,0 +1,36 @@
+"""The commands of `repopt-timm`: what each does in a line, and the module that it is in.
+
+A module is imported when its command runs, so that `--help` does not wait for what others need. It has a function
+`add_commands`, which gets what `ArgumentParser.add_subparsers` returned.
+"""
+
+from typing import NamedTuple
+
+__all__ = ['COMMANDS', 'PROGRAM', 'Command']
+
+PROGRAM = 'repopt-timm'
+
+
+class Command(NamedTuple):
+    """A command: one line of help, and its module in this package."""
+
+    summary: str
+    module: str
+
+
+COMMANDS = {
+    'train': Command('search scales or train a model', '.train.command'),
+    'quickstart': Command('search, train and report on handwritten digits, in minutes', '.train.command'),
+    'scales': Command('list, show, convert, draw and share scales', '.scale_commands'),
+    'bench': Command('measure what training and search cost', '.bench.bench_commands'),
+    'save': Command('write a checkpoint as a folder in the format of the Hub', '.publish_commands'),
+    'push': Command('publish a checkpoint as a model on the Hub, with its scales in the card', '.publish_commands'),
+    'convert-checkpoint': Command("convert the reference repository's weights", '.publish_commands'),
+    'export': Command('write a trained model as ONNX', '.deploy.deploy_commands'),
+    'quantize': Command('write a trained model as INT8 ONNX', '.deploy.deploy_commands'),
+    'evaluate': Command('measure accuracy, latency, throughput and size of a model', '.deploy.deploy_commands'),
+    'compare-int8': Command(
+        'measure models in float32 and in all kinds of INT8, in one table', '.deploy.deploy_commands'
+    ),
+    'run': Command("run a script, such as timm's validate.py, that finds these models and optimizers", '.script'),
+}

@@ -1,0 +1,156 @@
+import hashlib
+import io
+import json
+import re
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import timm
+import torch
+
+from repopt_timm import load_scales, push_scales
+from repopt_timm.cli import main
+from repopt_timm.names import ModelName
+from repopt_timm.scales import published
+from repopt_timm.scales.published import PublishedScales, find_published, published_table
+from repopt_timm.sources import default_scales
+
+from ..helpers import TINY, random_scales, tiny_model
+
+NAME = f'{TINY}.published'
+REFERENCE_BRANCHES = {'kxk': 'scale_conv', '1x1': 'scale_1x1', 'identity': 'scale_identity'}
+
+
+class Handler(SimpleHTTPRequestHandler):
+    """Serves a folder; `cut` of its server is the number of bytes after which connections end."""
+
+    def log_message(self, *args):
+        self.server.paths.append(self.path)
+
+    def copyfile(self, source, outputfile):
+        outputfile.write(source.read(self.server.cut))
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch, client):
+    """Serves stand-ins in the place of GitHub, to a client with an empty cache."""
+    (tmp_path / 'github').mkdir()
+    with ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=tmp_path / 'github')) as server:
+        server.cut, server.paths = -1, []
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        monkeypatch.setenv('REPOPT_TIMM_PUBLISHED_URL', f'http://127.0.0.1:{server.server_port}/')
+        monkeypatch.setattr('huggingface_hub.file_download.time.sleep', lambda seconds: None)
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def scales(server, tmp_path, monkeypatch):
+    """Scales that somebody has published for the tiny model, as a file of the reference repository."""
+    scales = random_scales()
+    state = {}
+    for module, vectors in scales.items():
+        stage = (
+            'stage0' if module == 'stem.conv' else re.sub(r'stages\.(\d)', lambda m: f'stage{int(m[1]) + 1}', module)
+        )
+        for branch, vector in vectors.items():
+            state[f'{stage.removesuffix(".conv")}.{REFERENCE_BRANCHES[branch]}.weight'] = vector
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    path = tmp_path / 'github/ann/repo/0123/tiny-scales.pth'
+    path.parent.mkdir(parents=True)
+    path.write_bytes(buffer.getvalue())
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    row = PublishedScales(NAME, 'tiny-scales.pth', 'ann/repo', '0123', digest, 'mit', 'CIFAR-100', '240')
+    monkeypatch.setattr(published, 'published_table', lambda: {NAME: row})
+    monkeypatch.setattr('repopt_timm.sources.published_table', lambda: {NAME: row})
+    return scales
+
+
+def cached(tmp_path):
+    return [path.name for path in (tmp_path / 'home').rglob('*') if path.is_file()]
+
+
+def test_the_table_names_networks_files_at_a_commit_and_digests():
+    for name, row in published_table().items():
+        assert name == row.name == f'{ModelName.parse(name).architecture}.published'
+        assert timm.is_model(ModelName.parse(name).network)
+        assert re.fullmatch('[0-9a-f]{40}', row.commit)
+        assert re.fullmatch('[0-9a-f]{64}', row.sha256)
+    assert find_published('repopt_vgg_b1_hs').file == 'RepOpt-VGG-B1-scales.pth'
+    assert find_published('repghostnet_050').file == 'RepOptGhostNet_0_5x_scales.pth'
+    assert find_published('repopt_vgg_a0') is None
+
+
+def test_published_scales_are_downloaded_once_and_name_their_source_and_licence(server, scales, tmp_path, client):
+    model = timm.create_model(TINY, scales='published')
+    assert model.scales == scales
+    assert model.scales_provenance['license'] == 'mit'
+    assert model.scales_provenance['source'] == 'https://github.com/ann/repo/blob/0123/tiny-scales.pth'
+    assert load_scales(NAME).provenance == model.scales_provenance
+    client(offline=True)
+    assert load_scales('published', tiny_model('_hs')) == scales
+    assert server.paths == ['/ann/repo/0123/tiny-scales.pth']
+    assert cached(tmp_path) == ['tiny-scales.pth']
+
+
+def test_a_file_that_was_changed_in_the_cache_is_downloaded_again(scales, tmp_path):
+    load_scales(NAME)
+    next((tmp_path / 'home').rglob('tiny-scales.pth')).write_bytes(b'changed')
+    assert load_scales(NAME, tiny_model()) == scales
+
+
+@pytest.mark.parametrize('problem', ['changed', 'missing', 'cut', 'closed', 'offline'])
+def test_what_cannot_be_downloaded_is_one_clear_line_and_leaves_nothing(
+    server, scales, tmp_path, client, capsys, problem
+):
+    file = tmp_path / 'github/ann/repo/0123/tiny-scales.pth'
+    message = {
+        'changed': r'is another file than expected: its sha256 is [0-9a-f]{64}, expected [0-9a-f]{64}',
+        'missing': r'/ann/repo/0123/tiny-scales\.pth answers 404',
+        'cut': r'tiny-scales\.pth failed: .*check the network',
+        'closed': r'tiny-scales\.pth failed: .*check the network',
+        'offline': r'HF_HUB_OFFLINE=1 forbids to download it. Run `repopt-timm scales show test_repopt_vgg\.published`',
+    }[problem]
+    if problem == 'changed':
+        file.write_bytes(b'changed')
+    elif problem == 'missing':
+        file.unlink()
+    elif problem == 'cut':
+        server.cut = 1000
+    elif problem == 'closed':
+        server.shutdown()
+        server.server_close()
+    client(offline=problem == 'offline')
+    assert main(['scales', 'show', NAME]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f'error: {NAME}: ')
+    assert re.search(message, error)
+    assert not cached(tmp_path)
+
+
+def test_a_target_without_scales_of_its_own_is_told_of_published_ones(scales):
+    with pytest.raises(ValueError, match=r'none ship for it.*--scales published'):
+        default_scales(TINY)
+    with pytest.raises(ValueError, match="No scales are published for 'resnet18', expected one of test_repopt_vgg"):
+        load_scales('published', timm.create_model('resnet18'))
+    with pytest.raises(ValueError, match=r"scales='published' needs a model"):
+        load_scales('published')
+
+
+def test_a_list_names_what_ships_what_is_published_and_what_is_cached(scales, client, capsys):
+    def listed():
+        assert main(['scales', 'list', '--json']) == 0
+        return {row['name']: row['where'] for row in json.loads(capsys.readouterr().out)['scales']}
+
+    assert {'repopt_vgg_a0.cifar10': 'ships', NAME: 'published'}.items() <= listed().items()
+    load_scales(NAME)
+    push_scales(scales, 'ann/tiny')
+    push_scales(scales, 'ann/other')
+    load_scales('hf-hub:ann/tiny')
+    after = listed()
+    assert after[NAME] == 'published, cached'
+    assert after['hf-hub:ann/tiny'] == 'cached'
+    assert 'hf-hub:ann/other' not in after
