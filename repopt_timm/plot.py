@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .files import replacing
 
-__all__ = ['plot_curves', 'plot_scales', 'pyplot_module', 'save_figure']
+__all__ = ['figure_class', 'plot_curves', 'plot_scales', 'save_figure', 'subplots']
 
 # The scales of kxk and 1x1 may lie on top of each other, as they do before a search.
 _STYLES = {
@@ -18,41 +18,48 @@ _STYLES = {
 }
 
 
-def pyplot_module() -> Any:
-    """Returns `matplotlib.pyplot`, for pictures that go to files.
+def figure_class() -> Any:
+    """Returns `matplotlib.figure.Figure`: a figure without pyplot, whose state and backend are the user's.
 
     Raises:
         ImportError: If matplotlib is not installed.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("Pictures need matplotlib: pip install 'repopt-timm[plot]'.") from None
-    matplotlib.use('Agg')
-    from matplotlib import pyplot
+    return Figure
 
-    return pyplot
+
+def subplots(rows: int, columns: int, figsize: tuple[float, float], layout: str | None = None, **options: Any) -> Any:
+    """Returns a figure and its axes, as `matplotlib.pyplot.subplots` does."""
+    figure = figure_class()(figsize=figsize, layout=layout)
+    return figure, figure.subplots(rows, columns, **options)
 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
-    """Writes a figure in the format that the path's suffix names, whole or not at all, and closes it."""
+    """Writes a figure in the format that the path's suffix names, whole or not at all."""
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, bbox_inches='tight')
-    pyplot_module().close(figure)
 
 
-def plot_scales(scales: Mapping[str, Mapping[str, Tensor]], path: str | os.PathLike, title: str = '') -> None:
+def plot_scales(
+    scales: Mapping[str, Mapping[str, Tensor]], path: str | os.PathLike | None = None, title: str = ''
+) -> Any:
     """Draws mean and range over the channels of each branch's scale against depth.
 
     Args:
         scales: `Scales`, or module name to branch name to vector, in the order of the network.
-        path: Picture to write, in the format that its suffix names.
+        path: Picture to write, in the format that its suffix names. Defaults to none.
         title: Text above the picture.
+
+    Returns:
+        The figure, a `matplotlib.figure.Figure`.
 
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    figure, axes = pyplot_module().subplots(figsize=(9, 4))
+    figure, axes = subplots(1, 1, (9, 4))
     modules = list(scales)
     for branch in sorted({branch for module in modules for branch in scales[module]}, reverse=True):
         style = _STYLES.get(branch, {'marker': 'o', 'ms': 3})
@@ -70,20 +77,25 @@ def plot_scales(scales: Mapping[str, Mapping[str, Tensor]], path: str | os.PathL
     axes.set(xlabel='convolution, from the stem on', ylabel='scale: mean, and range over channels')
     axes.set_title(title, loc='left', pad=16)
     axes.legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
-    save_figure(figure, path)
+    if path is not None:
+        save_figure(figure, path)
+    return figure
 
 
-def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: str | os.PathLike) -> None:
+def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: str | os.PathLike | None = None) -> Any:
     """Draws training loss and top-1 accuracy of runs against epochs.
 
     Args:
         histories: Name of a run to its rows, each with `epoch`, `train_loss` and, if evaluated, `eval_top1` in percent.
-        path: Picture to write, in the format that its suffix names.
+        path: Picture to write, in the format that its suffix names. Defaults to none.
+
+    Returns:
+        The figure, a `matplotlib.figure.Figure`.
 
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    figure, (left, right) = pyplot_module().subplots(1, 2, figsize=(10, 3.8))
+    figure, (left, right) = subplots(1, 2, (10, 3.8))
     for name, rows in histories.items():
         evaluated = [row for row in rows if 'eval_top1' in row]
         left.plot([row['epoch'] + 1 for row in rows], [row['train_loss'] for row in rows], label=name)
@@ -93,4 +105,6 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: st
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
-    save_figure(figure, path)
+    if path is not None:
+        save_figure(figure, path)
+    return figure

@@ -25,7 +25,7 @@ import torch
 
 from repopt_timm import Scales
 from repopt_timm.files import write_text
-from repopt_timm.plot import pyplot_module, save_figure
+from repopt_timm.plot import save_figure, subplots
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / 'README.md'
@@ -152,7 +152,7 @@ def table() -> str:
 
 def draw() -> None:
     """Draws accuracy against epochs, mean and range over the seeds, and the last epoch of every run."""
-    figure, (left, right) = pyplot_module().subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
+    figure, (left, right) = subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
     for place, (name, runs) in enumerate(histories().items()):
         curves = [[row['eval_top1'] for row in run] for run in runs]
         epochs = range(1, len(curves[0]) + 1)

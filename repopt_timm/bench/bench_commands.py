@@ -11,6 +11,7 @@ import torch
 
 from ..commands import COMMANDS
 from ..files import check_output, write_text
+from ..plot import figure_class
 from ..reporting import positive
 from .settings import PRECISIONS, Settings, choose_device, describe_environment, versions
 
@@ -142,7 +143,7 @@ def _run(args: argparse.Namespace) -> None:
     # Imported when a benchmark runs, so that `--help` does not wait for them.
     from .memory import MEMORY_NOTE, bench_memory, memory_table
     from .optimizer_step import bench_optimizer
-    from .pictures import plot_memory, plot_ratios, plot_scaling, pyplot_module
+    from .pictures import plot_memory, plot_ratios, plot_scaling
     from .rows import RATIO_NOTE, Row, as_json, ratio_table
     from .scaling import bench_scaling
     from .training_step import bench_search, bench_train
@@ -160,7 +161,7 @@ def _run(args: argparse.Namespace) -> None:
     # Before minutes of measuring.
     json_file, picture = (path and check_output(path) for path in (args.json, args.plot))
     if picture:
-        pyplot_module()
+        figure_class()
     if getattr(args, 'threads', None):
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -4,12 +4,12 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from ..plot import pyplot_module, save_figure
+from ..plot import save_figure, subplots
 from .memory import CARDS, RESERVE
 from .rows import Row
 from .scaling import AXES
 
-__all__ = ['plot_memory', 'plot_ratios', 'plot_scaling', 'pyplot_module']
+__all__ = ['plot_memory', 'plot_ratios', 'plot_scaling']
 
 _GIB = 2**30
 _REACHED = {True: 'tab:green', False: 'tab:red', None: 'tab:gray'}
@@ -31,7 +31,7 @@ def plot_ratios(rows: Sequence[Row], path: str | os.PathLike, title: str) -> Non
     panels = [[row for row in shown if row.unit == unit] for unit in ('s', 'B')]
     panels = [panel for panel in panels if panel]
     height = max(len(panel) + 1.4 * len({row.what for row in panel}) for panel in panels)
-    figure, all_axes = pyplot_module().subplots(
+    figure, all_axes = subplots(
         1, len(panels), figsize=(8.5 * len(panels), 1.2 + 0.3 * height), squeeze=False, layout='constrained'
     )
     for axes, panel in zip(all_axes[0], panels):
@@ -72,7 +72,7 @@ def _draw_ratios(axes: Any, rows: Sequence[Row]) -> None:
 
 def plot_scaling(rows: Sequence[Row], path: str | os.PathLike, title: str) -> None:
     """Draws step time and peak memory against width, depth, batch and resolution; arguments as in `plot_ratios`."""
-    figure, all_axes = pyplot_module().subplots(2, len(AXES), figsize=(4 * len(AXES), 6.5), layout='constrained')
+    figure, all_axes = subplots(2, len(AXES), figsize=(4 * len(AXES), 6.5), layout='constrained')
     labels = {'width': 'factor for the width', 'depth': 'factor for the depth', 'batch': 'images in the batch'}
     kinds = (('step time', 's', 1.0, 'time of a step (s)'), ('peak memory', 'B', _GIB, 'peak memory of a step (GiB)'))
     for line, (kind, unit, size, label) in zip(all_axes, kinds):
@@ -98,7 +98,7 @@ def plot_memory(rows: Sequence[Row], path: str | os.PathLike, title: str) -> Non
     """Draws the peak memory of a step against the batch size, and what fits GPUs; arguments as in `plot_ratios`."""
     peaks = [row for row in rows if row.what.startswith('peak')]
     cells = list(dict.fromkeys(row.what.partition(', ')[2] for row in peaks))
-    figure, all_axes = pyplot_module().subplots(
+    figure, all_axes = subplots(
         1, len(cells), figsize=(5.5 * len(cells), 4.5), squeeze=False, sharey=True, layout='constrained'
     )
     highest = max(row.value for row in peaks) / _GIB
