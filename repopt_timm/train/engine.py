@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -37,6 +38,8 @@ class TrainState:
         ema: Moving average of the weights.
         scaler: Scaler of float16 gradients.
         history: A row for each finished epoch: `epoch`, `lr`, `train_loss`, `eval_loss`, `eval_top1`, `eval_top5`.
+        start: When this process began to train, by `time.perf_counter`.
+        first_epoch: Index of the epoch that it began with.
     """
 
     model: nn.Module
@@ -45,13 +48,27 @@ class TrainState:
     ema: ModelEmaV3 | None = None
     scaler: torch.amp.GradScaler | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    start: float = field(default_factory=time.perf_counter)
+    first_epoch: int = 0
+
+    def remaining(self, done: float, total: int) -> float:
+        """Returns the seconds that the run goes on for, validation included, if it keeps its pace.
+
+        Args:
+            done: Epochs that the run has done, the fraction of the present one included.
+            total: Epochs that it has.
+        """
+        return (time.perf_counter() - self.start) / (done - self.first_epoch) * (total - done)
 
 
 class _Progress:
     """A bar on a terminal, plain lines elsewhere, nothing on other ranks."""
 
-    def __init__(self, title: str, total: int, args: argparse.Namespace):
+    def __init__(
+        self, title: str, total: int, args: argparse.Namespace, of_run: Callable[[float], float] | None = None
+    ):
         self.title = title
+        self.of_run = of_run
         self.total = total
         self.interval = args.log_interval
         self.primary = args.rank == 0
@@ -68,11 +85,14 @@ class _Progress:
         if self.primary and ((index + 1) % self.interval == 0 or index + 1 == self.total):
             rate = self.images / (time.perf_counter() - self.start)
             text = f'{describe(sums)} {rate:.0f} {self.unit}'
+            of_run = ''
+            if self.of_run is not None:
+                of_run = f', run ETA {timedelta(seconds=round(self.of_run((index + 1) / self.total)))}'
             if self.bar is not None:
-                self.bar.set_postfix_str(text)
+                self.bar.set_postfix_str(text + of_run)
             else:
                 remaining = (self.total - index - 1) * (time.perf_counter() - self.start) / (index + 1)
-                print(f'{self.title} [{index + 1}/{self.total}] {text} ETA {remaining:.0f}s', flush=True)
+                print(f'{self.title} [{index + 1}/{self.total}] {text} ETA {remaining:.0f}s{of_run}', flush=True)
 
     def close(self) -> None:
         if self.bar is not None:
@@ -112,7 +132,8 @@ def train_one_epoch(
     batches = len(loaders.train)
     # A last, smaller group of accumulated batches is a step too.
     updates_per_epoch = -(-batches // args.grad_accum_steps)
-    progress = _Progress(f'epoch {epoch + 1}/{args.total_epochs} train', batches, args)
+    title, epochs = f'epoch {epoch + 1}/{args.total_epochs} train', args.total_epochs
+    progress = _Progress(title, batches, args, lambda fraction: state.remaining(epoch + fraction, epochs))
     # On the device: reading a value every batch would make a GPU wait for the host.
     sums = torch.zeros(4, dtype=torch.float64, device=args.device)
     checked = 0

@@ -158,6 +158,7 @@ def _train_in(
         if source is not None:
             saver.rebuild(state.history, source)
     loggers = make_loggers(args, folder) if primary else []
+    state.start, state.first_epoch = time.perf_counter(), len(state.history)
     with postponed_signals(), _explaining_ends(folder, args, state):
         for epoch in range(len(state.history), args.total_epochs):
             _start_epoch(epoch, loaders, args)
