@@ -13,7 +13,7 @@ from timm.data import ImageDataset, create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
-__all__ = ['check_same_classes', 'class_names', 'count_classes', 'open_folder', 'read_class_map']
+__all__ = ['check_same_classes', 'class_names', 'class_numbers', 'count_classes', 'open_folder', 'read_class_map']
 
 _logger = logging.getLogger(__name__)
 
@@ -166,7 +166,7 @@ def read_class_map(class_map: str | None, root: str | os.PathLike | None) -> dic
     return numbers
 
 
-def _class_numbers(dataset: Any) -> dict[str, int]:
+def class_numbers(dataset: Any) -> dict[str, int]:
     """Returns the numbers of a dataset's classes by name; none if it does not name them."""
     for owner in (dataset, getattr(dataset, 'reader', None)):
         for attribute in ('class_to_idx', 'class_name_to_idx', 'classes'):
@@ -181,19 +181,19 @@ def _class_numbers(dataset: Any) -> dict[str, int]:
 def count_classes(dataset: Any) -> int | None:
     """Counts a dataset's classes, if it names them."""
     # Several names may share a number.
-    return max(_class_numbers(dataset).values(), default=-1) + 1 or None
+    return max(class_numbers(dataset).values(), default=-1) + 1 or None
 
 
 def class_names(dataset: Any) -> list[str]:
     """Returns the names of a dataset's classes in the order of their numbers; none without one name for each."""
-    numbers = _class_numbers(dataset)
+    numbers = class_numbers(dataset)
     names = sorted(numbers, key=lambda name: numbers[name])
     return names if [numbers[name] for name in names] == list(range(len(names))) else []
 
 
 def check_same_classes(train: Any, validation: Any) -> None:
     """Raises a ValueError if both datasets name their classes, and they differ in names or numbers."""
-    numbers, found = _class_numbers(train), _class_numbers(validation)
+    numbers, found = class_numbers(train), class_numbers(validation)
     if not numbers or not found:
         return
     advice = 'Give both the same folders, or the same numbers by --class-map.'

@@ -10,6 +10,7 @@ from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 
 from ..datasets import check_same_classes, open_folder, read_class_map
 from ..files import replacing
+from .selection import select_images
 from .validation import explaining
 
 __all__ = ['Loaders', 'make_datasets', 'make_loaders', 'write_digits']
@@ -60,15 +61,18 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
         {'split': args.train_split, 'is_training': True, 'num_samples': args.train_num_samples},
         {'split': args.val_split, 'num_samples': args.val_num_samples},
     ]
+    if args.holdout:
+        splits.append({'split': args.train_split})
     if name:
         common['class_map'] = read_class_map(args.class_map, root) or ''
         with explaining(f'--dataset {name}'):
-            train, validation = (create_dataset(name, **split, **common) for split in splits)
+            opened = [create_dataset(name, **split, **common) for split in splits]
     else:
         common['class_map'] = args.class_map
-        train, validation = (open_folder(need_split=True, **split, **common) for split in splits)
+        opened = [open_folder(need_split=True, **split, **common) for split in splits]
+    train, validation = opened[:2]
     check_same_classes(train, validation)
-    return train, validation
+    return select_images(train, validation, opened[-1], args)
 
 
 def make_loaders(

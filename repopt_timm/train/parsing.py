@@ -11,7 +11,8 @@ import yaml
 
 from ..console import CommandParser, did_you_mean
 from ..resources import resource_dir
-from .schema import ARGUMENTS, SECTIONS, Argument
+from .argument import Argument
+from .schema import ARGUMENTS, SECTIONS
 
 __all__ = ['make_parser', 'parse_arguments', 'read_config', 'write_config']
 

@@ -49,7 +49,7 @@ from .run_checkpoints import (
     scales_fingerprint,
     versions,
 )
-from .run_folder import ARGUMENTS_FILE, LAST_CHECKPOINT, run_folder
+from .run_folder import ARGUMENTS_FILE, DIVERGED_FILE, LAST_CHECKPOINT, note_time, run_folder
 from .validation import check_arguments, check_classes, check_device_name, check_images, check_model, explaining
 
 __all__ = ['Result', 'prepare_device', 'train']
@@ -155,6 +155,7 @@ def _train_in(
     if primary:
         notes = ''.join(f'# {line}\n' for line in getattr(args, 'overridden', []))
         write_text(folder / ARGUMENTS_FILE, notes + write_config(args))
+        (folder / DIVERGED_FILE).unlink(missing_ok=True)
         if source is not None:
             saver.rebuild(state.history, source)
     loggers = make_loggers(args, folder) if primary else []
@@ -162,7 +163,9 @@ def _train_in(
     with postponed_signals(), _explaining_ends(folder, args, state):
         for epoch in range(len(state.history), args.total_epochs):
             _start_epoch(epoch, loaders, args)
+            start = time.perf_counter()
             metrics = train_one_epoch(state, loaders, loss_fn, clip, autocast, epoch, args)
+            seconds = time.perf_counter() - start
             _check_weights(state.model, epoch, args)
             row = {
                 'epoch': epoch,
@@ -173,6 +176,7 @@ def _train_in(
             state.history.append(row)
             if primary:
                 saver.save(state)
+                note_time(folder, epoch + 1, seconds)
                 _log(row, loggers, args)
             if state.scheduler is not None:
                 state.scheduler.step(epoch + 1, row.get('eval_top1'))
@@ -192,6 +196,8 @@ def _explaining_ends(folder: Path, args: argparse.Namespace, state: TrainState) 
         if isinstance(error, InterruptedRunError):
             _logger.info(f'Stopped in epoch {min(done + 1, args.total_epochs)} of {args.total_epochs}. {saved}')
             raise
+        if args.rank == 0:
+            write_text(folder / DIVERGED_FILE, f'{error}\n')
         advice = 'Try a lower --lr, more --warmup-epochs, or --clip-grad'
         raise DivergedError(f'{error} {saved} {advice}{" and --resume with --override" if done else ""}.') from None
 

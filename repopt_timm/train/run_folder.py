@@ -15,12 +15,24 @@ except ImportError:  # Windows
 
 from ..files import remove_temporaries
 
-__all__ = ['ARGUMENTS_FILE', 'BEST_CHECKPOINT', 'LAST_CHECKPOINT', 'SUMMARY_FILE', 'run_folder']
+__all__ = [
+    'ARGUMENTS_FILE',
+    'BEST_CHECKPOINT',
+    'DIVERGED_FILE',
+    'LAST_CHECKPOINT',
+    'SUMMARY_FILE',
+    'TIMES_FILE',
+    'is_busy',
+    'note_time',
+    'run_folder',
+]
 
 ARGUMENTS_FILE = 'args.yaml'
 BEST_CHECKPOINT = 'model_best.pth.tar'
 LAST_CHECKPOINT = 'last.pth.tar'
 SUMMARY_FILE = 'summary.csv'
+TIMES_FILE = 'times.csv'
+DIVERGED_FILE = 'diverged.txt'
 _LOCK_FILE = '.lock'
 
 
@@ -42,6 +54,29 @@ def run_folder(folder: Path) -> Iterator[None]:
             if missing and not (folder / LAST_CHECKPOINT).exists():
                 _remove(missing)
             raise
+
+
+def is_busy(folder: Path) -> bool:
+    """Returns whether another process trains in a run's folder."""
+    if fcntl is None or not (folder / _LOCK_FILE).exists():
+        return False
+    with open(folder / _LOCK_FILE, 'a+') as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return isinstance(error, BlockingIOError | PermissionError)
+    return False
+
+
+def note_time(folder: Path, epoch: int, seconds: float) -> None:
+    """Adds the seconds that an epoch's training took to `times.csv`; of an epoch that was repeated the last line holds.
+
+    Apart from `summary.csv`, which is the same each time that a run is repeated.
+    """
+    path = folder / TIMES_FILE
+    head = '' if path.exists() else 'epoch,train_seconds\n'
+    with open(path, 'a', encoding='utf-8', newline='\n') as file:
+        file.write(f'{head}{epoch},{seconds:.3f}\n')
 
 
 def _acquire(lock: IO[str], folder: Path) -> None:

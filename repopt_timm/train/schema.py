@@ -3,186 +3,15 @@
 Names and defaults are those of timm's training script, unless the help says otherwise.
 """
 
-import ast
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from .argument import ANY_COUNT, Argument
 
-__all__ = ['ARGUMENTS', 'SECTIONS', 'Argument']
+__all__ = ['ARGUMENTS', 'SECTIONS']
 
 _POOLS = ('avg', 'max', 'avgmax', 'catavgmax')
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'constant', 'plateau', 'poly', 'wsd', 'rsqrt', 'none')
-_TRUE, _FALSE = ('true', 'yes', '1'), ('false', 'no', '0')
-_LARGEST_INT = 2**31 - 1
-
-
-@dataclass(frozen=True)
-class Argument:
-    """One argument, on the command line, in a config and in `--search-kwargs`.
-
-    Attributes:
-        name: Name in a config; the flag is `--name` with dashes.
-        kind: `str`, `int`, `float`, `bool`, or `dict` for K=V pairs.
-        default: Value if it is not given.
-        help: What it is.
-        low: Smallest value.
-        above: Value that it has to exceed.
-        high: Largest value.
-        below: Value that it has to stay below.
-        choices: The values that a text can have.
-        count: Numbers of values that a list can have; a single value without.
-        short: Short flag.
-        metavar: Name of the value in the help.
-        const: Value of the flag without one.
-        optional: Whether a config may set it to null although that is not the default.
-        free: Whether a resumed run may change it without `--override`.
-    """
-
-    name: str
-    kind: type
-    default: Any = None
-    help: str = ''
-    low: float | None = None
-    above: float | None = None
-    high: float | None = None
-    below: float | None = None
-    choices: tuple[str, ...] = ()
-    count: tuple[int, ...] = ()
-    short: str = ''
-    metavar: str | None = None
-    const: str | None = None
-    optional: bool = False
-    free: bool = False
-
-    @property
-    def flag(self) -> str:
-        return '--' + self.name.replace('_', '-')
-
-    @property
-    def expected(self) -> str:
-        """What values it can have, in words."""
-        if self.choices:
-            return 'one of ' + ', '.join(repr(choice) for choice in self.choices)
-        if self.kind is dict:
-            return "'argument: value' pairs"
-        if self.kind is bool:
-            return 'true or false'
-        if self.kind is str:
-            return 'text'
-        limits = [('at least', self.low), ('above', self.above), ('at most', self.high), ('below', self.below)]
-        limits_text = ' and '.join(f'{word} {limit:g}' for word, limit in limits if limit is not None)
-        what = 'whole number' if self.kind is int else 'finite number'
-        if self.count:
-            counts = ' or '.join(str(count) for count in self.count) + ' ' if self.count != _ANY_COUNT else ''
-            return f'{counts}{what}s {limits_text}'.rstrip()
-        return f'a {what} {limits_text}'.rstrip()
-
-    def parse(self, text: Any, where: str) -> Any:
-        """Converts what the command line gives: text, a list of texts, or the default of a flag.
-
-        Raises:
-            ValueError: If it is not a value of this argument.
-        """
-        if self.kind is dict:
-            return _pairs(text, self.expected, where)
-        if self.count:
-            values = text if isinstance(text, list) else text.strip('()[] ').replace(',', ' ').split()
-            return self.check([self._number(value) for value in values], where)
-        if isinstance(text, str):
-            return self.check(self._number(text), where)
-        return self.check(text, where)
-
-    def _number(self, text: str) -> Any:
-        # What is not a number stays text, which `check` refuses.
-        if self.kind is bool:
-            return {**dict.fromkeys(_TRUE, True), **dict.fromkeys(_FALSE, False)}.get(text.lower(), text)
-        if self.kind is str:
-            return text
-        try:
-            return self.kind(text)
-        except ValueError:
-            return text
-
-    def check(self, value: Any, where: str) -> Any:
-        """Checks a typed value, such as YAML gives.
-
-        Args:
-            value: The value; None stands for the default if that is None.
-            where: What an error calls the argument.
-
-        Returns:
-            The value; whole numbers as floats where those are asked for.
-
-        Raises:
-            ValueError: If it is not a value of this argument.
-        """
-        if value is None and (self.default is None or self.optional):
-            return None
-        if self.count:
-            if not isinstance(value, list | tuple) or (self.count != _ANY_COUNT and len(value) not in self.count):
-                raise self._error(value, where)
-            if not value:
-                raise self._error(value, where)
-            return [self._one(item, value, where) for item in value]
-        return self._one(value, value, where)
-
-    def _one(self, item: Any, value: Any, where: str) -> Any:
-        kind: Any = self.kind
-        if self.kind is float and isinstance(item, str):
-            # YAML takes 4e-5 for text.
-            item = self._number(item)
-        if self.kind is float and isinstance(item, int) and not isinstance(item, bool) and abs(item) < 2**53:
-            item = float(item)
-        if type(item) is not kind or not self._in_range(item):
-            raise self._error(value, where)
-        if kind is str and '\0' in item:
-            raise ValueError(f'{where} has a null character, expected {self.expected}.')
-        if kind is dict and not all(isinstance(key, str) for key in item):
-            raise self._error(value, where)
-        return item
-
-    def _in_range(self, item: Any) -> bool:
-        if self.choices:
-            return item in self.choices
-        if self.kind not in (int, float):
-            return True
-        if self.kind is int and abs(item) > _LARGEST_INT:
-            return False
-        return (
-            math.isfinite(item)
-            and (self.low is None or item >= self.low)
-            and (self.above is None or item > self.above)
-            and (self.high is None or item <= self.high)
-            and (self.below is None or item < self.below)
-        )
-
-    def _error(self, value: Any, where: str) -> ValueError:
-        found = repr(value)
-        return ValueError(f'{where} is {found if len(found) < 80 else found[:77] + "..."}, expected {self.expected}.')
-
-
-_ANY_COUNT = tuple(range(1, 1000))
 _PAIR = (2,)
 _MODES = ('1', 'L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'I', 'F')
-
-
-def _pairs(texts: Sequence[str] | dict[str, Any], expected: str, where: str) -> dict[str, Any]:
-    if isinstance(texts, dict):
-        return texts
-    pairs: dict[str, Any] = {}
-    for text in texts:
-        key, separator, value = text.partition('=')
-        if not separator or not key:
-            raise ValueError(f"{where} has '{text}', expected K=V, such as {where} name=value.")
-        if key in pairs:
-            raise ValueError(f"{where} gives '{key}' twice, expected it once.")
-        try:
-            pairs[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
-            pairs[key] = value
-    return pairs
 
 
 def _probability(name: str, default: float, text: str) -> Argument:
@@ -204,6 +33,23 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
         Argument('val_split', str, 'validation', 'dataset validation split', metavar='NAME', free=True),
         Argument('train_num_samples', int, None, 'number of training samples, for streamed data', low=1),
         Argument('val_num_samples', int, None, 'number of validation samples, for streamed data', low=1, free=True),
+        Argument('train_images', int, None, 'train on this many images, the same random ones for each seed', low=1),
+        Argument(
+            'holdout',
+            float,
+            0.0,
+            'validate on this share of the training images, on which the run then does not train, instead of on '
+            '--val-split: to choose hyperparameters',
+            low=0,
+            below=1,
+        ),
+        Argument(
+            'cache_images',
+            bool,
+            False,
+            'keep decoded images in memory, from the first epoch on; with --workers 0',
+            free=True,
+        ),
         Argument('dataset_download', bool, False, 'allow download for torch/ and others that support it', free=True),
         Argument('class_map', str, '', 'path to class to index mapping file', metavar='FILE'),
         Argument('input_img_mode', str, None, 'image color mode, such as RGB or L', choices=_MODES),
@@ -312,7 +158,7 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
         Argument('warmup_epochs', int, 5, 'epochs of warm-up', low=0),
         Argument('cooldown_epochs', int, 0, 'epochs at the lowest learning rate, after the schedule', low=0, free=True),
         Argument('decay_epochs', float, 90.0, 'interval of the step schedule', above=0),
-        Argument('decay_milestones', int, [90, 180, 270], 'epochs of the multistep schedule', low=1, count=_ANY_COUNT),
+        Argument('decay_milestones', int, [90, 180, 270], 'epochs of the multistep schedule', low=1, count=ANY_COUNT),
         Argument('decay_rate', float, 0.1, 'factor of the step schedules', above=0),
         Argument('patience_epochs', int, 10, 'patience of the plateau schedule', low=0),
     ),

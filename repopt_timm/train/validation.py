@@ -112,6 +112,14 @@ def _check_dataset(args: argparse.Namespace) -> None:
         raise ImportError(f'--dataset {prefix}/ needs {_PREFIXES[prefix]}: pip install {_PREFIXES[prefix]}.')
 
 
+def _check_cache(args: argparse.Namespace) -> None:
+    if args.cache_images and args.workers:
+        raise ValueError(
+            f'--cache-images needs --workers 0, but --workers is {args.workers}: what a worker decodes is lost with it '
+            f'after each epoch.'
+        )
+
+
 def _check_channels(args: argparse.Namespace) -> None:
     size, channels = args.input_size, args.in_chans
     if size and channels and size[0] != channels:
@@ -346,6 +354,7 @@ _CHECKS: tuple[Callable[[argparse.Namespace], None], ...] = (
     _check_device,
     _check_paths,
     _check_dataset,
+    _check_cache,
     _check_channels,
     _check_ranges,
     _check_mixup,

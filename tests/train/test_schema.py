@@ -24,7 +24,17 @@ log_wandb False
 """
 # On purpose: our models, the fastest device, a folder that always is, and few files.
 OURS = {'model', 'device', 'opt', 'output', 'checkpoint_hist', 'resume', 'data_dir', 'ratio'}
-NEW = {'scales', 'override', 'search_first', 'search_kwargs', 'log_tensorboard', 'debug'}
+NEW = {
+    'scales',
+    'override',
+    'search_first',
+    'search_kwargs',
+    'log_tensorboard',
+    'debug',
+    'train_images',
+    'holdout',
+    'cache_images',
+}
 
 
 def test_names_and_defaults_are_those_of_timms_script():
