@@ -29,7 +29,7 @@ from repopt_timm.plot import save_figure, subplots
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent / 'README.md'
-RECIPE = HERE / 'recipe.yaml'
+RECIPE = HERE.parents[1] / 'configs' / 'cifar10_trial.yaml'
 TUNING = HERE / 'tuning.csv'
 RUNS = HERE / 'runs'
 PICTURE = HERE / 'comparison.png'

@@ -14,7 +14,16 @@ from ..resources import resource_dir
 from .argument import Argument
 from .schema import ARGUMENTS, SECTIONS
 
-__all__ = ['make_parser', 'parse_arguments', 'read_config', 'write_config']
+__all__ = [
+    'add_argument',
+    'configured_arguments',
+    'given_arguments',
+    'make_parser',
+    'parse_arguments',
+    'read_config',
+    'search_arguments',
+    'write_config',
+]
 
 # What leads to a run, not what it is.
 _NOT_IN_CONFIGS = ('resume', 'override', 'debug')
@@ -38,11 +47,12 @@ def make_parser(program: str = 'train.py') -> argparse.ArgumentParser:
     for title, section in SECTIONS.items():
         group = parser.add_argument_group(title)
         for argument in section:
-            _add(group, argument)
+            add_argument(group, argument)
     return parser
 
 
-def _add(group: Any, argument: Argument) -> None:
+def add_argument(group: Any, argument: Argument) -> None:
+    """Adds an argument to a parser, which gives its text."""
     names = [*([argument.short] if argument.short else []), argument.flag]
     text = argument.help.replace('%', '%%')
     if argument.kind is bool:
@@ -122,8 +132,12 @@ def _argument(name: str, where: str) -> Argument:
     return ARGUMENTS[name]
 
 
-def _given(namespace: argparse.Namespace) -> dict[str, Any]:
-    """Checks what is on the command line."""
+def given_arguments(namespace: argparse.Namespace) -> dict[str, Any]:
+    """Checks what is on the command line, and returns the values by name.
+
+    Raises:
+        ValueError: If an argument is not one of a run, or its value is not one that it can have.
+    """
     texts = vars(namespace)
     texts.pop('config', None)
     folder = texts.pop('data', None)
@@ -131,8 +145,13 @@ def _given(namespace: argparse.Namespace) -> dict[str, Any]:
     return given if folder is None else _with_data(given, folder, 'The command line')
 
 
-def _configured(name: str) -> dict[str, Any]:
-    """Checks what a config sets."""
+def configured_arguments(name: str) -> dict[str, Any]:
+    """Checks what a config sets, and returns the values by name; see `read_config`.
+
+    Raises:
+        FileNotFoundError: If the file does not exist.
+        ValueError: If it sets what is not an argument of a run, or to a value that this cannot have.
+    """
     config = read_config(name)
     folder = config.pop('data', None)
     for key in _NOT_IN_CONFIGS:
@@ -165,16 +184,17 @@ def parse_arguments(argv: Sequence[str] | None = None, program: str = 'train.py'
     config_name = getattr(namespace, 'config', None)
     values = {name: copy.deepcopy(argument.default) for name, argument in ARGUMENTS.items()}
     if config_name is not None:
-        values |= _configured(config_name)
-    values |= _given(namespace)
-    values['search_kwargs'] = _search_arguments(values['search_kwargs'])
+        values |= configured_arguments(config_name)
+    values |= given_arguments(namespace)
+    values['search_kwargs'] = search_arguments(values['search_kwargs'])
     if values['data_dir'] and Path(values['data_dir']).name in ('', '..'):
         # Cards record the folder's name.
         values['data_dir'] = os.path.abspath(values['data_dir'])
     return argparse.Namespace(config=config_name, **values)
 
 
-def _search_arguments(pairs: dict[str, Any]) -> dict[str, Any]:
+def search_arguments(pairs: dict[str, Any]) -> dict[str, Any]:
+    """Checks the values of `--search-kwargs`, which are arguments of a run."""
     checked = {}
     for key, value in pairs.items():
         argument = _argument('data_dir' if key == 'data' else key, '--search-kwargs')

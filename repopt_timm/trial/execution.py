@@ -1,0 +1,148 @@
+"""Runs side by side, each a process of the training command that goes on where it stopped."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from ..train.run_folder import is_busy
+from .trial_runs import LOG_FILE, Run
+from .trial_settings import as_words
+
+__all__ = ['run_all', 'training_command']
+
+_logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = 0.2
+_BUSY_SECONDS = 10.0
+_STOP_SECONDS = 120.0
+_PACKAGE_PARENT = Path(__file__).resolve().parents[2]
+
+
+def training_command(run: Run, config: Path) -> list[str]:
+    """Returns the command of a run; `config` is a file of the arguments that all runs share."""
+    where = ['--output', str(run.folder.parent), '--experiment', run.folder.name, '--resume']
+    return [sys.executable, '-m', 'repopt_timm.cli', 'train', '-c', str(config), *as_words(run.arguments), *where]
+
+
+def run_all(next_runs: Callable[[], Sequence[Run]], config: Path, jobs: int, threads: int | None) -> list[Run]:
+    """Runs what there is to run until nothing is left.
+
+    Args:
+        next_runs: Returns the runs that can start, the most urgent first; called again whenever one has ended.
+        config: File of the arguments that all runs share.
+        jobs: Number of processes.
+        threads: Threads of each. Defaults to `OMP_NUM_THREADS`, or to the cores of the machine divided by `jobs`.
+
+    Returns:
+        The runs that ended with an error other than that they diverged.
+
+    Raises:
+        KeyboardInterrupt: On Ctrl-C or SIGTERM, after the processes have ended.
+    """
+    environment = _environment(jobs, threads)
+    running: dict[Run, subprocess.Popen] = {}
+    failed: list[Run] = []
+    with _terminable():
+        try:
+            while True:
+                ready = [run for run in next_runs() if run not in running and run not in failed]
+                free = [run for run in ready if not is_busy(run.folder)]
+                for run in free[: jobs - len(running)]:
+                    running[run] = _start(run, config, environment)
+                if not running and not ready:
+                    return failed
+                _wait(running)
+                for run in [run for run, process in running.items() if process.poll() is not None]:
+                    if not _end(run, running.pop(run).returncode):
+                        failed.append(run)
+        except BaseException:
+            _stop(running)
+            raise
+
+
+def _environment(jobs: int, threads: int | None) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+    count = str(threads or os.environ.get('OMP_NUM_THREADS') or max(1, cores // jobs))
+    # A checkout need not be installed.
+    path = os.pathsep.join(filter(None, (str(_PACKAGE_PARENT), os.environ.get('PYTHONPATH'))))
+    return {**os.environ, 'OMP_NUM_THREADS': count, 'PYTHONPATH': path}
+
+
+def _start(run: Run, config: Path, environment: dict[str, str]) -> subprocess.Popen:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    _logger.info(f'{run.folder} starts.')
+    with open(run.folder / LOG_FILE, 'a', encoding='utf-8') as log:
+        # In a session of its own, as Ctrl-C would reach it twice.
+        return subprocess.Popen(
+            training_command(run, config),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,
+        )
+
+
+def _wait(running: dict[Run, subprocess.Popen]) -> None:
+    # Without processes of its own, the trial waits for one of another trial.
+    end = time.monotonic() + _BUSY_SECONDS
+    while all(process.poll() is None for process in running.values()):
+        time.sleep(_POLL_SECONDS)
+        if not running and time.monotonic() > end:
+            return
+
+
+def _end(run: Run, code: int) -> bool:
+    """Notes the end of a run's process, and returns whether the run has an outcome."""
+    outcome = run.outcome
+    if outcome.finished:
+        if not run.keep_checkpoints:
+            for path in run.folder.glob('*.pth.tar'):
+                path.unlink()
+        _logger.info(f'{run.folder} is done: top-1 {outcome.top1:.2f} %.')
+        return True
+    if outcome.failure:
+        _logger.warning(f'{run.folder} diverged: {outcome.failure}')
+        return True
+    if is_busy(run.folder):
+        return True
+    _logger.warning(f"{run.folder} ended with exit code {code}: see '{run.folder / LOG_FILE}'.")
+    return False
+
+
+def _stop(running: dict[Run, subprocess.Popen]) -> None:
+    """Asks processes to end after their batch, and ends those that do not."""
+    for process in running.values():
+        process.terminate()
+    end = time.monotonic() + _STOP_SECONDS
+    for process in running.values():
+        try:
+            process.wait(max(0.0, end - time.monotonic()))
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Lets SIGTERM end a trial as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

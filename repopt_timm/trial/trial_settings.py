@@ -1,0 +1,278 @@
+"""The arguments of a trial, its own and those that it hands on to all of its runs."""
+
+import argparse
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from timm.data import resolve_data_config
+from timm.models import resolve_pretrained_cfg
+
+from ..files import write_text
+from ..train.argument import ANY_COUNT, Argument
+from ..train.parsing import (
+    add_argument,
+    configured_arguments,
+    given_arguments,
+    search_arguments,
+    write_config,
+)
+from ..train.schema import ARGUMENTS, SECTIONS
+from .arms import ARMS, arms_of, target_name
+
+__all__ = [
+    'SETTINGS_FILE',
+    'SHARED_FILE',
+    'TrialSettings',
+    'add_trial_arguments',
+    'as_words',
+    'read_settings',
+    'write_settings',
+]
+
+SETTINGS_FILE = 'trial.yaml'
+SHARED_FILE = 'shared.yaml'
+
+_OWN: tuple[Argument, ...] = (
+    Argument('data', str, None, 'path to dataset: image folders, or .tar files', metavar='DIR'),
+    Argument(
+        'arms',
+        str,
+        None,
+        f'ways to train: {", ".join(ARMS)}. Defaults to all that the model and the other arguments allow',
+        choices=tuple(ARMS),
+        count=ANY_COUNT,
+        metavar='ARM',
+    ),
+    Argument('seeds', int, 3, 'number of seeds; each arm is trained with each of them', low=1),
+    Argument('first_seed', int, 0, 'the first of them', low=0, high=10**8),
+    Argument(
+        'lrs',
+        float,
+        [0.05, 0.1, 0.2],
+        'learning rates to choose from, for each arm, in a run on a part of the training images. If the best is the '
+        'lowest or highest, another one beyond it is tried, up to three times',
+        above=0,
+        count=ANY_COUNT,
+        metavar='LR',
+    ),
+    Argument('lr', float, None, 'learning rate of all arms, instead of choosing', above=0),
+    Argument(
+        'holdout', float, 0.1, 'share of the training images on which learning rates are compared', above=0, below=1
+    ),
+    Argument('tuning_epochs', int, None, 'epochs of these runs. Defaults to --epochs', low=1),
+    Argument('tuning_seed', int, 1000, 'seed of these runs', low=0, high=10**9),
+    Argument(
+        'scales',
+        str,
+        None,
+        "scales for the arm 'scales': a file, a folder with a model card, 'hf-hub:user/repo[@revision]', or the name "
+        'of scales that ship',
+        metavar='SOURCE',
+    ),
+    Argument('search', int, None, "epochs of a hyper-search for the arm 'search', one search for each seed", low=1),
+    Argument(
+        'search_kwargs',
+        dict,
+        {'weight_decay': 4e-5},
+        'arguments of the search that differ, such as lr=...',
+        metavar='K=V',
+    ),
+    Argument(
+        'reference',
+        str,
+        None,
+        'arm that the others are compared with. Defaults to sgd, or the first arm',
+        choices=tuple(ARMS),
+        metavar='ARM',
+        free=True,
+    ),
+    Argument('jobs', int, 1, 'number of runs side by side, each a process of its own', low=1, free=True),
+    Argument(
+        'threads',
+        int,
+        None,
+        'threads of each run. Defaults to OMP_NUM_THREADS, or to the cores of this machine divided by --jobs',
+        low=1,
+        free=True,
+    ),
+    Argument('output', str, None, 'folder of the trial. Defaults to output/MODEL-trial', metavar='DIR', free=True),
+)
+_OWN_BY_NAME = {argument.name: argument for argument in _OWN}
+
+# What the trial sets itself, or what would not be the same start for each arm.
+_NOT_SHARED = {
+    *('data_dir', 'model', 'scales', 'pretrained', 'initial_checkpoint', 'resume', 'override', 'opt', 'lr', 'lr_base'),
+    *('lr_base_size', 'lr_base_scale', 'seed', 'output', 'experiment', 'search_first', 'search_kwargs', 'holdout'),
+    *('log_wandb', 'debug'),
+}
+
+# A training of 300 epochs has other needs than a trial of ten.
+_DEFAULTS: dict[str, Any] = {'epochs': 10, 'sched_on_updates': True, 'workers': 0, 'checkpoint_hist': 1}
+
+
+@dataclass(frozen=True)
+class TrialSettings:
+    """What a trial is of.
+
+    Attributes:
+        model: Name of the plain network.
+        arms: Names of the arms.
+        seeds: Seeds.
+        lrs: Learning rates to choose from.
+        lr: Learning rate of all arms, if it is not chosen.
+        holdout: Share of the training images to choose on.
+        tuning_epochs: Epochs of the runs that a choice is made by.
+        tuning_seed: Their seed.
+        scales: Given scales.
+        search: Epochs of a search.
+        search_kwargs: Arguments of a search that differ.
+        reference: Arm that the others are compared with.
+    """
+
+    model: str
+    arms: tuple[str, ...]
+    seeds: tuple[int, ...]
+    lrs: tuple[float, ...]
+    lr: float | None
+    holdout: float
+    tuning_epochs: int
+    tuning_seed: int
+    scales: str | None
+    search: int | None
+    search_kwargs: dict[str, Any]
+    reference: str
+
+
+def add_trial_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `repopt-timm trial` to a parser, which gives texts."""
+    parser.add_argument('model', metavar='MODEL', help='plain network, such as repopt_vgg_a0; any timm model')
+    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of training arguments, or a shipped name')
+    group = parser.add_argument_group('Trial')
+    for argument in _OWN:
+        add_argument(group, argument)
+    for title, section in SECTIONS.items():
+        shared = [argument for argument in section if argument.name not in _NOT_SHARED]
+        group = parser.add_argument_group(f'{title}, of each run')
+        for argument in shared:
+            add_argument(group, argument)
+
+
+def read_settings(namespace: argparse.Namespace) -> tuple[TrialSettings, argparse.Namespace, argparse.Namespace]:
+    """Checks the arguments of a trial.
+
+    Args:
+        namespace: What the parser gave.
+
+    Returns:
+        What the trial is of; what its runs share, as arguments of a run; and `jobs`, `threads` and `output`.
+
+    Raises:
+        FileNotFoundError: If the config does not exist.
+        ValueError: If a value is not one that the argument can have, or an arm cannot be.
+    """
+    texts = vars(namespace)
+    texts.pop('run', None)
+    model = target_name(texts.pop('model'))
+    config = texts.pop('config', None)
+    own = {name: copy.deepcopy(argument.default) for name, argument in _OWN_BY_NAME.items()}
+    for name in set(texts) & set(_OWN_BY_NAME):
+        own[name] = _OWN_BY_NAME[name].parse(texts.pop(name), _OWN_BY_NAME[name].flag)
+    own['search_kwargs'] = search_arguments(_OWN_BY_NAME['search_kwargs'].default | own['search_kwargs'])
+    shared = _shared(model, config, texts, own['data'])
+    arms = arms_of(model, own['arms'], own['scales'], own['search'])
+    reference = own['reference'] or ('sgd' if 'sgd' in arms else arms[0])
+    if reference not in arms:
+        raise ValueError(f"--reference is '{reference}', expected one of the arms: {', '.join(arms)}.")
+    settings = TrialSettings(
+        model=model,
+        arms=tuple(arms),
+        seeds=tuple(range(own['first_seed'], own['first_seed'] + own['seeds'])),
+        lrs=tuple(sorted(set(own['lrs']))),
+        tuning_epochs=own['tuning_epochs'] or shared.epochs,
+        reference=reference,
+        **{name: own[name] for name in ('lr', 'holdout', 'tuning_seed', 'scales', 'search', 'search_kwargs')},
+    )
+    if settings.lr is None and settings.tuning_seed in settings.seeds:
+        raise ValueError(f'--tuning-seed is {settings.tuning_seed}, expected a seed of its own.')
+    output = own['output'] or f'output/{model}-trial'
+    return settings, shared, argparse.Namespace(jobs=own['jobs'], threads=own['threads'], output=output)
+
+
+def _shared(model: str, config: str | None, texts: dict[str, Any], data: str | None) -> argparse.Namespace:
+    configured = {} if config is None else configured_arguments(config)
+    given = {name: value for name, value in configured.items() if name not in _NOT_SHARED or name == 'data_dir'}
+    given |= given_arguments(argparse.Namespace(**texts))
+    if data is not None:
+        given['data_dir'] = data
+    values = {name: copy.deepcopy(argument.default) for name, argument in ARGUMENTS.items()}
+    values |= {**_DEFAULTS, **given, 'model': model}
+    if 'warmup_epochs' not in given:
+        values['warmup_epochs'] = min(5, math.ceil(values['epochs'] / 10))
+    shared = argparse.Namespace(**values)
+    # Images are prepared alike for all arms, whose models may state different defaults.
+    found = resolve_data_config(vars(shared), pretrained_cfg=resolve_pretrained_cfg(model).to_dict())
+    for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct'):
+        value = found[name]
+        setattr(shared, name, list(value) if isinstance(value, tuple) else value)
+    return shared
+
+
+def write_settings(folder: Path, settings: TrialSettings, shared: argparse.Namespace) -> None:
+    """Writes `trial.yaml` and `shared.yaml`, or checks that those which are there are of the same trial.
+
+    Arms and seeds may be others than before: what is trained already stays.
+
+    Raises:
+        ValueError: If the folder holds a trial whose runs were trained otherwise.
+    """
+    new = _plain(asdict(settings))
+    for name, values in ((SETTINGS_FILE, new), (SHARED_FILE, yaml.safe_load(write_config(shared)))):
+        path = folder / name
+        if path.exists():
+            _check_same(path, values)
+    write_text(folder / SHARED_FILE, write_config(shared))
+    write_text(folder / SETTINGS_FILE, yaml.safe_dump(new, sort_keys=False))
+
+
+def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _check_same(path: Path, values: Mapping[str, Any]) -> None:
+    saved = yaml.safe_load(path.read_text(encoding='utf-8'))
+    free = {'arms', 'seeds', 'reference', *(name for name, each in ARGUMENTS.items() if each.free)} - {
+        'epochs',
+        'scales',
+    }
+    if 'search' not in saved.get('arms', ()):
+        free |= {'search', 'search_kwargs'}
+    if 'scales' not in saved.get('arms', ()):
+        free |= {'scales'}
+    changed = [name for name in values if name not in free and saved.get(name) != values[name]]
+    if changed:
+        differences = ', '.join(f'{name} {saved.get(name)!r} -> {values[name]!r}' for name in changed)
+        raise ValueError(
+            f"'{path.parent}' is the folder of a trial with other arguments: {differences}. Continue it with its "
+            f'own, or choose another --output.'
+        )
+
+
+def as_words(values: Mapping[str, Any]) -> list[str]:
+    """Returns arguments of a run as they are on a command line."""
+    words: list[str] = []
+    for name, value in values.items():
+        flag = ARGUMENTS[name].flag
+        if value is True:
+            words.append(flag)
+        elif isinstance(value, dict):
+            words += [flag, *(f'{key}={item}' for key, item in value.items())]
+        elif isinstance(value, list | tuple):
+            words += [flag, *map(str, value)]
+        elif value is not False and value is not None:
+            words += [flag, str(value)]
+    return words

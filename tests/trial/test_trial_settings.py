@@ -1,0 +1,89 @@
+import pytest
+import timm
+
+from repopt_timm.train.parsing import parse_arguments
+from repopt_timm.trial.execution import training_command
+from repopt_timm.trial.trial_settings import as_words, read_settings
+
+from .conftest import parse, settings_of
+
+
+def test_arms_are_those_that_the_model_and_the_arguments_allow():
+    branches = ('branches',) if timm.is_model('test_repopt_vgg_branches') else ()
+    assert settings_of()[0].arms == (*branches, 'sgd', 'init', 'repopt')
+    assert settings_of('--scales', 'x', '--search', '2')[0].arms[-4:] == ('init', 'repopt', 'scales', 'search')
+
+
+@pytest.mark.parametrize(
+    ('words', 'error'),
+    [
+        (['--arms', 'search'], 'there is no --search'),
+        (['--arms', 'scales'], 'there is no --scales'),
+        (['--arms', 'sgd', '--reference', 'init'], 'expected one of the arms: sgd'),
+        (['--opt', 'adamw'], "unknown argument '--opt'"),
+        (['--seed', '3'], "unknown argument '--seed'"),
+        (['--lrs', '0'], 'expected finite numbers above 0'),
+        (['--seeds', '9', '--tuning-seed', '3'], 'a seed of its own'),
+    ],
+)
+def test_what_cannot_be_is_refused(words, error):
+    with pytest.raises(ValueError, match=error):
+        settings_of(*words)
+
+
+@pytest.mark.parametrize('model', ['nonesuch', 'repopt_vgg_a0_hs', 'repopt_vgg_a0.cifar10'])
+def test_the_model_is_a_plain_network(model):
+    with pytest.raises(ValueError, match=model):
+        read_settings(parse([model]))
+
+
+def test_a_run_gets_the_arguments_that_all_share_and_its_own(trial, tmp_path):
+    words = [
+        '--epochs',
+        '20',
+        '--tuning-epochs',
+        '5',
+        '--model-kwargs',
+        'strides=(1,1,2,2,2)',
+        '--no-aug',
+        '--lr',
+        '0.1',
+    ]
+    runs = trial('--arms', 'repopt', *words, '--train-images', '100')
+    command = training_command(runs.training('repopt', 1, 0.1), runs.folder / 'shared.yaml')
+    args = parse_arguments(command[command.index('train') + 1 :])
+    assert (args.model, args.opt, args.scales, args.lr, args.seed) == (
+        'test_repopt_vgg',
+        'repopt_sgd',
+        'initial',
+        0.1,
+        1,
+    )
+    assert (args.epochs, args.warmup_epochs, args.train_images, args.no_aug) == (20, 2, 100, True)
+    assert args.model_kwargs == {'strides': [1, 1, 2, 2, 2]}
+    assert (args.output, args.experiment, args.resume) == (str(runs.folder / 'runs/repopt'), 'seed-1', 'auto')
+    tuned = parse_arguments(as_words(runs.tuning('repopt', 0.1).arguments))
+    assert (tuned.epochs, tuned.warmup_epochs, tuned.val_interval, tuned.seed) == (5, 0, 5, 1000)
+
+
+def test_a_config_gives_what_all_runs_share_and_not_what_the_arms_are(tmp_path):
+    config = tmp_path / 'config.yaml'
+    config.write_text('model: repopt_vgg_b1\nopt: sgd\nlr: 7\nscales: x\nepochs: 30\nbatch_size: 64\n')
+    settings, shared, _ = settings_of('-c', str(config), '--batch-size', '32')
+    assert (shared.epochs, shared.batch_size, shared.warmup_epochs) == (30, 32, 3)
+    assert (settings.model, settings.lr, shared.lr, shared.scales) == ('test_repopt_vgg', None, None, None)
+
+
+def test_images_are_prepared_alike_for_all_arms():
+    _, shared, _ = settings_of('--input-size', '3', '32', '32')
+    assert shared.input_size == [3, 32, 32]
+    assert None not in (shared.mean, shared.std, shared.crop_pct) and shared.interpolation
+
+
+def test_a_folder_takes_one_trial_only(trial):
+    trial('--lr', '0.1')
+    trial('--lr', '0.1', '--seeds', '5', '--arms', 'sgd', '--workers', '0')
+    trial('--lr', '0.1', '--search', '3')
+    for words, name in ((['--lr', '0.2'], 'lr 0.1 -> 0.2'), (['--lr', '0.1', '--epochs', '9'], 'epochs 10 -> 9')):
+        with pytest.raises(ValueError, match=name):
+            trial(*words)
