@@ -33,5 +33,6 @@ COMMANDS = {
     'compare-int8': Command(
         'measure models in float32 and in all kinds of INT8, in one table', '.deploy.deploy_commands'
     ),
+    'predict': Command('classify images, with the names of the classes where they are known', '.deploy.prediction'),
     'run': Command("run a script, such as timm's validate.py, that finds these models and optimizers", '.script'),
 }

@@ -6,6 +6,7 @@ from .evaluation import evaluate
 from .int8_table import compare_int8, comparison_table
 from .layer_noise import layer_report, plot_layers
 from .onnx_export import export_onnx, to_onnx
+from .prediction import predict
 from .quantization import Quantization, QuantizationOptions, calibrate, quantize, quantize_onnx
 from .runtime import save_onnx
 from .trained_model import load_model
@@ -25,6 +26,7 @@ __all__ = [
     'load_classifier',
     'load_model',
     'plot_layers',
+    'predict',
     'quantize',
     'quantize_onnx',
     'save_onnx',

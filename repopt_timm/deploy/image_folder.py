@@ -16,9 +16,29 @@ from torch import Tensor
 
 from ..datasets import class_names, count_classes, open_folder
 
-__all__ = ['ImageFolder']
+__all__ = ['ImageFolder', 'read_image']
 
 _WORKERS = min(8, os.cpu_count() or 1)
+
+
+def read_image(file: Any, mode: str, name: str) -> Image.Image:
+    """Reads an image.
+
+    Args:
+        file: A path or an open file.
+        mode: Pillow's mode to convert it to.
+        name: What to call it in errors.
+
+    Raises:
+        ValueError: If it does not decode.
+    """
+    try:
+        with Image.open(file) as image:
+            return image.convert(mode)
+    # Pillow's PNG reader raises SyntaxError on broken headers.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).split(' <')[0]
+        raise ValueError(f"The image '{name}' cannot be read: {reason}. Remove or replace it.") from None
 
 
 class ImageFolder:
@@ -62,14 +82,8 @@ class ImageFolder:
             ValueError: If it does not decode.
         """
         file, target = self._reader[index]
-        try:
-            with file, Image.open(file) as image:
-                pixels = image.convert(self._mode)
-        # Pillow's PNG reader raises SyntaxError on broken headers.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            name = self._reader.filename(index, absolute=True)
-            reason = str(error).split(' <')[0]
-            raise ValueError(f"The image '{name}' cannot be read: {reason}. Remove or replace it.") from None
+        with file:
+            pixels = read_image(file, self._mode, self._reader.filename(index, absolute=True))
         return self._transform(pixels), target
 
     def sample(self, count: int, seed: int) -> list[int]:

@@ -10,7 +10,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from ..models import to_plain
+from ..models import ensure_registered, to_plain
 from ..publish import model_from_checkpoint
 from ..reparam import kind_of
 
@@ -51,6 +51,7 @@ def load_model(source: str | os.PathLike) -> nn.Module:
 
 
 def _create(name: str, **kwargs: Any) -> nn.Module:
+    ensure_registered(name)
     try:
         return timm.create_model(name, **kwargs)
     except RuntimeError as error:
