@@ -17,6 +17,7 @@ from timm.models.byobnet import (
     expand_blocks_cfg,
     get_layer_fns,
 )
+from torch import nn
 
 from ..architectures import Architecture
 
@@ -104,6 +105,8 @@ class RepVgg(StridedByobNet):
         widths: Channels of the stem and of each stage. Defaults to those of `cfg`.
         use_se: Squeeze-and-excitation in every block. Defaults to the setting of `cfg`.
         strides: Strides of the stem and of each stage. Defaults to 2.
+        unit_norms: Start BatchNorm at weight 1 and bias 0, as the published RepVGG does. timm draws the weights of a
+            RepVGG from N(0.1, 0.1): one channel in six starts with the sign turned around, and all small.
         kwargs: See `StridedByobNet`.
 
     Attributes:
@@ -124,6 +127,7 @@ class RepVgg(StridedByobNet):
         widths: Sequence[int] | None = None,
         use_se: bool | None = None,
         strides: Sequence[int] | None = None,
+        unit_norms: bool = False,
         **kwargs: Any,
     ):
         cfg = cfg.with_numbers(depths, widths)
@@ -143,5 +147,9 @@ class RepVgg(StridedByobNet):
             **attention,
         )
         super().__init__(byob_cfg, strides, self.block_type, **kwargs)
+        for module in self.modules() if unit_norms else ():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
         self.depths = cfg.depths
         self.widths = cfg.widths

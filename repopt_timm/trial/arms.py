@@ -1,10 +1,12 @@
 """The arms of a trial: ways to train one network."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import timm
 
+from ..architectures import ARCHITECTURES
 from ..models import ensure_registered
 from ..names import PREFIX, ModelName
 
@@ -21,19 +23,24 @@ class Arm:
     Attributes:
         title: What it is, in words.
         opt: Optimizer.
-        suffix: End of the model's name.
+        kind: Kind of the model.
+        model_kwargs: Model arguments of the arm.
         scales: `--scales` of the run: `initial`, `GIVEN` for those of the command line, `SEARCHED` for those of a
             search that precedes it, or none.
     """
 
     title: str
     opt: str
-    suffix: str = ''
+    kind: str = 'target'
     scales: str = ''
+    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 ARMS: dict[str, Arm] = {
-    'branches': Arm('multi-branch network, SGD', 'sgd', suffix='_branches'),
+    'branches': Arm("timm's multi-branch network, SGD", 'sgd', 'branches'),
+    'unit_branches': Arm(
+        'multi-branch network, BatchNorm from 1, SGD', 'sgd', 'branches', model_kwargs={'unit_norms': True}
+    ),
     'sgd': Arm('plain network, SGD', 'sgd'),
     'init': Arm('Rule of Initialization alone, SGD', 'sgd', scales='initial'),
     'repopt': Arm('RepOptSGD, unsearched scales', 'repopt_sgd', scales='initial'),
@@ -50,7 +57,7 @@ def target_name(model: str) -> str:
         ValueError: If timm does not know it, or it is a search or CSLA model, or has a tag or repository.
     """
     name = ModelName.parse(model)
-    if '.' in model or ':' in model or '/' in model or name.kind != 'target' or model.endswith(ARMS['branches'].suffix):
+    if '.' in model or ':' in model or '/' in model or name.kind != 'target':
         raise ValueError(f"The model is '{model}', expected the name of a plain network, such as repopt_vgg_a0.")
     full = model if PREFIX in model else PREFIX + model
     ensure_registered(full)
@@ -64,7 +71,7 @@ def arms_of(model: str, names: Sequence[str] | None, scales: str | None, search:
 
     Args:
         model: Name of the plain network.
-        names: Arms that were asked for. Defaults to all that there can be.
+        names: Arms that were asked for. Defaults to all that there can be, but `unit_branches`.
         scales: Given scales.
         search: Epochs of a search.
 
@@ -72,13 +79,17 @@ def arms_of(model: str, names: Sequence[str] | None, scales: str | None, search:
         ValueError: If an arm cannot be.
     """
     reasons = {}
-    if not timm.is_model(model + ARMS['branches'].suffix):
-        reasons['branches'] = f'timm has no {model}{ARMS["branches"].suffix}'
+    branches = ModelName.parse(model).of_kind('branches')
+    if not timm.is_model(branches):
+        reasons['branches'] = reasons['unit_branches'] = f'timm has no {branches}'
+    elif model not in ARCHITECTURES:
+        reasons['unit_branches'] = f'the BatchNorms of {branches} start at 1 anyway'
     if not scales:
-        reasons['scales'] = 'there is no --scales'
+        reasons['scales'] = 'it needs --scales'
     if not search:
-        reasons['search'] = 'there is no --search'
+        reasons['search'] = 'it needs --search'
     for name in names or ():
         if name in reasons:
-            raise ValueError(f"--arms has '{name}', but {reasons[name]}. Add it, or choose other arms.")
-    return [name for name in ARMS if (name in names if names else name not in reasons)]
+            raise ValueError(f"--arms has '{name}', but {reasons[name]}. Choose other arms.")
+    default = [name for name in ARMS if name not in reasons and name != 'unit_branches']
+    return [name for name in ARMS if name in (names or default)]

@@ -48,7 +48,7 @@ def run_trial(namespace: argparse.Namespace) -> None:
     _check(shared)
     folder = Path(local.output)
     write_settings(folder, settings, shared)
-    runs = TrialRuns(folder, settings, shared.epochs, shared.warmup_epochs, shared.cooldown_epochs)
+    runs = TrialRuns(folder, settings, shared)
     try:
         failed = run_all(partial(open_runs, runs), folder / SHARED_FILE, local.jobs, local.threads)
     except KeyboardInterrupt:

@@ -8,6 +8,7 @@
 Each holds `train.log` beside the files of a run. All that a trial knows of its progress is read from there.
 """
 
+import argparse
 import csv
 import math
 from collections.abc import Mapping
@@ -94,25 +95,19 @@ class TrialRuns:
     Args:
         folder: Folder of the trial.
         settings: What the trial is of.
-        epochs: Epochs of a run.
-        warmup_epochs: Epochs of its warm-up.
-        cooldown_epochs: Epochs that it has after these.
+        shared: What its runs share, as arguments of a run.
     """
 
-    def __init__(
-        self, folder: Path, settings: TrialSettings, epochs: int, warmup_epochs: int, cooldown_epochs: int = 0
-    ):
+    def __init__(self, folder: Path, settings: TrialSettings, shared: argparse.Namespace):
         self.folder = folder
         self.settings = settings
-        self.epochs = epochs
-        self.warmup_epochs = warmup_epochs
-        self.cooldown_epochs = cooldown_epochs
+        self.shared = shared
 
     def training(self, arm: str, seed: int, lr: float) -> Run:
         """Returns the run of an arm with a seed."""
         after = self.search(f'seed-{seed}', seed) if ARMS[arm].scales == SEARCHED else None
         arguments = {**self._model(arm, after), 'lr': lr, 'seed': seed}
-        return self._run(self.folder / 'runs' / arm / f'seed-{seed}', self.epochs, arguments, after)
+        return self._run(self.folder / 'runs' / arm / f'seed-{seed}', self.shared.epochs, arguments, after)
 
     def tuning(self, arm: str, lr: float) -> Run:
         """Returns the run that shows what a learning rate is worth."""
@@ -141,13 +136,16 @@ class TrialRuns:
 
     def _model(self, arm: str, search: Run | None) -> dict[str, Any]:
         each = ARMS[arm]
-        model = ModelName(self.settings.model).variant + each.suffix
+        model = ModelName.parse(self.settings.model).of_kind(each.kind)
         scales: str | None = each.scales
         if each.scales == GIVEN:
             scales = self.settings.scales
         elif search is not None:
             scales = str(search.folder / SCALES_FILE)
-        return {'model': model, 'opt': each.opt, **({'scales': scales} if scales else {})}
+        arguments: dict[str, Any] = {'model': model, 'opt': each.opt, **({'scales': scales} if scales else {})}
+        if each.model_kwargs:
+            arguments['model_kwargs'] = {**self.shared.model_kwargs, **each.model_kwargs}
+        return arguments
 
     def _run(
         self,
@@ -158,6 +156,6 @@ class TrialRuns:
         keep_checkpoints: bool = True,
     ) -> Run:
         # A shorter schedule has the same shape.
-        warmup = round(self.warmup_epochs * epochs / self.epochs)
+        warmup = round(self.shared.warmup_epochs * epochs / self.shared.epochs)
         arguments = {'epochs': epochs, 'warmup_epochs': warmup, **arguments}
-        return Run(folder, arguments['epochs'] + self.cooldown_epochs, arguments, after, keep_checkpoints)
+        return Run(folder, arguments['epochs'] + self.shared.cooldown_epochs, arguments, after, keep_checkpoints)

@@ -45,7 +45,7 @@ def trial(tmp_path):
         settings, shared, _ = settings_of(*words)
         folder = tmp_path / folder
         write_settings(folder, settings, shared)
-        return TrialRuns(folder, settings, shared.epochs, shared.warmup_epochs, shared.cooldown_epochs)
+        return TrialRuns(folder, settings, shared)
 
     return make
 

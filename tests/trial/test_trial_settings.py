@@ -1,5 +1,8 @@
+import math
+
 import pytest
 import timm
+import torch
 
 from repopt_timm.train.parsing import parse_arguments
 from repopt_timm.trial.execution import training_command
@@ -17,8 +20,8 @@ def test_arms_are_those_that_the_model_and_the_arguments_allow():
 @pytest.mark.parametrize(
     ('words', 'error'),
     [
-        (['--arms', 'search'], 'there is no --search'),
-        (['--arms', 'scales'], 'there is no --scales'),
+        (['--arms', 'search'], 'it needs --search'),
+        (['--arms', 'scales'], 'it needs --scales'),
         (['--arms', 'sgd', '--reference', 'init'], 'expected one of the arms: sgd'),
         (['--opt', 'adamw'], "unknown argument '--opt'"),
         (['--seed', '3'], "unknown argument '--seed'"),
@@ -35,6 +38,26 @@ def test_what_cannot_be_is_refused(words, error):
 def test_the_model_is_a_plain_network(model):
     with pytest.raises(ValueError, match=model):
         read_settings(parse([model]))
+
+
+def test_branches_are_trained_from_timms_batchnorms_and_from_neutral_ones(trial):
+    words = ['--lr', '0.1', '--model-kwargs', 'depths=(1,1,1,1)', 'widths=(8,8,8,8,8)']
+    runs = trial('--arms', 'branches', 'unit_branches', *words)
+    norms = {}
+    for arm in runs.settings.arms:
+        command = training_command(runs.training(arm, 0, 0.1), runs.folder / 'shared.yaml')
+        args = parse_arguments(command[command.index('train') + 1 :])
+        model = timm.create_model(args.model, **args.model_kwargs)
+        assert len(model.stages[0]) == 1
+        norms[arm] = torch.cat([each.weight for each in model.modules() if isinstance(each, torch.nn.BatchNorm2d)])
+    assert (norms['unit_branches'] == 1).all() and norms['branches'].mean() < 0.2
+
+
+def test_the_plain_network_starts_from_timms_initialization_alone():
+    for name, conv in timm.create_model('repopt_vgg_a0', num_classes=10).named_modules():
+        if isinstance(conv, torch.nn.Conv2d):
+            expected = math.sqrt(2 / (9 * conv.out_channels))
+            assert conv.weight.std().item() == pytest.approx(expected, rel=0.1), name
 
 
 def test_a_run_gets_the_arguments_that_all_share_and_its_own(trial, tmp_path):
