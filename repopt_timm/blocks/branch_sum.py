@@ -46,11 +46,11 @@ class BranchSum:
     by_stage: bool = False
 
     def __post_init__(self) -> None:
+        expected = _shape(self.kxk)
         if self.norm is not None:
             check_norm(self.norm)
         elif all(part.norm is None for part in self.parts):
             raise ValueError('neither a branch nor the sum is normalized')
-        expected = _shape(self.kxk)
         for part in self.parts:
             if part.conv is not None and (found := _shape(part.conv)) != expected:
                 raise ValueError(f'a branch has in, out, stride and groups of {found}, the first one has {expected}')
@@ -58,8 +58,9 @@ class BranchSum:
     @property
     def kxk(self) -> nn.Conv2d:
         """The first convolution with the largest kernel."""
-        conv = self.parts[0].conv
-        assert conv is not None
+        conv = self.parts[0].conv if self.parts else None
+        if conv is None:
+            raise ValueError('it has no convolution')
         return conv
 
     def name_of(self, part: Part) -> str:
@@ -85,7 +86,7 @@ Reader = Callable[[Any, MakePlain], nn.Module]
 
 def normalized(module: Any, conv: str = 'conv', norm: str = 'bn') -> Part:
     """Reads a branch from a module that holds a convolution and its BatchNorm."""
-    if getattr(module, 'aa', None) is not None:
+    if not isinstance(getattr(module, 'aa', None), nn.Identity | None):
         raise ValueError(f'{type(module).__name__} blurs its output between convolution and sum')
     return Part(getattr(module, conv), getattr(module, norm))
 

@@ -33,6 +33,11 @@ class PlainBlock(nn.Sequential):
         """Merges branches of a twin and folds BatchNorm, for inference; `timm.utils.reparameterize_model` calls it."""
         fold(self)
 
+    def fuse(self) -> 'PlainBlock':
+        """Does the same for models that fuse themselves, and returns the block."""
+        fold(self)
+        return self
+
 
 def fold(block: Any) -> None:
     """Folds `block.bn` into `block.conv`, in place; a CSLA convolution's branches are merged first."""

@@ -10,23 +10,35 @@ from torch import Tensor, nn
 from ..reparam import ConvPrior, resolve_prior, stage_scale
 from ..reparam.convolutions import keep_branches, multi_branch_blocks
 from ..reparam.twins import replace_modules
-from . import byobnet_blocks
-from .branch_sum import BranchSum, Reader
+from . import (
+    byobnet_blocks,
+    fastvit_blocks,
+    ghostnet_blocks,
+    lcnetv2_blocks,
+    repghost_blocks,
+    repvit_blocks,
+    residual_blocks,
+)
+from .branch_sum import BranchSum, MakePlain, Reader
 from .merged_weights import load_merged_
 from .plain_block import PlainBlock
 
 __all__ = ['KEPT', 'READERS', 'BlockReport', 'Conversion', 'convert', 'plain_state_dict', 'plain_twin', 'report_twin']
 
-_FAMILIES = {'byobnet': byobnet_blocks}
-
-READERS: dict[str, Reader] = {
-    f'timm.models.{file}.{name}': reader
-    for file, family in _FAMILIES.items()
-    for name, reader in family.READERS.items()
+_FAMILIES: dict[str, dict[str, Reader]] = {
+    'byobnet': byobnet_blocks.READERS,
+    'fastvit': fastvit_blocks.READERS,
+    'ghostnet': ghostnet_blocks.READERS,
+    'lcnetv2': lcnetv2_blocks.READERS,
+    'repghost': repghost_blocks.READERS,
+    'repvit': repvit_blocks.READERS,
 }
+
+READERS = {f'timm.models.{file}.{name}': reader for file, each in _FAMILIES.items() for name, reader in each.items()}
 """Class of a block that becomes plain, to what reads it."""
 
-KEPT: dict[str, str] = {}
+KEPT = {f'timm.models.fastvit.{name}': reason for name, reason in fastvit_blocks.KEPT.items()}
+KEPT |= {f'timm.models.{name}': reason for name, reason in residual_blocks.KEPT.items()}
 """Class of a block that keeps its branches, to the reason."""
 
 
@@ -107,44 +119,51 @@ def plain_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]) -> dict
 def convert(model: nn.Module, weights: bool = False) -> Conversion:
     """Makes the plain twin with all that is known about it; see `plain_twin`."""
     twin = copy.deepcopy(model)
-    blocks = list(multi_branch_blocks(twin))
-    if not blocks:
+    report: dict[str, BlockReport] = {}
+    for name, block in multi_branch_blocks(twin):
+        report[name] = BlockReport(name, type(block).__name__, {}, KEPT.get(_key(block), ''))
+    if not report:
         raise ValueError(f'{type(model).__name__} has no multi-branch block: it is plain, or its branches are merged.')
-    owners: dict[nn.Module, int] = {}
-    sums: dict[nn.Module, BranchSum] = {}
+    for name, each in report.items():
+        if each.reason:
+            keep_branches(twin.get_submodule(name))
+    made: dict[nn.Module, tuple[str, BranchSum]] = {}
     converted: dict[nn.Module, nn.Module] = {}
-    kept: dict[int, str] = {}
-    for index, (name, block) in enumerate(blocks):
-        if any(name.startswith(f'{blocks[each][0]}.') for each in kept):
-            continue
-        key = f'{type(block).__module__}.{type(block).__qualname__}'
-        if key in KEPT:
-            kept[index] = KEPT[key]
-            keep_branches(block)
-            continue
-
-        def plain(source: BranchSum, index: int = index, **after: nn.Module) -> nn.Module:
-            made = _plain_block(source, weights, after).train(blocks[index][1].training)
-            owners[made.conv], sums[made.conv] = index, source
-            return made
-
+    for name, block in multi_branch_blocks(twin):
         try:
-            if key not in READERS:
-                raise ValueError('plain_twin does not know this class')
-            converted[block] = READERS[key](block, plain)
+            converted[block] = _reader(block)(block, _maker(name, block.training, weights, made))
         except ValueError as error:
             where = f"'{name}' of {type(model).__name__}" if name else 'The model'
             raise ValueError(f'{where} is a {type(block).__name__} that cannot become plain: {error}.') from None
     twin = replace_modules(twin, converted)
-    names = {conv: name for name, conv in twin.named_modules() if conv in sums}
-    found = {name: sums[conv] for conv, name in names.items()}
-    _carry_prior(twin, found)
-    report = []
-    for index, (name, block) in enumerate(blocks):
-        branches = {each: sums[conv].counts for conv, each in names.items() if owners[conv] == index}
-        if branches or index in kept:
-            report.append(BlockReport(name, type(block).__name__, branches, kept.get(index, '')))
-    return Conversion(twin, found, report)
+    sums = {}
+    for conv_name, conv in twin.named_modules():
+        if conv in made:
+            block_name, sums[conv_name] = made[conv]
+            report[block_name].branches[conv_name] = sums[conv_name].counts
+    _carry_prior(twin, sums)
+    return Conversion(twin, sums, [each for each in report.values() if each.branches or each.reason])
+
+
+def _key(block: nn.Module) -> str:
+    return f'{type(block).__module__}.{type(block).__qualname__}'
+
+
+def _reader(block: nn.Module) -> Reader:
+    if _key(block) not in READERS:
+        raise ValueError('plain_twin does not know this class')
+    return READERS[_key(block)]
+
+
+def _maker(name: str, training: bool, weights: bool, made: dict[nn.Module, tuple[str, BranchSum]]) -> MakePlain:
+    """Returns what makes the plain blocks of the block called `name`, and notes what they were made of."""
+
+    def plain(source: BranchSum, **after: nn.Module) -> nn.Module:
+        block = _plain_block(source, weights, after)
+        made[block.conv] = (name, source)
+        return block.train(training)
+
+    return plain
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 __all__ = [
+    'FOLDING_CLASSES',
     'ConvPrior',
     'Geometry',
     'RefusedConv',
@@ -27,7 +28,7 @@ _GEOMETRY = re.compile(rf'(any|[1-9]\d{{0,8}}) -> {_N} channels, {_N}x{_N}, stri
 
 # Classes of timm whose `fuse()` or `reparameterize()` folds normalization into one convolution, or calls that of its
 # children.
-_FOLDING_CLASSES = frozenset(
+FOLDING_CLASSES = frozenset(
     {
         'Conv2dNorm',
         'ConvLayer1d',
@@ -198,7 +199,7 @@ def multi_branch_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if f'{name}.'.startswith(kept):
             continue
         method = getattr(module, 'reparameterize', None) or getattr(module, 'fuse', None)
-        folds = type(module).__name__ in _FOLDING_CLASSES
+        folds = type(module).__name__ in FOLDING_CLASSES
         if not callable(method) or folds or _is_merged(module):
             continue
         if any(isinstance(part, nn.Conv2d) for part in module.modules()):

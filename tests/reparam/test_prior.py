@@ -1,8 +1,5 @@
-import ast
-import importlib
 import logging
 import math
-from pathlib import Path
 
 import pytest
 import timm
@@ -11,7 +8,6 @@ from torch import nn
 
 from repopt_timm import ConvPrior, Scales, hyper_search, refused_convs, repvgg_prior
 from repopt_timm.reparam import resolve_prior, stage_scale
-from repopt_timm.reparam.convolutions import _FOLDING_CLASSES
 
 
 def test_a_repvgg_prior_follows_channels_kernel_and_stride():
@@ -102,31 +98,3 @@ def test_a_network_that_only_folds_its_normalization_is_converted(name):
 def test_a_network_whose_branches_are_merged_is_plain():
     merged = timm.utils.reparameterize_model(timm.create_model('repvgg_a0'))
     assert repvgg_prior(merged)
-
-
-def test_every_block_of_timm_with_a_fusing_method_is_known():
-    """A class that a new timm brings is refused as multi-branch until somebody has looked at it."""
-    merging = {
-        'EfficientViMBlock',
-        'GhostBottleneckV3',
-        'GhostModuleV3',
-        'MobileOneBlock',
-        'PatchMerging',
-        'RepCPE',
-        'RepConditionalPosEnc',
-        'RepDepthwiseSeparable',
-        'RepGhostModule',
-        'RepMixer',
-        'RepVggBlock',
-        'RepVggDw',
-        'ReparamLargeKernelConv',
-        'Residual',
-    }
-    models = Path(importlib.import_module('timm.models').__file__).parent
-    found = set()
-    for file in models.glob('*.py'):
-        for node in ast.parse(file.read_text()).body:
-            methods = {each.name for each in getattr(node, 'body', ()) if isinstance(each, ast.FunctionDef)}
-            if isinstance(node, ast.ClassDef) and methods & {'fuse', 'reparameterize'}:
-                found.add(node.name)
-    assert found - merging <= _FOLDING_CLASSES
