@@ -1,10 +1,11 @@
 """Names of models: architecture, kind and tag."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from .architectures import ARCHITECTURES
 
-__all__ = ['KINDS', 'PREFIX', 'ModelName']
+__all__ = ['KINDS', 'MULTI_BRANCH', 'PREFIX', 'ModelName']
 
 KINDS = {'hs': '_hs', 'csla': '_csla', 'branches': '_branches', 'target': ''}
 """Kind of model to the end of its name.
@@ -14,6 +15,13 @@ KINDS = {'hs': '_hs', 'csla': '_csla', 'branches': '_branches', 'target': ''}
 """
 
 PREFIX = 'repopt_'
+
+MULTI_BRANCH = ('mobileone_*', 'repvgg_b*g4', 'repvgg_d2se')
+"""timm's names of multi-branch networks whose plain twins are registered at import, with `repopt_` in front.
+
+`repopt_mobileone_s0`, `repopt_mobileone_s0_hs`, `_csla` and `_branches`; names that timm gains match as well. A RepVGG
+without groups is `repopt_vgg_*`, and RepVGG-D2se has its squeeze-and-excitation before the ReLU, which ours has not.
+"""
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,12 @@ class ModelName:
         if self.architecture in ARCHITECTURES:
             return self.architecture
         return self.architecture.removeprefix(PREFIX)
+
+    @property
+    def is_registered_at_import(self) -> bool:
+        """Whether `import repopt_timm` makes the name known to timm, without `register_twins`."""
+        twin = self.architecture != self.network
+        return not twin or any(fnmatchcase(self.network, pattern) for pattern in MULTI_BRANCH)
 
     def of_kind(self, kind: str) -> str:
         """Returns the name of the architecture's model of another kind, without a tag."""

@@ -23,7 +23,7 @@ from .checkpoints.packing import PRECISIONS, pack
 from .checkpoints.read import read_checkpoint, select_state_dict
 from .files import replacing
 from .models import RepOptVgg, ensure_registered
-from .models.strided_byobnet import RepVgg
+from .models.strided_byobnet import RepVgg, StridedByobNet
 from .names import ModelName
 from .plot import plot_curves
 from .reparam import attach_scales, kind_of
@@ -262,6 +262,9 @@ def _model_args(model: nn.Module) -> dict[str, Any]:
         use_se = not isinstance(model.stem.attn, nn.Identity)
         if use_se != own.use_se:
             args['use_se'] = use_se
+    elif isinstance(model, StridedByobNet) and set(model.strides) != {2}:
+        args['strides'] = list(model.strides)
+    if isinstance(model, StridedByobNet):
         if model.in_chans != 3:
             args['in_chans'] = model.in_chans
         if model.head.global_pool.pool_type != 'avg':
@@ -295,6 +298,9 @@ def _model_of(
             f'(scales=..., --scales).'
         )
     classifier = timm.get_pretrained_cfg_value(name, 'classifier')
+    if isinstance(classifier, tuple | list):
+        # Of a distilled network.
+        classifier = classifier[0]
     if isinstance(classifier, str) and f'{classifier}.weight' in state:
         kwargs['num_classes'] = len(state[f'{classifier}.weight'])
     if args.get('gp'):

@@ -158,7 +158,7 @@ def _python(*lines: str) -> str:
 
 def _registration(model_name: str) -> list[str]:
     name = ModelName.parse(model_name)
-    return [] if name.architecture == name.network else [f"repopt_timm.register_twins('{name.network}')"]
+    return [] if name.is_registered_at_import else [f"repopt_timm.register_twins('{name.network}')"]
 
 
 def _history(files: Collection[str], scales: Scales | None, training: Mapping[str, Any] | None) -> list[str]:

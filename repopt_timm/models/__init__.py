@@ -1,6 +1,9 @@
-"""Importing this package registers the RepOpt-VGG models with timm."""
+"""Importing this package registers the RepOpt-VGG models with timm, and the twins of its multi-branch networks."""
 
-from .kinds import ensure_registered, make_kind, register_twins, to_plain
+from .kinds import make_kind, to_plain
 from .repopt_vgg import RepOptVgg, RepOptVggBlock
+from .timm_twins import ensure_registered, register_multi_branch, register_twins
 
 __all__ = ['RepOptVgg', 'RepOptVggBlock', 'ensure_registered', 'make_kind', 'register_twins', 'to_plain']
+
+register_multi_branch()

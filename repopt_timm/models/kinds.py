@@ -1,38 +1,25 @@
-"""Target, Hyper-Search and CSLA models of one architecture, and any timm model as all three."""
+"""Target, Hyper-Search and CSLA models of one architecture."""
 
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
-import timm
 from timm.models import (
-    load_pretrained,
-    model_entrypoint,
     register_model,
     register_notrace_module,
     resolve_pretrained_cfg,
 )
-from timm.models._features import FeatureGetterNet
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
-from timm.models._pretrained import DefaultCfg
-from timm.models._registry import get_arch_pretrained_cfgs
 from torch import nn
 
 from .. import reparam
-from ..names import PREFIX, ModelName
+from ..names import ModelName
 from ..reparam import CSLAConv2d, convert_, prepare, repvgg_prior
 from ..sources import ScalesSource, load_scales, scales_beside_weights
 
-__all__ = ['ensure_registered', 'make_kind', 'register_kinds', 'register_twins', 'requested_scales', 'to_plain']
+__all__ = ['ModelArgsWithoutScales', 'make_kind', 'refuse_scales', 'register_kinds', 'requested_scales', 'to_plain']
 
 register_notrace_module(CSLAConv2d)
-
-# A network of timm without branches is the original itself.
-_KINDS_OF_PLAIN = ('target', 'hs', 'csla')
-
-default_cfgs: dict[str, DefaultCfg] = {}
-"""timm looks here for the configurations of what this module registers."""
 
 
 class ModelArgsWithoutScales:
@@ -109,6 +96,7 @@ def requested_scales(
     pretrained_cfg_overlay: dict[str, Any] | None,
     scales: ScalesSource | None,
     kwargs: dict[str, Any],
+    beside: bool = True,
 ) -> ScalesSource | None:
     """Returns the scales that a call of `timm.create_model` means: those named, else those beside the weights.
 
@@ -119,11 +107,12 @@ def requested_scales(
         pretrained_cfg_overlay: timm's argument.
         scales: The argument `scales`.
         kwargs: Further arguments of the entrypoint.
+        beside: Whether scales may lie beside the weights.
     """
     weights = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay).to_dict()
     if scales is not None and _is_from_config(scales, weights, kwargs):
         scales = None
-    if scales is None and (pretrained or weights.get('source') in ('hf-hub', 'local-dir')):
+    if beside and scales is None and (pretrained or weights.get('source') in ('hf-hub', 'local-dir')):
         scales = scales_beside_weights(weights)
     return scales
 
@@ -137,6 +126,16 @@ def _is_from_config(scales: ScalesSource, weights: dict[str, Any], kwargs: dict[
     elif args is None and weights.get('source') == 'local-dir':
         args = load_model_config_from_path(weights['file'])[2]
     return args is not None and args.pop('scales', None) == scales
+
+
+def refuse_scales(variant: str, scales: ScalesSource | None) -> None:
+    """Raises a ValueError if a multi-branch original is to take scales."""
+    if scales is not None:
+        name = ModelName.parse(variant)
+        raise ValueError(
+            f'{variant} does not take scales: it has branches, which an ordinary optimizer trains (--opt sgd). '
+            f'{name.architecture} is the plain network that takes them.'
+        )
 
 
 def register_kinds(architecture: str, create: Callable[..., nn.Module], module: str, kinds: Iterable[str]) -> None:
@@ -160,107 +159,3 @@ def _register(variant: str, create: Callable[..., nn.Module], module: str) -> No
     entrypoint.__module__ = module
     entrypoint.__doc__ = f'{variant}, see `repopt_timm.register_twins`.'
     setattr(sys.modules[module], variant, register_model(entrypoint))
-
-
-def register_twins(name: str) -> None:
-    """Registers `repopt_<name>`, `repopt_<name>_hs` and `repopt_<name>_csla` of a timm model with timm.
-
-    All of the model's arguments work, and `scales=`. `pretrained=True` of the target takes timm's weights; with scales
-    they stay as they are, for fine-tuning. Safe to call again.
-
-    Args:
-        name: Name of a timm model without multi-branch blocks, such as `resnet18`.
-
-    Raises:
-        ValueError: If timm does not know the model.
-
-    Example:
-        >>> register_twins('resnet18')
-        >>> search = timm.create_model('repopt_resnet18_hs', num_classes=10)
-    """
-    if not timm.is_model(name) or '.' in name:
-        raise ValueError(f"timm does not know a model '{name}': name one without a tag, see timm.list_models().")
-    architecture = PREFIX + name
-    if timm.is_model(architecture):
-        return
-    cfgs = get_arch_pretrained_cfgs(name)
-    base = resolve_pretrained_cfg(name)
-    for kind in _KINDS_OF_PLAIN:
-        entry = DefaultCfg()
-        for full_name, cfg in cfgs.items() if kind == 'target' else ():
-            tag = full_name.partition('.')[2]
-            entry.tags.append(tag)
-            entry.cfgs[tag] = replace(cfg, architecture=architecture)
-        if not entry.tags:
-            entry.tags.append('')
-            entry.cfgs[''] = replace(base, url=None, hf_hub_id=None, file=None, tag='')
-        default_cfgs[ModelName(architecture, kind).variant] = entry
-    register_kinds(architecture, _create_twin, __name__, _KINDS_OF_PLAIN)
-
-
-def ensure_registered(model_name: str) -> None:
-    """Registers the twins that a name such as `repopt_resnet18_hs` asks for, if timm does not know it yet."""
-    name = ModelName.parse(model_name.rpartition(':')[2].rpartition('/')[2])
-    base = name.architecture.removeprefix(PREFIX)
-    if base != name.architecture and not timm.is_model(name.variant) and timm.is_model(base):
-        register_twins(base)
-
-
-def _create_twin(
-    variant: str,
-    pretrained: bool = False,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: dict[str, Any] | None = None,
-    scales: ScalesSource | None = None,
-    features_only: bool = False,
-    out_indices: Any = None,
-    output_fmt: str = 'NCHW',
-    **kwargs: Any,
-) -> nn.Module:
-    name = ModelName.parse(variant)
-    scales = requested_scales(variant, pretrained, pretrained_cfg, pretrained_cfg_overlay, scales, kwargs)
-    config = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
-    own = config.source in ('hf-hub', 'local-dir') and name.kind != 'target'
-    if pretrained and name.kind != 'target' and not own:
-        raise ValueError(
-            f'{variant} has no pretrained weights: its kernels are sums of branches. Train {name.architecture} with '
-            f'pretrained=True and scales, or search from the start.'
-        )
-    create = model_entrypoint(name.network)
-    plain: Any = create(pretrained=pretrained and not own, pretrained_cfg=config, **kwargs)
-    plain.architecture = name.network
-    type(plain)._model_args = ModelArgsWithoutScales()
-    _state_constructed_strides(plain, create, kwargs)
-    model: Any = make_kind(plain, name.kind, scales, init=not pretrained)
-    first_conv = _first_conv(model, resolve_pretrained_cfg(name.network).first_conv)
-    settings = {**config.to_dict(), 'architecture': variant, 'first_conv': first_conv}
-    model.pretrained_cfg = model.default_cfg = settings
-    if hasattr(model, '_traits'):
-        model._traits = {**model._traits, 'first_conv': first_conv}
-    if own and pretrained:
-        load_pretrained(model, settings, num_classes=model.num_classes, in_chans=kwargs.get('in_chans') or 3)
-    if features_only:
-        if out_indices is None:
-            out_indices = create(features_only=True, device='meta').feature_info.out_indices
-        return FeatureGetterNet(model, out_indices=out_indices, output_fmt=output_fmt)
-    return model
-
-
-def _first_conv(model: nn.Module, name: Any) -> Any:
-    """Returns what timm adapts to other image channels: the first convolution, or its branches but the identity."""
-    conv = dict(model.named_modules()).get(name) if isinstance(name, str) else None
-    if not isinstance(conv, CSLAConv2d):
-        return name
-    return tuple(f'{name}.branches.{branch}' for branch in conv.branches if branch != 'identity')
-
-
-def _state_constructed_strides(plain: nn.Module, create: Callable[..., nn.Module], kwargs: dict[str, Any]) -> None:
-    """Lets convolutions whose stride an `output_stride` turned into dilation carry the one of before."""
-    if 'output_stride' not in kwargs:
-        return
-    kept = {key: value for key, value in kwargs.items() if key not in ('output_stride', 'device')}
-    original: Any = create(pretrained=False, device='meta', **kept)
-    prior = repvgg_prior(original)
-    for name, each in prior.items():
-        conv: Any = plain.get_submodule(name)
-        replace(each, stride=tuple(original.get_submodule(name).stride)).put_on(conv)

@@ -4,7 +4,7 @@ Its `_hs` and `_csla` models are twins of this plain network, see `repopt_timm.r
 of the same depths, widths and strides.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
@@ -25,9 +25,9 @@ from ..reparam import ConvPrior, CSLAConv2d, carried_scales, stage_scale
 from ..reparam.prior import repvgg_branches
 from ..scales import Scales
 from ..sources import ScalesSource
-from .kinds import ModelArgsWithoutScales, make_kind, register_kinds, requested_scales, to_plain
+from .kinds import ModelArgsWithoutScales, make_kind, refuse_scales, register_kinds, requested_scales, to_plain
 from .pretrained_weights import choose_weights, tagged_cfgs
-from .strided_byobnet import RepVgg
+from .strided_byobnet import RepVgg, feature_indices
 
 __all__ = ['RepOptVgg', 'RepOptVggBlock']
 
@@ -202,11 +202,8 @@ def _create_repopt_vgg(
     name = ModelName.parse(variant)
     pretrained_cfg = choose_weights(variant, pretrained, pretrained_cfg, pretrained_cfg_overlay)
     scales = requested_scales(variant, pretrained, pretrained_cfg, pretrained_cfg_overlay, scales, kwargs)
-    if name.kind == 'branches' and scales is not None:
-        raise ValueError(
-            f'{variant} does not take scales: it has branches, which an ordinary optimizer trains (--opt sgd). '
-            f'{name.architecture} is the plain network that takes them.'
-        )
+    if name.kind == 'branches':
+        refuse_scales(variant, scales)
     cfg = ARCHITECTURES[name.architecture]
     strides = kwargs.get('strides') or (2,) * (
         1 + len(cfg.with_numbers(kwargs.get('depths'), kwargs.get('widths')).depths)
@@ -219,7 +216,7 @@ def _create_repopt_vgg(
         pretrained_cfg_overlay=pretrained_cfg_overlay,
         pretrained_filter_fn=_restore,
         model_cfg=cfg,
-        feature_cfg={'flatten_sequential': True, 'out_indices': tuple(range(_num_features(strides)))},
+        feature_cfg={'flatten_sequential': True, 'out_indices': feature_indices(strides)},
         **kwargs,
     )
 
@@ -232,10 +229,6 @@ def _build(architecture: str, kind: str, scales: ScalesSource | None, init: bool
 
 def _restore(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return unpack(state_dict)
-
-
-def _num_features(strides: Sequence[int]) -> int:
-    return 1 + sum(stride != 1 for stride in strides[1:])
 
 
 _FIRST_CONV = {

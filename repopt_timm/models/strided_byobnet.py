@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from timm.models import build_model_with_cfg
 from timm.models._manipulate import named_apply
 from timm.models.byobnet import (
     ByoBlockCfg,
@@ -14,14 +15,16 @@ from timm.models.byobnet import (
     MobileOneBlock,
     RepVggBlock,
     _init_weights,
+    checkpoint_filter_fn,
     expand_blocks_cfg,
     get_layer_fns,
+    model_cfgs,
 )
 from torch import nn
 
 from ..architectures import Architecture
 
-__all__ = ['RepVgg', 'StridedByobNet']
+__all__ = ['RepVgg', 'StridedByobNet', 'create_byobnet', 'feature_indices']
 
 _STEMS: dict[str, Any] = {'rep': RepVggBlock, 'one': partial(MobileOneBlock, kernel_size=3)}
 
@@ -153,3 +156,33 @@ class RepVgg(StridedByobNet):
                 nn.init.zeros_(module.bias)
         self.depths = cfg.depths
         self.widths = cfg.widths
+
+
+def create_byobnet(variant: str, pretrained: bool = False, strides: Sequence[int] | None = None, **kwargs: Any) -> Any:
+    """Creates a network of timm's byobnet, such as `mobileone_s0`, with chosen strides.
+
+    Args:
+        variant: timm's name.
+        pretrained: Load timm's weights.
+        strides: Strides of the stem and of each stage. Defaults to timm's.
+        kwargs: timm's arguments.
+    """
+    cfg = model_cfgs[variant]
+    return build_model_with_cfg(
+        StridedByobNet,
+        variant,
+        pretrained,
+        model_cfg=cfg,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={
+            'flatten_sequential': True,
+            'out_indices': feature_indices(strides or (2,) * (1 + len(cfg.blocks))),
+        },
+        strides=strides,
+        **kwargs,
+    )
+
+
+def feature_indices(strides: Sequence[int]) -> tuple[int, ...]:
+    """Returns the indices of all features of a network with these strides of stem and stages."""
+    return tuple(range(1 + sum(stride != 1 for stride in strides[1:])))
