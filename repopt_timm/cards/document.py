@@ -4,15 +4,15 @@ An update replaces what is between the comments `BEGIN` and `END` and nothing el
 both, and what is between them, after its own text. Comments inside the front matter are lost in an update.
 """
 
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
+from huggingface_hub import EvalResult, ModelCardData
 
 from ..scales import Scales
 from ..tokens import scrub
@@ -24,11 +24,34 @@ CARD_FILE = 'README.md'
 BEGIN = '<!-- repopt-timm: begin. Text up to the end mark is rewritten with the scales; write yours outside of it. -->'
 END = '<!-- repopt-timm: end -->'
 
-# An order of magnitude above the largest network's; a card may come from anyone.
-_MAX_CARD_BYTES = 1 << 23
+# An order of magnitude above the largest network's; a card may come from anyone. They hold for what is written too.
+_MAX_CARD_BYTES = 1 << 22
 _MAX_NESTING = 32
+_MAX_NODES = 50_000
+# YAML reads 1:2:3 to the base of 60, in a time that grows with the square of the length.
+_MAX_NUMBER = 64
+_NUMBER = re.compile(r'[-+]?(?:0x[0-9a-fA-F_]+|[0-9._:]+(?:[eE][-+]?[0-9]+)?)')
+_NUMBER_TAGS = ('tag:yaml.org,2002:int', 'tag:yaml.org,2002:float')
+# Integers that are equal modulo 2**61 - 1 share a hash: a mapping of many takes minutes.
+_MAX_NUMERIC_KEY = 18
+_MAX_TAG = 100
+
+# The front matter's first and last line, as the Hub sees them.
+_FIRST_LINE = re.compile(r'\s*---(?:\r\n|\r|\n)')
+_LAST_LINE = re.compile(r'(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$)')
 
 _METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
+
+
+# libyaml's is an order of magnitude faster.
+class _Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):  # type: ignore[misc]
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        for key, _ in node.value:
+            if key.tag in _NUMBER_TAGS and len(key.value) > _MAX_NUMERIC_KEY:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'a number of {len(key.value)} characters is a key; quote it', key.start_mark
+                )
+        return super().construct_mapping(node, deep)
 
 
 def read_card_scales(path: str | os.PathLike, source: str | None = None) -> Scales:
@@ -64,8 +87,7 @@ def read_metadata(path: str | os.PathLike, source: str | None = None) -> dict[st
         ValueError: If it is too large, or its front matter cannot be read.
     """
     source = source or os.fspath(path)
-    # Whatever is wrong with its index of results, the scales can be read.
-    return _parse(_read_text(path, source), source, ignore_metadata_errors=True)[1]
+    return _parse(_read_text(path, source), source)[0]
 
 
 def eval_results(metrics: Mapping[str, float | str], source: str = 'metrics') -> list[EvalResult]:
@@ -76,7 +98,7 @@ def eval_results(metrics: Mapping[str, float | str], source: str = 'metrics') ->
         source: What to call them in errors.
 
     Raises:
-        ValueError: If the dataset is missing, or a result is not a number.
+        ValueError: If the dataset is missing, or a result is not a finite number.
     """
     dataset = metrics.get('dataset')
     if not isinstance(dataset, str) or not dataset:
@@ -87,6 +109,11 @@ def eval_results(metrics: Mapping[str, float | str], source: str = 'metrics') ->
             continue
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{source}: '{name}' is {kind_of_value(value)}, expected a number.")
+        if not math.isfinite(value):
+            raise ValueError(
+                f"{source}: '{name}' is {value}, expected a finite number. Publish a checkpoint from before the "
+                f'training diverged, or measure it again.'
+            )
         results.append(
             EvalResult(
                 task_type='image-classification',
@@ -120,8 +147,12 @@ def update_card(
     Raises:
         ValueError: If the card cannot be read, or the client cannot carry its metadata through unchanged.
     """
-    card, original = _parse(_read_text(path, str(path)) if path.is_file() else '', str(path))
-    data = cast(ModelCardData, card.data)
+    text = _read_text(path, str(path)) if path.is_file() else ''
+    original, old_body = _parse(text, str(path))
+    try:
+        data = ModelCardData(**original)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _unreadable(str(path), str(error)) from None
     # Several models, or results in a shape of their own, would come out as something else: better not to write at all.
     _check_carried(original, data, path, ignored={'tags'})
     _set_defaults(data)
@@ -140,8 +171,26 @@ def update_card(
         others = [result for result in data.eval_results if result.metric_name not in _METRICS.values()]
         data.eval_results = others or None
     _check_carried(original, data, path, ignored={'tags', 'model-index', METADATA_KEY})
-    card.text = _replace_body(card.text, scrub(body), path)
-    return card.content
+    # Of a file from Windows the rest has its line ends too.
+    end = '\r\n' if 2 * text.count('\r\n') > text.count('\n') else '\n'
+    metadata = data.to_yaml(line_break=end, original_order=list(original))
+    updated = f'---{end}{metadata}{end}---{end}{_replace_body(old_body, scrub(body), path)}'
+    _check_readable(updated, path)
+    return updated
+
+
+def _check_readable(text: str, path: Path) -> None:
+    """Raises a ValueError if a card that is to be written could not be read."""
+    try:
+        _check_size(len(text.encode('utf-8')), str(path))
+        metadata = _parse(text, str(path))[0]
+        if METADATA_KEY in metadata:
+            decode_scales(metadata[METADATA_KEY], str(path))
+    except ValueError as error:
+        raise ValueError(
+            f'The card is not written, as it could not be read again: {error} Shorten what it says of the training, '
+            f'or its own text and metadata.'
+        ) from None
 
 
 def _identity(result: EvalResult) -> tuple[Any, ...]:
@@ -153,41 +202,63 @@ def _read_text(path: str | os.PathLike, source: str) -> str:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no model card '{path}'.")
-    size = path.stat().st_size
-    if size > _MAX_CARD_BYTES:
-        raise ValueError(f'{source}: a card of {size} bytes is refused, expected at most {_MAX_CARD_BYTES}.')
+    _check_size(path.stat().st_size, source)
     try:
         return path.read_bytes().decode('utf-8-sig')
     except UnicodeDecodeError as error:
         raise ValueError(f'{source}: the card is no UTF-8 text: {error}. Save it as UTF-8.') from None
 
 
-def _parse(text: str, source: str, ignore_metadata_errors: bool = False) -> tuple[ModelCard, dict[str, Any]]:
-    """Returns a card, and its metadata as they are before the client puts them in its own form."""
-    match = REGEX_YAML_BLOCK.search(text)
-    if match is None:
-        # The client warns about a card without metadata.
-        text = f'---\n\n---\n{text}'
-    metadata = match[2] if match else ''
+def _check_size(size: int, source: str) -> None:
+    if size > _MAX_CARD_BYTES:
+        raise ValueError(f'{source}: a card of {size} bytes is refused, expected at most {_MAX_CARD_BYTES}.')
+
+
+def _parse(text: str, source: str) -> tuple[dict[str, Any], str]:
+    """Splits a card into its metadata, none if it has no front matter, and its body."""
+    first = _FIRST_LINE.match(text)
+    last = _LAST_LINE.search(text, first.end()) if first else None
+    if first is None or last is None:
+        return {}, text
+    front = text[first.end() : last.start()]
     try:
-        problem = _refused_feature(metadata)
-        if problem is None:
-            return ModelCard(text, ignore_metadata_errors), yaml.safe_load(metadata) or {}
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
-        problem = ' '.join(scrub(str(error)).split())[:500]
-    raise ValueError(f'{source}: its metadata cannot be read: {problem}. Mend the front matter of the card.')
+        problem = _refused_feature(front)
+        metadata = {} if problem else yaml.load(front, _Loader) or {}
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError, OverflowError) as error:
+        problem = str(error)
+    if problem is None and not isinstance(metadata, dict):
+        problem = f'it should be a mapping, but is {kind_of_value(metadata)}'
+    if problem is not None:
+        raise _unreadable(source, problem)
+    return metadata, text[last.end() :]
+
+
+def _unreadable(source: str, problem: str) -> ValueError:
+    problem = ' '.join(scrub(problem).split())[:500]
+    return ValueError(f'{source}: its metadata cannot be read: {problem}. Mend the front matter of the card.')
 
 
 def _refused_feature(text: str) -> str | None:
     # A few aliases of aliases expand to gigabytes, and deep nesting to a stack overflow; the events show both at once.
-    depth = 0
-    for event in yaml.parse(text, getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):
+    depth = nodes = 0
+    for event in yaml.parse(text, _Loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        nodes += isinstance(event, yaml.NodeEvent)
         if isinstance(event, yaml.AliasEvent):
             return 'it uses a YAML alias, which is refused'
         if depth > _MAX_NESTING:
             return f'it is nested more than {_MAX_NESTING} levels deep, which is refused'
+        if nodes > _MAX_NODES:
+            return f'it has more than {_MAX_NODES} entries, which is refused'
+        if len(getattr(event, 'tag', None) or '') > _MAX_TAG:
+            return f'it has a tag of more than {_MAX_TAG} characters, which is refused'
+        if isinstance(event, yaml.ScalarEvent) and len(event.value) > _MAX_NUMBER and _is_number(event):
+            return f'it has a number of {len(event.value)} characters, which is refused: put it in quotes'
     return None
+
+
+def _is_number(event: yaml.ScalarEvent) -> bool:
+    return event.tag in _NUMBER_TAGS or bool(event.implicit[0] and _NUMBER.fullmatch(event.value))
 
 
 def _check_carried(original: Mapping[str, Any], data: ModelCardData, path: Path, ignored: set[str]) -> None:

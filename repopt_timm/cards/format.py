@@ -15,6 +15,7 @@ Format version 2: the card's YAML front matter has a key `repopt` with
 import base64
 import binascii
 import json
+import math
 import re
 import zlib
 from collections.abc import Mapping
@@ -84,6 +85,7 @@ def decode_scales(metadata: object, source: str) -> Scales:
     check_version(_field(metadata, 'format', int, where), where)
     provenance = _field(metadata, 'provenance', Mapping, where)
     _check_plain(provenance, f'{where}: provenance')
+    _check_plain(metadata.get('training'), f'{where}: training')
     architecture = _field(metadata, 'architecture', str, where)
     modules, geometry, counts = _decode_modules(_field(metadata, 'modules', Mapping, where), where)
     scales = Scales(
@@ -131,6 +133,8 @@ def _check_plain(value: object, where: str, depth: int = 0) -> None:
             _check_plain(item, where, depth + 1)
     elif value is not None and not isinstance(value, str | int | float):
         raise ValueError(f'{where} is {kind_of_value(value)}, expected text or a number: put it in quotes.')
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f'{where} is {value}, expected a finite number.')
 
 
 def _encode_module(
@@ -160,7 +164,8 @@ def _decode_modules(
     counts: dict[str, dict[str, int]] = {}
     left = _MAX_VALUES
     for name, content in modules.items():
-        module = _name(name, f'{where}: name of a module')
+        # A network that is one convolution has it under no name.
+        module = '' if name == '' else _name(name, f'{where}: name of a module')
         here = f"{where}: module '{module}'"
         if not isinstance(content, Mapping):
             raise ValueError(f'{here} is {kind_of_value(content)}, expected a mapping of geometry, branches and data.')

@@ -111,6 +111,8 @@ def push_scales(
         HubError: If the repository cannot be written to.
         ValueError: If its card cannot be read, or could not be carried through unchanged.
     """
+    # What no card can hold is an error before the repository is made.
+    encode_scales(scales)
 
     def write(folder: Path, name: str, published: frozenset[str]) -> None:
         write_card(folder, name, card_model_name(scales), scales, published=published)

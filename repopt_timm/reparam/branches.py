@@ -13,6 +13,7 @@ __all__ = ['Branch', 'BranchCounts', 'counted', 'embed', 'make_branches', 'merge
 BranchCounts = Mapping[str, int] | Sequence[str]
 """Branches by name: names, or name to the number of equal branches that share a scale."""
 
+_MAX_COUNT = 1000
 _WINDOW = re.compile(r'([1-9]\d*)x([1-9]\d*)')
 
 
@@ -47,8 +48,10 @@ class Branch:
             ValueError: If the name is unknown, or the window does not fit the centre of the kernel.
         """
         height, width = kernel_size
-        if type(count) is not int or count < 1:
-            raise ValueError(f"The branch '{name}' has the count {count!r}, expected an integer of at least 1.")
+        if type(count) is not int or not 1 <= count <= _MAX_COUNT:
+            raise ValueError(
+                f"The branch '{name}' has the count {count!r}, expected an integer from 1 to {_MAX_COUNT}."
+            )
         if name == 'kxk':
             return cls(name, (height, width), count=count)
         if name == 'identity':

@@ -1,4 +1,5 @@
 import base64
+import time
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -9,6 +10,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from repopt_timm import Scales, save_scales_card
+from repopt_timm.cards import document
 from repopt_timm.cards.document import BEGIN, END, eval_results, read_card_scales
 from repopt_timm.cards.format import decode_scales, encode_scales
 from repopt_timm.cards.writing import write_card
@@ -183,6 +185,7 @@ def test_a_card_that_is_too_new_asks_for_an_upgrade_and_is_not_overwritten(card)
         (lambda e: e['modules']['stem.conv'].update(geometry='3x3'), "'3x3' is not a geometry such as"),
         (lambda e: e['modules']['stem.conv'].update(data=with_rest(e)), 'unpacks to 128 bytes, expected 128'),
         (lambda e: e['modules']['stem.conv'].update(counts={'kxk': 0}), 'has the count 0, expected'),
+        (lambda e: e['modules']['stem.conv'].update(counts={'kxk': 10**18}), 'expected an integer from 1 to 1000'),
         (lambda e: e['modules']['stem.conv'].update(branches=['kxk', '1x1']), 'are not sorted'),
         (lambda e: e['provenance'].update({3: 4}), 'provenance has a value of type int as a key'),
     ],
@@ -224,14 +227,58 @@ def test_a_card_bomb_is_refused_before_it_unpacks(card, modules):
         # Some versions of libyaml look ahead, and have a limit of their own.
         (f'a: {"[" * 5000}{"]" * 5000}\n', '(nested more than 32 levels|exceeded maximum nesting depth)'),
         ('a: [\n', 'its metadata cannot be read'),
-        ('- a list\n', 'should be a dict'),
+        ('- a list\n', 'should be a mapping, but is a value of type list'),
         ('a: !!python/object/apply:os.getcwd []\n', 'could not determine a constructor'),
+        (f'a: 1{":1" * 150_000}\n', 'a number of 300001 characters'),
+        (f'a: !!int "1{":1" * 150_000}"\n', 'a number of 300001 characters'),
+        (f'a: 1{":1" * 150_000}.5\n', 'a number of 300003 characters'),
+        (f'a: 0x{"f" * 1_000_000}\n', 'a number of 1000002 characters'),
+        (f'a: [{"1," * 1_000_000}]\n', 'more than 50000 entries'),
+        ('repopt:\n  modules:\n' + '    m: {data: eJw}\n' * 100_000, 'more than 50000'),
+        (''.join(f'{index * (2**61 - 1)}: 1\n' for index in range(2, 24_000)), 'a number of 19 characters is a key'),
+        (f'a: {"[" * 2_000_000}\n', '(nested more than 32 levels|exceeded maximum nesting depth)'),
+        (f'a: !{"x" * 1000} 1\n', 'a tag of more than 100 characters'),
+        ('a: 2024-13-99\n', 'month must be in'),
+        ('\n' * 2_000_000, "no key 'repopt'"),
     ],
+    ids=lambda value: value[:12].strip() if len(value) > 40 else value,
 )
-def test_yaml_that_could_do_harm_is_refused(tmp_path, front, message):
-    (tmp_path / 'README.md').write_text(f'---\n{front}---\n')
+def test_yaml_that_could_do_harm_is_refused_at_once(tmp_path, front, message):
+    (tmp_path / 'README.md').write_text(f'---\n{front}\n---\n')
+    start = time.process_time()
     with pytest.raises(ValueError, match=rf'README\.md.*{message}'):
         read_card_scales(tmp_path / 'README.md')
+    assert time.process_time() - start < 3
+
+
+@pytest.mark.parametrize(
+    ('provenance', 'message'),
+    [
+        ({'top1': float('nan')}, 'provenance.top1 is nan, expected a finite number'),
+        ({'log': ['x'] * 2000}, 'it has more than 1000 entries'),
+        ({'log': 'x' * 50_000}, r'a card of \d+ bytes is refused, expected at most 40000'),
+        ({'note': chr(0xD800)}, 'surrogates not allowed'),
+    ],
+    ids=lambda value: value if isinstance(value, str) else '',
+)
+def test_a_card_that_could_not_be_read_again_is_not_written(card, monkeypatch, provenance, message):
+    monkeypatch.setattr(document, '_MAX_CARD_BYTES', 40_000)
+    monkeypatch.setattr(document, '_MAX_NODES', 1000)
+    before = card.read_bytes()
+    with pytest.raises(ValueError, match=message):
+        save_scales_card(random_scales().with_provenance(provenance), card.parent)
+    assert card.read_bytes() == before
+
+
+def test_a_network_that_is_one_convolution_has_a_card(tmp_path):
+    scales = Scales.initial(torch.nn.Conv2d(4, 4, 3, padding=1))
+    save_scales_card(scales, tmp_path)
+    assert read_card_scales(tmp_path / 'README.md') == scales
+
+
+def test_results_are_finite_numbers():
+    with pytest.raises(ValueError, match="'top1' is nan, expected a finite number"):
+        eval_results({'dataset': 'digits', 'top1': float('nan')})
 
 
 def test_a_card_without_scales_or_without_end_is_refused(tmp_path):
