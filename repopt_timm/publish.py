@@ -11,11 +11,12 @@ import timm
 from huggingface_hub import EvalResult
 from safetensors.torch import save_file
 from timm.data import resolve_data_config
-from timm.models import save_for_hf
-from torch import nn
+from timm.models._hub import save_config_for_hf
+from torch import Tensor, nn
 
 from .architectures import ARCHITECTURES
 from .cards.document import CARD_FILE, eval_results
+from .cards.format import encode_scales
 from .cards.text import CURVES_FILE, SCALES_PICTURE, WEIGHTS_FILE
 from .cards.transfer import push_folder
 from .cards.writing import draw, write_card
@@ -27,6 +28,7 @@ from .models.strided_byobnet import RepVgg, StridedByobNet
 from .names import ModelName
 from .plot import plot_curves
 from .reparam import attach_scales, kind_of
+from .reparam.initialization import unwrap
 from .scales import Scales, read_scale_file
 from .sources import ScalesSource, load_scales
 
@@ -49,6 +51,7 @@ _STATED = (
 
 class _Publication(NamedTuple):
     model: nn.Module
+    weights: Mapping[str, Tensor]
     scales: Scales | None
     metrics: Mapping[str, float | str]
     training: Mapping[str, Any]
@@ -75,7 +78,7 @@ def save_pretrained(
     the text outside the marks.
 
     Args:
-        model: A timm model, or a checkpoint of a run.
+        model: A timm model, compiled or wrapped for parallel training or not, or a checkpoint of a run.
         directory: Where to.
         scales: The scales that it was trained with. Defaults to what the model carries.
         metrics: Results as the Hub shows them, such as `{'dataset': 'cifar10', 'top1': 93.1}`, in percent.
@@ -87,7 +90,8 @@ def save_pretrained(
 
     Raises:
         FileNotFoundError: If there is no such checkpoint or source of scales.
-        ValueError: If the checkpoint does not name its model, or the scales are missing or another model's.
+        ValueError: If the checkpoint does not name its model, the scales are missing or another model's, or a weight
+            or result is not finite.
     """
     publication = _prepare(model, scales, metrics, training, curves, precision)
     directory = Path(directory)
@@ -122,7 +126,7 @@ def push_to_hub(
     """Publishes a model on the Hugging Face Hub, in timm's format, with its scales in the card.
 
     Args:
-        model: A timm model, or a checkpoint of a run.
+        model: See `save_pretrained`.
         repo_id: Name of the repository, `user/repo`, made if there is none.
         scales: See `save_pretrained`, as for `metrics`, `training` and `curves`.
         metrics: See there.
@@ -141,7 +145,8 @@ def push_to_hub(
     Raises:
         HubError: If the repository cannot be written to.
         FileNotFoundError: If there is no such checkpoint or source of scales.
-        ValueError: If the checkpoint does not name its model, or the scales are missing or another model's.
+        ValueError: If the checkpoint does not name its model, the scales are missing or another model's, or a weight
+            or result is not finite.
 
     Example:
         >>> push_to_hub(model, 'user/a0', metrics={'dataset': 'cifar10', 'top1': 93.1})  # doctest: +SKIP
@@ -194,6 +199,10 @@ def _prepare(
         elif metrics is None:
             metrics = measured
         history = [row for row in checkpoint.get('history') or [] if 'train_loss' in row]
+    else:
+        model = unwrap(model)
+        source = _timm_name(model)
+    weights = _weights_of(model, source)
     if precision == 'int8' and not isinstance(model, RepOptVgg):
         raise ValueError(
             f"{_timm_name(model)} cannot load 8-bit weights, RepOpt-VGG alone restores them: use 'float16'."
@@ -215,14 +224,41 @@ def _prepare(
         raise FileNotFoundError(f"There is no picture '{os.fspath(curves)}'.")
     if precision != 'float32':
         training['weights'] = precision
-    return _Publication(model, found, metrics, training, curves, precision, history)
+    if found is not None:
+        # What no card can hold is an error before anything is written or uploaded.
+        encode_scales(found, training)
+    return _Publication(model, pack(weights, precision), found, metrics, training, curves, precision, history)
+
+
+def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
+    """Returns a model's tensors as files hold them: under its own names, contiguous, each with its own memory.
+
+    Raises:
+        ValueError: If a value is not finite.
+    """
+    weights: dict[str, Tensor] = {}
+    memory = set()
+    for key, tensor in model.state_dict().items():
+        # Of parts that were compiled.
+        name = '.'.join(part for part in key.split('.') if part != '_orig_mod')
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"{source}: '{name}' has values that are not finite, as after a training that diverged. Publish an "
+                f'earlier checkpoint.'
+            )
+        weights[name] = tensor.detach().contiguous()
+        address = weights[name].untyped_storage().data_ptr()
+        if address in memory:
+            # Under each of its names, as timm expects of a tensor that is tied to another.
+            weights[name] = weights[name].clone()
+        memory.add(address)
+    return weights
 
 
 def _write(publication: _Publication, folder: Path, repo_id: str, published: frozenset[str]) -> None:
-    model, scales, metrics, training, curves, precision, history = publication
-    save_for_hf(model, str(folder), model_args=_model_args(model), safe_serialization=True)
-    if precision != 'float32':
-        save_file(pack(model.state_dict(), precision), folder / WEIGHTS_FILE, {'format': 'pt'})
+    model, weights, scales, metrics, training, curves, precision, history = publication
+    save_file(dict(weights), folder / WEIGHTS_FILE, {'format': 'pt'})
+    save_config_for_hf(model, str(folder / CONFIG_FILE), model_args=_model_args(model))
     if curves is not None:
         (folder / CURVES_FILE).write_bytes(Path(curves).read_bytes())
     elif history:

@@ -300,3 +300,39 @@ def test_a_config_states_what_timm_does_not_record_before_1_0_31(tmp_path):
     save_pretrained(model, tmp_path)
     args = json.loads((tmp_path / 'config.json').read_text())['model_args']
     assert (args['strides'], args['use_se']) == ([1, 2, 2, 2, 2], True)
+
+
+def test_a_wrapped_model_is_saved_as_the_plain_one(tmp_path):
+    model = trained()
+    save_pretrained(model, tmp_path / 'plain')
+    wrapped = torch.nn.DataParallel(torch.compile(model.to(memory_format=torch.channels_last)))
+    save_pretrained(wrapped, tmp_path / 'wrapped', repo_id='USER/plain')
+    assert read_tree(tmp_path / 'wrapped') == read_tree(tmp_path / 'plain')
+
+
+def test_tied_tensors_and_compiled_parts_have_the_names_that_timm_loads(tmp_path, images):
+    model = timm.create_model('test_byobnet', num_classes=5).eval()
+    norms = [each for each in model.modules() if isinstance(each, torch.nn.BatchNorm2d) and each.num_features == 32]
+    norms[1].weight = norms[0].weight
+    expected = model(images)
+    model.stages = torch.compile(model.stages)
+    save_pretrained(model, tmp_path)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert torch.equal(loaded(images), expected)
+
+
+def test_what_is_not_finite_is_not_published(hub, client, tmp_path):
+    model = trained()
+    with pytest.raises(ValueError, match="'top1' is nan, expected a finite number"):
+        push_to_hub(model, REPO, metrics={'dataset': 'digits', 'top1': float('nan')})
+    with pytest.raises(ValueError, match=r'training\.lr is inf, expected a finite number'):
+        push_to_hub(model, REPO, training={'lr': float('inf')})
+    with torch.no_grad():
+        model.head.fc.bias[1] = float('nan')
+    path = checkpoint_of(model, tmp_path / 'last.pth.tar', dataset='digits')
+    for source in (model, path):
+        with pytest.raises(
+            ValueError, match=r"(test_repopt_vgg|last.pth.tar): 'head.fc.bias' has values that are not finite"
+        ):
+            push_to_hub(source, REPO, scales=model.scales)
+    assert not hub.requests
