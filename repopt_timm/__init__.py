@@ -3,7 +3,7 @@
 The method is in `repopt_timm.reparam`, in plain PyTorch.
 """
 
-from .blocks import plain_state_dict, plain_twin, report_twin
+from .blocks import implied_scales, plain_state_dict, plain_twin, recalibrate, report_twin
 from .cards.writing import push_scales, save_scales_card
 from .models import RepOptVgg, register_twins, to_plain
 from .optim import RepOptAdamW, RepOptSGD, build_repopt_sgd, clip_grad_norm_
@@ -39,6 +39,7 @@ __all__ = [
     'clip_grad_norm_',
     'csla',
     'hyper_search',
+    'implied_scales',
     'initialize',
     'load_scales',
     'make_grad_mults',
@@ -47,6 +48,7 @@ __all__ = [
     'prepare',
     'push_scales',
     'push_to_hub',
+    'recalibrate',
     'refused_convs',
     'register_twins',
     'report_twin',
