@@ -16,7 +16,7 @@ from ..train.run_folder import is_busy
 from .trial_runs import LOG_FILE, Run
 from .trial_settings import as_words
 
-__all__ = ['run_all', 'training_command']
+__all__ = ['run_all', 'threads_of', 'training_command']
 
 _logger = logging.getLogger(__name__)
 
@@ -32,14 +32,14 @@ def training_command(run: Run, config: Path) -> list[str]:
     return [sys.executable, '-m', 'repopt_timm.cli', 'train', '-c', str(config), *as_words(run.arguments), *where]
 
 
-def run_all(next_runs: Callable[[], Sequence[Run]], config: Path, jobs: int, threads: int | None) -> list[Run]:
+def run_all(next_runs: Callable[[], Sequence[Run]], config: Path, jobs: int, threads: int) -> list[Run]:
     """Runs what there is to run until nothing is left.
 
     Args:
         next_runs: Returns the runs that can start, the most urgent first; called again whenever one has ended.
         config: File of the arguments that all runs share.
         jobs: Number of processes.
-        threads: Threads of each. Defaults to `OMP_NUM_THREADS`, or to the cores of the machine divided by `jobs`.
+        threads: Threads of each.
 
     Returns:
         The runs that ended with an error other than that they diverged.
@@ -47,7 +47,7 @@ def run_all(next_runs: Callable[[], Sequence[Run]], config: Path, jobs: int, thr
     Raises:
         KeyboardInterrupt: On Ctrl-C or SIGTERM, after the processes have ended.
     """
-    environment = _environment(jobs, threads)
+    environment = _environment(threads)
     running: dict[Run, subprocess.Popen] = {}
     failed: list[Run] = []
     with _terminable():
@@ -68,12 +68,19 @@ def run_all(next_runs: Callable[[], Sequence[Run]], config: Path, jobs: int, thr
             raise
 
 
-def _environment(jobs: int, threads: int | None) -> dict[str, str]:
+def threads_of(jobs: int, threads: int | None) -> int:
+    """Returns the threads of a run: `threads`, `OMP_NUM_THREADS`, or the cores of the machine divided by `jobs`."""
+    given = os.environ.get('OMP_NUM_THREADS', '')
+    if threads is None and given.isdecimal() and int(given):
+        return int(given)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    count = str(threads or os.environ.get('OMP_NUM_THREADS') or max(1, cores // jobs))
+    return threads or max(1, cores // jobs)
+
+
+def _environment(threads: int) -> dict[str, str]:
     # A checkout need not be installed.
     path = os.pathsep.join(filter(None, (str(_PACKAGE_PARENT), os.environ.get('PYTHONPATH'))))
-    return {**os.environ, 'OMP_NUM_THREADS': count, 'PYTHONPATH': path}
+    return {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': path}
 
 
 def _start(run: Run, config: Path, environment: dict[str, str]) -> subprocess.Popen:

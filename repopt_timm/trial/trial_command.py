@@ -3,17 +3,22 @@
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..datasets import count_classes
 from ..train.loaders import make_datasets
 from ..train.run import prepare_device
 from ..train.validation import check_arguments
-from .execution import run_all
+from .execution import run_all, threads_of
+from .networks import measure_networks
+from .results import read_results
 from .trial_plan import open_runs
+from .trial_report import report_trial, report_trials
 from .trial_runs import LOG_FILE, TrialRuns
-from .trial_settings import SHARED_FILE, add_trial_arguments, read_settings, write_settings
+from .trial_settings import SHARED_FILE, add_trial_arguments, read_report_settings, read_settings, write_settings
 
 __all__ = ['add_commands', 'run_trial']
 
@@ -44,24 +49,40 @@ def run_trial(namespace: argparse.Namespace) -> None:
     """
     logging.basicConfig(level=logging.WARNING, format='%(message)s', force=True)
     logging.getLogger('repopt_timm').setLevel(logging.INFO)
+    del namespace.run
+    if wanted := read_report_settings(namespace):
+        _report(*wanted)
+        return
     settings, shared, local = read_settings(namespace)
-    _check(shared)
+    num_classes = _check(shared)
     folder = Path(local.output)
     write_settings(folder, settings, shared)
     runs = TrialRuns(folder, settings, shared)
+    threads = threads_of(local.jobs, local.threads)
+    measure_networks(runs, num_classes, threads)
     try:
-        failed = run_all(partial(open_runs, runs), folder / SHARED_FILE, local.jobs, local.threads)
+        failed = run_all(partial(open_runs, runs), folder / SHARED_FILE, local.jobs, threads)
     except KeyboardInterrupt:
         print('Stopped. The same command continues the trial.', file=sys.stderr)
         raise
+    print(report_trial(read_results(folder, settings.reference)))
+    print(f'Report, picture, JSON and the CSV of all epochs are in {folder}')
     if failed:
         logs = ', '.join(f"'{run.folder / LOG_FILE}'" for run in failed)
         raise ValueError(f'{len(failed)} runs ended with an error: see {logs}. The same command tries them again.')
 
 
-def _check(shared: argparse.Namespace) -> None:
-    """Finds what is wrong with the arguments before anything trains."""
+def _report(folders: Sequence[str], output: str | None, reference: str | None) -> None:
+    trials = [read_results(Path(folder), reference) for folder in folders]
+    if len(trials) == 1 and output is None:
+        print(report_trial(trials[0]))
+    else:
+        print(report_trials(trials, Path(output or folders[0])))
+
+
+def _check(shared: argparse.Namespace) -> int | None:
+    """Finds what is wrong with the arguments before anything trains, and counts the classes."""
     checked = argparse.Namespace(**vars(shared))
     prepare_device(checked)
     check_arguments(checked)
-    make_datasets(checked)
+    return count_classes(make_datasets(checked)[0])

@@ -18,7 +18,7 @@ from typing import Any
 
 from ..names import ModelName
 from ..train.run import SCALES_FILE
-from ..train.run_folder import DIVERGED_FILE, SUMMARY_FILE
+from ..train.run_folder import DIVERGED_FILE, SUMMARY_FILE, TIMES_FILE
 from .arms import ARMS, GIVEN, SEARCHED
 from .trial_settings import TrialSettings
 
@@ -61,7 +61,7 @@ class Outcome:
     """What has become of a run.
 
     Attributes:
-        history: A row for each finished epoch, numbers by column.
+        history: A row for each finished epoch: the columns of `summary.csv`, and `train_seconds`.
         finished: Whether all epochs are trained.
         failure: What it diverged with.
     """
@@ -78,15 +78,23 @@ class Outcome:
 
 def outcome_of(folder: Path, epochs: int) -> Outcome:
     """Reads what has become of the run of so many epochs in a folder."""
-    try:
-        with open(folder / SUMMARY_FILE, encoding='utf-8', newline='') as file:
-            rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
-    except FileNotFoundError:
-        rows = []
+    rows = _table(folder / SUMMARY_FILE)
+    # An epoch that was repeated after an interruption has a second line.
+    seconds = {row['epoch']: row['train_seconds'] for row in _table(folder / TIMES_FILE)}
+    for row in rows:
+        row |= {'train_seconds': seconds[row['epoch']]} if row['epoch'] in seconds else {}
     failure = ''
     if (folder / DIVERGED_FILE).exists():
         failure = (folder / DIVERGED_FILE).read_text(encoding='utf-8').strip()
     return Outcome(rows, len(rows) >= epochs and not failure, failure)
+
+
+def _table(path: Path) -> list[dict[str, float]]:
+    try:
+        with open(path, encoding='utf-8', newline='') as file:
+            return [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+    except FileNotFoundError:
+        return []
 
 
 class TrialRuns:

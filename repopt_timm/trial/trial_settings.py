@@ -30,6 +30,7 @@ __all__ = [
     'TrialSettings',
     'add_trial_arguments',
     'as_words',
+    'read_report_settings',
     'read_settings',
     'write_settings',
 ]
@@ -100,6 +101,15 @@ _OWN: tuple[Argument, ...] = (
         low=1,
         free=True,
     ),
+    Argument(
+        'report',
+        str,
+        None,
+        'make the report of trials in these folders anew, and train nothing; of several, one report in --output',
+        count=ANY_COUNT,
+        metavar='FOLDER',
+        free=True,
+    ),
     Argument('output', str, None, 'folder of the trial. Defaults to output/MODEL-trial', metavar='DIR', free=True),
 )
 _OWN_BY_NAME = {argument.name: argument for argument in _OWN}
@@ -150,7 +160,9 @@ class TrialSettings:
 
 def add_trial_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `repopt-timm trial` to a parser, which gives texts."""
-    parser.add_argument('model', metavar='MODEL', help='plain network, such as repopt_vgg_a0; any timm model')
+    parser.add_argument(
+        'model', nargs='?', metavar='MODEL', help='plain network, such as repopt_vgg_a0; any timm model'
+    )
     parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of training arguments, or a shipped name')
     group = parser.add_argument_group('Trial')
     for argument in _OWN:
@@ -176,12 +188,12 @@ def read_settings(namespace: argparse.Namespace) -> tuple[TrialSettings, argpars
         ValueError: If a value is not one that the argument can have, or an arm cannot be.
     """
     texts = vars(namespace)
-    texts.pop('run', None)
+    if 'model' not in texts:
+        raise ValueError('Name the MODEL of a trial, such as repopt_vgg_a0, or give --report the folders of trials.')
     model = target_name(texts.pop('model'))
     config = texts.pop('config', None)
     own = {name: copy.deepcopy(argument.default) for name, argument in _OWN_BY_NAME.items()}
-    for name in set(texts) & set(_OWN_BY_NAME):
-        own[name] = _OWN_BY_NAME[name].parse(texts.pop(name), _OWN_BY_NAME[name].flag)
+    own |= _own(texts)
     own['search_kwargs'] = search_arguments(_OWN_BY_NAME['search_kwargs'].default | own['search_kwargs'])
     shared = _shared(model, config, texts, own['data'])
     arms = arms_of(model, own['arms'], own['scales'], own['search'])
@@ -201,6 +213,36 @@ def read_settings(namespace: argparse.Namespace) -> tuple[TrialSettings, argpars
         raise ValueError(f'--tuning-seed is {settings.tuning_seed}, expected a seed of its own.')
     output = own['output'] or f'output/{model}-trial'
     return settings, shared, argparse.Namespace(jobs=own['jobs'], threads=own['threads'], output=output)
+
+
+def read_report_settings(namespace: argparse.Namespace) -> tuple[list[str], str | None, str | None] | None:
+    """Checks the arguments of `--report`.
+
+    Args:
+        namespace: What the parser gave.
+
+    Returns:
+        Folders, `--output` and `--reference`; None without `--report`.
+
+    Raises:
+        ValueError: If there are arguments beside these.
+    """
+    texts = vars(namespace)
+    if 'report' not in texts:
+        return None
+    own = _own(texts)
+    others = [*texts, *(set(own) - {'report', 'output', 'reference'})]
+    if others:
+        raise ValueError(f'--report goes with --output and --reference alone, not with {", ".join(sorted(others))}.')
+    if len(own['report']) > 1 and not own.get('output'):
+        raise ValueError('--report of several trials needs --output, the folder of their report.')
+    return own['report'], own.get('output'), own.get('reference')
+
+
+def _own(texts: dict[str, Any]) -> dict[str, Any]:
+    """Takes the trial's own arguments out of what the parser gave, and checks them."""
+    names = [name for name in texts if name in _OWN_BY_NAME]
+    return {name: _OWN_BY_NAME[name].parse(texts.pop(name), _OWN_BY_NAME[name].flag) for name in names}
 
 
 def _shared(model: str, config: str | None, texts: dict[str, Any], data: str | None) -> argparse.Namespace:
@@ -235,8 +277,18 @@ def write_settings(folder: Path, settings: TrialSettings, shared: argparse.Names
         path = folder / name
         if path.exists():
             _check_same(path, values)
+    if (folder / SETTINGS_FILE).exists():
+        new = _joined(yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding='utf-8')), new)
     write_text(folder / SHARED_FILE, write_config(shared))
     write_text(folder / SETTINGS_FILE, yaml.safe_dump(new, sort_keys=False))
+
+
+def _joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings of a trial with the arms and seeds of all its calls, which a report is of."""
+    joined = {name: old.get(name) if value is None else value for name, value in new.items()}
+    joined['arms'] = [name for name in ARMS if name in (*old['arms'], *new['arms'])]
+    joined['seeds'] = sorted({*old['seeds'], *new['seeds']})
+    return joined
 
 
 def _plain(values: Mapping[str, Any]) -> dict[str, Any]:

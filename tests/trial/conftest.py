@@ -14,7 +14,9 @@ from ..helpers import TINY
 def parse(words):
     parser = CommandParser()
     add_commands(parser.add_subparsers())
-    return parser.parse_args(['trial', *words])
+    namespace = parser.parse_args(['trial', *words])
+    del namespace.run
+    return namespace
 
 
 def settings_of(*words):

@@ -1,0 +1,92 @@
+"""How far a search moved scales from where they started."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ['HARDLY', 'Movement', 'movement']
+
+HARDLY = 0.1
+"""Scales that moved less than this, relative to their initial values, train as those do.
+
+The published search of RepOpt-VGG-B1, of 240 epochs, moved layers by 0.31 on average; ours of 12 and 30 epochs by less
+than 0.05, and what they train is no better than what the initial values train.
+"""
+
+_Vectors = Mapping[str, Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Movement:
+    """Changes of the layer means of scales, relative to their initial values. Identities, which carry none, are apart.
+
+    Attributes:
+        mean: Mean absolute change over layers, branches and searches.
+        largest: The largest.
+        where: Convolution and branch of the largest.
+        identity: Mean absolute change of the identities; None without any.
+        spread: Standard deviation from search to search, the mean over layers and branches; None for one search.
+    """
+
+    mean: float
+    largest: float
+    where: str
+    identity: float | None = None
+    spread: float | None = None
+
+    @property
+    def hardly(self) -> bool:
+        """Whether the scales are, for a training, where they started."""
+        return self.mean < HARDLY
+
+    def __str__(self) -> str:
+        text = f'layer means moved by {self.mean:.1%} on average, by {self.largest:.1%} at most ({self.where})'
+        if self.identity is not None:
+            text += f', identities by {self.identity:.1%}'
+        if self.spread is not None:
+            text += f'; from search to search they differ by {self.spread:.1%}'
+        return text
+
+    def sentence(self) -> str:
+        """Says what the search did."""
+        if self.hardly:
+            verdict = 'The search left the scales where they started: expect of them what the initial values give.'
+        elif self.spread is not None and self.mean < 2 * self.spread:
+            verdict = 'The search moved the scales no farther than chance does from search to search.'
+        else:
+            verdict = 'The search moved the scales.'
+        return f'{verdict} {str(self)[0].upper()}{str(self)[1:]}.'
+
+
+def movement(searched: Sequence[_Vectors], initial: _Vectors) -> Movement:
+    """Measures how far searches moved scales.
+
+    Args:
+        searched: Results of one or more searches: module name to branch name to vector.
+        initial: What they started from. Branches that are not in all of them are left aside.
+
+    Raises:
+        ValueError: If they have no scale in common.
+    """
+    changes: dict[tuple[str, str], list[float]] = {}
+    for module in initial:
+        for branch, start in initial[module].items():
+            if all(module in scales and branch in scales[module] for scales in searched):
+                base = start.double().mean().item()
+                found = [scales[module][branch].double().mean().item() for scales in searched]
+                changes[module, branch] = [(value - base) / abs(base) for value in found]
+    scaled = {key: values for key, values in changes.items() if key[1] != 'identity'}
+    if not scaled:
+        raise ValueError('The searched and the initial scales have no branch in common: they are of two networks.')
+    sizes = {key: statistics.mean(map(abs, values)) for key, values in scaled.items()}
+    identities = [abs(value) for (_, branch), values in changes.items() if branch == 'identity' for value in values]
+    largest = max(sizes, key=lambda key: sizes[key])
+    return Movement(
+        mean=statistics.mean(sizes.values()),
+        largest=sizes[largest],
+        where=' '.join(largest),
+        identity=statistics.mean(identities) if identities else None,
+        spread=statistics.mean(map(statistics.stdev, scaled.values())) if len(searched) > 1 else None,
+    )

@@ -1,0 +1,143 @@
+"""One report of several trials: accuracy against depth, and against wall time."""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..plot import save_figure, subplots
+from ..reporting import markdown_table
+from .intervals import Interval
+from .results import ArmResult, TrialResult, paired
+from .trial_pictures import color_of
+from .verdict import interval_text, verdict
+
+__all__ = ['combined_report', 'draw_trials']
+
+_SAME_TIME = 1.05
+
+
+class _Row(NamedTuple):
+    trial: TrialResult
+    arm: ArmResult
+
+    @property
+    def epochs(self) -> int:
+        return self.trial.shared.epochs + self.trial.shared.cooldown_epochs
+
+    @property
+    def seconds(self) -> float:
+        return self.arm.epoch_seconds * self.epochs
+
+    @property
+    def mean(self) -> Interval:
+        return Interval.of(list(self.arm.top1.values()))
+
+
+def combined_report(trials: Sequence[TrialResult]) -> str:
+    """Returns tables and verdicts of several trials as Markdown; those at equal wall time if their epochs differ."""
+    trials = sorted(trials, key=lambda trial: (trial.convolutions, trial.shared.epochs))
+    head = ['trial', 'convolutions', 'epochs', 'arm', 'lr', 'seeds', 'top-1, 95 %', 'difference, 95 %', 'wall time']
+    parts = [
+        f'# {len(trials)} trials',
+        'Top-1 accuracy in percent on the validation images after the last epoch; the difference is to '
+        f'{" or ".join(sorted({trial.settings.reference for trial in trials}))}, over paired seeds; the wall time is '
+        'that of the training of a run.',
+        markdown_table(head, [_cells(row) for row in _rows(trials)], align=True),
+    ]
+    for trial in trials:
+        parts += [f'## {trial.folder.name}', '\n'.join(f'* {sentence}' for sentence in verdict(trial))]
+    if equal := list(_equal_times(trials)):
+        parts += ['## Equal wall time', '\n'.join(f'* {sentence}' for sentence in equal)]
+    return '\n\n'.join(parts) + '\n'
+
+
+def _rows(trials: Sequence[TrialResult]) -> list[_Row]:
+    return [_Row(trial, arm) for trial in trials for arm in trial.arms.values()]
+
+
+def _cells(row: _Row) -> list[str]:
+    trial, arm = row
+    accuracy = interval_text(row.mean, sign=False)
+    if arm.hopeless or arm.diverged:
+        accuracy += ', diverged: ' + ('all' if arm.hopeless else str(len(arm.diverged)))
+    return [
+        trial.folder.name,
+        str(trial.convolutions or '-'),
+        str(row.epochs),
+        arm.name,
+        '-' if arm.choice.best is None else f'{arm.choice.best:g}',
+        str(len(arm.top1)),
+        accuracy,
+        '' if arm is trial.reference else interval_text(trial.difference(arm.name)),
+        '-' if math.isnan(row.seconds) else f'{row.seconds:.0f} s',
+    ]
+
+
+def _equal_times(trials: Sequence[TrialResult]) -> Iterator[str]:
+    """Compares the slowest arm of each trial with the longest runs of other arms that take no more time."""
+    rows = [row for row in _rows(trials) if row.arm.top1 and not math.isnan(row.seconds)]
+    for trial in trials:
+        own = [row for row in rows if row.trial is trial]
+        if not own:
+            continue
+        slowest = max(own, key=lambda row: row.seconds)
+        for name in trial.arms:
+            rivals = [
+                row
+                for row in rows
+                if row.arm.name == name != slowest.arm.name
+                and row.trial.convolutions == trial.convolutions
+                and row.epochs > slowest.epochs
+                and row.seconds <= slowest.seconds * _SAME_TIME
+            ]
+            if rivals:
+                yield _comparison(max(rivals, key=lambda row: row.seconds), slowest)
+
+
+def _comparison(rival: _Row, slowest: _Row) -> str:
+    difference = paired(rival.arm.top1, slowest.arm.top1)
+    what = (
+        f'{rival.arm.name} in {rival.epochs} epochs ({rival.seconds:.0f} s) and {slowest.arm.name} in {slowest.epochs} '
+        f'epochs ({slowest.seconds:.0f} s)'
+    )
+    numbers = f'{interval_text(difference)} points, {difference.count} seeds'
+    if difference.count < 2:
+        return f'{what}: {numbers}.'
+    return f'{what}: {"" if difference.excludes_zero else "no difference that the seeds can show, "}{numbers}.'
+
+
+def draw_trials(trials: Sequence[TrialResult], path: Path) -> Any:
+    """Draws accuracy against the number of convolutions, and against the wall time of a run, with 95 % intervals.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    figure, (depths, times) = subplots(1, 2, (12, 4.5), layout='constrained')
+    rows = [row for row in _rows(trials) if row.arm.top1]
+    lines: dict[tuple[str, int], list[_Row]] = {}
+    for row in rows:
+        lines.setdefault((row.arm.name, row.epochs), []).append(row)
+    budgets = sorted({epochs for _, epochs in lines})
+    for (name, epochs), members in lines.items():
+        style = ('-', '--', ':', '-.')[budgets.index(epochs) % 4]
+        label = name if len(budgets) == 1 else f'{name}, {epochs} epochs'
+        members.sort(key=lambda row: row.trial.convolutions)
+        _draw(depths, [row.trial.convolutions for row in members], members, name, style, label)
+        _draw(times, [row.seconds for row in members], members, name, '', label)
+    depths.set(xlabel='convolutions', ylabel='top-1 accuracy on validation images (%)', title='mean, 95 % interval')
+    depths.legend(frameon=False)
+    times.set(xlabel='seconds of training of a run', xscale='log', title='the same against wall time')
+    save_figure(figure, path)
+    return figure
+
+
+def _draw(axes: Any, x: list[float], rows: list[_Row], name: str, style: str, label: str) -> None:
+    means = [row.mean for row in rows]
+    halves = [mean.half if mean.count > 1 else 0 for mean in means]
+    axes.errorbar(
+        x, [mean.mean for mean in means], yerr=halves, fmt=f'o{style}', color=color_of(name), label=label, capsize=3
+    )

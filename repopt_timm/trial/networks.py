@@ -1,0 +1,115 @@
+"""What the networks of a trial cost: parameters, saved activations, time of a step."""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from ..bench.allocation import saved_bytes
+from ..bench.bench_models import forward_pass, time_in_turns, training_step
+from ..files import write_text
+from ..train.validation import explaining
+from .arms import ARMS
+from .trial_runs import TrialRuns
+
+__all__ = ['NETWORKS_FILE', 'measure_networks', 'plain_network', 'read_networks']
+
+NETWORKS_FILE = 'networks.json'
+_ROUNDS = 5
+
+
+def read_networks(folder: Path) -> dict[str, dict[str, float]]:
+    """Reads what `measure_networks` wrote; nothing if it did not."""
+    path = folder / NETWORKS_FILE
+    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+
+
+def measure_networks(runs: TrialRuns, num_classes: int | None, threads: int | None = None) -> None:
+    """Measures the network of each arm, and writes `networks.json`: arm to numbers.
+
+    `parameters` in training, `convolutions`, `activations` (bytes that a forward pass saves for each image, in the
+    precision of the trial), and `step_seconds` (median of a training step; the networks take turns, so that ratios hold
+    on a busy machine).
+
+    Args:
+        runs: The trial.
+        num_classes: Number of classes.
+        threads: Threads of a run.
+
+    Raises:
+        ValueError: If a network cannot be made, or does not take images of this size.
+    """
+    known = read_networks(runs.folder)
+    if set(runs.settings.arms) <= set(known):
+        return
+    shared = runs.shared
+    size = tuple(shared.input_size)
+    precision = shared.amp_dtype if shared.amp else 'float32'
+    images = torch.randn(shared.batch_size, *size)
+    labels = torch.randint(0, shared.num_classes or num_classes or 1000, (shared.batch_size,))
+    models = {name: _network(runs, name, num_classes) for name in _distinct(runs.settings.arms)}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        found, steps = {}, {}
+        for name, model in models.items():
+            with explaining(f'The network of arm {name} does not train on images of {size}'):
+                found[name] = _size(model, images, labels, precision)
+                steps[name] = training_step(model, images, labels, precision)
+        seconds = time_in_turns(steps, torch.device('cpu'), _ROUNDS)
+    finally:
+        torch.set_num_threads(before)
+    for name, values in seconds.items():
+        found[name]['step_seconds'] = statistics.median(values)
+    arms = {arm: found[_distinct(runs.settings.arms, arm)[0]] for arm in runs.settings.arms}
+    write_text(runs.folder / NETWORKS_FILE, json.dumps({**known, **arms}, indent=2) + '\n')
+
+
+def plain_network(runs: TrialRuns, num_classes: int | None = 1000) -> nn.Module:
+    """Makes the plain network of a trial."""
+    return _make(runs.settings.model, runs.shared, num_classes, runs.shared.model_kwargs)
+
+
+def _distinct(arms: tuple[str, ...], only: str | None = None) -> list[str]:
+    """Returns one arm for each network; with `only` that which has the network of this arm."""
+    networks: dict[Any, str] = {}
+    for name in arms:
+        networks.setdefault((ARMS[name].kind, str(ARMS[name].model_kwargs)), name)
+    if only is not None:
+        return [networks[ARMS[only].kind, str(ARMS[only].model_kwargs)]]
+    return list(networks.values())
+
+
+def _network(runs: TrialRuns, arm: str, num_classes: int | None) -> nn.Module:
+    arguments = runs.training(arm, 0, 0.1).arguments
+    return _make(arguments['model'], runs.shared, num_classes, arguments.get('model_kwargs', runs.shared.model_kwargs))
+
+
+def _make(name: str, shared: argparse.Namespace, num_classes: int | None, kwargs: dict[str, Any]) -> nn.Module:
+    with explaining(f'timm cannot make {name} with --model-kwargs {kwargs}'):
+        model: nn.Module = timm.create_model(
+            name,
+            num_classes=shared.num_classes or num_classes,
+            in_chans=shared.in_chans or shared.input_size[0],
+            global_pool=shared.gp,
+            **kwargs,
+        )
+    return model.to(memory_format=torch.channels_last) if shared.channels_last else model
+
+
+def _size(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str) -> dict[str, float]:
+    saved = []
+    for count in (2, 3):
+        inputs = images[:count], labels[:count]
+        # What is saved for the kernels alone does not depend on the number of images.
+        saved.append(saved_bytes(model.train(), forward_pass(model, *inputs, precision), inputs))
+    return {
+        'parameters': sum(parameter.numel() for parameter in model.parameters()),
+        'convolutions': sum(isinstance(module, nn.Conv2d) for module in model.modules()),
+        'activations': saved[1] - saved[0],
+    }

@@ -1,0 +1,114 @@
+"""What a trial shows, in tables and in plain words."""
+
+from ..reporting import markdown_table
+from .intervals import Interval
+from .results import ArmResult, TrialResult
+
+__all__ = ['arms_table', 'interval_text', 'time_table', 'verdict']
+
+
+# On a busy machine less is chance.
+_FASTER = 1.15
+
+
+def interval_text(interval: Interval, sign: bool = True) -> str:
+    """Formats a mean with its interval, such as `+1.20 (0.30 to 2.10)`."""
+    if not interval.count:
+        return '-'
+    mean = f'{interval.mean:+.2f}' if sign else f'{interval.mean:.2f}'
+    return mean if interval.count == 1 else f'{mean} ({interval.lower:.2f} to {interval.upper:.2f})'
+
+
+def verdict(trial: TrialResult) -> list[str]:
+    """Returns sentences: each arm against the reference, what failed, what a search did."""
+    sentences = [_against(trial, name) for name in trial.arms if name != trial.settings.reference]
+    for arm in trial.arms.values():
+        sentences += _troubles(trial, arm)
+    if trial.search is not None:
+        sentences.append(trial.search.sentence())
+    return sentences
+
+
+def _against(trial: TrialResult, name: str) -> str:
+    reference = trial.reference.name
+    difference = trial.difference(name)
+    if not difference.count:
+        return f'{name} and {reference}: no seed with which both are finished.'
+    if difference.count == 1:
+        return (
+            f'{name} and {reference}: one seed, {difference.mean:+.2f} points. One seed cannot say how much of that is '
+            f'chance.'
+        )
+    seeds = f'{difference.count} seeds'
+    numbers = f'{difference.mean:+.2f} points, 95 % interval {difference.lower:+.2f} to {difference.upper:+.2f}'
+    if not difference.excludes_zero:
+        return f'{name} and {reference}: no difference that {seeds} can show ({numbers}).'
+    better = 'better' if difference.mean > 0 else 'worse'
+    return f'{name} is {better} than {reference} by {abs(difference.mean):.2f} points ({numbers}, {seeds}).'
+
+
+def _troubles(trial: TrialResult, arm: ArmResult) -> list[str]:
+    found = []
+    if arm.hopeless:
+        return [f'{arm.name} diverged at every learning rate that was tried.']
+    if arm.choice.at_edge:
+        found.append(
+            f'The learning rate of {arm.name}, {arm.choice.best:g}, is at the edge of what was tried: a better one may '
+            f'lie beyond.'
+        )
+    if arm.diverged:
+        count = len(trial.settings.seeds)
+        found.append(f'{len(arm.diverged)} of {count} runs of {arm.name} diverged; its mean is that of the others.')
+    missing = len(trial.settings.seeds) - len(arm.top1) - len(arm.diverged)
+    if missing:
+        found.append(f'{missing} of {len(trial.settings.seeds)} runs of {arm.name} are not finished.')
+    return found
+
+
+def arms_table(trial: TrialResult) -> str:
+    """Returns the table of a trial: accuracies, differences, costs."""
+    reference = trial.settings.reference
+    head = ['arm', 'lr', 'seeds', 'top-1, 95 %', f'difference to {reference}, 95 %']
+    head += ['s per epoch', 'step', 'activations', 'parameters']
+    return markdown_table(head, [_row(trial, arm) for arm in trial.arms.values()], align=True)
+
+
+def _row(trial: TrialResult, arm: ArmResult) -> list[str]:
+    mean = Interval.of(list(arm.top1.values()))
+    accuracy = interval_text(mean, sign=False)
+    if arm.hopeless or arm.diverged:
+        accuracy += ', diverged: ' + ('all' if arm.hopeless else str(len(arm.diverged)))
+    difference = '' if arm.name == trial.settings.reference else interval_text(trial.difference(arm.name))
+    network, base = arm.network, trial.reference.network
+    step = network['step_seconds'] / base['step_seconds'] if network and base else None
+    return [
+        f'{arm.name}: {arm.title}',
+        '-' if arm.choice.best is None else f'{arm.choice.best:g}',
+        str(len(arm.top1)),
+        accuracy,
+        difference,
+        '-' if arm.epoch_seconds != arm.epoch_seconds else f'{arm.epoch_seconds:.1f}',
+        '-' if step is None else f'{step:.2f} x',
+        f'{network["activations"] / 1e6:.2f} MB' if network else '-',
+        f'{network["parameters"] / 1e6:.2f} M' if network else '-',
+    ]
+
+
+def time_table(trial: TrialResult) -> str:
+    """Returns accuracies at the wall time of the fastest arm's runs; nothing if all arms take about as long."""
+    known = [arm for arm in trial.arms.values() if arm.epoch_seconds == arm.epoch_seconds and arm.top1]
+    epochs = trial.shared.epochs + trial.shared.cooldown_epochs
+    fastest, slowest = (end(known, key=lambda arm: arm.epoch_seconds, default=None) for end in (min, max))
+    if fastest is None or slowest is None or slowest.epoch_seconds < _FASTER * fastest.epoch_seconds:
+        return ''
+    seconds = fastest.epoch_seconds * epochs
+    rows = []
+    for arm in known:
+        reached = arm.top1_within(seconds)
+        values = [top1 for _, top1 in reached.values()]
+        done = max((epoch for epoch, _ in reached.values()), default=0)
+        whole = arm.epoch_seconds * epochs
+        accuracy = interval_text(Interval.of(values), sign=False)
+        rows.append([arm.name, f'{whole:.0f} s', f'{done} of {epochs}', accuracy])
+    title = f'epochs in {seconds:.0f} s ({fastest.name})'
+    return markdown_table(['arm', 'wall time of a run', title, 'top-1 by then, 95 %'], rows, align=True)

@@ -1,0 +1,143 @@
+import csv
+import json
+
+import pytest
+
+from repopt_timm.cli import main
+from repopt_timm.trial.combined import combined_report
+from repopt_timm.trial.networks import NETWORKS_FILE
+from repopt_timm.trial.results import read_results
+from repopt_timm.trial.trial_report import trial_text
+
+from .conftest import fake_run, run_trial
+
+ARMS = ['--arms', 'sgd', 'repopt', '--lr', '0.1', '--epochs', '4']
+
+
+def network(seconds, convolutions=6):
+    return {'parameters': 1e6, 'activations': 2e6, 'convolutions': convolutions, 'step_seconds': seconds}
+
+
+@pytest.fixture
+def finished(trial):
+    """Makes a trial whose arm repopt is better than sgd by `gains`, one for each seed, and takes as long."""
+
+    def make(gains, *words, folder='trial', convolutions=6, seconds=1.0):
+        runs = trial(*ARMS, '--seeds', str(len(gains)), *words, folder=folder)
+        for seed, gain in enumerate(gains):
+            fake_run(runs.training('sgd', seed, 0.1), 50 + 3 * seed, seconds)
+            fake_run(runs.training('repopt', seed, 0.1), None if gain is None else 50 + 3 * seed + gain, seconds)
+        numbers = {arm: network(0.1, convolutions) for arm in runs.settings.arms}
+        (runs.folder / NETWORKS_FILE).write_text(json.dumps(numbers))
+        return runs
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ('gains', 'sentence'),
+    [
+        # Seeds vary by 3 points, paired differences by 0.1.
+        (
+            [1.0, 1.1, 0.9],
+            'repopt is better than sgd by 1.00 points (+1.00 points, 95 % interval +0.75 to +1.25',
+        ),
+        ([-1.0, -1.1, -0.9], 'repopt is worse than sgd by 1.00 points'),
+        ([1.0, -1.0, 0.3], 'repopt and sgd: no difference that 3 seeds can show (+0.10 points'),
+        ([2.0], 'repopt and sgd: one seed, +2.00 points. One seed cannot say'),
+        ([1.0, None, 1.2], '1 of 3 runs of repopt diverged'),
+        ([None, None], 'repopt and sgd: no seed with which both are finished'),
+    ],
+)
+def test_the_verdict_is_in_plain_words(finished, gains, sentence):
+    text = trial_text(read_results(finished(gains).folder))
+    assert sentence in text
+    assert ('diverged: ' in text) == (None in gains)
+
+
+def test_a_report_is_a_table_json_raw_data_and_a_picture(finished, capsys):
+    runs = finished([1.0, 1.2])
+    assert main(['trial', '--report', str(runs.folder)]) == 0
+    text = (runs.folder / 'report.md').read_text()
+    assert text in capsys.readouterr().out
+    assert '| repopt: RepOptSGD, unsearched scales | 0.1 | 2     | 52.60 (' in text
+    assert '2.00 MB' in text and '1.00 M' in text and '1.00 x' in text
+    values = json.loads((runs.folder / 'report.json').read_text())
+    assert values['arms']['repopt']['top1'] == {'0': 51.0, '1': 54.2}
+    assert values['arms']['repopt']['difference']['mean'] == pytest.approx(1.1)
+    rows = list(csv.DictReader((runs.folder / 'epochs.csv').open()))
+    assert len(rows) == 2 * 2 * 4 and rows[-1]['eval_top1'] == '54.2' and rows[-1]['train_seconds'] == '1.0'
+    assert (runs.folder / 'report.png').stat().st_size > 10_000
+
+
+def test_a_trial_that_goes_on_has_a_report_of_what_is_there(trial):
+    runs = trial(*ARMS, '--seeds', '2')
+    fake_run(runs.training('sgd', 0, 0.1), 50)
+    assert '2 of 2 runs of repopt are not finished' in trial_text(read_results(runs.folder))
+
+
+def test_a_learning_rate_at_the_edge_is_said_to_be_there(trial):
+    runs = trial('--arms', 'sgd', 'repopt', '--seeds', '1')
+    run_trial(runs, lambda run: 10 * run.arguments['lr'] if run.arguments['opt'] == 'sgd' else None)
+    text = trial_text(read_results(runs.folder))
+    assert 'The learning rate of sgd, 1.6, is at the edge of what was tried' in text
+    assert 'repopt diverged at every learning rate that was tried.' in text
+
+
+def test_arms_are_compared_at_the_wall_time_of_the_fastest(trial):
+    runs = trial(*ARMS, '--seeds', '1')
+    fake_run(runs.training('sgd', 0, 0.1), 40, seconds=1)
+    fake_run(runs.training('repopt', 0, 0.1), 40, seconds=2)
+    text = trial_text(read_results(runs.folder))
+    assert '| sgd    | 4 s                | 4 of 4              | 40.00               |' in text
+    assert '| repopt | 8 s                | 2 of 4              | 20.00               |' in text
+
+
+def test_another_arm_can_be_the_reference(finished):
+    runs = finished([1.0, 1.2])
+    assert 'sgd and repopt: no difference' in trial_text(read_results(runs.folder, 'repopt'))
+    with pytest.raises(ValueError, match='has no arm init'):
+        read_results(runs.folder, 'init')
+
+
+def test_trials_of_several_depths_have_one_report(finished, tmp_path):
+    shallow = finished([0.1, -0.1], folder='shallow')
+    deep = finished([2.0, 2.2], '--train-images', '9', folder='deep', convolutions=20)
+    folders = [str(deep.folder), str(shallow.folder)]
+    assert main(['trial', '--report', *folders, '--output', str(tmp_path / 'both')]) == 0
+    lines = (tmp_path / 'both/report.md').read_text().splitlines()
+    cells = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines if line.startswith('| ')]
+    assert [row[:4] for row in cells[2:]] == [
+        ['shallow', '6', '4', 'sgd'],
+        ['shallow', '6', '4', 'repopt'],
+        ['deep', '20', '4', 'sgd'],
+        ['deep', '20', '4', 'repopt'],
+    ]
+    assert cells[-1][7].startswith('+2.10 (')
+    assert (tmp_path / 'both/report.png').stat().st_size > 10_000
+    assert len((tmp_path / 'both/epochs.csv').read_text().splitlines()) == 1 + 2 * 16
+
+
+def test_budgets_are_compared_at_equal_wall_time(trial):
+    slow = trial('--arms', 'sgd', 'repopt', '--lr', '0.1', '--epochs', '2', '--seeds', '2', folder='short')
+    long = trial('--arms', 'sgd', 'repopt', '--lr', '0.1', '--epochs', '8', '--seeds', '2', folder='long')
+    for seed in (0, 1):
+        for runs, sgd, repopt in ((slow, 40 + seed, 41 + seed), (long, 60 + seed, 61 + seed)):
+            fake_run(runs.training('sgd', seed, 0.1), sgd, seconds=4)
+            fake_run(runs.training('repopt', seed, 0.1), repopt, seconds=1)
+    text = combined_report([read_results(slow.folder), read_results(long.folder)])
+    assert 'repopt in 8 epochs (8 s) and sgd in 2 epochs (8 s): +21.00 (21.00 to 21.00) points, 2 seeds.' in text
+
+
+@pytest.mark.parametrize(
+    ('words', 'error'),
+    [
+        (['--report', '{}', '--seeds', '2'], '--report goes with --output and --reference alone, not with seeds'),
+        (['--report', '{}', '{}'], '--report of several trials needs --output'),
+        (['--report', '{}/nowhere'], 'is not the folder of a trial'),
+        ([], 'Name the MODEL of a trial'),
+    ],
+)
+def test_a_report_that_cannot_be_is_refused(words, error, tmp_path, capsys):
+    assert main(['trial', *(word.format(tmp_path) for word in words)]) == 1
+    assert error in capsys.readouterr().err
