@@ -16,7 +16,16 @@ KINDS = {'hs': '_hs', 'csla': '_csla', 'branches': '_branches', 'target': ''}
 
 PREFIX = 'repopt_'
 
-MULTI_BRANCH = ('mobileone_*', 'repvgg_b*g4', 'repvgg_d2se')
+MULTI_BRANCH = (
+    'fastvit_*',
+    'ghostnetv3_*',
+    'lcnetv2_*',
+    'mobileone_*',
+    'repghostnet_*',
+    'repvgg_b*g4',
+    'repvgg_d2se',
+    'repvit_*',
+)
 """timm's names of multi-branch networks whose plain twins are registered at import, with `repopt_` in front.
 
 `repopt_mobileone_s0`, `repopt_mobileone_s0_hs`, `_csla` and `_branches`; names that timm gains match as well. A RepVGG
