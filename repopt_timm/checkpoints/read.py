@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 from torch import Tensor
 
+from .bounds import check_archive, check_content, check_header, check_pickle
 from .packing import unpack
 
 __all__ = ['read_checkpoint', 'select_state_dict']
@@ -20,6 +21,8 @@ __all__ = ['read_checkpoint', 'select_state_dict']
 # In the order in which timm's own loader looks for them.
 _STATE_DICT_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 
+# By which torch knows its present format.
+_ARCHIVE_START = b'PK\x03\x04'
 
 # Inert: a bag of attributes in timm's checkpoints, and a dict in those of the reference repository.
 _STAND_INS: list[Any] = [argparse.Namespace, (OrderedDict, 'yacs.config.CfgNode')]
@@ -39,49 +42,50 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is not a checkpoint, or would need code to run.
+        ValueError: If the file is not a checkpoint, would need code to run, or claims more than any checkpoint holds.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint file '{path}'.")
     if path.suffix == '.safetensors':
+        check_header(path)
         try:
             with safe_open(path, framework='pt') as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return {**tensors, '__metadata__': file.metadata() or {}}
-        except SafetensorError as error:
+        except (SafetensorError, AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"'{path}' is not a readable safetensors file: {error}.") from None
-    _check_intact(path)
+    _check_pickled(path)
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"'{path}' is refused: {_refusal(path, error)}") from None
-    except (EOFError, RuntimeError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"'{path}' is not a readable checkpoint: {error}.") from None
+    except OSError:
+        raise
+    except Exception as error:
+        # Damaged bytes provoke whatever they like in an unpickler.
+        raise ValueError(f"'{path}' is not a readable checkpoint: {error or type(error).__name__}.") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f"'{path}' holds a {type(checkpoint).__name__}, expected a dict of tensors or of a training run."
         )
+    check_content(checkpoint, path)
     return checkpoint
 
 
-def _check_intact(path: Path) -> None:
-    """Compares the parts of a checkpoint with their checksums; torch writes them and does not look at them.
-
-    Raises:
-        ValueError: If one differs, or the file was cut off.
-    """
-    if not zipfile.is_zipfile(path):
+def _check_pickled(path: Path) -> None:
+    if zipfile.is_zipfile(path):
+        check_archive(path)
+    with open(path, 'rb') as file:
+        if file.read(len(_ARCHIVE_START)) == _ARCHIVE_START:
+            return
         # Older formats of torch have no checksums; the reader finds out whether it is one.
-        return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
-        raise ValueError(f"'{path}' is damaged: {error}.") from None
-    if damaged is not None:
-        raise ValueError(f"'{path}' is damaged: its part {damaged} does not match its checksum.")
+        file.seek(0)
+        try:
+            check_pickle(file)
+        except ValueError as error:
+            raise ValueError(f"'{path}' is refused: {error}.") from None
 
 
 def select_state_dict(checkpoint: dict[str, Any]) -> dict[str, Tensor]:

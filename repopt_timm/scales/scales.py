@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..checkpoints.bounds import check_header
 from ..files import replacing
 from ..reparam import (
     CSLAConv2d,
@@ -286,6 +287,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         }
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata)
+            check_header(temporary)
 
 
 def _check_branch(branch: str, count: int, shape: Geometry | None, where: str) -> None:

@@ -1,7 +1,10 @@
 import argparse
+import json
 import pickle
 import sys
+import time
 import types
+import zipfile
 
 import pytest
 import torch
@@ -69,3 +72,53 @@ def test_state_dicts_are_found_and_cleaned_of_wrappers(prefix, nest):
 def test_averaged_weights_come_first():
     checkpoint = {'state_dict': {'a': torch.zeros(1)}, 'state_dict_ema': {'a': torch.ones(1)}}
     assert select_state_dict(checkpoint)['a'] == 1
+
+
+def packed(path):
+    """A file of a kilobyte that unpacks to 16 MB."""
+    torch.save({'w': torch.zeros(1)}, path.with_suffix('.plain'))
+    with zipfile.ZipFile(path.with_suffix('.plain')) as plain, zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as bomb:
+        for part in plain.namelist():
+            bomb.writestr(part, bytes(1 << 24) if part.endswith('data/0') else plain.read(part))
+
+
+def many_tensors(path, count=60_000):
+    empty = {'dtype': 'F32', 'shape': [0], 'data_offsets': [0, 0]}
+    header = json.dumps({f't{index}': empty for index in range(count)}).encode()
+    path.write_bytes(len(header).to_bytes(8, 'little') + header)
+
+
+def shared_lists(path):
+    nested: list = []
+    for _ in range(40):
+        nested = [nested, nested]
+    torch.save({'state_dict': {}, 'history': nested}, path)
+
+
+def deep_lists(path):
+    nested: list = []
+    for _ in range(80):
+        nested = [nested]
+    torch.save({'state_dict': {}, 'history': nested}, path)
+
+
+@pytest.mark.parametrize(
+    ('name', 'write', 'message'),
+    [
+        ('a.safetensors', many_tensors, 'a header of 60001 tensors, expected at most 50000'),
+        ('a.safetensors', lambda path: path.write_bytes(b'\xff' * 6 + bytes(90)), 'a header of 281474976710655 bytes'),
+        ('a.pth', packed, 'unpack to 16777.* bytes, more than the file has'),
+        ('a.pth', lambda path: path.write_bytes(b'\x80\x02' + b'N0' * 600_000 + b'N.'), 'more than 1000000 steps'),
+        ('a.pth', lambda path: path.write_bytes(b'\x80\x02' + b'}}R0' * 60_000 + b'N.'), 'or 50000 calls, to unpickle'),
+        ('a.pth', shared_lists, 'more than 300000 values'),
+        ('a.pth', deep_lists, '64 levels'),
+        ('a.pth', lambda path: torch.save({'w': torch.zeros(1).expand(10**6, 10**6)}, path), 'claim more values than'),
+    ],
+    ids=['tensors', 'header', 'zip bomb', 'steps', 'calls', 'shared lists', 'deep lists', 'expanded tensor'],
+)
+def test_what_claims_more_than_any_checkpoint_is_refused_at_once(tmp_path, name, write, message):
+    write(tmp_path / name)
+    start = time.process_time()
+    with pytest.raises(ValueError, match=rf"{name}' .*{message}"):
+        read_checkpoint(tmp_path / name)
+    assert time.process_time() - start < 5
