@@ -35,9 +35,11 @@ def _run(argv: list[str]) -> None:
         _parser().parse_args(argv)
         return
     module = importlib.import_module(COMMANDS[name].module, __package__)
-    # These two have a way of their own to read arguments.
+    # These have a way of their own to read arguments.
     if name in ('train', 'quickstart'):
         module.main(argv[1:], name)
+    elif name == 'qat':
+        module.main(argv[1:])
     elif name == 'run':
         module.run_script(argv[1:])
     else:

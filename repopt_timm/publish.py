@@ -311,6 +311,11 @@ def _model_args(model: nn.Module) -> dict[str, Any]:
 def _model_of(
     checkpoint: Mapping[str, Any], source: str, scales: ScalesSource | None, need_scales: bool = True
 ) -> nn.Module:
+    if 'quantization' in _args_of(checkpoint):
+        raise ValueError(
+            f'{source} is of a fake-quantised training, with BatchNorm folded: its result is the ONNX file that '
+            f'repopt-timm qat writes. Name the checkpoint that it started from.'
+        )
     name = checkpoint.get('arch')
     if not isinstance(name, str):
         raise ValueError(

@@ -14,7 +14,7 @@ from .onnx_export import export_onnx
 from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, quantize_onnx
 from .runtime import require, save_onnx
 
-__all__ = ['add_class_map', 'add_commands']
+__all__ = ['add_class_map', 'add_commands', 'add_quantization', 'add_weights', 'quantization_options']
 
 _MODEL = 'checkpoint, folder in the format of timm, or name for timm.create_model'
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
@@ -37,9 +37,8 @@ def add_commands(commands: Any) -> None:
     quantized.add_argument('--data', metavar='DIR', required=True, help=f'{_DATA}, to calibrate on')
     quantized.add_argument('--split', default='train', help='split to calibrate on')
     quantized.add_argument('--out', metavar='FILE', required=True, help='file to write')
-    quantized.add_argument('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale each')
-    quantized.add_argument('--calibration', choices=CALIBRATIONS, default=CALIBRATIONS[0])
-    _add_quantization(quantized)
+    add_weights(quantized)
+    add_quantization(quantized)
     quantized.add_argument('--report', metavar='DIR', help='write layers.png and layers.json, on each layer')
     quantized.add_argument('--versus', metavar='MODEL', help='with --report, another model to draw beside')
     _add_preprocessing(quantized)
@@ -61,7 +60,7 @@ def add_commands(commands: Any) -> None:
     compared.add_argument('--out', metavar='DIR', help='write int8.md and int8.json')
     compared.add_argument('--weights', nargs='+', choices=WEIGHTS, default=WEIGHTS)
     compared.add_argument('--calibrations', nargs='+', choices=CALIBRATIONS, default=CALIBRATIONS)
-    _add_quantization(compared)
+    add_quantization(compared)
     compared.add_argument(
         '--latency-batches',
         nargs='*',
@@ -79,7 +78,14 @@ def add_class_map(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--class-map', default='', metavar='FILE', help='the one that the model was trained with')
 
 
-def _add_quantization(parser: argparse.ArgumentParser) -> None:
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds `--weights` and `--calibration` to a command that quantises one way."""
+    parser.add_argument('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale each')
+    parser.add_argument('--calibration', choices=CALIBRATIONS, default=CALIBRATIONS[0])
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    """Adds what all commands that quantise take."""
     defaults = QuantizationOptions()
     add = parser.add_argument
     add('--percentile', type=float, default=defaults.percentile, help='values that a range covers, in percent')
@@ -109,7 +115,8 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def _options(args: argparse.Namespace, **more: Any) -> QuantizationOptions:
+def quantization_options(args: argparse.Namespace, **more: Any) -> QuantizationOptions:
+    """Returns how a command shall quantise."""
     names = ('percentile', 'images', 'seed', 'reduce_range')
     return QuantizationOptions(exclude=tuple(args.exclude), **{name: getattr(args, name) for name in names}, **more)
 
@@ -143,7 +150,7 @@ def _quantize(args: argparse.Namespace) -> None:
     if args.report:
         require('matplotlib')
         picture, table = (check_output(Path(args.report, name), *sources) for name in ('layers.png', 'layers.json'))
-    options = _options(args, weights=args.weights, calibration=args.calibration)
+    options = quantization_options(args, weights=args.weights, calibration=args.calibration)
     name = _short if len(set(map(_short, sources))) == len(sources) else str
     reports = {}
     done = quantize_onnx(args.model, args.data, options, args.split, _overrides(args))
@@ -199,7 +206,7 @@ def _compare(args: argparse.Namespace) -> None:
         args.calibration_data,
         args.weights,
         args.calibrations,
-        _options(args),
+        quantization_options(args),
         args.latency_batches,
         args.threads,
         _overrides(args),

@@ -12,9 +12,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..models import ensure_registered, to_plain
 from ..publish import model_from_checkpoint
-from ..reparam import kind_of
+from ..reparam import attach_scales, kind_of
+from ..sources import ScalesSource, load_scales
 
-__all__ = ['load_model']
+__all__ = ['deployed', 'load_model', 'load_trained']
 
 
 def load_model(source: str | os.PathLike) -> nn.Module:
@@ -32,11 +33,26 @@ def load_model(source: str | os.PathLike) -> nn.Module:
         FileNotFoundError: If there is no such checkpoint.
         ValueError: If timm does not know the model, has no weights for it, or the weights do not fit.
     """
+    return deployed(load_trained(source))
+
+
+def load_trained(source: str | os.PathLike, scales: ScalesSource | None = None, need_scales: bool = False) -> nn.Module:
+    """Loads a trained model as it was trained; `_hs` and `_csla` ones as their plain twin.
+
+    Args:
+        source: See `load_model`.
+        scales: Scales for its convolutions to carry, where its source does not bring them.
+        need_scales: Refuse the checkpoint of a run with scales if they are not given.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint, or source of scales.
+        ValueError: If timm does not know the model, has no weights for it, or weights or scales do not fit.
+    """
     path = Path(source)
     if path.suffix == '.onnx':
         raise ValueError(f"'{source}' is an ONNX file already; name the checkpoint that it comes from.")
     if path.is_file():
-        model = model_from_checkpoint(path, need_scales=False)
+        model = model_from_checkpoint(path, scales, need_scales)
     elif path.is_dir():
         model = _create(f'local-dir:{path}', pretrained=True)
     elif path.suffix in ('.tar', '.pth', '.pt', '.safetensors'):
@@ -44,7 +60,14 @@ def load_model(source: str | os.PathLike) -> nn.Module:
     else:
         model = _create(os.fspath(source), pretrained=True)
     if kind_of(model) != 'target':
-        model = to_plain(model)
+        return to_plain(model)
+    if scales is not None and not path.is_file():
+        attach_scales(model, load_scales(scales, model))
+    return model
+
+
+def deployed(model: nn.Module) -> nn.Module:
+    """Merges branches and folds BatchNorm, in place; the model gets into evaluation mode."""
     model = reparameterize_model(model.eval())
     _fold_batchnorm(model)
     return model.float().requires_grad_(False)

@@ -59,6 +59,13 @@ class GradMult:
         diagonal = None if self.diagonal is None else self.diagonal[start:stop]
         return GradMult(self.taps[start:stop], diagonal, self.channels, self.first_row + start)
 
+    def weighted(self, weights: Tensor) -> 'GradMult':
+        """Returns the Grad Mult times a weight for each output channel, shape (O,)."""
+        column = weights.to(self.taps).view(-1, 1, 1, 1)
+        return replace(
+            self, taps=self.taps * column, diagonal=None if self.diagonal is None else self.diagonal * column
+        )
+
     def tiled(self) -> 'GradMult':
         """Returns the same Grad Mult with the taps repeated as often as a small share of the kernel's size allows."""
         most = min(_TILE_CHANNELS, int(self.channels * _TILE_SHARE)) if self.taps[0].numel() > 1 else 1
@@ -168,6 +175,21 @@ class GradMults(Mapping[Tensor, GradMult]):
     def name_of(self, parameter: Tensor) -> str:
         """Returns the name of a kernel's convolution, for messages."""
         return self._names.get(parameter, f'a kernel of shape {tuple(parameter.shape)}')
+
+    def folded(self, factors: Mapping[Tensor, Tensor]) -> 'GradMults':
+        """Returns the Grad Mults of kernels that a constant BatchNorm was folded into: `M |c|^power` for `c W`.
+
+        A step of the folded kernel is then `c` times the step of W, gradient and weight decay alike.
+
+        Args:
+            factors: Folded kernel to its factors c, shape (O,).
+        """
+        power = UPDATE_RULES[self.update_rule]
+        mults = {
+            kernel: mult.weighted(factors[kernel].abs().pow(power)) if kernel in factors else mult
+            for kernel, mult in self._mults.items()
+        }
+        return GradMults(mults, self.update_rule, self.fingerprint, self._names)
 
 
 class _Kernel(NamedTuple):

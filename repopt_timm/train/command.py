@@ -17,7 +17,7 @@ from .parsing import parse_arguments
 from .run import SCALES_FILE, Result, prepare_device, train
 from .validation import check_arguments
 
-__all__ = ['main']
+__all__ = ['continuation', 'main', 'set_up_logging']
 
 _logger = logging.getLogger(__name__)
 
@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None, command: str = 'train') -> None:
         FileNotFoundError: If a file that they name does not exist.
         SystemExit: With 128 plus the signal's number if Ctrl-C or SIGTERM ended the run.
     """
-    logging.basicConfig(level=logging.WARNING, format='%(message)s', force=True)
-    logging.getLogger('repopt_timm').setLevel(logging.INFO)
+    set_up_logging()
     argv = list(sys.argv[1:] if argv is None else argv)
     if command == 'quickstart':
         argv = ['-c', command, *argv]
@@ -51,16 +50,29 @@ def main(argv: Sequence[str] | None = None, command: str = 'train') -> None:
         if args.rank == 0:
             # The name that a run without one got; search and target have theirs from the model.
             experiment = '' if search_first else args.experiment
-            print(f'{error}: continue with  {_continuation(argv, args, experiment)}', file=sys.stderr)
+            print(f'{error}: continue with  {continuation(_program(), argv, args, experiment)}', file=sys.stderr)
         raise SystemExit(128 + error.signum) from None
 
 
-def _continuation(argv: Sequence[str], args: argparse.Namespace, experiment: str) -> str:
-    """Returns the command that continues a run."""
+def set_up_logging() -> None:
+    """Shows what a run logs."""
+    logging.basicConfig(level=logging.WARNING, format='%(message)s', force=True)
+    logging.getLogger('repopt_timm').setLevel(logging.INFO)
+
+
+def continuation(program: Sequence[str], argv: Sequence[str], args: argparse.Namespace, experiment: str) -> str:
+    """Returns the command that continues a run.
+
+    Args:
+        program: The command's own words.
+        argv: Arguments that it was given.
+        args: The same, parsed.
+        experiment: Name of the run's folder; empty if the arguments imply it.
+    """
     extra = [] if args.resume else ['--resume']
     if experiment and args.resume in (None, 'auto') and not any(word.startswith('--exp') for word in argv):
         extra += ['--experiment', experiment]
-    return shlex.join([*_program(), *argv, *extra])
+    return shlex.join([*program, *argv, *extra])
 
 
 def _program() -> list[str]:

@@ -52,7 +52,7 @@ from .run_checkpoints import (
 from .run_folder import ARGUMENTS_FILE, DIVERGED_FILE, LAST_CHECKPOINT, note_time, run_folder
 from .validation import check_arguments, check_classes, check_device_name, check_images, check_model, explaining
 
-__all__ = ['Result', 'prepare_device', 'train']
+__all__ = ['MakeModel', 'Result', 'prepare_device', 'train']
 
 _logger = logging.getLogger(__name__)
 
@@ -77,11 +77,16 @@ class Result:
         self.seconds = seconds
 
 
-def train(args: argparse.Namespace) -> Result:
+MakeModel = Callable[[argparse.Namespace, Any, torch.device], tuple[nn.Module, dict[str, Any]]]
+"""Makes a model from the arguments, the training set and the device, and further arguments of its optimizer."""
+
+
+def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
     """Runs a training: builds everything from the arguments, trains, evaluates and saves each epoch.
 
     Args:
         args: What `parse_arguments` returned, after `prepare_device`.
+        make: Makes the model, on the device. Defaults to timm's `create_model` with what the arguments say.
 
     Returns:
         Where the run is, and what came out.
@@ -103,9 +108,13 @@ def train(args: argparse.Namespace) -> Result:
     # The same on all ranks: DDP spreads the first one's weights, but not its moving average.
     random_seed(args.seed)
     with explaining(f'timm cannot make {args.model}' + _with_kwargs('--model-kwargs', args.model_kwargs)):
-        model = _make_model(args, _scales(args, variant), datasets[0], device)
+        more: dict[str, Any] = {}
+        if make is None:
+            model = _make_model(args, _scales(args, variant), datasets[0], device)
+        else:
+            model, more = make(args, datasets[0], device)
     with explaining(f'timm cannot make the optimizer {args.opt}' + _with_kwargs('--opt-kwargs', args.opt_kwargs)):
-        optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), **args.opt_kwargs})
+        optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), **args.opt_kwargs, **more})
     clip = _make_clip(args, model, optimizer)
     autocast, scaler = _precision(args, device)
     with explaining('--input-size, --mean, --std and --crop-pct do not go together'):
@@ -410,7 +419,9 @@ def _make_clip(args: argparse.Namespace, model: nn.Module, optimizer: torch.opti
     parameters = list(model.parameters())
     if not isinstance(base, (RepOptSGD, RepOptAdamW)):
         return partial(dispatch_clip_grad, parameters, args.clip_grad, mode=args.clip_mode)
-    return partial(clip_grad_norm_, parameters, args.clip_grad, make_grad_mults(model))
+    # The CSLA norm is that of SGD's Grad Mults, whatever the optimizer.
+    mults = base.grad_mults if isinstance(base, RepOptSGD) else make_grad_mults(model)
+    return partial(clip_grad_norm_, parameters, args.clip_grad, mults)
 
 
 def _precision(

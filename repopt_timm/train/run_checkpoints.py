@@ -255,13 +255,13 @@ def changed_arguments(saved: Any, args: argparse.Namespace) -> dict[str, tuple[A
     Returns:
         Old and new values of the arguments that change the training, by name.
     """
-    names = [argument.name for argument in ARGUMENTS.values() if not argument.free] + ['world_size']
+    names = [argument.name for argument in ARGUMENTS.values() if not argument.free] + ['world_size', 'quantization']
     changed = {}
     for name in names:
         if not hasattr(saved, name):
-            # An older version wrote it.
+            # An older version wrote it, or a run of another kind.
             continue
-        old, new = getattr(saved, name), getattr(args, name)
+        old, new = getattr(saved, name), getattr(args, name, None)
         if _comparable(name, old) != _comparable(name, new):
             changed[name] = (old, new)
     return changed

@@ -1,0 +1,256 @@
+"""Quantisation-aware training (QAT): what the INT8 file computes is trained, and its weights go back into the file."""
+
+import argparse
+import copy
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..datasets import class_names, count_classes
+from ..reparam import GradMults, carried_scales, make_grad_mults, network_name
+from ..scales import Scales
+from ..train.run import train
+from .classifier import image_input, onnx_classifier, preprocessing, torch_classifier
+from .evaluation import accuracies, random_images
+from .image_folder import ImageFolder
+from .onnx_export import to_onnx
+from .onnx_network import OnnxNetwork
+from .onnx_plan import constants_of
+from .quantization import QuantizationOptions, calibrate, quantize
+from .runtime import open_session, require, save_onnx
+from .trained_model import deployed, load_trained
+
+__all__ = ['WEIGHT_BITS', 'FakeQuantized', 'fake_quantize', 'folded_grad_mults', 'train_quantized']
+
+WEIGHT_BITS = (8, 4)
+
+# A factor of a folded kernel is exact but for the rounding of the folding.
+_TOLERANCE = 1e-4
+
+# Sums in another order round to another code now and then, and every layer passes it on.
+_ROUNDING = 0.2
+
+
+@dataclass(frozen=True)
+class FakeQuantized:
+    """A trained model on its way to INT8.
+
+    Attributes:
+        model: The model in float, an `onnx.ModelProto`, BatchNorm folded.
+        quantized: The same in QDQ format, after calibration.
+        network: What `quantized` computes, to be trained.
+        initial: `quantized` with the network's weights before training: what INT8 costs without it.
+    """
+
+    model: Any
+    quantized: Any
+    network: OnnxNetwork
+    initial: Any
+
+
+def fake_quantize(
+    model: nn.Module,
+    images: ImageFolder,
+    config: Mapping[str, Any],
+    options: QuantizationOptions | None = None,
+    weight_bits: int = 8,
+) -> FakeQuantized:
+    """Makes the network that a model's INT8 file computes.
+
+    BatchNorm is folded with its statistics as they are, and is not a layer any more: the folded kernels and biases are
+    trained. Activations are quantised where `quantize` does, with the ranges that it calibrates.
+
+    Args:
+        model: As `load_trained` returns it; stays as it is.
+        images: Images to calibrate on.
+        config: Preprocessing, as `timm.data.resolve_data_config` gives it.
+        options: How to quantise.
+        weight_bits: 8, or 4 for codes of -7 to 7, which the file keeps in 8 bits.
+
+    Raises:
+        ValueError: If the model cannot be exported or quantised, or has an operator that cannot be trained.
+        ImportError: If the `[deploy]` extra is not installed.
+    """
+    options = options or QuantizationOptions()
+    if weight_bits not in WEIGHT_BITS:
+        raise ValueError(f'weight_bits={weight_bits}: expected one of {", ".join(map(str, WEIGHT_BITS))}.')
+    require('onnxscript')
+    proto, _ = to_onnx(deployed(copy.deepcopy(model)), config)
+    quantized = quantize(proto, calibrate(proto, images, images.sample(options.images, options.seed), options), options)
+    network: Any = OnnxNetwork(quantized, constants_of(proto), weight_bits)
+    # What training, checkpoints and scales know a model by.
+    trained: Any = model
+    network.pretrained_cfg = {**trained.pretrained_cfg, 'architecture': network_name(model)}
+    network.num_classes = trained.num_classes
+    initial = network.write_to(quantized)
+    _check_agreement(network, initial, config)
+    return FakeQuantized(proto, quantized, network, initial)
+
+
+@torch.no_grad()
+def _check_agreement(network: nn.Module, file: Any, config: Mapping[str, Any]) -> None:
+    images = random_images(config, 2)
+    try:
+        trained = network(images)
+    except NotImplementedError as error:
+        raise ValueError(f'Fake-quantised training lacks {error}: quantize this model without training.') from None
+    name = image_input(file)[0]
+    run = torch.from_numpy(open_session(file, optimize=False).run(None, {name: images.numpy()})[0])
+    difference = ((trained - run).norm() / run.norm().clamp(min=1e-6)).item()
+    if not difference <= _ROUNDING:
+        raise ValueError(
+            f'The network to be trained differs from its file in ONNX Runtime: logits by {difference:.2g} of their '
+            f'norm, expected at most {_ROUNDING}. Quantize this model without training.'
+        )
+
+
+def folded_grad_mults(model: nn.Module, network: nn.Module, update_rule: str = 'sgd') -> GradMults | None:
+    """Makes the Grad Mults of a network with BatchNorm folded into its kernels.
+
+    Training the kernel `c W` with `M |c|^power` is training W with M and BatchNorm's factor `c = gamma / sigma`
+    constant.
+
+    Args:
+        model: The model as it was trained, whose convolutions carry scales.
+        network: The same with folded kernels, by the same names.
+        update_rule: `sgd` or `adamw`.
+
+    Returns:
+        The Grad Mults; None if the model carries no scales.
+
+    Raises:
+        ValueError: If a kernel with scales is missing, or is more than a folded one.
+    """
+    if not carried_scales(model):
+        return None
+    scales = Scales.from_model(model)
+    mults = make_grad_mults(network, scales, update_rule)
+    kernels = dict(network.named_parameters())
+    trained: Any = model
+    factors: dict[Tensor, Tensor] = {
+        kernels[f'{name}.weight']: _factors(name, trained.get_submodule(name).weight, kernels[f'{name}.weight'])
+        for name in scales
+    }
+    return mults.folded(factors)
+
+
+@torch.no_grad()
+def _factors(name: str, kernel: Tensor, folded: Tensor) -> Tensor:
+    """Returns what each output channel of a kernel was multiplied by."""
+    before, after = (each.cpu().double().flatten(1) for each in (kernel, folded))
+    square = before.square().sum(1)
+    # A channel of zeros stays one, whatever it is multiplied by.
+    factors = torch.where(square > 0, (before * after).sum(1) / square.clamp(min=1e-300), 1.0)
+    if not (after - factors[:, None] * before).norm() <= _TOLERANCE * after.norm():
+        raise ValueError(
+            f"The kernel of '{name}' in the exported model is not its own times a factor for each channel, so that its "
+            f'Grad Mult is unknown. Leave its scales out.'
+        )
+    return factors
+
+
+def train_quantized(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    args: argparse.Namespace,
+    options: QuantizationOptions | None = None,
+    weight_bits: int = 8,
+) -> dict[str, Any]:
+    """Trains a model in the form that it has in INT8, and writes that as an ONNX file in QDQ format.
+
+    Args:
+        source: What `load_trained` takes.
+        out: File to write.
+        args: Arguments of the training, as `parse_arguments` returns them, after `prepare_device`; `data_dir` is an
+            image folder. `opt` defaults to `repopt_sgd` for a model with scales, else to `sgd`.
+        options: How to quantise; its images come from the training split.
+        weight_bits: See `fake_quantize`.
+
+    Returns:
+        `out`, `bytes`, `run`, `epochs`, `images`, and top-1 accuracy in percent on the validation split: `float32`;
+        `untrained`, quantised without training; `fake_quantized`, trained, in PyTorch; `top1`, the file's in ONNX
+        Runtime.
+
+    Raises:
+        FileNotFoundError: If there is no such model, folder or file.
+        ValueError: If arguments do not go together, the model cannot be quantised or trained, or training diverges.
+        OSError: If a checkpoint or the file cannot be written.
+        InterruptedRunError: If Ctrl-C or SIGTERM ended it.
+        ImportError: If the `[deploy]` extra is not installed.
+    """
+    options = options or QuantizationOptions()
+    with_scales = args.opt is None or 'repopt' in args.opt
+    model = load_trained(source, args.scales or None, need_scales=with_scales)
+    if args.opt is None:
+        args.opt = 'repopt_sgd' if carried_scales(model) else 'sgd'
+    rule = {'repopt_sgd': 'sgd', 'repopt_adamw': 'adamw'}.get(args.opt.removeprefix('lookahead_'))
+    if rule is not None and not carried_scales(model):
+        raise ValueError(
+            f"'{source}' carries no scales, which {args.opt} needs: name them with --scales, or --opt sgd."
+        )
+    if rule == 'adamw' and args.clip_grad is not None:
+        raise ValueError('--clip-grad measures the CSLA norm with the Grad Mults of --opt repopt_sgd: take that.')
+    args.model = network_name(model)
+    # For a resumed run to be compared with.
+    args.quantization = {**asdict(options), 'weight_bits': weight_bits, 'weights_before': _digest(model)}
+    config = preprocessing(vars(args), model=model)
+    made: list[FakeQuantized] = []
+
+    def make(args: argparse.Namespace, dataset: Any, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+        _check_classes(model, dataset, args.data_dir)
+        images = ImageFolder(args.data_dir, args.train_split, config, args.class_map)
+        made.append(fake_quantize(model, images, config, options, weight_bits))
+        network = made[0].network.to(device)
+        mults = None if rule is None else folded_grad_mults(model, network, rule)
+        return network, {} if mults is None else {'grad_mults': mults}
+
+    result = train(args, make)
+    quantized = made[0]
+    trained: Any = result.model
+    network = trained.cpu().eval()
+    file = network.write_to(quantized.quantized)
+    save_onnx(file, out)
+    images = ImageFolder(args.data_dir, args.val_split, config, args.class_map)
+    classifiers = {
+        'float32': onnx_classifier(quantized.model),
+        'untrained': onnx_classifier(quantized.initial),
+        'fake_quantized': torch_classifier(network, overrides=config),
+        'top1': onnx_classifier(file),
+    }
+    found = accuracies(classifiers, images)
+    return {
+        'out': os.fspath(out),
+        'bytes': file.ByteSize(),
+        'run': os.fspath(result.folder),
+        'epochs': len(result.history),
+        'images': len(images),
+        **{name: top1 for name, (top1, _) in found.items()},
+    }
+
+
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _check_classes(model: nn.Module, dataset: Any, folder: str) -> None:
+    trained: Any = model
+    names = trained.pretrained_cfg.get('label_names')
+    found = class_names(dataset)
+    if trained.num_classes != count_classes(dataset):
+        raise ValueError(
+            f"The model has {trained.num_classes} classes, but the folder '{folder}' has {count_classes(dataset)}. "
+            f'Name the folder of the data set that it was trained on.'
+        )
+    if names and found and sorted(names) == sorted(found) and list(names) != list(found):
+        raise ValueError(
+            f"The classes of the model and of the folder '{folder}' are the same in another order. Give the "
+            f'--class-map that the model was trained with.'
+        )

@@ -1,0 +1,125 @@
+"""The command `repopt-timm qat`: its own arguments, and those of training."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+
+from ..commands import PROGRAM
+from ..console import CommandParser
+from ..files import check_output
+from ..reporting import print_result
+from ..train.command import continuation, set_up_logging
+from ..train.interruption import InterruptedRunError
+from ..train.parsing import make_parser, parse_arguments
+from ..train.run import prepare_device
+from ..train.schema import ARGUMENTS
+from .deploy_commands import add_quantization, add_weights, quantization_options
+from .qat import WEIGHT_BITS, train_quantized
+
+__all__ = ['main']
+
+# A fine-tuning: the weights are to move to nearby ones that rounding leaves alone.
+_DEFAULTS = {'epochs': 3, 'warmup_epochs': 0, 'lr_base': 0.01, 'weight_decay': 4e-5}
+
+_FOREIGN = (
+    'data',
+    'dataset',
+    'model',
+    'pretrained',
+    'initial_checkpoint',
+    'model_kwargs',
+    'num_classes',
+    'in_chans',
+    'img_size',
+    'gp',
+    'drop',
+    'grad_checkpointing',
+    'sync_bn',
+    'layer_decay',
+    'torchcompile',
+    'search_first',
+    'search_kwargs',
+)
+"""Arguments of training that are about building a network, which here comes from a checkpoint."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command.
+
+    Args:
+        argv: Command-line arguments. Defaults to those of the process.
+
+    Raises:
+        ValueError: If arguments do not go together, or the training diverges.
+        FileNotFoundError: If a file that they name does not exist.
+        SystemExit: With 128 plus the signal's number if Ctrl-C or SIGTERM ended the run.
+    """
+    set_up_logging()
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    # Not the parser's own method, which refuses what is for the training.
+    own, words = argparse.ArgumentParser.parse_known_args(parser, argv)
+    if argv[0] != own.checkpoint:
+        raise ValueError(f"The first word is '{argv[0]}', expected the checkpoint: {parser.prog} CHECKPOINT --data ...")
+    args = _training_arguments([*words, '--data-dir', own.data, '--seed', str(own.seed)], parser.prog)
+    path = check_output(own.out, own.checkpoint)
+    options = quantization_options(own, weights=own.weights, calibration=own.calibration)
+    prepare_device(args)
+    if args.distributed:
+        raise ValueError('qat trains in one process: run it without torchrun.')
+    try:
+        # Lines of progress, where the result alone belongs on standard output.
+        with redirect_stdout(sys.stderr):
+            result = train_quantized(own.checkpoint, path, args, options, own.weight_bits)
+    except InterruptedRunError as error:
+        command = continuation([PROGRAM, 'qat'], argv, args, args.experiment)
+        print(f'{error}: continue with  {command}', file=sys.stderr)
+        raise SystemExit(128 + error.signum) from None
+    result['out'] = own.out
+    lines = [
+        f'{own.checkpoint} -> {own.out}: {result["bytes"] / 1e6:.1f} MB, {own.weight_bits}-bit weights, {own.weights}',
+        f'top-1 of {result["images"]} images, in percent',
+        f'float32                    {result["float32"]:.2f}',
+        f'quantised, not trained     {result["untrained"]:.2f}',
+        f'trained {result["epochs"]} epochs, PyTorch  {result["fake_quantized"]:.2f}',
+        f'trained, ONNX Runtime      {result["top1"]:.2f}',
+    ]
+    if abs(result['top1'] - result['fake_quantized']) > 0.2:
+        lines.append('They differ. x86 without VNNI needs --reduce-range: its 8-bit products overflow.')
+    print_result(own, result, '\n'.join(lines))
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog=f'{PROGRAM} qat',
+        description='Train a model in the form that it has in INT8, and write that as ONNX.',
+        epilog='Everything else goes to the training, such as --epochs, --lr, --model-ema, --output, --experiment, '
+        '--resume: see repopt-timm train --help.',
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add('checkpoint', help='checkpoint, folder in the format of timm, or name for timm.create_model')
+    add('--data', metavar='DIR', required=True, help='folder of images, with a folder for each split')
+    add('--out', metavar='FILE', required=True, help='file to write')
+    add('--weight-bits', type=int, choices=WEIGHT_BITS, default=WEIGHT_BITS[0], help='of the weights of layers')
+    add_weights(parser)
+    add_quantization(parser)
+    add('--json', action='store_true', help='print JSON, for programs')
+    return parser
+
+
+def _training_arguments(words: Sequence[str], program: str) -> argparse.Namespace:
+    given = vars(make_parser(program).parse_args(words))
+    foreign = sorted('--' + name.replace('_', '-') for name in given if name in _FOREIGN)
+    if foreign:
+        raise ValueError(f'qat takes network and data from CHECKPOINT and --data: remove {", ".join(foreign)}.')
+    args = parse_arguments(words, program)
+    for name in _FOREIGN:
+        if name != 'data':
+            # A config may be that of the run which trained the network.
+            setattr(args, name, ARGUMENTS[name].default)
+    for name, value in _DEFAULTS.items():
+        if name not in given:
+            setattr(args, name, value)
+    return args
