@@ -35,5 +35,6 @@ COMMANDS = {
         'measure models in float32 and in all kinds of INT8, in one table', '.deploy.deploy_commands'
     ),
     'predict': Command('classify images, with the names of the classes where they are known', '.deploy.prediction'),
+    'doctor': Command('check that this machine trains right, or what a run has left', '.doctor.doctor_command'),
     'run': Command("run a script, such as timm's validate.py, that finds these models and optimizers", '.script'),
 }

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from timm.data import ImageDataset, create_dataset
+from timm.data import ImageDataset, create_dataset, resolve_data_config
+from timm.data.loader import adapt_to_chs
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
@@ -208,3 +209,22 @@ def check_same_classes(train: Any, validation: Any) -> None:
                 f"The class '{name}' has the number {number} in the validation images, but {numbers[name]} in those "
                 f'for training. {advice}'
             )
+
+
+def data_config_of(args: Mapping[str, Any], model: Any) -> dict[str, Any]:
+    """Returns what `timm.data.resolve_data_config` does, with a mean and a standard deviation for each channel.
+
+    Those of a model for three channels are averaged for another number of them, as timm's loader does.
+
+    Args:
+        args: Arguments of a run; they come before what the model says.
+        model: The model.
+    """
+    channels = (args.get('input_size') or [args.get('in_chans') or 3])[0]
+    given = {name: args[name] for name in ('mean', 'std') if args.get(name) and len(args[name]) > 1}
+    config = resolve_data_config({**args, **_averaged(given, channels)}, model=model)
+    return {**config, **_averaged({name: config[name] for name in ('mean', 'std')}, channels)}
+
+
+def _averaged(values: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    return {name: value if len(value) == channels else adapt_to_chs(value, channels) for name, value in values.items()}

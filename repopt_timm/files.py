@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ['check_output', 'remove_temporaries', 'replacing', 'write_text']
+__all__ = ['check_output', 'find_temporaries', 'remove_temporaries', 'replacing', 'write_text']
 
 # In the name of a file that is being written.
 _MARK = '.tmp'
@@ -69,7 +69,12 @@ def check_output(path: str | os.PathLike, *inputs: str | os.PathLike) -> Path:
     return target
 
 
+def find_temporaries(folder: str | os.PathLike) -> list[Path]:
+    """Returns what processes in `replacing` write in a folder, or left there when they were killed."""
+    return sorted(Path(folder).glob(f'.*-*{_MARK}*'))
+
+
 def remove_temporaries(folder: str | os.PathLike) -> None:
     """Removes what processes that were killed in `replacing` left in a folder."""
-    for path in Path(folder).glob(f'.*-*{_MARK}*'):
+    for path in find_temporaries(folder):
         path.unlink(missing_ok=True)

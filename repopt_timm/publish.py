@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import timm
 from huggingface_hub import EvalResult
 from safetensors.torch import save_file
-from timm.data import resolve_data_config
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from .cards.transfer import push_folder
 from .cards.writing import draw, write_card
 from .checkpoints.packing import PRECISIONS, pack
 from .checkpoints.read import read_checkpoint, select_state_dict
+from .datasets import data_config_of
 from .files import replacing
 from .models import RepOptVgg, ensure_registered
 from .models.strided_byobnet import RepVgg, StridedByobNet
@@ -358,7 +358,7 @@ def _model_of(
         _check_trained_with(given, checkpoint, source)
         attach_scales(model, given)
         model.scales_provenance = given.provenance
-    data = resolve_data_config(args, model=model)
+    data = data_config_of(args, model)
     names = checkpoint.get('label_names')
     model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
     # That of the weights which timm knows for this model.

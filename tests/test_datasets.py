@@ -4,7 +4,16 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from repopt_timm.datasets import check_same_classes, class_names, count_classes, open_folder, read_class_map
+from repopt_timm.datasets import (
+    check_same_classes,
+    class_names,
+    count_classes,
+    data_config_of,
+    open_folder,
+    read_class_map,
+)
+
+from .helpers import tiny_model
 
 
 @pytest.mark.parametrize(
@@ -63,3 +72,11 @@ def test_class_maps_are_lines_or_a_plain_pickle(tmp_path):
     (tmp_path / 'map.pkl').write_bytes(pickle.dumps(['dog', 'cat']))
     with pytest.raises(ValueError, match='does not hold a dict from names to numbers'):
         read_class_map('map.pkl', tmp_path)
+
+
+@pytest.mark.parametrize('args', [{}, {'mean': (0.2, 0.4, 0.6)}, {'mean': [0.4]}], ids=['model', 'averaged', 'one'])
+def test_grey_images_have_one_mean_and_one_deviation(args):
+    config = data_config_of({'input_size': (1, 16, 16), **args}, tiny_model(in_chans=1))
+    assert config['mean'] == pytest.approx((0.4,) if args else (0.449,), abs=1e-3)
+    assert config['std'] == pytest.approx((0.226,), abs=1e-3)
+    assert config['input_size'] == (1, 16, 16)

@@ -14,7 +14,6 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_data_config
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import parse_model_name, safe_model_name
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
@@ -26,7 +25,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoints.read import read_checkpoint, select_state_dict
-from ..datasets import class_names, count_classes
+from ..datasets import class_names, count_classes, data_config_of
 from ..files import write_text
 from ..models import ensure_registered
 from ..names import PREFIX, ModelName
@@ -118,7 +117,7 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
     clip = _make_clip(args, model, optimizer)
     autocast, scaler = _precision(args, device)
     with explaining('--input-size, --mean, --std and --crop-pct do not go together'):
-        data_config = resolve_data_config(vars(args), model=model)
+        data_config = data_config_of(vars(args), model)
     # Where the weights come from is not in the checkpoint, but what they expect is.
     vars(args).update(data_config)
     loaders = make_loaders(args, datasets, data_config, unwrap_model(model).num_classes, device)

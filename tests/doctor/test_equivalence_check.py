@@ -1,0 +1,44 @@
+import json
+
+import pytest
+from timm.optim import create_optimizer_v2
+
+from repopt_timm.cli import main
+from repopt_timm.doctor import check_equivalence, equivalence_check
+
+from ..helpers import TINY, random_scales
+
+ARGUMENTS = ['doctor', '--model', TINY, '--steps', '2', '--img-size', '32', '--json']
+
+
+def test_the_users_model_and_scales_are_trained_both_ways(tmp_path, capsys):
+    scales = random_scales(strides=(2, 1, 2, 2, 2))
+    scales.save(tmp_path / 'mine.safetensors')
+    extra = ['--scales', str(tmp_path / 'mine.safetensors'), '--model-kwargs', 'strides=(2,1,2,2,2)', '--device', 'cpu']
+    assert main([*ARGUMENTS, *extra]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {'repopt-timm', 'python', 'torch', 'timm', 'cpu'} <= set(found['environment'])
+    assert found['check']['scales'] == scales.fingerprint
+    assert found['check']['right']
+    assert 0 < found['check']['deviation'] < 1e-13
+
+
+def test_an_optimizer_that_is_wrong_is_noticed(monkeypatch, capsys):
+    def without_grad_mults(net, rule, **settings):
+        return create_optimizer_v2(net, 'sgd', **settings)
+
+    monkeypatch.setattr(equivalence_check, 'create_optimizer_v2', without_grad_mults)
+    with pytest.warns(UserWarning, match='has no Grad Mults'):
+        assert main(ARGUMENTS) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)['check']['deviation'] > 1e-3
+    assert f'{TINY} does not train right on this machine' in captured.err
+
+
+def test_any_model_of_timm_with_dropout_and_batchnorm_is_checked():
+    assert check_equivalence('repopt_test_efficientnet', steps=2, img_size=32, model_kwargs={'drop_rate': 0.5})['right']
+
+
+def test_a_model_without_a_csla_network_is_refused():
+    with pytest.raises(ValueError, match="no CSLA network of 'nowhere', expected a target such as repopt_vgg_a0"):
+        check_equivalence('nowhere')
