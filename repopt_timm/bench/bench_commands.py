@@ -50,7 +50,8 @@ _BENCHES = {
         f'the same optimizers, {_ON_CUDA}',
     ),
     'train': _Bench(
-        "a training step and inference against those of timm's RepVGG",
+        "a training step and inference against those of timm's RepVGG, or a training step of another network with "
+        'branches against that of its plain twin',
         {'rounds': 5, 'batch_sizes': (4,), 'img_sizes': (64, 224), 'precisions': ('float32', 'bfloat16')},
         {'rounds': 20, 'batch_sizes': (64,)},
         {'rounds': 2, 'batch_sizes': (2,), 'img_sizes': (32,)},
@@ -106,7 +107,12 @@ def add_commands(commands: Any) -> None:
         command = benchmarks.add_parser(name, help=bench.summary, description=text)
         command.set_defaults(run=_run, bench=name)
         add = command.add_argument
-        add('--model', metavar='NAME', help=f'RepOpt-VGG target (default: {_MODEL}; {_QUICK_MODEL} with --quick)')
+        text = f'(default: {_MODEL}; {_QUICK_MODEL} with --quick)'
+        if name == 'train':
+            text = f'RepOpt-VGG targets, or twins such as repopt_mobileone_s0 {text}'
+            add('--model', dest='models', metavar='NAME', nargs='+', help=text)
+        else:
+            add('--model', dest='models', metavar='NAME', nargs=1, help=f'RepOpt-VGG target {text}')
         add('--quick', action='store_true', help='a tiny model and few rounds, to see that it works')
         add('--json', metavar='FILE', help='write settings, environment and results as JSON')
         add('--plot', metavar='PNG', help='draw the results')
@@ -128,15 +134,17 @@ def _default(setting: str, bench: _Bench) -> str:
     return f'{text}; on CUDA {shown(bench.cuda_defaults[setting])}' if setting in bench.cuda_defaults else text
 
 
-def _settings(args: argparse.Namespace, bench: _Bench) -> Settings:
+def _settings(args: argparse.Namespace, bench: _Bench) -> list[Settings]:
+    """Returns the settings of each model."""
     device = choose_device(args.device if bench.on_cuda else 'cpu')
     values = {**bench.defaults, **(bench.cuda_defaults if device.type == 'cuda' else {})}
     if args.quick:
         values.update(bench.quick_defaults)
     given = {name: getattr(args, name) for name in values if getattr(args, name) is not None}
     values.update({name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-    model = args.model or (_QUICK_MODEL if args.quick else _MODEL)
-    return Settings(model, device, quick=args.quick, compiled=getattr(args, 'compiled', True), **values)
+    models = args.models or [_QUICK_MODEL if args.quick else _MODEL]
+    compiled = getattr(args, 'compiled', True)
+    return [Settings(model, device, quick=args.quick, compiled=compiled, **values) for model in models]
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -157,7 +165,8 @@ def _run(args: argparse.Namespace) -> None:
     }
     plots: dict[str, Callable[[Sequence[Row], Path, str], None]] = {'scaling': plot_scaling, 'memory': plot_memory}
     bench = _BENCHES[args.bench]
-    settings = _settings(args, bench)
+    all_settings = _settings(args, bench)
+    settings = all_settings[0]
     # Before minutes of measuring.
     json_file, picture = (path and check_output(path) for path in (args.json, args.plot))
     if picture:
@@ -165,8 +174,9 @@ def _run(args: argparse.Namespace) -> None:
     if getattr(args, 'threads', None):
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    models = ', '.join(each.model for each in all_settings)
     environment = describe_environment(settings.device) if bench.on_cuda else versions()
-    rows = runs[args.bench](settings)
+    rows = [row for each in all_settings for row in runs[args.bench](each)]
 
     table, note = (memory_table, MEMORY_NOTE) if args.bench == 'memory' else (ratio_table, RATIO_NOTE)
     print('\n'.join(f'{name:<13} {value}' for name, value in environment.items()))
@@ -176,13 +186,13 @@ def _run(args: argparse.Namespace) -> None:
     if json_file:
         results = {
             'benchmark': args.bench,
-            'settings': {**vars(settings), 'device': str(settings.device)},
+            'settings': {**vars(settings), 'device': str(settings.device), 'model': models},
             'environment': environment,
             'rows': [as_json(row) for row in rows],
         }
         write_text(json_file, json.dumps(results, indent=2) + '\n')
     if picture:
-        title = f'{args.bench}: {settings.model}, torch {environment["torch"]}'
+        title = f'{args.bench}: {models}, torch {environment["torch"]}'
         if bench.on_cuda:
             title += ', ' + (environment.get('gpu') or f'{environment["cpu"]}, {environment["threads"]} threads')
         plots.get(args.bench, plot_ratios)(rows, picture, title)

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from timm.utils import reparameterize_model
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from ..architectures import ARCHITECTURES, Architecture
+from ..blocks import plain_twin
 from ..models import RepOptVgg, make_kind
 from ..models.strided_byobnet import RepVgg
+from ..names import PREFIX
 from ..optim import RepOptSGD
 from ..reparam import CSLAConv2d, carried_scales, make_grad_mults, prepare
 from ..reporting import take_turns, time_call
@@ -38,6 +41,7 @@ __all__ = [
     'target',
     'time_in_turns',
     'training_step',
+    'twin_models',
 ]
 
 
@@ -69,6 +73,29 @@ def target(
     if grad_checkpointing:
         model.set_grad_checkpointing()
     return model.to(memory_format=memory_format(device))
+
+
+def twin_models(model: str, device: torch.device) -> tuple[nn.Module, nn.Module]:
+    """Makes the plain twin of a multi-branch network of timm, ready for RepOptSGD, and the network itself.
+
+    Args:
+        model: Name of the twin, such as `repopt_mobileone_s0`.
+        device: Device of the parameters.
+
+    Raises:
+        ValueError: If timm has no such network, or it has no branches.
+    """
+    name = model.removeprefix(PREFIX)
+    if name == model or not timm.is_model(name):
+        raise ValueError(
+            f'--model {model}: expected a RepOpt-VGG target, one of {", ".join(ARCHITECTURES)}, or the twin of a '
+            f"multi-branch network of timm, such as 'repopt_mobileone_s0'."
+        )
+    branches = timm.create_model(name)
+    plain = plain_twin(branches)
+    prepare(plain, Scales.initial(plain))
+    to: dict[str, Any] = {'device': device, 'memory_format': memory_format(device)}
+    return plain.to(**to), branches.to(**to)
 
 
 def hyper_search(architecture: Architecture, device: torch.device) -> nn.Module:

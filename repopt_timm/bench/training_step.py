@@ -1,11 +1,14 @@
 """`bench train` and `bench search`: training steps and inference of models against each other."""
 
+import math
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from ..architectures import ARCHITECTURES
+from ..names import PREFIX
 from .allocation import allocation, saved_bytes, static_bytes
 from .bench_models import (
     architecture_of,
@@ -19,6 +22,7 @@ from .bench_models import (
     target,
     time_in_turns,
     training_step,
+    twin_models,
 )
 from .rows import Goal, Row, Spread, memory_rows, ratio_rows
 from .settings import Settings
@@ -39,8 +43,14 @@ _SEARCH_GOALS = {
 }
 
 
+# What the branches of a network cost: its time over that of its plain twin.
+_TWIN_GOALS = {'repopt_mobileone_s0': {_TIME: Goal(math.inf, '>= 4 x', least=4)}}
+
+
 def bench_train(settings: Settings) -> list[Row]:
     """Compares training steps, and inference, for all image sizes, batch sizes and precisions."""
+    if settings.model not in ARCHITECTURES:
+        return _bench_twin(settings)
     architecture, device = architecture_of(settings.model), settings.device
     baseline = settings.model.replace('repopt_vgg', 'repvgg')
     checkpointing = f'{settings.model}, grad checkpointing'
@@ -53,6 +63,16 @@ def bench_train(settings: Settings) -> list[Row]:
     del models
     merged, folded = plain_inference_models(architecture, device)
     return rows + _inference_rows(settings, f'{baseline}, reparameterized', merged, folded)
+
+
+def _bench_twin(settings: Settings) -> list[Row]:
+    """Compares a multi-branch network of timm with its plain twin."""
+    plain, branches = twin_models(settings.model, settings.device)
+    original = settings.model.removeprefix(PREFIX)
+    models = {settings.model: plain, original: branches}
+    millions = {name: [round(sum(p.numel() for p in m.parameters()) / 1e6, 2)] for name, m in models.items()}
+    rows = _step_rows(models, settings.model, _TWIN_GOALS.get(settings.model, {}), (original,), settings)
+    return rows + ratio_rows(f'parameters in training, {original}', 'M', millions, settings.model)
 
 
 def bench_search(settings: Settings) -> list[Row]:

@@ -55,6 +55,20 @@ def test_train_compares_training_and_inference(bench):
     assert rows[f'inference, {cell}', 'test_repopt_vgg, BatchNorm folded']['reached'] in (True, False)
 
 
+@pytest.mark.slow
+def test_train_compares_a_network_with_branches_with_its_plain_twin(bench):
+    twins = 'repopt_mobileone_s0', 'repopt_repvgg_a0'
+    _, results = bench('train', '--quick', '--device', 'cpu', '--precision', 'float32', '--model', *twins)
+    rows = {(row['what'], row['contender']): row for row in results['rows']}
+    saved = rows['saved activations, 32 px, batch 2, float32', 'mobileone_s0']
+    assert saved['baseline'] == 'repopt_mobileone_s0'
+    assert saved['ratio']['median'] == pytest.approx(2.5, abs=0.2)
+    assert rows['training step, 32 px, batch 2, float32', 'mobileone_s0']['goal'] == '>= 4 x'
+    parameters = [rows['parameters in training, repvgg_a0', name]['value'] for name in (twins[1], 'repvgg_a0')]
+    assert parameters == [8.31, 9.11]
+    assert results['settings']['model'] == 'repopt_mobileone_s0, repopt_repvgg_a0'
+
+
 def test_scaling_goes_along_four_axes(bench):
     _, results = bench('scaling', '--quick', '--device', 'cpu', '--img-size', '128', '224', '--repeats', '1')
     axes = {row['what']: [] for row in results['rows']}
