@@ -1,7 +1,7 @@
 """`quantize --report`: distribution of the weights and quantisation noise, layer by layer."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +9,8 @@ import numpy as np
 
 from ..files import replacing
 from .classifier import image_input
-from .quantization import Quantization, layers_of
+from .onnx_graph import constants_of, layers_of, with_outputs
+from .quantization import Quantization
 from .runtime import open_session, require
 
 __all__ = ['layer_report', 'plot_layers']
@@ -37,7 +38,7 @@ def layer_report(quantization: Quantization, images: int = 64) -> dict[str, Any]
         Layers that stayed in float32 have no ratios.
     """
     model, graph = quantization.model, _QuantizedGraph(quantization.quantized)
-    layers, constants = layers_of(model), _constants(model)
+    layers, constants = layers_of(model), constants_of(model)
     rounded = {name: graph.input(node.name) for name, node in layers.items()}
     quantizers = {layers[name].input[0]: quantizer for name, quantizer in rounded.items() if quantizer is not None}
     alone, accumulated, logits = _activation_noise(quantization, quantizers, images)
@@ -75,7 +76,7 @@ class _QuantizedGraph:
     """Looks up the inputs of nodes in a model in QDQ format."""
 
     def __init__(self, quantized: Any):
-        self._constants = _constants(quantized)
+        self._constants = constants_of(quantized)
         self._nodes = {node.name: node for node in quantized.graph.node}
         self._producers = {node.output[0]: node for node in quantized.graph.node}
 
@@ -87,7 +88,15 @@ class _QuantizedGraph:
         """Returns the values that a node's quantised weights stand for, or None if they are float32."""
         name = self._nodes[node].input[1]
         quantizer = self._quantizer(name)
-        return None if quantizer is None else quantizer.restore(self._constants[self._producers[name].input[0]])
+        if quantizer is None:
+            return None
+        stored = self._stored(self._producers[name])
+        return quantizer.round(stored) if stored.dtype == np.float32 else quantizer.restore(stored)
+
+    def _stored(self, node: Any) -> np.ndarray:
+        # TensorRT's form stores float32 weights, and rounds them when it runs.
+        rounding = self._producers.get(node.input[0], node)
+        return self._constants[rounding.input[0]]
 
     def _quantizer(self, tensor: str) -> _Quantizer | None:
         producer = self._producers.get(tensor)
@@ -96,7 +105,7 @@ class _QuantizedGraph:
         scale, zero = (self._constants[name] for name in producer.input[1:])
         if scale.ndim:
             axis = next(attribute.i for attribute in producer.attribute if attribute.name == 'axis')
-            shape = [1] * self._constants[producer.input[0]].ndim
+            shape = [1] * self._stored(producer).ndim
             shape[axis] = -1
             scale, zero = scale.reshape(shape), zero.reshape(shape)
         return _Quantizer(scale, zero, tensor)
@@ -130,8 +139,8 @@ def _activation_noise(
     output, (image, (fixed, *_)) = model.graph.output[0].name, image_input(model)
     rounded_names = [quantizer.output for quantizer in quantizers.values()]
     # The optimizer would fuse the requested tensors away.
-    exact_session = open_session(_with_outputs(model, quantizers), optimize=False)
-    rounded_session = open_session(_with_outputs(quantized, rounded_names), optimize=False)
+    exact_session = open_session(with_outputs(model, quantizers), optimize=False)
+    rounded_session = open_session(with_outputs(quantized, rounded_names), optimize=False)
     indices = quantization.indices[:images]
     for batch, _ in quantization.images.batches(indices, fixed or _BATCH, 'report', whole=fixed > 0):
         feed = {image: batch.numpy()}
@@ -142,21 +151,6 @@ def _activation_noise(
             alone[name].add(values, quantizer.round(values))
             accumulated[name].add(values, noisy)
     return alone, accumulated, logits
-
-
-def _with_outputs(model: Any, names: Iterable[str]) -> Any:
-    copy = type(model)()
-    copy.CopyFrom(model)
-    present = {value.name for value in copy.graph.output}
-    copy.graph.output.extend(
-        require('onnx.helper').make_empty_tensor_value_info(name) for name in names if name not in present
-    )
-    return copy
-
-
-def _constants(model: Any) -> dict[str, np.ndarray]:
-    numpy_helper = require('onnx.numpy_helper')
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
 
 
 def _channel_axis(node: Any) -> int:

@@ -11,24 +11,32 @@ from typing import Any
 
 import numpy as np
 
+from .channel_health import constant_inputs, dead_channels, health_warnings, kernel_outliers
 from .classifier import data_config, image_input, onnx_classifier
+from .equalization import Equalization, equalize
 from .image_folder import ImageFolder
 from .onnx_export import float_onnx
+from .onnx_graph import LAYERS, layers_of, next_layer
 from .runtime import explained, quiet, require, save_onnx
 
 __all__ = [
     'CALIBRATIONS',
+    'TARGETS',
     'WEIGHTS',
     'Quantization',
     'QuantizationOptions',
     'calibrate',
-    'layers_of',
+    'equalization_images',
+    'excluded_nodes',
     'quantize',
+    'quantize_nodes',
     'quantize_onnx',
+    'requantized_layers',
 ]
 
 WEIGHTS = ('per-channel', 'per-tensor')
 CALIBRATIONS = ('minmax', 'entropy', 'percentile')
+TARGETS = ('ort', 'tensorrt')
 
 # Images whose activations are in memory at a time: 60 MB each in RepOpt-VGG-B1 at 224 px.
 _CALIBRATION_BATCH = 8
@@ -36,15 +44,23 @@ _CALIBRATION_BATCH = 8
 # Of the model's size: ONNX Runtime writes two more copies, one after the other, and its own file.
 _DISK_SPACE = 2.2
 
-_LAYERS = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
+# TensorRT fuses what follows a layer into it if no rounding stands between, and takes symmetric ranges only.
+_TENSORRT = {
+    'ActivationSymmetric': True,
+    'AddQDQPairToWeight': True,
+    'DedicatedQDQPair': True,
+    'OpTypesToExcludeOutputQuantization': list(LAYERS),
+    'QuantizeBias': False,
+}
 
 
 @dataclass(frozen=True)
 class QuantizationOptions:
     """How to quantise.
 
-    Activations become unsigned and weights signed 8-bit integers: on x86 the dot-product instructions
-    (VNNI) take that pair.
+    Weights become signed 8-bit integers. For `ort` activations become unsigned ones, the pair that x86 has dot-product
+    instructions for (VNNI). For `tensorrt` they are signed, with zero points of 0, rounded before each layer by a pair
+    of nodes of its own; biases stay in float32, and so do weights in the file, followed by a pair of nodes.
 
     Attributes:
         weights: One scale `per-channel` or `per-tensor`.
@@ -54,6 +70,8 @@ class QuantizationOptions:
         seed: Seed of the draw.
         reduce_range: Use 7 bits for weights: without VNNI, x86 adds up pairs of products in 16 bits, which overflow.
         exclude: Layers to leave in float32: names, with `*`, or operators. From either end, or two in a row.
+        target: What the file is for: `ort`, also for OpenVINO, or `tensorrt`.
+        equalize: Remove dead channels and equalize layers first, see `equalization`.
     """
 
     weights: str = 'per-channel'
@@ -63,10 +81,14 @@ class QuantizationOptions:
     seed: int = 0
     reduce_range: bool = False
     exclude: tuple[str, ...] = ()
+    target: str = 'ort'
+    equalize: bool = False
 
     def __post_init__(self) -> None:
         if self.weights not in WEIGHTS:
             raise ValueError(f"weights='{self.weights}': expected one of {', '.join(WEIGHTS)}.")
+        if self.target not in TARGETS:
+            raise ValueError(f"target='{self.target}': expected one of {', '.join(TARGETS)}.")
         if self.calibration not in CALIBRATIONS:
             raise ValueError(f"calibration='{self.calibration}': expected one of {', '.join(CALIBRATIONS)}.")
         if not 50 < self.percentile <= 100:
@@ -85,6 +107,9 @@ class Quantization:
         images: Where calibration images came from.
         indices: Which these were.
         options: How it was quantised.
+        ranges: What `calibrate` found on them.
+        dead: Layer to the number of its input channels that never changed on these images.
+        equalization: What equalizing did to the float model, if it was asked for.
     """
 
     model: Any
@@ -92,6 +117,14 @@ class Quantization:
     images: ImageFolder
     indices: Sequence[int]
     options: QuantizationOptions
+    ranges: Any
+    dead: Mapping[str, int]
+    equalization: Equalization | None = None
+
+    def warnings(self) -> list[str]:
+        """Returns a line for dead channels and one for outliers in kernels, where the model has any."""
+        dead = {} if self.equalization else self.dead
+        return health_warnings(dead, kernel_outliers(self.model), len(self.indices))
 
     def agreement(self) -> float:
         """Returns the percentage of calibration images for which both models choose the same class."""
@@ -127,8 +160,23 @@ def quantize_onnx(
     model = float_onnx(source, overrides)
     images = ImageFolder(data, split, data_config(model, overrides))
     indices = images.sample(options.images, options.seed)
-    quantized = quantize(model, calibrate(model, images, indices, options), options)
-    return Quantization(model, quantized, images, indices, options)
+    # Before the work.
+    excluded_nodes(model, options.exclude)
+    dead, equalization = {}, None
+    if options.equalize:
+        equalization = equalize(model, images, equalization_images(images, options))
+        model = equalization.model
+    else:
+        dead = dead_channels(constant_inputs(model, images, indices))
+    ranges = calibrate(model, images, indices, options)
+    quantized = quantize(model, ranges, options)
+    return Quantization(model, quantized, images, indices, options, ranges, dead, equalization)
+
+
+def equalization_images(images: ImageFolder, options: QuantizationOptions) -> list[int]:
+    """Draws the images for `equalize`: those of the calibration and as many others, as rare channels are not dead."""
+    first, second = (images.sample(options.images, options.seed + number) for number in range(2))
+    return list(dict.fromkeys([*first, *second]))
 
 
 def calibrate(model: Any, images: ImageFolder, indices: Sequence[int], options: QuantizationOptions) -> Any:
@@ -150,7 +198,7 @@ def calibrate(model: Any, images: ImageFolder, indices: Sequence[int], options: 
     """
     quantization = require('onnxruntime.quantization')
     # Before the work.
-    _excluded(model, options.exclude)
+    excluded_nodes(model, options.exclude)
     method = {'minmax': 'MinMax', 'entropy': 'Entropy', 'percentile': 'Percentile'}[options.calibration]
     with TemporaryDirectory(prefix='repopt-timm-') as folder, explained('ONNX Runtime cannot calibrate the model'):
         _check_space(folder, _DISK_SPACE * model.ByteSize())
@@ -208,46 +256,55 @@ def quantize(model: Any, ranges: Any, options: QuantizationOptions) -> Any:
         ValueError: If the model is quantised already, `exclude` matches none of its layers, or names a single one
             between others.
     """
+    excluded = excluded_nodes(model, options.exclude)
+    quantized = quantize_nodes(model, ranges, options, exclude=excluded.values())
+    refused = requantized_layers(quantized, excluded) if options.target == 'ort' else []
+    if refused:
+        other = next_layer(model, refused[0])
+        raise ValueError(
+            f"'{refused[0]}' alone cannot stay in float32: ONNX Runtime quantises a layer between two quantised ones, "
+            f'one scale for all channels, when it loads the file. '
+            + (f"Exclude '{refused[0]}' and '{other}'." if other else 'Exclude a layer next to it too.')
+        )
+    return quantized
+
+
+def quantize_nodes(
+    model: Any, ranges: Any, options: QuantizationOptions, only: Iterable[str] = (), exclude: Iterable[str] = ()
+) -> Any:
+    """Quantises nodes by name, whether or not ONNX Runtime will leave the others in float32.
+
+    Args:
+        model: A float `onnx.ModelProto`, which stays as it is.
+        ranges: What `calibrate` returned for it.
+        options: See there; `exclude` does not matter here.
+        only: Names of nodes. Defaults to all.
+        exclude: Names of nodes to leave out.
+    """
     quantization = require('onnxruntime.quantization')
-    excluded = _excluded(model, options.exclude)
     copy = type(model)()
     copy.CopyFrom(model)
+    signed, unsigned = quantization.QuantType.QInt8, quantization.QuantType.QUInt8
+    tensorrt = options.target == 'tensorrt'
     with quiet(), explained('ONNX Runtime cannot quantise the model'):
         quantizer = quantization.QDQQuantizer(
             copy,
             options.weights == 'per-channel',
             options.reduce_range,
-            quantization.QuantType.QInt8,
-            quantization.QuantType.QUInt8,
+            signed,
+            signed if tensorrt else unsigned,
             ranges,
-            [],
-            list(excluded.values()),
-            _operators(),
-            {},
+            list(only),
+            list(exclude),
+            LAYERS if tensorrt else _operators(),
+            _TENSORRT if tensorrt else {},
         )
         quantizer.quantize_model()
         quantizer.model.topological_sort()
-    _check_excluded(quantizer.model.model, excluded)
     return quantizer.model.model
 
 
-def layers_of(model: Any) -> dict[str, Any]:
-    """Lists the nodes with weights, by the name of the module that they come from, in the order of the network.
-
-    Args:
-        model: A float `onnx.ModelProto`.
-    """
-    constants = {tensor.name for tensor in model.graph.initializer}
-    layers = {}
-    for node in model.graph.node:
-        if node.op_type in _LAYERS and node.input[1] in constants:
-            name = node.input[1].removesuffix('.weight')
-            # Other weights are shared, or constants that the exporter made.
-            layers[node.name if name == node.input[1] or name in layers else name] = node
-    return layers
-
-
-def _excluded(model: Any, patterns: Iterable[str]) -> dict[str, str]:
+def excluded_nodes(model: Any, patterns: Iterable[str]) -> dict[str, str]:
     """Maps excluded layers, and other nodes, to names of nodes; refuses a model that is quantised already."""
     if any(node.op_type in ('QuantizeLinear', 'DequantizeLinear') for node in model.graph.node):
         raise ValueError('The model is quantised already; name the float32 one.')
@@ -267,14 +324,20 @@ def _shown(layers: Iterable[str], most: int = 8) -> str:
     return f'one of {", ".join(names[:most])}{", ..." if names[most:] else ""}'
 
 
-def _check_excluded(quantized: Any, excluded: Mapping[str, str]) -> None:
-    """Refuses layers that ONNX Runtime quantises when it loads the file: those between two quantised tensors."""
+def requantized_layers(quantized: Any, excluded: Mapping[str, str]) -> list[str]:
+    """Returns the layers that ONNX Runtime quantises when it loads the file: those between two quantised tensors.
+
+    Args:
+        quantized: What `quantize_nodes` returned.
+        excluded: Layers that it left in float32, to the names of their nodes.
+    """
     producers = {output: node for node in quantized.graph.node for output in node.output}
     consumers: dict[str, list[Any]] = {}
     for node in quantized.graph.node:
         for name in node.input:
             consumers.setdefault(name, []).append(node)
     nodes = {node.name: node for node in quantized.graph.node}
+    found = []
     for layer, name in excluded.items():
         node = nodes.get(name)
         if node is None or node.op_type not in ('Conv', 'ConvTranspose', 'Gemm'):
@@ -286,10 +349,8 @@ def _check_excluded(quantized: Any, excluded: Mapping[str, str]) -> None:
         before = producers.get(node.input[0])
         between = before is not None and before.op_type == 'DequantizeLinear'
         if between and any(node.op_type == 'QuantizeLinear' for node in following):
-            raise ValueError(
-                f"'{layer}' alone cannot stay in float32: ONNX Runtime quantises a layer between two quantised ones, "
-                f'one scale for all channels, when it loads the file. Exclude a layer next to it too.'
-            )
+            found.append(layer)
+    return found
 
 
 def _operators() -> list[str]:

@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from repopt_timm.deploy import QuantizationOptions, layer_report, plot_layers, quantize_onnx, save_onnx
-from repopt_timm.deploy.quantization import layers_of
+from repopt_timm.deploy.onnx_graph import layers_of
 
 
 def column(report, key):

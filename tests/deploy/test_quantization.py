@@ -1,3 +1,4 @@
+import re
 import shutil
 from argparse import Namespace
 
@@ -9,7 +10,8 @@ import torch
 from repopt_timm.deploy import QuantizationOptions, evaluate, layer_report, quantize, quantize_onnx, save_onnx
 from repopt_timm.deploy import quantization as quantization_module
 from repopt_timm.deploy.classifier import onnx_classifier
-from repopt_timm.deploy.quantization import CALIBRATIONS, WEIGHTS, layers_of
+from repopt_timm.deploy.onnx_graph import layers_of
+from repopt_timm.deploy.quantization import CALIBRATIONS, WEIGHTS
 from repopt_timm.deploy.runtime import open_session
 
 
@@ -148,6 +150,7 @@ def test_a_quantised_model_is_not_quantised_again(quantization):
         ({'calibration': 'mse'}, 'expected one of minmax, entropy, percentile'),
         ({'percentile': 0.999}, 'expected more than 50'),
         ({'images': 0}, 'needs at least one'),
+        ({'target': 'tflite'}, 'expected one of ort, tensorrt'),
     ],
 )
 def test_options_are_checked(options, message):
@@ -175,3 +178,39 @@ def test_a_layer_that_is_not_there_cannot_be_left_out(quantization):
         match=r"exclude 'stages.9': no layer or operator has this name, expected one of stem.conv, stages.0.0.conv",
     ):
         quantization(exclude=('stages.9',))
+
+
+def test_a_single_layer_is_offered_with_the_one_that_follows(quantization):
+    with pytest.raises(ValueError, match=r"Exclude 'stages\.1\.0\.conv' and 'stages\.1\.1\.conv'\.") as error:
+        quantization(exclude=('stages.1.0.conv',))
+    quantization(exclude=tuple(re.findall(r"'(\S+)'", str(error.value).rpartition('Exclude')[2])))
+
+
+@pytest.mark.parametrize('weights', WEIGHTS)
+def test_the_form_for_tensorrt_is_symmetric_with_a_pair_for_each_layer(weights, quantization):
+    done = quantization(weights=weights, target='tensorrt')
+    nodes, values = done.quantized.graph.node, constants(done.quantized)
+    rounding = [node for node in nodes if node.op_type == 'QuantizeLinear']
+    restoring = [node for node in nodes if node.op_type == 'DequantizeLinear']
+    # Each layer's input and weights, and nothing else, have a pair of their own.
+    layers = layers_of(done.model)
+    assert len(rounding) == len(restoring) == 2 * len(layers)
+    assert [node.input[0] for node in restoring] == [node.output[0] for node in rounding]
+    for node in rounding + restoring:
+        assert values[node.input[2]].dtype == np.int8
+        assert not values[node.input[2]].any()
+    readers = [[node.op_type for node in nodes if pair.output[0] in node.input] for pair in restoring]
+    assert all(found in (['Conv'], ['Gemm']) for found in readers)
+    assert {values[node.input[0]].dtype for node in rounding if node.input[0] in values} == {np.dtype('float32')}
+    assert all(values[node.input[2]].dtype == np.float32 for node in nodes if node.op_type in ('Conv', 'Gemm'))
+    assert done.agreement() > 90
+    report = layer_report(done)
+    assert all(row['weight_snr_db'] > 15 and row['input_snr_db'] > 15 for row in report['layers'])
+
+
+def test_the_form_for_onnx_runtime_has_unsigned_activations_and_integer_biases(quantization):
+    done = quantization()
+    nodes, values = done.quantized.graph.node, constants(done.quantized)
+    stored = {values[node.input[0]].dtype.name for node in nodes if node.input[0] in values}
+    assert stored == {'int8', 'int32'}
+    assert {values[node.input[2]].dtype.name for node in nodes if node.op_type == 'QuantizeLinear'} == {'uint8'}

@@ -1,0 +1,104 @@
+"""What makes a network hard to quantise: channels that never change, and kernels with a few values far too large."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .classifier import image_input
+from .image_folder import ImageFolder
+from .onnx_graph import constants_of, layers_of, with_outputs
+from .runtime import open_session
+
+__all__ = ['constant_inputs', 'dead_channels', 'health_warnings', 'kernel_outliers']
+
+# Images whose activations are in memory at a time.
+_BATCH = 8
+
+# Of the 99th percentile: one scale of 8 bits then rounds 99 % of the kernel to -1, 0 and 1.
+_OUTLIER = 100
+
+
+def constant_inputs(model: Any, images: ImageFolder, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    """Finds the input channels of layers that have the same value everywhere, in all of some images.
+
+    Args:
+        model: A float `onnx.ModelProto`.
+        images: Where images come from.
+        indices: Those to run.
+
+    Returns:
+        Layer to a float32 vector: the value of each input channel that is constant, NaN for the others.
+
+    Raises:
+        ValueError: If an image does not decode, or ONNX Runtime cannot run the model.
+    """
+    tensors = {name: node.input[0] for name, node in layers_of(model).items() if node.op_type in ('Conv', 'Gemm')}
+    names = list(dict.fromkeys(tensors.values()))
+    # The optimizer would fuse the requested tensors away.
+    session = open_session(with_outputs(model, names), optimize=False)
+    name, (fixed, *_) = image_input(model)
+    lowest: dict[str, Any] = dict.fromkeys(names, np.inf)
+    highest: dict[str, Any] = dict.fromkeys(names, -np.inf)
+    for batch, _ in images.batches(indices, fixed or _BATCH, 'dead channels', whole=fixed > 0):
+        for tensor, values in zip(names, session.run(names, {name: batch.numpy()})):
+            axes = (0, *range(2, values.ndim))
+            lowest[tensor] = np.minimum(lowest[tensor], values.min(axes))
+            highest[tensor] = np.maximum(highest[tensor], values.max(axes))
+    values_of = {}
+    for tensor in names:
+        spread = highest[tensor] - lowest[tensor]
+        same = spread <= 1e-6 * np.abs(highest[tensor])
+        values_of[tensor] = np.where(same, highest[tensor], np.nan).astype(np.float32)
+    return {layer: values_of[tensor] for layer, tensor in tensors.items()}
+
+
+def dead_channels(constants: Mapping[str, np.ndarray]) -> dict[str, int]:
+    """Counts what `constant_inputs` found, for each layer that has any."""
+    counts = {layer: int((~np.isnan(values)).sum()) for layer, values in constants.items()}
+    return {layer: count for layer, count in counts.items() if count}
+
+
+def kernel_outliers(model: Any) -> dict[str, int]:
+    """Counts the values of kernels beside which one scale for the kernel rounds all but a hundredth to -1, 0 and 1.
+
+    Args:
+        model: A float `onnx.ModelProto`.
+
+    Returns:
+        Layer to the number of its values that are over 100 times the 99th percentile, for each layer that has any.
+    """
+    constants = constants_of(model)
+    counts = {}
+    for layer, node in layers_of(model).items():
+        sizes = np.abs(constants[node.input[1]])
+        # Kernels that are mostly zeros are pruned, not broken.
+        usual = np.percentile(sizes[sizes > 0], 99) if sizes.any() else 0
+        counts[layer] = int((sizes > _OUTLIER * usual).sum()) if usual else 0
+    return {layer: count for layer, count in counts.items() if count}
+
+
+def health_warnings(dead: Mapping[str, int], outliers: Mapping[str, int], images: int = 0) -> list[str]:
+    """Puts what `dead_channels` and `kernel_outliers` counted into a line each.
+
+    Args:
+        dead: Layer to number of dead input channels.
+        outliers: Layer to number of outliers.
+        images: Images on which the channels were constant.
+    """
+    lines = []
+    if dead:
+        lines.append(
+            f'{sum(dead.values())} input channels never changed on {images} images, their weights do nothing: '
+            f'{_counts(dead)}.'
+        )
+    if outliers:
+        lines.append(
+            f'{sum(outliers.values())} weights are over {_OUTLIER} times the 99th percentile of their kernel, beside '
+            f'which INT8 rounds the others away: {_counts(outliers)}. `quantize --equalize` may help.'
+        )
+    return lines
+
+
+def _counts(found: Mapping[str, int]) -> str:
+    return ', '.join(f'{layer} {count}' for layer, count in found.items())

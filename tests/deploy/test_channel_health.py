@@ -1,0 +1,25 @@
+import numpy as np
+
+from repopt_timm.deploy.channel_health import constant_inputs, dead_channels, health_warnings, kernel_outliers
+from repopt_timm.deploy.onnx_graph import layers_of
+
+
+def test_channels_that_never_change_are_found_with_their_value(broken_by_int8):
+    done = broken_by_int8
+    constants = constant_inputs(done.model, done.images, done.indices)
+    assert list(constants) == list(layers_of(done.model))
+    assert constants['stages.1.1.conv'][5] == 0
+    assert np.isnan(constants['stages.1.1.conv'][[4, 6]]).all()
+    assert dead_channels(constants)['stages.1.1.conv'] == done.dead['stages.1.1.conv'] >= 1
+
+
+def test_weights_that_are_far_too_large_are_counted(exported, broken_by_int8):
+    assert kernel_outliers(exported) == {}
+    assert kernel_outliers(broken_by_int8.model) == {'stages.1.1.conv': 1}
+
+
+def test_warnings_state_layers_and_numbers():
+    dead, outliers = health_warnings({'a': 2, 'b': 1}, {'c': 4}, 12)
+    assert '3 input channels' in dead and '12 images' in dead and 'a 2, b 1' in dead
+    assert '4 weights' in outliers and 'c 4' in outliers
+    assert health_warnings({}, {}) == []

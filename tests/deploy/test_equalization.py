@@ -1,0 +1,127 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from repopt_timm.deploy import QuantizationOptions, equalize, quantize_onnx
+from repopt_timm.deploy import equalization as equalization_module
+from repopt_timm.deploy.channel_health import kernel_outliers
+from repopt_timm.deploy.onnx_export import to_onnx
+from repopt_timm.deploy.onnx_graph import Graph
+
+
+class Everything(nn.Module):
+    """Pairs of layers that can be equalized, and all kinds that cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.grouped = nn.Conv2d(8, 8, 1, groups=2)
+        self.residual = nn.Conv2d(8, 8, 1, bias=False)
+        self.gated = nn.Conv2d(8, 8, 3, padding=1)
+        self.padded = nn.Conv2d(8, 8, 3, padding=1)
+        self.tied = nn.Conv2d(16, 16, 1)
+        self.last = nn.Conv2d(16, 4, 3)
+        self.first_fc = nn.Linear(16, 8)
+        self.second_fc = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.grouped(F.relu(self.depthwise(F.relu(self.stem(x)))))
+        x = F.leaky_relu(x, 0.1)
+        x = F.silu(self.gated(self.residual(x) + x))
+        x = torch.cat([F.relu(self.padded(x)), x], 1)
+        x = F.max_pool2d(F.relu(self.last(self.tied(F.relu(self.tied(x))))), 7)
+        return self.second_fc(F.relu(self.first_fc(x.flatten(1))))
+
+
+class Images:
+    """Takes the place of an image folder."""
+
+    def batches(self, indices, batch_size, title, whole=False):
+        yield torch.randn(len(indices), 3, 16, 16, generator=torch.Generator().manual_seed(1)), None
+
+
+@pytest.fixture(scope='module')
+def network():
+    torch.manual_seed(0)
+    model = Everything()
+    with torch.no_grad():
+        # Scales that no quantiser likes.
+        for parameter in (model.stem.weight, model.stem.bias, model.first_fc.weight):
+            parameter *= torch.logspace(-2, 1, 8).view(-1, *[1] * (parameter.dim() - 1))
+        # Everything else is alive.
+        for layer in (model.depthwise, model.last, model.first_fc):
+            layer.bias += 5
+        model.first_fc.weight.abs_()
+        # Always 0, always 2, and always silu(3).
+        model.stem.bias[1] = -1000
+        model.depthwise.weight[2], model.depthwise.bias[2] = 0, 2
+        model.gated.weight[3], model.gated.bias[3] = 0, 3
+    proto, _ = to_onnx(model, {'input_size': (3, 16, 16)})
+    return proto
+
+
+@pytest.fixture(scope='module')
+def equalized(network):
+    return equalize(network, Images(), range(16))
+
+
+def test_the_logits_stay(network, equalized):
+    assert equalized.difference < 1e-5
+    assert equalized.images == 16
+    assert network.SerializeToString() != equalized.model.SerializeToString()
+
+
+def test_dead_channels_are_removed_where_that_changes_nothing(network, equalized):
+    assert equalized.removed == {'depthwise': 1, 'grouped': 2}
+    # Zeros around the image end what is constant within.
+    assert equalized.kept == {'padded': 1}
+    assert equalized.unread == {'stem': 2}
+    assert not Graph(equalized.model).kernel('grouped')[0, :, 1:3].any()
+
+
+def test_layers_are_equalized_through_homogeneous_functions_only(equalized):
+    assert equalized.pairs == {
+        'stem': ['depthwise'],
+        'depthwise': ['grouped'],
+        'last': ['first_fc'],
+        'first_fc': ['second_fc'],
+    }
+    reasons = {name: reason for name, reason in equalized.left.items() if 'tied' not in name and 'conv2d' not in name}
+    assert reasons == {
+        'grouped': 'Add',
+        'residual': 'Add',
+        'gated': 'Sigmoid',
+        'padded': 'Concat',
+        'second_fc': 'output',
+    }
+    assert 'shared kernel' in equalized.left.values()
+
+
+@pytest.mark.parametrize(('layer', 'reader'), [('stem', 'depthwise'), ('last', 'first_fc')])
+def test_both_sides_of_a_pair_have_equal_weights(network, equalized, layer, reader):
+    def sides(model):
+        graph = Graph(model)
+        rows = np.abs(graph.kernel(layer)).max((2, 3)).reshape(-1)
+        return rows, np.abs(graph.kernel(reader)).max((1, 3)).reshape(len(rows), -1).max(1)
+
+    rows, columns = sides(equalized.model)
+    np.testing.assert_allclose(rows, columns, rtol=0.01)
+    assert not np.allclose(*sides(network), rtol=0.5)
+
+
+def test_a_rewrite_that_changes_logits_is_refused(network, monkeypatch):
+    monkeypatch.setattr(equalization_module, '_TOLERANCE', 0)
+    with pytest.raises(ValueError, match=r'The equalized model differs: .* expected at most 0e\+00'):
+        equalize(network, Images(), range(16))
+
+
+def test_int8_survives_one_scale_for_all_weights_after_it(damaged, broken_by_int8, images):
+    options = QuantizationOptions(images=20, weights='per-tensor', equalize=True)
+    done = quantize_onnx(damaged, images, options)
+    assert broken_by_int8.agreement() < 70 < 90 < done.agreement()
+    assert broken_by_int8.warnings() and not done.warnings()
+    assert done.equalization.removed['stages.1.1.conv'] >= 1
+    assert not kernel_outliers(done.model)
