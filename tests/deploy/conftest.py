@@ -6,8 +6,9 @@ import timm
 import torch
 from PIL import Image
 
-from repopt_timm.deploy import evaluation, int8_table, load_model, quantize_onnx, save_onnx
+from repopt_timm.deploy import evaluation, int8_table, load_model, quantize_onnx, save_onnx, sensitivity
 from repopt_timm.deploy.onnx_export import to_onnx
+from repopt_timm.deploy.onnx_graph import Graph
 from repopt_timm.deploy.quantization import QuantizationOptions
 
 from ..helpers import TINY
@@ -24,7 +25,8 @@ def short_times():
     """Times are taken, but not until they are exact."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evaluation, 'time_runs', partial(evaluation.time_runs, seconds=0))
-        patch.setattr(int8_table, 'alternate', partial(int8_table.alternate, rounds=3, seconds=0))
+        for module in (int8_table, sensitivity):
+            patch.setattr(module, 'alternate', partial(module.alternate, rounds=3, seconds=0))
         yield
 
 
@@ -103,3 +105,21 @@ def quantization(onnx_file, images):
         return done[key]
 
     return make
+
+
+@pytest.fixture(scope='session')
+def damaged(exported, tmp_path_factory):
+    """That model with what INT8 cannot stand: a channel that is always 0, and a weight of 300 that reads it."""
+    graph = Graph(exported)
+    rows, columns = (graph.kernel(layer) for layer in ('stages.1.0.conv', 'stages.1.1.conv'))
+    rows[0, 5] = 0
+    graph.bias('stages.1.0.conv')[5] = -1
+    columns[0, 5, 5, 4] = 300
+    path = tmp_path_factory.mktemp('damaged') / 'model.onnx'
+    save_onnx(graph.model, path)
+    return path
+
+
+@pytest.fixture(scope='session')
+def broken_by_int8(damaged, images):
+    return quantize_onnx(damaged, images, QuantizationOptions(images=20, weights='per-tensor'))
