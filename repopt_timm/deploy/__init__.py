@@ -2,17 +2,21 @@
 
 from .classifier import Classifier, load_classifier
 from .deploy_commands import add_class_map, add_commands
+from .equalization import Equalization, equalize
 from .evaluation import evaluate
 from .int8_table import compare_int8, comparison_table
 from .layer_noise import layer_report, plot_layers
-from .onnx_export import export_onnx, to_onnx
+from .onnx_export import ExportOptions, export_onnx, to_onnx
 from .prediction import predict
 from .quantization import Quantization, QuantizationOptions, calibrate, quantize, quantize_onnx
 from .runtime import save_onnx
+from .sensitivity import keep_in_float, layer_sensitivity, plot_sensitivity, sensitivity_table
 from .trained_model import load_model
 
 __all__ = [
     'Classifier',
+    'Equalization',
+    'ExportOptions',
     'Quantization',
     'QuantizationOptions',
     'add_class_map',
@@ -20,15 +24,20 @@ __all__ = [
     'calibrate',
     'compare_int8',
     'comparison_table',
+    'equalize',
     'evaluate',
     'export_onnx',
+    'keep_in_float',
     'layer_report',
+    'layer_sensitivity',
     'load_classifier',
     'load_model',
     'plot_layers',
+    'plot_sensitivity',
     'predict',
     'quantize',
     'quantize_onnx',
     'save_onnx',
+    'sensitivity_table',
     'to_onnx',
 ]

@@ -2,22 +2,30 @@
 
 import argparse
 import json
+import logging
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..files import check_output, write_text
 from ..reporting import add_command, positive, print_result
-from .evaluation import evaluate
+from .channel_health import health_warnings, kernel_outliers
+from .equalization import describe
+from .evaluation import UNSTEADY, evaluate
 from .int8_table import compare_int8, comparison_table
 from .layer_noise import layer_report, plot_layers
-from .onnx_export import export_onnx
-from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, quantize_onnx
+from .onnx_export import OPSET, ExportOptions, export_onnx
+from .quantization import CALIBRATIONS, TARGETS, WEIGHTS, QuantizationOptions, quantize_onnx
 from .runtime import require, save_onnx
+from .sensitivity import keep_in_float, layer_sensitivity, plot_sensitivity, sensitivity_table
 
 __all__ = ['add_class_map', 'add_commands', 'add_quantization', 'add_weights', 'quantization_options']
 
+_logger = logging.getLogger(__name__)
+
 _MODEL = 'checkpoint, folder in the format of timm, or name for timm.create_model'
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+_EQUALIZE = 'remove dead channels and equalize layers, which changes no logit'
 _DATA = 'folder of images, <class>/..., or one with a folder for each split'
 
 
@@ -30,6 +38,11 @@ def add_commands(commands: Any) -> None:
     export = add_command(commands, 'export', _export)
     export.add_argument('model', help=_MODEL)
     export.add_argument('--onnx', metavar='FILE', required=True, help='file to write')
+    export.add_argument('--opset', type=positive(int), default=OPSET, metavar='N', help="version of ONNX's operators")
+    export.add_argument(
+        '--fixed-batch', type=positive(int), metavar='N', help='take N images at a time, no other number'
+    )
+    export.add_argument('--fp16', action='store_true', help='weights and computation in float16')
     _add_preprocessing(export)
 
     quantized = add_command(commands, 'quantize', _quantize)
@@ -39,8 +52,14 @@ def add_commands(commands: Any) -> None:
     quantized.add_argument('--out', metavar='FILE', required=True, help='file to write')
     add_weights(quantized)
     add_quantization(quantized)
+    quantized.add_argument('--equalize', action='store_true', help=f'first {_EQUALIZE}')
     quantized.add_argument('--report', metavar='DIR', help='write layers.png and layers.json, on each layer')
     quantized.add_argument('--versus', metavar='MODEL', help='with --report, another model to draw beside')
+    quantized.add_argument('--target', choices=TARGETS, default=TARGETS[0], help='runtime; ort is for OpenVINO too')
+    sensitivity_help = 'write sensitivity.md, .png and .json: accuracy with one layer at a time in INT8'
+    quantized.add_argument('--sensitivity', metavar='DIR', help=sensitivity_help)
+    drop_help = 'leave the fewest layers in float32 that lose no more than POINTS of top-1 on the calibration images'
+    quantized.add_argument('--max-drop', type=float, metavar='POINTS', help=drop_help)
     _add_preprocessing(quantized)
 
     evaluated = add_command(commands, 'evaluate', _evaluate)
@@ -60,7 +79,9 @@ def add_commands(commands: Any) -> None:
     compared.add_argument('--out', metavar='DIR', help='write int8.md and int8.json')
     compared.add_argument('--weights', nargs='+', choices=WEIGHTS, default=WEIGHTS)
     compared.add_argument('--calibrations', nargs='+', choices=CALIBRATIONS, default=CALIBRATIONS)
+    compared.add_argument('--targets', nargs='+', choices=TARGETS, default=TARGETS[:1], help='forms to measure')
     add_quantization(compared)
+    compared.add_argument('--equalize', action='store_true', help=f'measure each model a second time: {_EQUALIZE}')
     compared.add_argument(
         '--latency-batches',
         nargs='*',
@@ -131,11 +152,13 @@ def _short(source: str) -> str:
 
 def _export(args: argparse.Namespace) -> None:
     path = check_output(args.onnx, args.model)
-    result = {**export_onnx(args.model, path, _overrides(args)), 'out': args.onnx}
+    options = ExportOptions(args.opset, args.fixed_batch or 0, args.fp16)
+    result = {**export_onnx(args.model, path, _overrides(args), options), 'out': args.onnx}
+    _warn(health_warnings({}, result['outliers']))
     left = f', {result["batchnorms"]} BatchNorms without a convolution before them' if result['batchnorms'] else ''
     text = (
         f'{args.model} -> {args.onnx}: {_megabytes(result["bytes"])}, opset {result["opset"]}{left}; logits within '
-        f'{result["difference"]:.1e} of PyTorch'
+        f'{result["difference"]:.1e} of PyTorch, relative to the largest'
     )
     print_result(args, result, text)
 
@@ -150,10 +173,22 @@ def _quantize(args: argparse.Namespace) -> None:
     if args.report:
         require('matplotlib')
         picture, table = (check_output(Path(args.report, name), *sources) for name in ('layers.png', 'layers.json'))
-    options = quantization_options(args, weights=args.weights, calibration=args.calibration)
+    if args.sensitivity:
+        require('matplotlib')
+    named = {suffix: Path(args.sensitivity or '', f'sensitivity.{suffix}') for suffix in ('md', 'json', 'png')}
+    files = {suffix: check_output(file, *sources) for suffix, file in named.items() if args.sensitivity}
+    options = quantization_options(
+        args, weights=args.weights, calibration=args.calibration, target=args.target, equalize=args.equalize
+    )
     name = _short if len(set(map(_short, sources))) == len(sources) else str
     reports = {}
     done = quantize_onnx(args.model, args.data, options, args.split, _overrides(args))
+    _warn(done.warnings())
+    if args.sensitivity or args.max_drop is not None:
+        ranking = layer_sensitivity(done)
+    kept: dict[str, Any] = {}
+    if args.max_drop is not None:
+        done, kept = keep_in_float(done, ranking, args.max_drop)
     result: dict[str, Any] = {
         'out': args.out,
         'bytes': done.quantized.ByteSize(),
@@ -161,12 +196,20 @@ def _quantize(args: argparse.Namespace) -> None:
         'images': len(done.indices),
         'folder': str(done.images.folder),
         'agreement': done.agreement(),
+        'dead_channels': dict(done.dead),
+        'outliers': kernel_outliers(done.model),
+        **kept,
     }
     text = (
         f'{args.model} -> {args.out}: {_megabytes(result["float_bytes"])} -> {_megabytes(result["bytes"])}; calibrated '
         f'on {result["images"]} images of {result["folder"]}, of which {result["agreement"]:.1f} % are classified as '
         f'before'
     )
+    if done.equalization:
+        result['equalization'] = done.equalization.counts
+        text += f'; {describe(done.equalization.counts)}'
+    if kept:
+        text += '; ' + _kept_text(kept)
     if args.report:
         reports[name(args.model)] = layer_report(done)
     if args.versus:
@@ -178,7 +221,24 @@ def _quantize(args: argparse.Namespace) -> None:
         plot_layers(reports, picture)
         write_text(table, json.dumps(reports, indent=2) + '\n')
         text += f'; report in {args.report}'
+    if args.sensitivity:
+        result['sensitivity'] = args.sensitivity
+        plot_sensitivity(ranking, files['png'])
+        write_text(files['json'], json.dumps(ranking, indent=2) + '\n')
+        write_text(files['md'], sensitivity_table(ranking) + '\n')
+        text += f'; sensitivity in {args.sensitivity}, most sensitive:\n{sensitivity_table(ranking, 5)}'
     print_result(args, result, text)
+
+
+def _kept_text(kept: Mapping[str, Any]) -> str:
+    layers = ', '.join(kept['kept']) or 'no layer'
+    cost = f', {kept["int8_ms"]:.3g} -> {kept["ms"]:.3g} ms for an image' if kept['ms'] else f'. {UNSTEADY}'
+    return f'{layers} in float32, {kept["drop"]:.2f} points lost on the calibration images{cost}'
+
+
+def _warn(lines: Iterable[str]) -> None:
+    for line in lines:
+        _logger.warning(line)
 
 
 def _evaluate(args: argparse.Namespace) -> None:
@@ -192,6 +252,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         f'throughput  {result["throughput"]:.0f} images/s at batch {result["batch_size"]}',
         f'size        {_megabytes(result["bytes"])}, {result["backend"]}',
     ]
+    _warn([] if result['steady'] else [UNSTEADY])
     print_result(args, result, '\n'.join(lines))
 
 
@@ -206,11 +267,12 @@ def _compare(args: argparse.Namespace) -> None:
         args.calibration_data,
         args.weights,
         args.calibrations,
-        quantization_options(args),
+        quantization_options(args, equalize=args.equalize),
         args.latency_batches,
         args.threads,
         _overrides(args),
         args.class_map,
+        args.targets,
     )
     table = comparison_table(results)
     for file, text in zip(files, (table, json.dumps(results, indent=2))):

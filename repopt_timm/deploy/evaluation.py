@@ -1,7 +1,7 @@
 """Accuracy, latency, throughput and size of a model."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median, quantiles
 from typing import Any
 
@@ -12,7 +12,24 @@ from ..reporting import take_turns, time_call
 from .classifier import Classifier, load_classifier
 from .image_folder import ImageFolder
 
-__all__ = ['accuracies', 'alternate', 'check_classes', 'evaluate', 'random_images', 'time_runs']
+__all__ = [
+    'UNSTEADY',
+    'accuracies',
+    'alternate',
+    'check_classes',
+    'evaluate',
+    'is_steady',
+    'random_images',
+    'time_runs',
+]
+
+# The 90th percentile of times, of their median.
+_STEADY = 1.5
+
+UNSTEADY = (
+    'The times are not steady, their 90th percentile is over 1.5 times their median: speed-ups are not stated. Repeat '
+    'it on an idle machine.'
+)
 
 
 def evaluate(
@@ -38,7 +55,7 @@ def evaluate(
     Returns:
         `model`, `backend`, `images`, `top1` and `top5` in percent (`top5` over as many classes as there are if fewer),
         `latency_ms` and `latency_p90_ms` of one image (of a batch, where an ONNX file has a fixed one), `throughput` in
-        images per second and `bytes` on disk. These times exclude decoding.
+        images per second, whether these times are `steady`, and `bytes` on disk. The times exclude decoding.
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
@@ -58,6 +75,7 @@ def evaluate(
         'latency_ms': 1000 * median(single),
         'latency_p90_ms': 1000 * quantiles(single, n=10)[-1],
         'throughput': batch_size / median(many),
+        'steady': is_steady(single) and is_steady(many),
         'batch_size': batch_size,
         'bytes': classifier.size,
     }
@@ -123,6 +141,11 @@ def time_runs(run: Callable[[], Any], seconds: float = 1.0, least: int = 20) -> 
     while len(times) < least or sum(times) < seconds:
         times.append(time_call(run))
     return times
+
+
+def is_steady(times: Sequence[float]) -> bool:
+    """Returns whether times are worth comparing: their 90th percentile is at most half above their median."""
+    return quantiles(times, n=10, method='inclusive')[-1] <= _STEADY * median(times)
 
 
 def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 15, seconds: float = 0.1) -> dict[str, list[float]]:

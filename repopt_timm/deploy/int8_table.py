@@ -3,22 +3,27 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import compress, product
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm
 import torch
 
 from ..reporting import cpu_name, markdown_table
 from .classifier import Classifier, data_config, is_onnx, onnx_classifier, torch_classifier
-from .evaluation import accuracies, alternate, check_classes, random_images
+from .equalization import describe, equalize
+from .evaluation import UNSTEADY, accuracies, alternate, check_classes, is_steady, random_images
 from .image_folder import ImageFolder
 from .onnx_export import float_onnx
-from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, calibrate, quantize
+from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, calibrate, equalization_images, quantize
 from .runtime import require
 from .trained_model import load_model
 
 __all__ = ['compare_int8', 'comparison_table']
+
+# Weights, calibration, target, and whether equalized.
+_Way: TypeAlias = tuple[str, str, str, bool]
 
 
 def compare_int8(
@@ -32,6 +37,7 @@ def compare_int8(
     threads: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     class_map: str = '',
+    targets: Sequence[str] = ('ort',),
 ) -> dict[str, Any]:
     """Quantises models in all ways, and measures each on the same images.
 
@@ -41,16 +47,17 @@ def compare_int8(
         calibration_data: Image folder whose `train` split is calibrated on. Defaults to `data`.
         weights: Granularities to try.
         calibrations: Calibrations to try.
-        options: Everything else.
+        options: Everything else; with `equalize` each model is measured as it is, and equalized too.
         latency_batches: Batch sizes to time.
         threads: Number of threads. Defaults to all cores.
         overrides: Preprocessing that differs from the models' own, by timm's names.
         class_map: See `ImageFolder`; the one that the models were trained with.
+        targets: Forms to try, see `QuantizationOptions`. ONNX Runtime runs all of them; the first one is timed.
 
     Returns:
         Plain data: `settings`; `accuracy`, a row for each model and kind with `top1`, `top5` and `drop` from float32 in
         points; `latency`, a row for each model and batch size with milliseconds, and `speedups` of each kind of INT8,
-        medians of the ratios in the same round.
+        medians of the ratios in the same round, or None where times are not steady; `equalization`, what that did.
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
@@ -60,6 +67,7 @@ def compare_int8(
     options = options or QuantizationOptions()
     accuracy: list[dict[str, Any]] = []
     latency: list[dict[str, Any]] = []
+    equalization: dict[str, Any] = {}
     counted: dict[str, int] = {}
     for label, source in models.items():
         model = float_onnx(source, overrides)
@@ -68,39 +76,47 @@ def compare_int8(
         pool = ImageFolder(data if calibration_data is None else calibration_data, 'train', config)
         indices = pool.sample(options.images, options.seed)
         counted = {'validation_images': len(images), 'calibration_images': len(indices)}
-        classifiers = {('float32', ''): onnx_classifier(model, threads, overrides)}
         # Before the calibrations, which take long.
-        check_classes(classifiers['float32', ''], images)
-        for calibration in calibrations:
-            ranges = calibrate(model, pool, indices, replace(options, calibration=calibration))
-            for kind in weights:
-                quantized = quantize(model, ranges, replace(options, weights=kind))
-                classifiers[kind, calibration] = onnx_classifier(quantized, threads, overrides)
+        check_classes(onnx_classifier(model, threads, overrides), images)
+        forms = {False: model}
+        if options.equalize:
+            done = equalize(model, pool, equalization_images(pool, options))
+            forms[True], equalization[label] = done.model, done.counts
+        classifiers: dict[_Way, Classifier] = {}
+        for equalized, form in forms.items():
+            classifiers['float32', '', '', equalized] = onnx_classifier(form, threads, overrides)
+            for calibration in calibrations:
+                ranges = calibrate(form, pool, indices, replace(options, calibration=calibration))
+                for target, kind in product(targets, weights):
+                    quantized = quantize(form, ranges, replace(options, weights=kind, target=target))
+                    way = (kind, calibration, target, equalized)
+                    classifiers[way] = onnx_classifier(quantized, threads, overrides)
         accuracy += _accuracy_rows(label, classifiers, images)
         timed: dict[str, Classifier] = {}
         if not is_onnx(source):
             timed['pytorch'] = torch_classifier(load_model(source), threads)
-        timed['float32'] = classifiers['float32', '']
-        # Calibration changes values, not the work.
-        timed |= {kind: classifiers[kind, calibrations[0]] for kind in weights}
+        timed['float32'] = classifiers['float32', '', '', False]
+        # Calibration and equalizing change values, not the work.
+        timed |= {kind: classifiers[kind, calibrations[0], targets[0], False] for kind in weights}
         latency += [_latency_row(label, timed, config, batch) for batch in latency_batches]
     # The others are counted, or varied.
     fixed = {name: getattr(options, name) for name in ('percentile', 'seed', 'reduce_range', 'exclude')}
     settings = {**fixed, **counted, **_machine(threads)}
-    return {'settings': settings, 'accuracy': accuracy, 'latency': latency}
+    return {'settings': settings, 'accuracy': accuracy, 'latency': latency, 'equalization': equalization}
 
 
-def _accuracy_rows(
-    label: str, classifiers: Mapping[tuple[str, str], Classifier], images: ImageFolder
-) -> list[dict[str, Any]]:
-    named = {'/'.join(key): classifier for key, classifier in classifiers.items()}
+def _accuracy_rows(label: str, classifiers: Mapping[_Way, Classifier], images: ImageFolder) -> list[dict[str, Any]]:
+    named = {str(way): classifier for way, classifier in classifiers.items()}
     found = accuracies(named, images, title=f'{label}: evaluation')
-    reference = found['float32/'][0]
+    reference = found[str(('float32', '', '', False))][0]
     rows = []
-    for weights, calibration in classifiers:
-        top1, top5 = found[f'{weights}/{calibration}']
+    for way in classifiers:
+        weights, calibration, target, equalized = way
+        top1, top5 = found[str(way)]
         row = {'model': label, 'weights': weights, 'calibration': calibration, 'top1': top1, 'top5': top5}
-        rows.append(row if weights == 'float32' else {**row, 'drop': reference - top1})
+        if weights != 'float32':
+            row |= {'target': target, 'drop': reference - top1}
+        rows.append({**row, 'equalized': equalized})
     return rows
 
 
@@ -110,9 +126,12 @@ def _latency_row(
     images = random_images(config, batch)
     runs = {name: (lambda classifier=classifier: classifier.run(images)) for name, classifier in classifiers.items()}
     times = alternate(runs)
+    steady = {name: is_steady(values) for name, values in times.items()}
     speedups = {
         kind: {
             base: median(slow / fast for slow, fast in zip(times[base], times[kind]))
+            if steady[base] and steady[kind]
+            else None
             for base in ('pytorch', 'float32')
             if base in times
         }
@@ -147,6 +166,8 @@ def comparison_table(results: Mapping[str, Any]) -> str:
         '',
         _accuracy_table(results['accuracy']),
     ]
+    for label, counts in results['equalization'].items():
+        lines += ['', f'{label}: {describe(counts)}.']
     if results['latency']:
         versions = ', '.join(f'{name} {version}' for name, version in settings['versions'].items())
         lines += [
@@ -156,22 +177,27 @@ def comparison_table(results: Mapping[str, Any]) -> str:
             '',
             _latency_table(results['latency']),
         ]
+        if any(None in speedups.values() for row in results['latency'] for speedups in row['speedups'].values()):
+            lines += ['', UNSTEADY]
     return '\n'.join(lines)
 
 
 def _accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    calibrations = list(dict.fromkeys(row['calibration'] for row in rows if row['calibration']))
-    cells: dict[tuple[str, str], dict[str, str]] = {}
-    reference = {row['model']: row['top1'] for row in rows if row['weights'] == 'float32'}
-    for row in rows:
-        if row['weights'] != 'float32':
-            cell = f'{row["top1"]:.2f} ({0 - row["drop"]:+.2f})'
-            cells.setdefault((row['model'], row['weights']), {})[row['calibration']] = cell
-    body = [
-        [model, weights, f'{reference[model]:.2f}', *(found[calibration] for calibration in calibrations)]
-        for (model, weights), found in cells.items()
-    ]
-    return markdown_table(['model', 'weights', 'float32', *(f'INT8 {name}' for name in calibrations)], body)
+    quantized = [row for row in rows if row['weights'] != 'float32']
+    calibrations = list(dict.fromkeys(row['calibration'] for row in quantized))
+    reference = {(row['model'], row['equalized']): row['top1'] for row in rows if row['weights'] == 'float32'}
+    cells: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in quantized:
+        key = tuple(row[name] for name in ('model', 'equalized', 'target', 'weights'))
+        cells.setdefault(key, {})[row['calibration']] = f'{row["top1"]:.2f} ({0 - row["drop"]:+.2f})'
+    several = [len({row[name] for row in quantized}) > 1 for name in ('equalized', 'target')]
+    body = []
+    for (model, equalized, target, weights), found in cells.items():
+        more = compress(['yes' if equalized else '', target], several)
+        top1 = f'{reference[model, equalized]:.2f}'
+        body.append([model, *more, weights, top1, *(found[calibration] for calibration in calibrations)])
+    columns = compress(['equalized', 'target'], several)
+    return markdown_table(['model', *columns, 'weights', 'float32', *(f'INT8 {name}' for name in calibrations)], body)
 
 
 def _latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -180,14 +206,14 @@ def _latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
         milliseconds, sizes = row['ms'], row['bytes']
         for kind, speedups in row['speedups'].items():
             values = [milliseconds.get('pytorch'), milliseconds['float32'], milliseconds[kind]]
-            ratios = [speedups.get('pytorch'), speedups['float32']]
+            ratios = {base: speedups.get(base) for base in ('pytorch', 'float32')}
             body.append(
                 [
                     row['model'],
                     str(row['batch']),
                     kind,
                     *('' if value is None else f'{value:.2f}' for value in values),
-                    *('' if ratio is None else f'{ratio:.2f}x' for ratio in ratios),
+                    *(f'{ratio:.2f}x' if ratio else '-' if base in speedups else '' for base, ratio in ratios.items()),
                     f'{sizes["float32"] / 1e6:.1f} -> {sizes[kind] / 1e6:.1f}',
                 ]
             )

@@ -3,27 +3,48 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from .channel_health import kernel_outliers
 from .classifier import is_onnx, label_names, onnx_classifier, preprocessing
 from .runtime import load_onnx, quiet, require, save_onnx
 from .trained_model import load_model
 
-__all__ = ['export_onnx', 'float_onnx', 'to_onnx']
+__all__ = ['OPSET', 'ExportOptions', 'export_onnx', 'float_onnx', 'to_onnx']
 
 # PyTorch's exporter writes it without a conversion, every ONNX Runtime since 1.14 runs it, and it has 8-bit
 # convolutions, per channel too.
 OPSET = 18
 
-# Of the largest logit. Summing in another order makes about 1e-6.
+# Of the largest logit. Summing in another order makes about 1e-6, float16 about 1e-3.
 _TOLERANCE = 1e-3
+_HALF_TOLERANCE = 1e-2
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to write the file.
+
+    Attributes:
+        opset: Version of ONNX's operators.
+        batch: Images in a batch, for runtimes that take no other; 0 for any number.
+        half: Store weights and compute in float16. Images and logits stay in float32.
+    """
+
+    opset: int = OPSET
+    batch: int = 0
+    half: bool = False
 
 
 def export_onnx(
-    source: str | os.PathLike, path: str | os.PathLike, overrides: Mapping[str, Any] | None = None
+    source: str | os.PathLike,
+    path: str | os.PathLike,
+    overrides: Mapping[str, Any] | None = None,
+    options: ExportOptions | None = None,
 ) -> dict[str, Any]:
     """Exports a trained model to an ONNX file with its preprocessing in the metadata.
 
@@ -31,10 +52,11 @@ def export_onnx(
         source: What `load_model` takes.
         path: File to write.
         overrides: Preprocessing that differs from the model's own, by timm's names.
+        options: See there.
 
     Returns:
-        `out`, `opset`, `bytes`, `batchnorms` (the number that follow no convolution and stay), and `difference`, the
-        largest difference between a logit and PyTorch's.
+        `out`, `opset`, `bytes`, `batchnorms` (the number that follow no convolution and stay), `difference`, the
+        largest difference between a logit and PyTorch's, of the largest logit, and `outliers`, see `kernel_outliers`.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -42,15 +64,19 @@ def export_onnx(
         OSError: If the file cannot be written.
         ImportError: If the `[deploy]` extra is not installed.
     """
-    proto, difference = _load_and_export(source, overrides)
+    require('onnxscript')
+    options = options or ExportOptions()
+    model = load_model(source)
+    proto, difference = to_onnx(model, preprocessing(overrides, model=model), options)
     save_onnx(proto, path)
     batchnorms = sum(node.op_type == 'BatchNormalization' for node in proto.graph.node)
     return {
         'out': os.fspath(path),
-        'opset': OPSET,
+        'opset': options.opset,
         'bytes': proto.ByteSize(),
         'batchnorms': batchnorms,
         'difference': difference,
+        'outliers': kernel_outliers(proto),
     }
 
 
@@ -66,31 +92,32 @@ def float_onnx(source: str | os.PathLike, overrides: Mapping[str, Any] | None = 
         ValueError: If it cannot be loaded or exported.
         ImportError: If the `[deploy]` extra is not installed.
     """
-    return load_onnx(source) if is_onnx(source) else _load_and_export(source, overrides)[0]
-
-
-def _load_and_export(source: str | os.PathLike, overrides: Mapping[str, Any] | None) -> tuple[Any, float]:
+    if is_onnx(source):
+        return load_onnx(source)
     require('onnxscript')
     model = load_model(source)
-    return to_onnx(model, preprocessing(overrides, model=model))
+    return to_onnx(model, preprocessing(overrides, model=model))[0]
 
 
-def to_onnx(model: nn.Module, config: Mapping[str, Any]) -> tuple[Any, float]:
+def to_onnx(model: nn.Module, config: Mapping[str, Any], options: ExportOptions | None = None) -> tuple[Any, float]:
     """Exports a model.
 
     Args:
         model: As `load_model` returns it.
         config: Preprocessing, as `timm.data.resolve_data_config` gives it.
+        options: See there.
 
     Returns:
         An `onnx.ModelProto` from `input`, float32 of shape (batch, C, H, W), to `logits`; and the largest difference
-        between one of its logits and PyTorch's.
+        between one of its logits and PyTorch's, of the largest logit.
 
     Raises:
-        ValueError: If ONNX or ONNX Runtime lacks an operator of the model, or the logits differ.
+        ValueError: If ONNX or ONNX Runtime lacks an operator of the model, the logits differ, or the exporter does not
+            write this opset.
     """
+    options = options or ExportOptions()
     # The exporter takes a batch of one image for a constant.
-    example = torch.randn(2, *config['input_size'], generator=torch.Generator().manual_seed(0))
+    example = torch.randn(options.batch or 2, *config['input_size'], generator=torch.Generator().manual_seed(0))
     try:
         with quiet():
             program: Any = torch.onnx.export(
@@ -98,19 +125,29 @@ def to_onnx(model: nn.Module, config: Mapping[str, Any]) -> tuple[Any, float]:
                 (example,),
                 input_names=['input'],
                 output_names=['logits'],
-                opset_version=OPSET,
+                opset_version=options.opset,
                 dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim('batch')},),
+                dynamic_shapes=None if options.batch else ({0: torch.export.Dim('batch')},),
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
         raise ValueError(f'{type(model).__name__} cannot be exported to ONNX: {_cause(error)}') from None
     proto = program.model_proto
+    written = next(entry.version for entry in proto.opset_import if not entry.domain)
+    if written != options.opset:
+        raise ValueError(
+            f'{type(model).__name__} cannot be exported to ONNX opset {options.opset}: torch {torch.__version__} wrote '
+            f'{written}. Take that one, or a later one.'
+        )
+    if options.half:
+        with quiet():
+            convert = require('onnxruntime.transformers.float16').convert_float_to_float16
+            proto = convert(proto, keep_io_types=True)
     _strip_sources(proto)
     metadata = {**config, 'architecture': _architecture(model), 'label_names': label_names(model)}
     for key, value in metadata.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
-    return proto, _verify(model, proto, example)
+    return proto, _verify(model, proto, example, _HALF_TOLERANCE if options.half else _TOLERANCE)
 
 
 def _architecture(model: nn.Module) -> str:
@@ -130,17 +167,17 @@ def _cause(error: BaseException) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def _verify(model: nn.Module, proto: Any, example: torch.Tensor) -> float:
+def _verify(model: nn.Module, proto: Any, example: torch.Tensor, tolerance: float) -> float:
     # Another batch size than the exported one shows whether the batch is dynamic.
-    images = torch.cat([example, example.flip(-1)])[:3]
+    images = torch.cat([example, example.flip(-1)])[: len(example) + 1]
     with torch.inference_mode():
         expected = model(images)
     found = onnx_classifier(proto).run(images)
-    difference = (found - expected).abs().max().item()
-    allowed = _TOLERANCE * max(expected.abs().max().item(), 1e-3)
-    if not difference <= allowed:
+    difference = (found - expected).abs().max().item() / max(expected.abs().max().item(), 1e-12)
+    if not difference <= tolerance:
         raise ValueError(
-            f'The exported model differs from PyTorch: a logit by {difference:.3g}, expected at most {allowed:.3g}. '
-            f'Its weights may hold values that are not finite, or PyTorch exports one of its operators wrongly.'
+            f'The exported model differs from PyTorch: a logit by {difference:.1e} of the largest, expected at most '
+            f'{tolerance:.0e}. Its weights may hold values that are not finite, or too large for float16, or PyTorch '
+            f'exports one of its operators wrongly.'
         )
     return difference

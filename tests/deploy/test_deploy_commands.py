@@ -3,6 +3,7 @@ import sys
 
 import onnx
 import pytest
+import torch
 from huggingface_hub import ModelCard
 
 from repopt_timm.cli import main
@@ -63,6 +64,31 @@ def test_models_are_compared_in_one_table(onnx_file, images, tmp_path, capsys):
     assert len(json.loads((tmp_path / 'int8.json').read_text())['accuracy']) == 6
 
 
+def test_remedies_and_rankings_are_reported(damaged, images, tmp_path, capsys, caplog):
+    out, folder = str(tmp_path / 'out.onnx'), tmp_path / 'layers'
+    common = ['quantize', str(damaged), '--data', str(images), '--out', out, '--weights', 'per-tensor', '--json']
+    assert main([*common, '--images', '12', '--sensitivity', str(folder), '--max-drop', '5']) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found['kept'] == ['stages.1.1.conv', 'stages.2.0.conv']
+    assert sorted(file.suffix for file in folder.iterdir()) == ['.json', '.md', '.png']
+    assert 'stages.1.1.conv 1' in caplog.text
+    assert main([*common, '--images', '12', '--equalize', '--target', 'tensorrt']) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found['equalization']['removed']['stages.1.1.conv'] >= 1
+    assert not found['outliers']
+
+
+def test_export_warns_of_outliers_and_takes_the_form_of_the_file(checkpoint, tmp_path, capsys, caplog):
+    state = torch.load(checkpoint, weights_only=False)
+    state['state_dict']['stages.1.1.conv.weight'][0, 0, 0, 0] = 1e4
+    torch.save(state, tmp_path / 'last.pth.tar')
+    arguments = ['--onnx', str(tmp_path / 'out.onnx'), '--fixed-batch', '2', '--opset', '20', '--json']
+    assert main(['export', str(tmp_path / 'last.pth.tar'), *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found['opset'], found['outliers']) == (20, {'stages.1.1.conv': 1})
+    assert 'stages.1.1.conv 1' in caplog.text
+
+
 @pytest.fixture
 def five_classes(tmp_path):
     return write_checkpoint(tiny_model(), tmp_path / 'five.pth.tar')
@@ -90,7 +116,7 @@ def five_classes(tmp_path):
         ('evaluate {five} --data {images}', 'The model has 5 classes, but the folder'),
         ('evaluate {model} --data {images} --input-size 3 8 8', 'ONNX Runtime cannot run the model'),
         ('evaluate {model} --data {images} --mean 0.5 0.5', 'expected one value, or one for each channel'),
-        ('quantize {future} --data {images} --out {tmp}/new.onnx', 'cannot calibrate the model: Load model'),
+        ('quantize {future} --data {images} --out {tmp}/new.onnx', 'cannot run the model'),
         ('compare-int8 {model} {model} --data {images}', 'same label'),
         ('compare-int8 {five} --data {images} --images 8 --calibrations minmax', 'The model has 5 classes'),
     ],

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from repopt_timm.deploy import Classifier, evaluate, export_onnx, save_onnx
-from repopt_timm.deploy.evaluation import accuracies, alternate
+from repopt_timm.deploy.evaluation import accuracies, alternate, is_steady
 from repopt_timm.deploy.image_folder import ImageFolder
 
 CONFIG = {'input_size': (3, 32, 32)}
@@ -74,3 +74,8 @@ def test_models_are_timed_in_turn():
     turns = [name for name, before in zip(calls, ['', *calls]) if name != before]
     # The order rotates, so that a turn at the end of a round and one at the start of the next look like one.
     assert turns == ['a', 'b'] * 4
+
+
+def test_times_with_a_long_tail_are_not_steady():
+    assert is_steady([1.0] * 19 + [9.0])
+    assert not is_steady([1.0] * 17 + [9.0] * 3)

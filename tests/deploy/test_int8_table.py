@@ -1,6 +1,8 @@
 import pytest
 
-from repopt_timm.deploy import QuantizationOptions, compare_int8, comparison_table
+from repopt_timm.deploy import Classifier, QuantizationOptions, compare_int8, comparison_table, int8_table
+
+STUB = Classifier('stub', lambda images: images, {}, 0)
 
 
 @pytest.fixture(scope='module')
@@ -41,3 +43,32 @@ def test_the_table_has_a_row_for_each_model_and_granularity(results):
     assert [row[1] for row in rows] == ['per-channel', 'per-tensor']
     first = results['accuracy'][1]
     assert rows[0][3] == f'{first["top1"]:.2f} ({0 - first["drop"]:+.2f})'
+
+
+def test_what_equalizing_and_other_forms_do_is_a_row_each(damaged, images):
+    options = QuantizationOptions(images=20, equalize=True)
+    found = compare_int8(
+        {'A': damaged},
+        images,
+        weights=('per-tensor',),
+        calibrations=('minmax',),
+        options=options,
+        latency_batches=(),
+        targets=('ort', 'tensorrt'),
+    )
+    lines = comparison_table(found).splitlines()
+    assert '| model | equalized | target | weights | float32 | INT8 minmax |' in lines
+    rows = [line.split(' | ') for line in lines if line.startswith('| A |')]
+    assert [row[1:3] for row in rows] == [['', 'ort'], ['', 'tensorrt'], ['yes', 'ort'], ['yes', 'tensorrt']]
+    drops = [float(row[5].split('(')[1].strip(') |')) for row in rows]
+    assert max(drops[:2]) < -20 < -10 < min(drops[2:])
+    assert any(line.startswith('A: ') and 'dead input channels' in line for line in lines)
+
+
+def test_no_speed_up_is_stated_from_times_that_are_not_steady(results, monkeypatch):
+    monkeypatch.setattr(int8_table, 'alternate', lambda runs: dict.fromkeys(runs, [1.0] * 8 + [9.0] * 2))
+    row = int8_table._latency_row('A', {'float32': STUB, 'per-tensor': STUB}, {'input_size': (3, 8, 8)}, 1)
+    assert row['speedups'] == {'per-tensor': {'float32': None}}
+    table = comparison_table({**results, 'latency': [row]})
+    assert '| A | 1 | per-tensor |  | 1000.00 | 1000.00 |  | - |' in table
+    assert 'speed-ups are not stated' in table

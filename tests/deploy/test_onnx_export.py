@@ -3,13 +3,15 @@ import json
 import math
 from pathlib import Path
 
+import onnx
 import onnxruntime
 import pytest
 import timm
 import torch
 from torch import nn
 
-from repopt_timm.deploy import export_onnx, load_model, save_onnx
+from repopt_timm.deploy import ExportOptions, export_onnx, load_model, save_onnx
+from repopt_timm.deploy.classifier import image_input
 from repopt_timm.deploy.onnx_export import to_onnx
 
 from .conftest import ARGS, write_checkpoint
@@ -58,6 +60,36 @@ def test_batchnorm_is_folded_in_other_timm_models(name, tmp_path):
             nn.init.uniform_(module.running_var, 0.5, 2)
     proto, _ = to_onnx(model.eval(), CONFIG)
     assert not [node for node in proto.graph.node if node.op_type == 'BatchNormalization']
+
+
+def small():
+    layers = (nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(4, 3))
+    return nn.Sequential(*layers).eval()
+
+
+@pytest.mark.parametrize(
+    'options', [ExportOptions(half=True), ExportOptions(batch=1), ExportOptions(batch=3, opset=21)]
+)
+def test_files_for_other_runtimes_are_verified_too(options):
+    proto, difference = to_onnx(small(), CONFIG, options)
+    assert difference < (1e-2 if options.half else 1e-5)
+    assert image_input(proto)[1] == [options.batch, 3, 32, 32]
+    types = {tensor.data_type for tensor in proto.graph.initializer if tensor.name.endswith('weight')}
+    assert types == {onnx.TensorProto.FLOAT16 if options.half else onnx.TensorProto.FLOAT}
+    assert proto.opset_import[0].version == options.opset
+    ends = (*proto.graph.input, *proto.graph.output)
+    assert {value.type.tensor_type.elem_type for value in ends} == {onnx.TensorProto.FLOAT}
+
+
+def test_an_opset_that_the_exporter_does_not_write_is_an_error():
+    with pytest.raises(ValueError, match=r'cannot be exported to ONNX opset 9: torch .* wrote 18'):
+        to_onnx(small(), CONFIG, ExportOptions(opset=9))
+
+
+def test_logits_are_compared_relative_to_the_largest():
+    model = small()
+    model[-1].weight.data *= 1e4
+    assert to_onnx(model, CONFIG)[1] < 1e-5
 
 
 class SingularValues(nn.Module):
