@@ -124,7 +124,8 @@ def read_published(model_name: str) -> Scales:
     if not row.is_cached:
         _download(row)
     network = ModelName.parse(row.name).network
-    return read_scale_file(row.path, network).with_provenance(row.provenance, row.name)
+    scales = read_scale_file(row.path, network).with_provenance(row.provenance, row.name)
+    return scales if scales.architecture else scales.renamed(network)
 
 
 def _download(row: PublishedScales) -> None:

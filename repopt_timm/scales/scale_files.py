@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..architectures import infer_architecture
 from ..checkpoints.read import read_checkpoint, select_state_dict
-from ..checkpoints.reference_layout import scale_name
+from ..checkpoints.reference_layout import scale_names
 from ..names import ModelName
 from ..reparam import Geometry
 from .scales import FORMAT, FORMAT_VERSION, Scales
@@ -104,11 +104,12 @@ def _from_own_file(tensors: dict[str, Any], metadata: Mapping[str, str], source:
 
 def _modules_of(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     modules: dict[str, dict[str, Tensor]] = {}
+    published = scale_names(state_dict.keys())
     for key, tensor in state_dict.items():
         if match := _OWN_KEY.fullmatch(key):
             module, branch = match[1], match[2] or match[3]
-        elif name := scale_name(key):
-            module, branch = name
+        elif key in published:
+            module, branch = published[key]
         else:
             continue
         modules.setdefault(module, {})[branch] = tensor.flatten() if branch == 'identity' else tensor
