@@ -44,7 +44,10 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
 
 
 def plot_scales(
-    scales: Mapping[str, Mapping[str, Tensor]], path: str | os.PathLike | None = None, title: str = ''
+    scales: Mapping[str, Mapping[str, Tensor]],
+    path: str | os.PathLike | None = None,
+    title: str = '',
+    initial: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Any:
     """Draws mean and range over the channels of each branch's scale against depth.
 
@@ -52,6 +55,7 @@ def plot_scales(
         scales: `Scales`, or module name to branch name to vector, in the order of the network.
         path: Picture to write, in the format that its suffix names. Defaults to none.
         title: Text above the picture.
+        initial: The values that the search started from, to draw beside them.
 
     Returns:
         The figure, a `matplotlib.figure.Figure`.
@@ -69,6 +73,10 @@ def plot_scales(
         lowest = [vector.min().item() for vector in vectors]
         highest = [vector.max().item() for vector in vectors]
         axes.vlines(depths, lowest, highest, color=line.get_color(), alpha=0.4)
+        began = [depth for depth in depths if branch in (initial or {}).get(modules[depth], ())]
+        if initial is not None and began:
+            means = [initial[modules[depth]][branch].mean().item() for depth in began]
+            axes.plot(began, means, '_', color=line.get_color(), ms=9, mew=1.5, label=f'{branch}, initial')
     stages = [depth for depth, module in enumerate(modules) if module.endswith('.0.conv')]
     for stage, depth in enumerate(stages, start=1):
         axes.axvline(depth - 0.5, color='0.85', lw=1, zorder=0)

@@ -10,6 +10,7 @@ from .cards.transfer import HUB_PREFIX
 from .cards.writing import push_scales, save_scales_card
 from .commands import COMMANDS
 from .models import ensure_registered
+from .models.initial_values import initial_values
 from .names import ModelName
 from .plot import plot_scales
 from .reporting import add_command, markdown_table, print_result
@@ -129,7 +130,7 @@ def _pull(args: argparse.Namespace) -> None:
 
 def _plot(args: argparse.Namespace) -> None:
     scales = _load(args)
-    plot_scales(scales, args.out, scales.title)
+    plot_scales(scales, args.out, scales.title, initial_values(scales))
     print_result(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
 
 

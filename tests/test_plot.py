@@ -2,9 +2,10 @@ import matplotlib
 import pytest
 from matplotlib import pyplot
 
+from repopt_timm import Scales
 from repopt_timm.plot import plot_curves, plot_scales
 
-from .helpers import random_scales
+from .helpers import random_scales, tiny_model
 
 
 def test_pictures_leave_backend_and_figures_of_the_user_alone(tmp_path, monkeypatch):
@@ -21,3 +22,12 @@ def test_pictures_leave_backend_and_figures_of_the_user_alone(tmp_path, monkeypa
     assert {path.name for path in tmp_path.iterdir()} == {'scales.png', 'curves.svg'}
     plot_scales(scales)
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_initial_values_are_drawn_beside_the_searched_ones():
+    scales = random_scales()
+    initial = Scales.initial(tiny_model())
+    lines = {line.get_label(): line.get_ydata() for line in plot_scales(scales, initial=initial).axes[0].lines}
+    assert lines['kxk, initial'].tolist() == pytest.approx([initial[m]['kxk'].mean().item() for m in initial])
+    assert {'kxk', 'identity', '1x1', 'identity, initial', '1x1, initial'} <= set(lines)
+    assert not any('initial' in line.get_label() for line in plot_scales(scales).axes[0].lines)

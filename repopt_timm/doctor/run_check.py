@@ -18,8 +18,7 @@ from ..publish import model_from_checkpoint
 from ..scales import read_scale_file
 from ..sources import default_scales
 from ..train.parsing import write_config
-from ..train.run import SCALES_FILE
-from ..train.run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, SUMMARY_FILE, is_busy
+from ..train.run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, SCALES_FILE, SUMMARY_FILE, is_busy
 
 __all__ = ['Finding', 'check_run']
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 from ..commands import PROGRAM
 from ..files import write_text
+from ..models.initial_values import initial_values
 from ..plot import plot_curves, plot_scales
 from ..scales import read_scale_file
 from .interruption import InterruptedRunError
 from .parsing import parse_arguments
-from .run import SCALES_FILE, Result, prepare_device, train
+from .run import Result, prepare_device, train
+from .run_folder import SCALES_FILE
 from .validation import check_arguments
 
 __all__ = ['continuation', 'main', 'set_up_logging']
@@ -112,7 +114,7 @@ def _report(folder: Path, arguments: dict[str, argparse.Namespace], results: dic
     scales = read_scale_file(results['search'].folder / SCALES_FILE)
     try:
         plot_curves({name: result.history for name, result in results.items()}, folder / 'curves.png')
-        plot_scales(scales, folder / 'scales.png', scales.title)
+        plot_scales(scales, folder / 'scales.png', scales.title, initial_values(scales))
     except ImportError as error:
         _logger.warning(f'No pictures: {error}')
     print(f'Report, scales, checkpoints and pictures are in {folder}')

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import datetime, timezone
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,6 @@ from ..files import write_text
 from ..models import ensure_registered
 from ..names import PREFIX, ModelName
 from ..optim import RepOptAdamW, RepOptSGD, clip_grad_norm_
-from ..plot import plot_scales
 from ..reparam import kind_of, make_grad_mults
 from ..scales import Scales
 from ..sources import ScalesSource, default_scales
@@ -46,16 +45,15 @@ from .run_checkpoints import (
     load_weights,
     restore,
     scales_fingerprint,
-    versions,
 )
 from .run_folder import ARGUMENTS_FILE, DIVERGED_FILE, LAST_CHECKPOINT, note_time, run_folder
+from .searched_scales import note_movement, save_searched
 from .validation import check_arguments, check_classes, check_device_name, check_images, check_model, explaining
 
 __all__ = ['MakeModel', 'Result', 'prepare_device', 'train']
 
 _logger = logging.getLogger(__name__)
 
-SCALES_FILE = 'scales.safetensors'
 _ARCHITECTURE_ARGS = ('depths', 'widths', 'strides', 'use_se', 'act_layer')
 
 
@@ -112,6 +110,9 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
             model = _make_model(args, _scales(args, variant), datasets[0], device)
         else:
             model, more = make(args, datasets[0], device)
+    started = Scales.from_model(model) if kind_of(model) == 'hs' else None
+    if args.rank == 0 and args.scales not in (None, 'initial'):
+        note_movement(model)
     with explaining(f'timm cannot make the optimizer {args.opt}' + _with_kwargs('--opt-kwargs', args.opt_kwargs)):
         optimizer = create_optimizer_v2(model, **{**optimizer_kwargs(args), **args.opt_kwargs, **more})
     clip = _make_clip(args, model, optimizer)
@@ -137,8 +138,8 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
     with run_folder(folder) if args.rank == 0 else nullcontext():
         _train_in(folder, args, state, loaders, clip, autocast, updates)
     result = Result(folder, unwrap_model(model if ema is None else ema), state.history, time.perf_counter() - start)
-    if args.rank == 0:
-        _save_scales(args, result)
+    if args.rank == 0 and started is not None:
+        save_searched(result.model, started, folder, args, state.history)
     if args.distributed:
         # What follows on other ranks may read the files of this run.
         torch.distributed.barrier()
@@ -492,33 +493,3 @@ def _evaluate(
 def _initial_share(ema: ModelEmaV3, updates: int) -> float:
     """Returns the share of an average that is from before its second update; timm copies the weights until then."""
     return math.prod(ema.get_decay(step) for step in range(2, updates))
-
-
-def _save_scales(args: argparse.Namespace, result: Result) -> None:
-    if kind_of(result.model) != 'hs':
-        return
-    last = result.history[-1]
-    provenance = {
-        'method': 'hyper-search',
-        'dataset': args.dataset or Path(args.data_dir).name,
-        'epochs': len(result.history),
-        'top1': round(last['eval_top1'], 3),
-        'top5': round(last['eval_top5'], 3),
-        'seed': args.seed,
-        'input_size': list(args.input_size),
-        'batch_size': args.batch_size * args.world_size * args.grad_accum_steps,
-        'lr': args.lr,
-        'weight_decay': args.weight_decay,
-        'optimizer': args.opt,
-        'versions': versions(),
-        'date': f'{datetime.now(timezone.utc):%Y-%m-%d}',
-    }
-    if args.clip_grad is not None:
-        provenance['clip_grad'] = args.clip_grad
-    scales = Scales.from_model(result.model, provenance)
-    scales.save(result.folder / SCALES_FILE)
-    _logger.info(f'Scales {scales.fingerprint[:12]} are in {result.folder / SCALES_FILE}')
-    try:
-        plot_scales(scales, result.folder / 'scales.png', scales.title)
-    except ImportError as error:
-        _logger.warning(f'No picture of the scales: {error}')

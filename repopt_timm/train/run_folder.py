@@ -20,6 +20,7 @@ __all__ = [
     'BEST_CHECKPOINT',
     'DIVERGED_FILE',
     'LAST_CHECKPOINT',
+    'SCALES_FILE',
     'SUMMARY_FILE',
     'TIMES_FILE',
     'is_busy',
@@ -30,6 +31,7 @@ __all__ = [
 ARGUMENTS_FILE = 'args.yaml'
 BEST_CHECKPOINT = 'model_best.pth.tar'
 LAST_CHECKPOINT = 'last.pth.tar'
+SCALES_FILE = 'scales.safetensors'
 SUMMARY_FILE = 'summary.csv'
 TIMES_FILE = 'times.csv'
 DIVERGED_FILE = 'diverged.txt'

@@ -12,7 +12,7 @@ import yaml
 from ..scales import Scales, read_scale_file
 from ..scales.movement import Movement, movement
 from ..train.parsing import parse_arguments
-from ..train.run import SCALES_FILE
+from ..train.run_folder import SCALES_FILE
 from .arms import ARMS
 from .intervals import Interval
 from .networks import plain_network, read_networks

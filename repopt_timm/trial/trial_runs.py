@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..names import ModelName
-from ..train.run import SCALES_FILE
-from ..train.run_folder import DIVERGED_FILE, SUMMARY_FILE, TIMES_FILE
+from ..train.run_folder import DIVERGED_FILE, SCALES_FILE, SUMMARY_FILE, TIMES_FILE
 from .arms import ARMS, GIVEN, SEARCHED
 from .trial_settings import TrialSettings
 

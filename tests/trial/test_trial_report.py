@@ -3,9 +3,10 @@ import json
 
 import pytest
 
+from repopt_timm import Scales
 from repopt_timm.cli import main
 from repopt_timm.trial.combined import combined_report
-from repopt_timm.trial.networks import NETWORKS_FILE
+from repopt_timm.trial.networks import NETWORKS_FILE, plain_network
 from repopt_timm.trial.results import read_results
 from repopt_timm.trial.trial_report import trial_text
 
@@ -91,6 +92,19 @@ def test_arms_are_compared_at_the_wall_time_of_the_fastest(trial):
     text = trial_text(read_results(runs.folder))
     assert '| sgd    | 4 s                | 4 of 4              | 40.00               |' in text
     assert '| repopt | 8 s                | 2 of 4              | 20.00               |' in text
+
+
+def test_it_is_said_what_the_searches_did(trial):
+    runs = trial('--arms', 'sgd', 'search', '--search', '2', '--lr', '0.1', '--seeds', '2')
+    initial = Scales.initial(plain_network(runs))
+    for seed in (0, 1):
+        search = runs.training('search', seed, 0.1).after
+        search.folder.mkdir(parents=True)
+        vectors = {m: {b: v * (1.01 + seed / 100) for b, v in initial[m].items()} for m in initial}
+        Scales(initial.architecture, vectors, initial.geometry, initial.counts).save(search.result)
+    text = trial_text(read_results(runs.folder))
+    assert 'The search left the scales where they started' in text
+    assert 'moved by 1.5% on average' in text and 'from search to search they differ by 0.7%' in text
 
 
 def test_another_arm_can_be_the_reference(finished):

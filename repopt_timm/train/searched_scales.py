@@ -1,0 +1,76 @@
+"""What a search ends with, and what a training says of the scales that it starts from."""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..plot import plot_scales
+from ..scales import Scales
+from ..scales.movement import movement
+from .run_checkpoints import versions
+from .run_folder import SCALES_FILE
+
+__all__ = ['note_movement', 'save_searched']
+
+_logger = logging.getLogger(__name__)
+
+
+def save_searched(
+    model: nn.Module, started: Scales, folder: Path, args: argparse.Namespace, history: Sequence[dict[str, Any]]
+) -> None:
+    """Writes the scales of a search with their provenance and picture, and says how far they moved.
+
+    Args:
+        model: What was searched with.
+        started: The scales that the search started from.
+        folder: Folder of the run.
+        args: Its arguments.
+        history: A row for each epoch.
+    """
+    last = history[-1]
+    provenance = {
+        'method': 'hyper-search',
+        'dataset': args.dataset or Path(args.data_dir).name,
+        'epochs': len(history),
+        'top1': round(last['eval_top1'], 3),
+        'top5': round(last['eval_top5'], 3),
+        'seed': args.seed,
+        'input_size': list(args.input_size),
+        'batch_size': args.batch_size * args.world_size * args.grad_accum_steps,
+        'lr': args.lr,
+        'weight_decay': args.weight_decay,
+        'optimizer': args.opt,
+        'versions': versions(),
+        'date': f'{datetime.now(timezone.utc):%Y-%m-%d}',
+    }
+    if args.clip_grad is not None:
+        provenance['clip_grad'] = args.clip_grad
+    if args.train_images is not None:
+        provenance['train_images'] = args.train_images
+    scales = Scales.from_model(model, provenance)
+    scales.save(folder / SCALES_FILE)
+    _logger.info(f'Scales {scales.fingerprint[:12]} are in {folder / SCALES_FILE}')
+    _logger.info(movement([scales], started).sentence())
+    try:
+        plot_scales(scales, folder / 'scales.png', scales.title, started)
+    except ImportError as error:
+        _logger.warning(f'No picture of the scales: {error}')
+
+
+def note_movement(model: nn.Module) -> None:
+    """Says if the scales that a plain network carries are about the initial values."""
+    try:
+        used = Scales.from_model(model)
+        moved = movement([used], Scales.initial(model))
+    except ValueError:
+        # A twin, or a network whose prior is not known here.
+        return
+    if moved.hardly:
+        _logger.info(
+            f'These scales are about where a search starts: {moved}. Expect what --scales initial gives, without one.'
+        )
