@@ -86,5 +86,8 @@ def _one_line(error: Exception) -> str:
     line = ' '.join(text.split())
     if isinstance(error, ValueError | OSError | ImportError) and line:
         return line
-    name = type(error).__name__
-    return f'{name}: {line or "no message"}. This was not foreseen: run the command with --debug for the traceback.'
+    log = getattr(error, 'repopt_log', None)
+    return (
+        f'{type(error).__name__}: {line or "no message"}. This was not foreseen: run the command with --debug for the '
+        f'traceback{"" if log is None else f"; the log of the run is {log}"}.'
+    )

@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, resolve_data_config
 from timm.data.loader import adapt_to_chs
+from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.utils.misc import natural_key
 
@@ -44,8 +45,11 @@ def open_folder(root: str | os.PathLike, split: str, need_split: bool, **kwargs:
     root = Path(root)
     if not root.exists():
         raise FileNotFoundError(f"There is no image folder '{root}'.")
+    for place in (root, root / split):
+        if not place.is_dir():
+            _check_regular(place)
     if root.is_dir():
-        _check_loops(root)
+        _check_tree(root)
     class_map: Any = read_class_map(kwargs.pop('class_map', None), root)
     try:
         dataset = create_dataset('', root=os.fspath(root), split=split, class_map=class_map, **kwargs)
@@ -96,14 +100,37 @@ class _NamedImages(ImageDataset):
         )
 
 
-def _check_loops(root: Path) -> None:
-    # timm follows links, and would find the images of a loop forty times over.
-    for folder, names, _ in os.walk(root):
-        here = os.path.realpath(folder)
-        for name in names:
-            link = os.path.join(folder, name)
-            if os.path.islink(link) and (here + os.sep).startswith(os.path.realpath(link) + os.sep):
-                raise ValueError(f"'{link}' is a link to a folder that it is in: remove it.")
+def _check_tree(root: Path) -> None:
+    """Raises a ValueError if a folder of images leads back into itself, or has pipes or devices named as images."""
+    # timm follows links, and would find the images of a loop forty times over; opening a pipe waits forever.
+    suffixes = get_img_extensions(as_set=True)
+    done: set[str] = set()
+
+    def visit(folder: str, inside: frozenset[str]) -> None:
+        try:
+            entries = list(os.scandir(folder))
+        except PermissionError:
+            # Such as lost+found, which timm passes over.
+            entries = []
+        for entry in entries:
+            if entry.is_dir():
+                real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(folder, entry.name)
+                if real in inside:
+                    raise ValueError(f"'{entry.path}' is a link to a folder that it is in: remove it.")
+                if real not in done:
+                    visit(real, inside | {real})
+            elif os.path.splitext(entry.name)[1].lower() in suffixes and not entry.is_file():
+                _check_regular(entry.path)
+        done.add(folder)
+
+    real_root = os.path.realpath(root)
+    visit(real_root, frozenset({real_root}))
+
+
+def _check_regular(path: str | os.PathLike) -> None:
+    # A link to nowhere is like a damaged image.
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise ValueError(f"'{path}' is a pipe or a device, expected an image or a .tar file of images: remove it.")
 
 
 def _skip_hidden(reader: ReaderImageFolder, class_map: Mapping[str, int] | None) -> None:

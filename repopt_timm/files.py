@@ -6,7 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ['check_output', 'find_temporaries', 'remove_temporaries', 'replacing', 'write_text']
+__all__ = [
+    'check_output',
+    'check_output_folder',
+    'find_temporaries',
+    'remove_temporaries',
+    'replacing',
+    'write_text',
+]
 
 # In the name of a file that is being written.
 _MARK = '.tmp'
@@ -17,9 +24,12 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary name beside `path`; renames it to `path` on success and removes it on an error.
 
     A process that is killed half-way leaves the old file, or none. The temporary name keeps the suffix of `path`, so
-    that libraries which choose a format by it do.
+    that libraries which choose a format by it do. Of a symbolic link, that is where it points.
+
+    Raises:
+        ValueError: If `path` is a folder, a device or a pipe.
     """
-    path = Path(path)
+    path = check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix='.' + path.stem + '-', suffix=_MARK + path.suffix)
     os.close(handle)
@@ -72,6 +82,18 @@ def check_output(path: str | os.PathLike, *inputs: str | os.PathLike) -> Path:
 def find_temporaries(folder: str | os.PathLike) -> list[Path]:
     """Returns what processes in `replacing` write in a folder, or left there when they were killed."""
     return sorted(Path(folder).glob(f'.*-*{_MARK}*'))
+
+
+def check_output_folder(path: str | os.PathLike) -> Path:
+    """Checks that a folder can be made, or is there, before the work that makes its content.
+
+    Raises:
+        ValueError: If `path`, or what it is in, is not a folder.
+    """
+    found = next(place for place in (Path(path), *Path(path).absolute().parents) if os.path.lexists(place))
+    if not found.is_dir():
+        raise ValueError(f"'{path}' cannot be written: '{found}' is not a folder. Name another one.")
+    return Path(path)
 
 
 def remove_temporaries(folder: str | os.PathLike) -> None:

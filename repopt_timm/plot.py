@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from .files import replacing
+from .files import check_output, replacing
 
-__all__ = ['figure_class', 'plot_curves', 'plot_scales', 'save_figure', 'subplots']
+__all__ = ['check_picture', 'figure_class', 'plot_curves', 'plot_scales', 'save_figure', 'subplots']
 
 # The scales of kxk and 1x1 may lie on top of each other, as they do before a search.
 _STYLES = {
@@ -37,9 +38,24 @@ def subplots(rows: int, columns: int, figsize: tuple[float, float], layout: str 
     return figure, figure.subplots(rows, columns, **options)
 
 
+def check_picture(path: str | os.PathLike, *inputs: str | os.PathLike) -> Path:
+    """Checks that a picture can be written, as `files.check_output` does, before the work that it shows.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If the suffix does not name a format of pictures, or it cannot be written there.
+    """
+    target = check_output(path, *inputs)
+    formats = figure_class()().canvas.get_supported_filetypes()
+    if target.suffix[1:].lower() not in formats:
+        names = ', '.join(f'.{name}' for name in sorted(formats))
+        raise ValueError(f"'{path}' does not end in the suffix of a picture, such as {target.stem}.png: {names}.")
+    return target
+
+
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
     """Writes a figure in the format that the path's suffix names, whole or not at all."""
-    with replacing(path) as temporary:
+    with replacing(check_picture(path)) as temporary:
         figure.savefig(temporary, dpi=120, bbox_inches='tight')
 
 

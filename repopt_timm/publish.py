@@ -22,7 +22,7 @@ from .cards.writing import draw, write_card
 from .checkpoints.packing import PRECISIONS, pack
 from .checkpoints.read import read_checkpoint, select_state_dict
 from .datasets import data_config_of
-from .files import replacing
+from .files import check_output, check_output_folder, replacing
 from .models import RepOptVgg, ensure_registered
 from .models.strided_byobnet import RepVgg, StridedByobNet
 from .names import ModelName
@@ -93,8 +93,11 @@ def save_pretrained(
         ValueError: If the checkpoint does not name its model, the scales are missing or another model's, or a weight
             or result is not finite.
     """
+    directory = check_output_folder(directory)
+    files = (WEIGHTS_FILE, CONFIG_FILE, SCALES_PICTURE, CURVES_FILE, CARD_FILE)
+    for file in files:
+        check_output(directory / file, *(() if isinstance(model, nn.Module) else (model,)))
     publication = _prepare(model, scales, metrics, training, curves, precision)
-    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # Everything is made beside its place first: an error in the middle leaves the directory as it was.
     with TemporaryDirectory(prefix='.repopt-timm-', dir=directory) as name:
@@ -103,7 +106,7 @@ def save_pretrained(
             (folder / CARD_FILE).write_bytes((directory / CARD_FILE).read_bytes())
         published = frozenset(file.name for file in directory.iterdir())
         _write(publication, folder, repo_id or f'USER/{directory.resolve().name}', published)
-        for file in (WEIGHTS_FILE, CONFIG_FILE, SCALES_PICTURE, CURVES_FILE, CARD_FILE):
+        for file in files:
             if (folder / file).is_file():
                 with replacing(directory / file) as temporary:
                     os.replace(folder / file, temporary)

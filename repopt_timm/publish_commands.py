@@ -8,6 +8,7 @@ from typing import Any
 
 from .checkpoints.packing import PRECISIONS
 from .deploy import add_class_map, evaluate
+from .files import check_output_folder
 from .models.reference_weights import model_from_reference
 from .publish import push_to_hub, save_pretrained
 from .reporting import add_command, print_result
@@ -55,6 +56,7 @@ def _save(args: argparse.Namespace) -> None:
     save = partial(save_pretrained, args.checkpoint, scales=args.scales, curves=args.curves, precision=args.precision)
     values, text = {'checkpoint': args.checkpoint, 'out': args.out}, f'{args.checkpoint} -> {args.out}'
     metrics = None
+    check_output_folder(args.out)
     if args.data:
         with TemporaryDirectory() as folder:
             save(folder)
@@ -84,6 +86,8 @@ def _push(args: argparse.Namespace) -> None:
 def _convert_checkpoint(args: argparse.Namespace) -> None:
     if not args.out and not args.push:
         raise ValueError('Name a folder to write with --out, a repository to publish in with --push, or both.')
+    if args.out:
+        check_output_folder(args.out)
     model = model_from_reference(args.checkpoint)
     values: dict[str, Any] = {'architecture': model.architecture, 'num_classes': model.num_classes}
     training = {'converted_from': Path(args.checkpoint).name, 'method': "published by the method's authors"}

@@ -9,10 +9,11 @@ import timm
 from .cards.transfer import HUB_PREFIX
 from .cards.writing import push_scales, save_scales_card
 from .commands import COMMANDS
+from .files import check_output, check_output_folder
 from .models import ensure_registered
 from .models.initial_values import initial_values
 from .names import ModelName
-from .plot import plot_scales
+from .plot import check_picture, plot_scales
 from .reporting import add_command, markdown_table, print_result
 from .scales import Scales
 from .scales.table import scales_table
@@ -110,27 +111,37 @@ def _show(args: argparse.Namespace) -> None:
     print_result(args, {**_summary(scales), 'stages': rows}, '\n'.join(lines))
 
 
+def _check_out(args: argparse.Namespace, source: str = '') -> None:
+    if Path(args.out).suffix == '.safetensors':
+        check_output(args.out, source)
+    elif Path(args.out).suffix in _FILE_SUFFIXES:
+        raise ValueError(f"'{args.out}': scales are written as .safetensors or as a folder with a model card.")
+    else:
+        check_output_folder(args.out)
+
+
 def _write_scales(scales: Scales, args: argparse.Namespace) -> None:
     if Path(args.out).suffix == '.safetensors':
         scales.save(args.out)
-    elif Path(args.out).suffix in _FILE_SUFFIXES:
-        raise ValueError(f"'{args.out}': scales are written as .safetensors or as a folder with a model card.")
     else:
         save_scales_card(scales, args.out)
     print_result(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
 
 
 def _write(args: argparse.Namespace) -> None:
+    _check_out(args, args.source)
     _write_scales(_load(args), args)
 
 
 def _pull(args: argparse.Namespace) -> None:
+    _check_out(args)
     _write_scales(load_scales(HUB_PREFIX + args.repo), args)
 
 
 def _plot(args: argparse.Namespace) -> None:
+    picture = check_picture(args.out, args.source)
     scales = _load(args)
-    plot_scales(scales, args.out, scales.title, initial_values(scales))
+    plot_scales(scales, picture, scales.title, initial_values(scales))
     print_result(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import re
 import subprocess
 import sys
@@ -137,3 +138,35 @@ def test_help_waits_for_little_but_timm():
     packages = {name.partition('.')[0] for name in loaded if name.replace('.', '').isidentifier()}
     # No ONNX, matplotlib or data sets.
     assert packages - sys.stdlib_module_names == {'repopt_timm', 'timm', 'huggingface_hub'}
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ('scales plot {file} {tmp}/picture', "picture' does not end in the suffix of a picture, such as picture.png"),
+        ('scales plot {file} {tmp}/picture.docx', 'does not end in the suffix of a picture'),
+        ('scales plot {file} {tmp}/pipe.png', "pipe.png' cannot be written: it is a device or a pipe"),
+        ('scales convert {file} {file}', 'it is the input itself'),
+        ('scales convert {file} {tmp}/pipe.png', 'scales are written as .safetensors or as a folder'),
+        ('scales convert {file} {tmp}/device.safetensors', 'it is a device or a pipe'),
+        ('scales extract {file} {file}/folder', 'is not a folder'),
+        ('scales pull nobody/nothing {tmp}/device.safetensors', 'it is a device or a pipe'),
+        ('save nowhere.pth {file}', 'is not a folder'),
+        ('save {tmp}/model.safetensors {tmp}', "model.safetensors' cannot be written: it is the input itself"),
+        ('convert-checkpoint nowhere.pth --out {file}', 'is not a folder'),
+        ('bench memory --quick --plot {tmp}/picture', 'does not end in the suffix of a picture'),
+        ('bench memory --quick --json {tmp}/pipe.png', 'it is a device or a pipe'),
+    ],
+)
+def test_what_cannot_be_written_is_said_before_the_work_and_leaves_no_file(arguments, message, tmp_path, capsys):
+    file = tmp_path / 'scales.safetensors'
+    random_scales().save(file)
+    os.mkfifo(tmp_path / 'pipe.png')
+    (tmp_path / 'device.safetensors').symlink_to(os.devnull)
+    (tmp_path / 'model.safetensors').touch()
+    before = sorted(tmp_path.iterdir())
+    assert main(arguments.format(tmp=tmp_path, file=file).split()) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count('\n') == 1
+    assert sorted(tmp_path.iterdir()) == before

@@ -1,6 +1,7 @@
 import pytest
 
 from repopt_timm.console import exit_code
+from repopt_timm.train.run_folder import run_folder
 
 
 def raising(error):
@@ -43,3 +44,13 @@ def test_ctrl_c_has_the_exit_code_of_shells(capsys):
     assert exit_code(raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == 'Interrupted.\n'
     assert exit_code(lambda: None) == 0
+
+
+def test_an_unforeseen_error_in_a_run_names_its_log(capsys, tmp_path):
+    def run():
+        with run_folder(tmp_path):
+            (tmp_path / 'summary.csv').touch()
+            raise KeyError('step')
+
+    assert exit_code(run) == 1
+    assert f'the log of the run is {tmp_path / "summary.csv"}.' in capsys.readouterr().err

@@ -1,3 +1,4 @@
+import os
 import pickle
 from types import SimpleNamespace
 
@@ -80,3 +81,38 @@ def test_grey_images_have_one_mean_and_one_deviation(args):
     assert config['mean'] == pytest.approx((0.4,) if args else (0.449,), abs=1e-3)
     assert config['std'] == pytest.approx((0.226,), abs=1e-3)
     assert config['input_size'] == (1, 16, 16)
+
+
+def pipe(path):
+    os.mkfifo(path / 'a' / 'pipe.png')
+
+
+def device(path):
+    (path / 'a' / 'device.jpg').symlink_to(os.devnull)
+
+
+def two_links(path):
+    (path / 'a' / 'to_b').symlink_to(path / 'b')
+    (path / 'b' / 'to_a').symlink_to(path / 'a')
+
+
+def split_that_is_a_pipe(path):
+    os.mkfifo(path / 'validation')
+
+
+@pytest.mark.parametrize(
+    ('spoil', 'message'),
+    [
+        (pipe, "a/pipe.png' is a pipe or a device"),
+        (device, "a/device.jpg' is a pipe or a device"),
+        (two_links, "to_[ab]' is a link to a folder that it is in"),
+        (split_that_is_a_pipe, "validation' is a pipe or a device"),
+    ],
+)
+def test_what_would_hang_a_reader_is_named(tmp_path, spoil, message):
+    for name in ('a', 'b'):
+        (tmp_path / name).mkdir()
+        Image.new('RGB', (4, 4)).save(tmp_path / name / '1.png')
+    spoil(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        open_folder(tmp_path, 'validation', need_split=False)

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from repopt_timm.files import check_output, replacing, write_text
+from repopt_timm.files import check_output, check_output_folder, replacing, write_text
 
 
 def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
@@ -46,3 +46,21 @@ def test_a_symbolic_link_stays_and_its_target_is_written(tmp_path):
     write_text(check_output(tmp_path / 'link'), 'new')
     assert (tmp_path / 'not_yet_there').read_text() == 'new'
     assert (tmp_path / 'link').is_symlink()
+
+
+def test_a_file_that_is_written_stays_what_it_was(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(ValueError, match="pipe' cannot be written: it is a device or a pipe"):
+        write_text(tmp_path / 'pipe', '')
+    (tmp_path / 'link').symlink_to('file')
+    write_text(tmp_path / 'link', 'new')
+    assert (tmp_path / 'link').is_symlink()
+    assert (tmp_path / 'file').read_text() == 'new'
+
+
+def test_a_folder_is_not_made_inside_of_a_file(tmp_path):
+    (tmp_path / 'file').touch()
+    for name in ('file', 'file/new'):
+        with pytest.raises(ValueError, match=f"{name}' cannot be written: '.*file' is not a folder"):
+            check_output_folder(tmp_path / name)
+    assert check_output_folder(tmp_path / 'new' / 'folder') == tmp_path / 'new' / 'folder'

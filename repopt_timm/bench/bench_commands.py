@@ -11,7 +11,6 @@ import torch
 
 from ..commands import COMMANDS
 from ..files import check_output, write_text
-from ..plot import figure_class
 from ..reporting import positive
 from .settings import PRECISIONS, Settings, choose_device, describe_environment, versions
 
@@ -149,6 +148,7 @@ def _settings(args: argparse.Namespace, bench: _Bench) -> list[Settings]:
 
 def _run(args: argparse.Namespace) -> None:
     # Imported when a benchmark runs, so that `--help` does not wait for them.
+    from ..plot import check_picture
     from .memory import MEMORY_NOTE, bench_memory, memory_table
     from .optimizer_step import bench_optimizer
     from .pictures import plot_memory, plot_ratios, plot_scaling
@@ -168,9 +168,8 @@ def _run(args: argparse.Namespace) -> None:
     all_settings = _settings(args, bench)
     settings = all_settings[0]
     # Before minutes of measuring.
-    json_file, picture = (path and check_output(path) for path in (args.json, args.plot))
-    if picture:
-        figure_class()
+    json_file = args.json and check_output(args.json)
+    picture = args.plot and check_picture(args.plot)
     if getattr(args, 'threads', None):
         torch.set_num_threads(args.threads)
     torch.manual_seed(0)

@@ -78,8 +78,14 @@ def torch_classifier(
         torch.set_num_threads(threads)
 
     def run(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return model(images)
+        try:
+            with torch.inference_mode():
+                return model(images)
+        except (AssertionError, RuntimeError) as error:
+            reason = ' '.join(str(error).split())[:200]
+            raise ValueError(
+                f'The model cannot run on {tuple(images.shape)} images: {reason}. Give it an input size that it takes.'
+            ) from None
 
     size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     config = preprocessing(overrides, model=model)

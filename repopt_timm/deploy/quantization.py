@@ -3,7 +3,8 @@
 import fnmatch
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -163,14 +164,26 @@ def quantize_onnx(
     # Before the work.
     excluded_nodes(model, options.exclude)
     dead, equalization = {}, None
-    if options.equalize:
-        equalization = equalize(model, images, equalization_images(images, options))
-        model = equalization.model
-    else:
-        dead = dead_channels(constant_inputs(model, images, indices))
-    ranges = calibrate(model, images, indices, options)
+    with _naming(source):
+        if options.equalize:
+            equalization = equalize(model, images, equalization_images(images, options))
+            model = equalization.model
+        else:
+            dead = dead_channels(constant_inputs(model, images, indices))
+        ranges = calibrate(model, images, indices, options)
     quantized = quantize(model, ranges, options)
     return Quantization(model, quantized, images, indices, options, ranges, dead, equalization)
+
+
+@contextmanager
+def _naming(source: str | os.PathLike) -> Iterator[None]:
+    # An `onnx.ModelProto` has no name by which its user knows it.
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith('ONNX Runtime'):
+            raise
+        raise ValueError(f"'{os.fspath(source)}' cannot be quantised: {error}") from None
 
 
 def equalization_images(images: ImageFolder, options: QuantizationOptions) -> list[int]:

@@ -18,8 +18,10 @@ __all__ = ['explained', 'load_onnx', 'open_session', 'quiet', 'require', 'save_o
 # Protocol buffers end here; larger models need a second file, which could be lost or left behind.
 _LARGEST_FILE = 2**31 - 1
 
-# Error codes of ONNX Runtime, and the line and signature of the C++ function that failed.
-_IN_CPP = re.compile(r'\[ONNXRuntimeError\] : \d+ : \w+ : |/\S+\.(?:h|cc|cpp):\d+ .*?\) (?=[A-Z])')
+# Error codes of ONNX Runtime, its temporary files, and the line and signature of the C++ function that failed.
+_IN_CPP = re.compile(
+    r'\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?|/\S+\.(?:h|cc|cpp):\d+ .*?\) (?=[A-Z])'
+)
 
 
 def require(module: str) -> Any:

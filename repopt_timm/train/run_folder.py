@@ -52,9 +52,12 @@ def run_folder(folder: Path) -> Iterator[None]:
         remove_temporaries(folder)
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             if missing and not (folder / LAST_CHECKPOINT).exists():
                 _remove(missing)
+            if (folder / SUMMARY_FILE).exists():
+                # For the last resort of the command line.
+                error.repopt_log = folder / SUMMARY_FILE  # type: ignore[attr-defined]
             raise
 
 

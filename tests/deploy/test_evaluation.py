@@ -79,3 +79,10 @@ def test_models_are_timed_in_turn():
 def test_times_with_a_long_tail_are_not_steady():
     assert is_steady([1.0] * 19 + [9.0])
     assert not is_steady([1.0] * 17 + [9.0] * 3)
+
+
+def test_images_of_other_channels_than_the_model_takes_are_an_error(checkpoint, images):
+    with pytest.raises(
+        ValueError, match=r'The model cannot run on \(1, 1, 32, 32\) images: .*input size that it takes'
+    ):
+        evaluate(checkpoint, images, overrides={'input_size': (1, 32, 32)})
