@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .architectures import ARCHITECTURES
 from .cards.document import CARD_FILE, eval_results
-from .cards.format import encode_scales
+from .cards.format import SCALES_FILE, encode_scales
 from .cards.text import CURVES_FILE, SCALES_PICTURE, WEIGHTS_FILE
 from .cards.transfer import push_folder
 from .cards.writing import draw, write_card
@@ -69,6 +69,7 @@ def save_pretrained(
     curves: str | os.PathLike | None = None,
     precision: str = 'float32',
     repo_id: str | None = None,
+    scales_file: bool = False,
 ) -> None:
     """Writes a model as a repository in timm's format, whose card holds the scales.
 
@@ -87,6 +88,7 @@ def save_pretrained(
         curves: Picture of the training curves to put beside, a PNG file. Drawn from the checkpoint by default.
         precision: `float32`, or `float16` or `int8` for smaller kernels, see `packing.pack`; loading restores them.
         repo_id: Name that the repository has on the Hub, for the snippets in the card.
+        scales_file: Put the scales into `scales.safetensors` beside the card.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint or source of scales.
@@ -94,7 +96,7 @@ def save_pretrained(
             or result is not finite.
     """
     directory = check_output_folder(directory)
-    files = (WEIGHTS_FILE, CONFIG_FILE, SCALES_PICTURE, CURVES_FILE, CARD_FILE)
+    files = (WEIGHTS_FILE, CONFIG_FILE, SCALES_PICTURE, SCALES_FILE, CURVES_FILE, CARD_FILE)
     for file in files:
         check_output(directory / file, *(() if isinstance(model, nn.Module) else (model,)))
     publication = _prepare(model, scales, metrics, training, curves, precision)
@@ -102,10 +104,11 @@ def save_pretrained(
     # Everything is made beside its place first: an error in the middle leaves the directory as it was.
     with TemporaryDirectory(prefix='.repopt-timm-', dir=directory) as name:
         folder = Path(name)
-        if (directory / CARD_FILE).is_file():
-            (folder / CARD_FILE).write_bytes((directory / CARD_FILE).read_bytes())
+        for file in (CARD_FILE, SCALES_FILE):
+            if (directory / file).is_file():
+                (folder / file).write_bytes((directory / file).read_bytes())
         published = frozenset(file.name for file in directory.iterdir())
-        _write(publication, folder, repo_id or f'USER/{directory.resolve().name}', published)
+        _write(publication, folder, repo_id or f'USER/{directory.resolve().name}', published, scales_file)
         for file in files:
             if (folder / file).is_file():
                 with replacing(directory / file) as temporary:
@@ -125,6 +128,7 @@ def push_to_hub(
     curves: str | os.PathLike | None = None,
     precision: str = 'float32',
     commit_message: str = 'Model with scales of repopt-timm',
+    scales_file: bool = False,
 ) -> str:
     """Publishes a model on the Hugging Face Hub, in timm's format, with its scales in the card.
 
@@ -141,6 +145,8 @@ def push_to_hub(
         curves: See there.
         precision: See there.
         commit_message: Title of the commit.
+        scales_file: Put the scales into `scales.safetensors` beside the card, as is done when the Hub refuses the card
+            as too large.
 
     Returns:
         Address of the commit or pull request.
@@ -156,8 +162,8 @@ def push_to_hub(
     """
     publication = _prepare(model, scales, metrics, training, curves, precision)
 
-    def write(folder: Path, name: str, published: frozenset[str]) -> None:
-        _write(publication, folder, name, published)
+    def write(folder: Path, name: str, published: frozenset[str], too_large: bool) -> None:
+        _write(publication, folder, name, published, scales_file or too_large)
 
     return push_folder(repo_id, write, commit_message, private, revision, create_pr, token)
 
@@ -258,7 +264,7 @@ def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
     return weights
 
 
-def _write(publication: _Publication, folder: Path, repo_id: str, published: frozenset[str]) -> None:
+def _write(publication: _Publication, folder: Path, repo_id: str, published: frozenset[str], scales_file: bool) -> None:
     model, weights, scales, metrics, training, curves, precision, history = publication
     save_file(dict(weights), folder / WEIGHTS_FILE, {'format': 'pt'})
     save_config_for_hf(model, str(folder / CONFIG_FILE), model_args=_model_args(model))
@@ -270,7 +276,7 @@ def _write(publication: _Publication, folder: Path, repo_id: str, published: fro
     if precision == 'int8' and not results:
         # Rounded weights do not have the accuracy that the card may state of exact ones.
         results = None
-    write_card(folder, repo_id, _timm_name(model), scales, results, training, published)
+    write_card(folder, repo_id, _timm_name(model), scales, results, training, published, scales_file)
 
 
 def _timm_name(model: nn.Module) -> str:

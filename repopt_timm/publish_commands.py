@@ -12,7 +12,7 @@ from .files import check_output_folder
 from .models.reference_weights import model_from_reference
 from .publish import push_to_hub, save_pretrained
 from .reporting import add_command, print_result
-from .scale_commands import SOURCE, add_publishing
+from .scale_commands import SOURCE, add_publishing, add_scales_file
 
 __all__ = ['add_commands']
 
@@ -50,6 +50,7 @@ def _add_contents(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--scales', metavar='SOURCE', help=f'scales that it was trained with: {SOURCE}')
     parser.add_argument('--curves', metavar='PNG', help='picture of the training curves [drawn from CHECKPOINT]')
     parser.add_argument('--precision', choices=PRECISIONS, default='float32', help='of the kernels in the file')
+    add_scales_file(parser)
 
 
 def _save(args: argparse.Namespace) -> None:
@@ -65,7 +66,7 @@ def _save(args: argparse.Namespace) -> None:
         metrics = {'dataset': Path(args.data).resolve().name, **measured}
         values |= measured
         text += f': top-1 {measured["top1"]:.2f} %, top-5 {measured["top5"]:.2f} % of {found["images"]} images'
-    save(args.out, metrics=metrics)
+    save(args.out, metrics=metrics, scales_file=args.scales_file)
     print_result(args, values, text)
 
 
@@ -79,6 +80,7 @@ def _push(args: argparse.Namespace) -> None:
         private=args.private,
         revision=args.revision,
         create_pr=args.create_pr,
+        scales_file=args.scales_file,
     )
     print_result(args, {'checkpoint': args.checkpoint, 'url': url}, f'{args.checkpoint} -> {url}')
 

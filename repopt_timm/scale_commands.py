@@ -19,7 +19,7 @@ from .scales import Scales
 from .scales.table import scales_table
 from .sources import known_scales, load_scales
 
-__all__ = ['SOURCE', 'add_commands', 'add_publishing']
+__all__ = ['SOURCE', 'add_commands', 'add_publishing', 'add_scales_file']
 
 # Folders of repositories may have a dot in their names too.
 _FILE_SUFFIXES = {'.bin', '.json', '.md', '.pickle', '.pkl', '.png', '.pt', '.pth', '.tar'}
@@ -49,11 +49,13 @@ def add_commands(commands: Any) -> None:
     )
     _add_source(convert)
     convert.add_argument('out', help='.safetensors file, or folder for a model card')
+    add_scales_file(convert)
     plot = add_command(commands, 'plot', _plot, 'draw scales against depth')
     _add_source(plot)
     plot.add_argument('out', help='picture to write')
     push = add_command(commands, 'push', _push_scales, 'publish scales on the Hub')
     _add_source(push)
+    add_scales_file(push)
     push.add_argument('repo', help='repository on the Hub, user/repo')
     add_publishing(push)
     pull = add_command(commands, 'pull', _pull, 'get scales from the Hub')
@@ -64,6 +66,12 @@ def add_commands(commands: Any) -> None:
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('source', help=SOURCE)
     parser.add_argument('--architecture', metavar='MODEL', help='plain model that the scales are for')
+
+
+def add_scales_file(parser: argparse.ArgumentParser) -> None:
+    """Adds `--scales-file` to a command that writes a card."""
+    text = 'put the scales into scales.safetensors beside the card, as is done when the Hub refuses a large card'
+    parser.add_argument('--scales-file', action='store_true', help=text)
 
 
 def add_publishing(parser: argparse.ArgumentParser) -> None:
@@ -124,7 +132,7 @@ def _write_scales(scales: Scales, args: argparse.Namespace) -> None:
     if Path(args.out).suffix == '.safetensors':
         scales.save(args.out)
     else:
-        save_scales_card(scales, args.out)
+        save_scales_card(scales, args.out, scales_file=getattr(args, 'scales_file', False))
     print_result(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
 
 
@@ -147,5 +155,5 @@ def _plot(args: argparse.Namespace) -> None:
 
 def _push_scales(args: argparse.Namespace) -> None:
     scales = _load(args)
-    url = push_scales(scales, args.repo, args.private, args.revision, args.create_pr)
+    url = push_scales(scales, args.repo, args.private, args.revision, args.create_pr, scales_file=args.scales_file)
     print_result(args, {**_summary(scales), 'url': url}, f'{scales.title} -> {url}')

@@ -1,7 +1,8 @@
 """Finds scales wherever a user may have them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
         scales = read_published(str(source))
     elif isinstance(source, str) and source.startswith(HUB_PREFIX):
         hub = parse_hub_source(source)
-        scales = read_card_scales(download(hub.repo_id, CARD_FILE, hub.revision, token=token), str(hub))
+        fetch = partial(download, hub.repo_id, revision=hub.revision, token=token)
+        scales = read_card_scales(fetch(CARD_FILE), str(hub), fetch)
     else:
         scales = _read_local(Path(source), None if model is None else network_name(model))
     return scales if model is None else scales.for_model(model)
@@ -139,7 +141,7 @@ def _card_row(card: Path, name: str, where: str) -> list[dict[str, Any]]:
     try:
         metadata = read_metadata(card)
         scales = read_card_scales(card) if METADATA_KEY in metadata else None
-    except ValueError:
+    except (OSError, ValueError):
         # Somebody else's card, of which there may be any kind in a cache.
         return []
     if scales is None:
@@ -168,16 +170,17 @@ def scales_beside_weights(cfg: Mapping[str, Any]) -> Scales | None:
     if not cfg.get('hf_hub_id'):
         return None
     source = parse_hub_source(HUB_PREFIX + cfg['hf_hub_id'])
+    fetch = partial(download, source.repo_id, revision=source.revision)
     try:
-        card = download(source.repo_id, CARD_FILE, source.revision)
+        card = fetch(CARD_FILE)
     except HubFileNotFoundError:
         return None
-    return _card_scales(card, str(source))
+    return _card_scales(card, str(source), fetch)
 
 
 def _card_scales_if_any(card: Path) -> Scales | None:
     return _card_scales(card, str(card)) if card.is_file() else None
 
 
-def _card_scales(card: Path, source: str) -> Scales | None:
-    return read_card_scales(card, source) if METADATA_KEY in read_metadata(card, source) else None
+def _card_scales(card: Path, source: str, fetch: Callable[[str], Path] | None = None) -> Scales | None:
+    return read_card_scales(card, source, fetch) if METADATA_KEY in read_metadata(card, source) else None

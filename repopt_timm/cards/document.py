@@ -7,7 +7,8 @@ both, and what is between them, after its own text. Comments inside the front ma
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from ..scales import Scales
 from ..tokens import scrub
 from .format import METADATA_KEY, check_version, decode_scales, kind_of_value
 
-__all__ = ['BEGIN', 'CARD_FILE', 'END', 'eval_results', 'read_card_scales', 'read_metadata', 'update_card']
+__all__ = ['BEGIN', 'CARD_FILE', 'END', 'beside', 'eval_results', 'read_card_scales', 'read_metadata', 'update_card']
 
 CARD_FILE = 'README.md'
 BEGIN = '<!-- repopt-timm: begin. Text up to the end mark is rewritten with the scales; write yours outside of it. -->'
@@ -54,12 +55,15 @@ class _Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):  # type: ignore[mi
         return super().construct_mapping(node, deep)
 
 
-def read_card_scales(path: str | os.PathLike, source: str | None = None) -> Scales:
+def read_card_scales(
+    path: str | os.PathLike, source: str | None = None, fetch: Callable[[str], Path] | None = None
+) -> Scales:
     """Reads the scales of a card.
 
     Args:
         path: The file, a `README.md`.
         source: What to call it in errors. Defaults to its path.
+        fetch: Returns where the file of this name beside the card is. Defaults to the card's folder.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -72,7 +76,19 @@ def read_card_scales(path: str | os.PathLike, source: str | None = None) -> Scal
             f"{source}: no scales in it: its metadata has no key '{METADATA_KEY}'. Publish some with `repopt-timm "
             f'scales push`, or name another source.'
         )
-    return decode_scales(metadata[METADATA_KEY], source)
+    return decode_scales(metadata[METADATA_KEY], source, fetch or partial(beside, Path(path)))
+
+
+def beside(card: Path, name: str) -> Path:
+    """Returns the path of a file in the folder of a card.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+    """
+    path = card.parent / name
+    if not path.is_file():
+        raise FileNotFoundError(f"'{card}': its scales are in {name}, which is not beside it. Get that file too.")
+    return path
 
 
 def read_metadata(path: str | os.PathLike, source: str | None = None) -> dict[str, Any]:
@@ -185,7 +201,7 @@ def _check_readable(text: str, path: Path) -> None:
         _check_size(len(text.encode('utf-8')), str(path))
         metadata = _parse(text, str(path))[0]
         if METADATA_KEY in metadata:
-            decode_scales(metadata[METADATA_KEY], str(path))
+            decode_scales(metadata[METADATA_KEY], str(path), partial(beside, path))
     except ValueError as error:
         raise ValueError(
             f'The card is not written, as it could not be read again: {error} Shorten what it says of the training, '

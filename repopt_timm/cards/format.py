@@ -10,6 +10,9 @@ Format version 2: the card's YAML front matter has a key `repopt` with
   `channels` (without a geometry) and `data`: the branches' vectors one after the other as little-endian
   float32, whose bytes are sorted by significance (all lowest bytes first), compressed by zlib, in base64;
 * `training`, only beside weights: how these were trained (plain data).
+
+Format version 3, for a card that the Hub would refuse as too large: `file`, always `scales.safetensors`, in the place
+of `modules`. That file, beside the card, is one of `Scales.save`; fingerprint and provenance are the card's.
 """
 
 import base64
@@ -18,7 +21,8 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,14 +30,24 @@ import torch
 from torch import Tensor
 
 from ..reparam import Geometry
-from ..scales import Scales
+from ..scales import Scales, read_scale_file
 from ..tokens import scrub
 
-__all__ = ['METADATA_KEY', 'check_version', 'decode_scales', 'encode_scales', 'kind_of_value']
+__all__ = [
+    'METADATA_KEY',
+    'SCALES_FILE',
+    'check_version',
+    'decode_scales',
+    'encode_scales',
+    'has_scales_file',
+    'kind_of_value',
+]
 
 METADATA_KEY = 'repopt'
+SCALES_FILE = 'scales.safetensors'
 
 _FORMAT_VERSION = 2
+_FILE_VERSION = 3
 # An order of magnitude above L2 with 48 modules and 69 thousand values; a card may come from anyone.
 _MAX_MODULES = 1000
 _MAX_BRANCHES = 16
@@ -43,12 +57,15 @@ _MAX_NESTING = 32
 _NAME = re.compile(r'[\w.-]{1,200}')
 
 
-def encode_scales(scales: Scales, training: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def encode_scales(
+    scales: Scales, training: Mapping[str, Any] | None = None, scales_file: bool = False
+) -> dict[str, Any]:
     """Returns the `repopt` entry of a card as plain data; see the module's docstring for the format.
 
     Args:
         scales: The scales.
         training: How the weights beside them were trained.
+        scales_file: Name the file beside the card instead of holding the vectors.
 
     Raises:
         ValueError: If a name or a size is beyond what `decode_scales` takes.
@@ -65,28 +82,44 @@ def encode_scales(scales: Scales, training: Mapping[str, Any] | None = None) -> 
         metadata['training'] = _without_tokens(training)
     # What no reader would take is an error now, not when somebody reads it.
     decode_scales(metadata, 'The scales')
+    if scales_file:
+        del metadata['modules']
+        metadata |= {'format': _FILE_VERSION, 'file': SCALES_FILE}
     return metadata
 
 
-def decode_scales(metadata: object, source: str) -> Scales:
+def has_scales_file(metadata: object) -> bool:
+    """Returns whether the `repopt` entry of a card says that its scales are in the file beside it."""
+    return isinstance(metadata, Mapping) and metadata.get('file') == SCALES_FILE
+
+
+def decode_scales(metadata: object, source: str, fetch: Callable[[str], Path] | None = None) -> Scales:
     """Decodes the `repopt` entry of a card, which may come from anyone: nothing large is made before it is checked.
 
     Args:
         metadata: Value of the key.
         source: Card that it comes from, for errors.
+        fetch: Returns where the file of this name beside the card is.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If the entry is of another version, not in the format, larger than any network needs, or does not
             match its fingerprint.
     """
     where = f"{source}: '{METADATA_KEY}'"
     if not isinstance(metadata, Mapping):
         raise ValueError(f'{where} is {kind_of_value(metadata)}, expected a mapping with the scales.')
-    check_version(_field(metadata, 'format', int, where), where)
+    version = _field(metadata, 'format', int, where)
+    check_version(version, where)
     provenance = _field(metadata, 'provenance', Mapping, where)
     _check_plain(provenance, f'{where}: provenance')
     _check_plain(metadata.get('training'), f'{where}: training')
     architecture = _field(metadata, 'architecture', str, where)
+    fingerprint = _name(_field(metadata, 'fingerprint', str, where), f'{where}: fingerprint')
+    if version == _FILE_VERSION:
+        scales = read_scale_file(_beside(metadata, where, fetch)).with_provenance(provenance, source)
+        scales.check_fingerprint(fingerprint)
+        return scales
     modules, geometry, counts = _decode_modules(_field(metadata, 'modules', Mapping, where), where)
     scales = Scales(
         _name(architecture, f'{where}: architecture') if architecture else '',
@@ -96,8 +129,17 @@ def decode_scales(metadata: object, source: str) -> Scales:
         provenance,
         source,
     )
-    scales.check_fingerprint(_name(_field(metadata, 'fingerprint', str, where), f'{where}: fingerprint'))
+    scales.check_fingerprint(fingerprint)
     return scales
+
+
+def _beside(metadata: Mapping[Any, Any], where: str, fetch: Callable[[str], Path] | None) -> Path:
+    # Never a name of the card's own choice, which could lead anywhere.
+    if not has_scales_file(metadata):
+        raise ValueError(f"{where}: its 'file' is not {SCALES_FILE}. The card is damaged or forged.")
+    if fetch is None:
+        raise ValueError(f'{where} says that the scales are in {SCALES_FILE} beside the card: get both.')
+    return fetch(SCALES_FILE)
 
 
 def check_version(version: int, where: str) -> None:
@@ -106,12 +148,13 @@ def check_version(version: int, where: str) -> None:
     Raises:
         ValueError: If it cannot; says what to do.
     """
-    if version != _FORMAT_VERSION:
+    if version not in (_FORMAT_VERSION, _FILE_VERSION):
         advice = 'upgrade repopt-timm (pip install -U repopt-timm)'
         if version < _FORMAT_VERSION:
             advice = 'publish the scales again, from the checkpoint of their search'
         raise ValueError(
-            f'{where} is in version {version} of its format, this package reads version {_FORMAT_VERSION}: {advice}.'
+            f'{where} is in version {version} of its format, this package reads versions {_FORMAT_VERSION} and '
+            f'{_FILE_VERSION}: {advice}.'
         )
 
 

@@ -9,6 +9,7 @@ from ..architectures import ARCHITECTURES
 from ..names import ModelName
 from ..reparam import Geometry
 from ..scales import Scales, scales_table
+from .format import SCALES_FILE
 
 __all__ = ['CURVES_FILE', 'SCALES_PICTURE', 'WEIGHTS_FILE', 'render_body']
 
@@ -52,9 +53,10 @@ def render_body(
         license_name: Licence that the card's metadata names.
     """
     weights = WEIGHTS_FILE in files
+    where = f'in `{SCALES_FILE}`' if SCALES_FILE in files else 'in the metadata of this card'
     sections = [
         f'# {repo_id.split("/")[-1]}',
-        _summary(model_name, weights, scales),
+        _summary(model_name, weights, scales, where),
         '## Usage',
         '`pip install repopt-timm`; `import repopt_timm` makes its models and optimizers known to timm.'
         + (' Replace `USER` by the owner of the repository.' if repo_id.startswith('USER/') else ''),
@@ -71,7 +73,7 @@ def render_body(
     return '\n\n'.join(sections)
 
 
-def _summary(model_name: str, weights: bool, scales: Scales | None) -> str:
+def _summary(model_name: str, weights: bool, scales: Scales | None, where: str) -> str:
     paper = '[RepOptimizers](https://arxiv.org/abs/2205.15242)'
     branches = _ROLES.get(ModelName.parse(model_name).kind)
     of_model = f'Weights of `{model_name}` for [timm](https://github.com/huggingface/pytorch-image-models)'
@@ -79,13 +81,13 @@ def _summary(model_name: str, weights: bool, scales: Scales | None) -> str:
         return f'{of_model}.'
     if weights and branches is not None:
         return f'{of_model}, the {branches} of {paper}.' + (
-            ' Its scales are in the metadata of this card, for training a plain model.' if scales is not None else ''
+            f' Its scales are {where}, for training a plain model.' if scales is not None else ''
         )
     if weights and scales is not None:
         return (
             f'{of_model}, and the scales of {paper} that belong to them: an image classifier of plain '
-            f'convolutions, whose structural prior is in its optimizer instead of its branches. The scales are in the '
-            f'metadata of this card.'
+            f'convolutions, whose structural prior is in its optimizer instead of its branches. The scales are '
+            f'{where}.'
         )
     if weights:
         return (
@@ -94,7 +96,7 @@ def _summary(model_name: str, weights: bool, scales: Scales | None) -> str:
         )
     return (
         f'Scales of `{model_name}` for {paper}: the constants by which a RepOptimizer initializes and trains the plain '
-        f'model, on any data. They are in the metadata of this card; there are no weights in this repository.'
+        f'model, on any data. They are {where}; there are no weights in this repository.'
     )
 
 

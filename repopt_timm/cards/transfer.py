@@ -27,7 +27,8 @@ from huggingface_hub.utils import get_token, validate_repo_id
 
 from ..files import replacing
 from ..tokens import scrub
-from .document import CARD_FILE
+from .document import CARD_FILE, read_metadata
+from .format import METADATA_KEY, SCALES_FILE, has_scales_file
 
 __all__ = [
     'HUB_PREFIX',
@@ -160,7 +161,7 @@ def cached_files(file: str) -> list[tuple[HubSource, Path]]:
 
 def push_folder(
     repo_id: str,
-    write: Callable[[Path, str, frozenset[str]], None],
+    write: Callable[[Path, str, frozenset[str], bool], None],
     message: str,
     private: bool | None = None,
     revision: str | None = None,
@@ -174,8 +175,8 @@ def push_folder(
     Args:
         repo_id: Name of the repository, `user/repo`, or `repo` for one of the token's owner.
         write: Called with a folder that has the repository's card, if there is one, with the repository's full name,
-            and with the names of its files; writes what is to be uploaded into the folder. Called again for each
-            attempt.
+            with the names of its files, and with whether the Hub refused what it wrote before as too large; writes
+            what is to be uploaded into the folder. Called again for each attempt.
         message: Title of the commit.
         private: Whether a new repository is private. Defaults to the owner's setting.
         revision: Branch to commit to.
@@ -198,20 +199,37 @@ def push_folder(
     source = HubSource(repo_id, revision)
     for attempt in range(_ATTEMPTS - 1):
         try:
-            return _commit(api, source, write, message, create_pr)
+            return _commit_if_taken(api, source, write, message, create_pr)
         except HubError as error:
             if error.status not in _MOVED:
                 raise
         time.sleep(random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt)))
-    return _commit(api, source, write, message, create_pr)
+    return _commit_if_taken(api, source, write, message, create_pr)
+
+
+def _commit_if_taken(
+    api: HfApi,
+    source: HubSource,
+    write: Callable[[Path, str, frozenset[str], bool], None],
+    message: str,
+    create_pr: bool,
+) -> str:
+    """Makes one commit, with a smaller card if the Hub refuses the first as too large (413)."""
+    try:
+        return _commit(api, source, write, message, create_pr)
+    except HubError as error:
+        if error.status != 413:
+            raise
+    return _commit(api, source, write, message, create_pr, too_large=True)
 
 
 def _commit(
     api: HfApi,
     source: HubSource,
-    write: Callable[[Path, str, frozenset[str]], None],
+    write: Callable[[Path, str, frozenset[str], bool], None],
     message: str,
     create_pr: bool,
+    too_large: bool = False,
 ) -> str:
     """Makes one commit on what the branch is now; the Hub refuses it (412) if the branch moves meanwhile."""
     repo_id, revision = source
@@ -223,7 +241,10 @@ def _commit(
         if CARD_FILE in files:
             with TemporaryDirectory(prefix='repopt-timm-') as cache, replacing(folder / CARD_FILE) as card:
                 card.write_bytes(download(repo_id, CARD_FILE, parent, cache, api.token).read_bytes())
-        write(folder, repo_id, files)
+            if has_scales_file(read_metadata(folder / CARD_FILE, str(source)).get(METADATA_KEY)):
+                with TemporaryDirectory(prefix='repopt-timm-') as cache, replacing(folder / SCALES_FILE) as vectors:
+                    vectors.write_bytes(download(repo_id, SCALES_FILE, parent, cache, api.token).read_bytes())
+        write(folder, repo_id, files, too_large)
         with _clear_errors(source, None, api.token, folder / CARD_FILE):
             commit = api.upload_folder(
                 repo_id=repo_id,

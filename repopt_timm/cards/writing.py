@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from ..files import write_text
 from ..names import PREFIX
 from ..plot import plot_scales
 from ..scales import Scales
-from .document import CARD_FILE, read_metadata, update_card
-from .format import METADATA_KEY, decode_scales, encode_scales
+from .document import CARD_FILE, beside, read_metadata, update_card
+from .format import METADATA_KEY, SCALES_FILE, decode_scales, encode_scales, has_scales_file
 from .text import SCALES_PICTURE, render_body
 from .transfer import push_folder
 
@@ -32,6 +33,7 @@ def write_card(
     results: Sequence[EvalResult] | None = (),
     training: Mapping[str, Any] | None = None,
     published: Collection[str] = (),
+    scales_file: bool = False,
 ) -> None:
     """Writes the card of a directory, and the picture of its scales; what else an existing card says survives.
 
@@ -43,6 +45,7 @@ def write_card(
         results: Measured accuracies; None if what the card states is of other weights.
         training: How the weights were trained. Defaults to what the card says already.
         published: Names of further files that the repository has.
+        scales_file: Put the vectors into `scales.safetensors` beside the card; a card that has done so goes on.
 
     Raises:
         ValueError: If the existing card cannot be read, or could not be carried through unchanged.
@@ -52,21 +55,27 @@ def write_card(
     previous = read_metadata(path) if path.is_file() else {}
     published_entry = previous.get(METADATA_KEY)
     if scales is None and published_entry is not None:
-        scales = decode_scales(published_entry, str(path))
+        scales = decode_scales(published_entry, str(path), partial(beside, path))
     if training is None and isinstance(published_entry, Mapping):
         kept = published_entry.get('training')
         training = kept if isinstance(kept, Mapping) else None
+    scales_file = scales is not None and (scales_file or has_scales_file(published_entry))
     files = {file.name for file in directory.iterdir()} | set(published)
+    files = files - {SCALES_FILE} | ({SCALES_FILE} if scales_file else set())
     metadata = None
     if scales is not None:
-        metadata = encode_scales(scales, training)
+        metadata = encode_scales(scales, training, scales_file)
+        if scales_file:
+            scales.with_provenance(metadata['provenance']).save(directory / SCALES_FILE)
         drawn = draw(plot_scales, scales, directory / SCALES_PICTURE, scales.title)
         files = files - {SCALES_PICTURE} | ({SCALES_PICTURE} if drawn else set())
     body = render_body(repo_id, model_name, files, scales, training, previous.get('license') or 'apache-2.0')
     write_text(path, update_card(path, body, repo_id.split('/')[-1], metadata, results))
 
 
-def save_scales_card(scales: Scales, directory: str | os.PathLike, repo_id: str | None = None) -> None:
+def save_scales_card(
+    scales: Scales, directory: str | os.PathLike, repo_id: str | None = None, scales_file: bool = False
+) -> None:
     """Writes a repository of scales without weights: a model card with a picture.
 
     An existing card keeps its other metadata, and the text outside the marks of this package.
@@ -75,13 +84,14 @@ def save_scales_card(scales: Scales, directory: str | os.PathLike, repo_id: str 
         scales: The scales.
         directory: Folder to write.
         repo_id: Name that it has on the Hub, for the snippets in the card.
+        scales_file: Put the vectors into `scales.safetensors` beside the card.
 
     Raises:
         ValueError: If an existing card cannot be read, or could not be carried through unchanged.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_card(directory, repo_id, card_model_name(scales), scales)
+    write_card(directory, repo_id, card_model_name(scales), scales, scales_file=scales_file)
 
 
 def push_scales(
@@ -92,6 +102,7 @@ def push_scales(
     create_pr: bool = False,
     token: str | bool | None = None,
     commit_message: str = 'Scales of repopt-timm',
+    scales_file: bool = False,
 ) -> str:
     """Publishes scales on the Hugging Face Hub; weights that the repository has stay as they are.
 
@@ -103,6 +114,8 @@ def push_scales(
         create_pr: Open a pull request instead of changing the branch.
         token: Defaults to the token of `hf auth login`.
         commit_message: Title of the commit.
+        scales_file: Put the vectors into `scales.safetensors` beside the card, as is done when the Hub refuses the card
+            as too large.
 
     Returns:
         Address of the commit or pull request.
@@ -114,8 +127,9 @@ def push_scales(
     # What no card can hold is an error before the repository is made.
     encode_scales(scales)
 
-    def write(folder: Path, name: str, published: frozenset[str]) -> None:
-        write_card(folder, name, card_model_name(scales), scales, published=published)
+    def write(folder: Path, name: str, published: frozenset[str], too_large: bool) -> None:
+        model_name = card_model_name(scales)
+        write_card(folder, name, model_name, scales, published=published, scales_file=scales_file or too_large)
 
     return push_folder(repo_id, write, commit_message, private, revision, create_pr, token)
 

@@ -9,7 +9,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 
-from repopt_timm import Scales, save_scales_card
+from repopt_timm import Scales, load_scales, save_scales_card
 from repopt_timm.cards import document
 from repopt_timm.cards.document import BEGIN, END, eval_results, read_card_scales
 from repopt_timm.cards.format import decode_scales, encode_scales
@@ -161,10 +161,10 @@ def test_a_tampered_card_is_refused(card):
 
 
 def test_a_card_that_is_too_new_asks_for_an_upgrade_and_is_not_overwritten(card):
-    rewrite(card, lambda entry: entry.update(format=3))
+    rewrite(card, lambda entry: entry.update(format=4))
     before = card.read_bytes()
     for call in (lambda: read_card_scales(card), lambda: save_scales_card(random_scales(), card.parent)):
-        with pytest.raises(ValueError, match=r'README\.md.*version 3 of its format.*upgrade repopt-timm'):
+        with pytest.raises(ValueError, match=r'README\.md.*version 4 of its format.*upgrade repopt-timm'):
             call()
     assert card.read_bytes() == before
 
@@ -307,3 +307,20 @@ def test_provenance_cannot_break_the_page(tmp_path):
     text = ModelCard.load(tmp_path / 'README.md').text
     assert '| dataset | a \\| b # Title &lt;script> &lt;!--' in text
     assert text.count(END) == 1
+
+
+def test_scales_beside_a_card_are_those_that_it_names(tmp_path):
+    scales = random_scales()
+    save_scales_card(scales, tmp_path, scales_file=True)
+    card, file = tmp_path / 'README.md', tmp_path / 'scales.safetensors'
+    assert load_scales(tmp_path) == scales
+    assert 'They are in `scales.safetensors`;' in card.read_text()
+    random_scales().save(file)
+    with pytest.raises(ValueError, match='the scales do not match their fingerprint'):
+        load_scales(tmp_path)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match=r'its scales are in scales\.safetensors, which is not beside it'):
+        load_scales(tmp_path)
+    card.write_text(card.read_text().replace('file: scales.safetensors', 'file: ../scales.safetensors'))
+    with pytest.raises(ValueError, match=r"its 'file' is not scales\.safetensors"):
+        load_scales(tmp_path)

@@ -270,3 +270,31 @@ def test_sources_are_parsed():
     assert parse_hub_source('hf-hub:ann/tiny') == ('ann/tiny', None)
     assert parse_hub_source('hf-hub:ann/tiny@refs/pr/1') == ('ann/tiny', 'refs/pr/1')
     assert str(parse_hub_source('hf-hub:ann/tiny@v1.0')) == 'hf-hub:ann/tiny@v1.0'
+
+
+def test_scales_of_a_card_that_is_too_large_go_into_a_file_beside_it(hub, client, tmp_path):
+    scales = random_scales().with_provenance({'dataset': 'cifar10'})
+    save_scales_card(scales, tmp_path / 'small', REPO, scales_file=True)
+    save_scales_card(scales, tmp_path / 'large', REPO)
+    small, large = ((tmp_path / name / 'README.md').stat().st_size for name in ('small', 'large'))
+    hub.readme_limit = (small + large) // 2
+    push_scales(scales, REPO)
+    assert set(hub.repo(REPO).files()) == {'.gitattributes', 'README.md', 'scales.png', 'scales.safetensors'}
+    entry = HfApi().model_info(REPO).card_data['repopt']
+    assert entry == encode_scales(scales, scales_file=True)
+    assert entry['provenance'] == {'dataset': 'cifar10'}
+    assert 'modules' not in entry
+    client('other')
+    found = load_scales(f'hf-hub:{REPO}')
+    assert found == scales
+    assert found.provenance == {'dataset': 'cifar10'}
+    client('other', offline=True)
+    assert load_scales(f'hf-hub:{REPO}') == scales
+    client()
+    # What was put beside the card stays there, also when the Hub would take more.
+    hub.readme_limit = 10 * large
+    update = random_scales()
+    push_scales(update, REPO)
+    assert 'modules' not in HfApi().model_info(REPO).card_data['repopt']
+    client('third')
+    assert load_scales(f'hf-hub:{REPO}') == update
