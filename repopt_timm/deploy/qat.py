@@ -199,6 +199,7 @@ def train_quantized(
     # For a resumed run to be compared with.
     args.quantization = {**asdict(options), 'weight_bits': weight_bits, 'weights_before': _digest(model)}
     config = preprocessing(vars(args), model=model)
+    args.input_size = list(config['input_size'])
     made: list[FakeQuantized] = []
 
     def make(args: argparse.Namespace, dataset: Any, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:

@@ -67,6 +67,19 @@ def test_weights_of_four_bits_have_fifteen_codes_and_stay_in_eight(quantization)
     assert {(array.min(), array.max()) for array in codes} == {(-7, 7)}
 
 
+def test_a_range_of_four_bits_does_not_reach_for_the_one_large_weight(exported, quantization):
+    done, name = quantization(), 'stages.1.1.conv.weight'
+    floats = {**constants_of(done.model)}
+    floats[name] = floats[name].copy()
+    floats[name][:, 0, 0, 0] = 3 * np.abs(floats[name]).max()
+    network = OnnxNetwork(done.quantized, floats, weight_bits=4)
+    shares = network.get_buffer(f'{name}_share')
+    assert shares.shape == (32,)
+    assert (shares < 1).float().mean() > 0.9
+    scale = constants_of(network.write_to(done.quantized))['stages.1.1.conv.weight_scale']
+    np.testing.assert_allclose(scale, np.abs(floats[name]).max((1, 2, 3)) / 7 * shares.numpy(), rtol=1e-5)
+
+
 def test_a_file_that_keeps_float_weights_gets_multiples_of_the_scale(quantization):
     # As accelerators want it: QuantizeLinear and DequantizeLinear on float weights.
     done = quantization()
