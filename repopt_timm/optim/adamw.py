@@ -10,7 +10,8 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from ..reparam import GradMult, GradMults
-from .base import GradMultOptimizer, Update, as_scalars, gradient, gradients, multiply
+from .base import GradMultOptimizer, Update, as_scalars, gradient, gradients
+from .chunks import add_multiples, multiply
 from .compiled import MaskParts, adamw_updates, compiled
 from .sharding import local
 
@@ -29,7 +30,7 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
     the gradient times the Grad Mult too, so that `eps` is compared with gradients as large as the branches'.
     Equivalent to `torch.optim.AdamW` on the CSLA network up to what `eps` does; the decay is exact.
 
-    A step works in memory of the size of two chunks of kernels: 2^21 elements on a CPU, 2^25 on CUDA.
+    A step works in memory of 9 * 2^17 elements on a CPU, 2^25 on CUDA.
 
     Args:
         params: Parameters or groups, as for `torch.optim.AdamW`; those without a Grad Mult are updated as usual,
@@ -55,6 +56,7 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
     """
 
     update_rule = 'adamw'
+    _places = 2
     _settings = (
         'lr',
         'betas',
@@ -112,7 +114,7 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
         steps = [self.state[param]['step'] for param in plain]
         grads = gradients(plain, settings['fused'])
         updates: list[Update] = [(_update, (settings, list(map(local, plain)), grads, moments, steps))]
-        for chunk in self._chunks(params, whole, places=2):
+        for chunk in self._chunks(params, whole):
             moments = [chunk.each(functools.partial(self._state_of, name=name)) for name in self._moments(settings)]
             kernels, grads = chunk.each(local), chunk.each(gradient)
             steps = [self.state[rows.param]['step'] for rows in chunk.rows]
@@ -165,26 +167,26 @@ def _update_kernels(
     moments: list[list[Tensor]],
     steps: list[Tensor],
     mults: list[GradMult],
-    place: list[Tensor] | None,
-    other_place: list[Tensor] | None,
+    place: list[Tensor] | None = None,
+    other_place: list[Tensor] | None = None,
 ) -> None:
     grads = multiply(mults, grads, place)
+    # Torch's kernels change parameters: of zeros they make updates.
     updates = [torch.zeros_like(kernel) for kernel in kernels] if other_place is None else other_place
     if other_place is not None:
         torch._foreach_zero_(updates)
-    decay = 1 - settings['lr'] * settings['weight_decay']
-    if settings['found_inf'] is not None:
-        # A skipped step does not decay either.
-        found_inf = settings['found_inf'].to(kernels[0].device, non_blocking=True)
-        decay = 1 - settings['lr'] * settings['weight_decay'] * (1 - found_inf)
     # In float32, `1 - beta2**step` loses four digits, which a compiler's code would work out of the tensor.
     counters = [step.double() for step in steps] if torch.compiler.is_compiling() else steps
     _update({**settings, 'weight_decay': 0.0}, updates, grads, moments, counters)
     if torch.compiler.is_compiling():
         torch._foreach_copy_(steps, counters)
-    updates = multiply(mults, updates, place)
-    torch._foreach_mul_(kernels, decay)
-    torch._foreach_add_(kernels, updates)
+    if settings['weight_decay'] != 0:
+        decay = settings['lr'] * settings['weight_decay']
+        if settings['found_inf'] is not None:
+            # A skipped step does not decay either.
+            decay = decay * (1 - settings['found_inf'].to(kernels[0].device, non_blocking=True))
+        torch._foreach_mul_(kernels, 1 - decay)
+    add_multiples(mults, kernels, updates)
 
 
 def _update(

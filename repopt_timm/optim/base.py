@@ -1,73 +1,21 @@
 """What RepOptSGD and RepOptAdamW share: their Grad Mults, and stepping through kernels in chunks."""
 
-import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from ..reparam import GradMult, GradMults
+from ..reparam import GradMults
+from .chunks import CHUNK_SIZES, Chunk, Rows, chunks_of, is_packed, rows_of
 from .compiled import MaskParts, mask_parts
 from .sharding import local, local_rows
 
-__all__ = ['CHUNK_SIZES', 'GradMultOptimizer', 'Update', 'as_scalars', 'gradient', 'gradients', 'multiply', 'rows_of']
-
-CHUNK_SIZES = {'cpu': 2**20, 'cuda': 2**24}
-"""Device type to elements of a chunk: what a step works in, on top of what it keeps.
-
-On a CPU few enough that products are still in the cache when the update reads them and enough that calls do not count,
-on a GPU enough for few launches.
-"""
+__all__ = ['GradMultOptimizer', 'Update', 'as_scalars', 'gradient', 'gradients']
 
 Update = tuple[Callable[..., None], tuple[Any, ...]]
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Some output channels of one kernel, and their Grad Mult.
-
-    Attributes:
-        param: The kernel.
-        start: First row, counted from the first that this process holds.
-        stop: Row after the last.
-        size: Number of elements.
-        is_last: Whether they are the last of the kernel.
-        mult: Grad Mult of the rows.
-    """
-
-    param: Tensor
-    start: int
-    stop: int
-    size: int
-    is_last: bool
-    mult: GradMult
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Returns these rows of a tensor of the kernel's shape, as a view."""
-        rows = local(tensor)
-        return rows if self.is_last and self.start == 0 else rows[self.start : self.stop]
-
-
-def rows_of(param: Tensor, mult: GradMult, whole: bool = False) -> list[Rows]:
-    """Cuts a kernel, or what this process holds of it, into rows of about the size of a chunk, or leaves it whole."""
-    start, stop = local_rows(param)
-    mult, total, row = mult.rows(start, stop), stop - start, math.prod(param.shape[1:])
-    count = max(1, total if whole else _chunk_size(param) // row)
-    if mult.channels < count < total:
-        # Of whole groups the diagonals are one view.
-        count -= count % mult.channels
-    spans = [(first, min(first + count, total)) for first in range(0, total, count)]
-    return [
-        Rows(param, first, last, (last - first) * row, last == total, mult.rows(first, last)) for first, last in spans
-    ]
-
-
-def _chunk_size(param: Tensor) -> int:
-    return CHUNK_SIZES.get(param.device.type, CHUNK_SIZES['cpu'])
 
 
 def gradient(param: Tensor) -> Tensor:
@@ -83,53 +31,18 @@ def gradients(params: Iterable[Tensor], fused: bool | None) -> list[Tensor]:
     return [grad if ok else torch.empty_like(param).copy_(grad) for ok, (param, grad) in zip(alike, grads)]
 
 
-def multiply(mults: list[GradMult], grads: list[Tensor], out: list[Tensor] | None) -> list[Tensor]:
-    """Multiplies tensors with Grad Mults, in lists where those are masks of the kernels' size."""
-    if all(mult.taps.shape == grad.shape for mult, grad in zip(mults, grads)) and grads[0].is_cuda:
-        return list(torch._foreach_mul(grads, [mult.taps for mult in mults]))
-    if out is None:
-        return [mult.multiply(grad) for mult, grad in zip(mults, grads)]
-    return [mult.multiply(grad, place) for mult, grad, place in zip(mults, grads, out)]
-
-
-def is_packed(tensor: Tensor) -> bool:
-    """Tells whether a tensor has no gaps and its rows lie in memory one after the other."""
-    return tensor.is_contiguous() or (tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last))
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Rows of kernels that are stepped together, and memory for what is computed on the way.
-
-    Attributes:
-        rows: The rows.
-        places: Lists of a tensor for each of the rows, or nothing where memory is the compiler's business.
-    """
-
-    rows: list[Rows]
-    places: list[list[Tensor] | None]
-
-    @property
-    def mults(self) -> list[GradMult]:
-        """Grad Mult of each of the rows."""
-        return [rows.mult for rows in self.rows]
-
-    def each(self, get: Callable[[Tensor], Tensor | None]) -> list[Any]:
-        """Returns what a function returns for a kernel, each of the rows of it."""
-        found = [get(rows.param) for rows in self.rows]
-        return [value if value is None else rows.of(value) for rows, value in zip(self.rows, found)]
-
-
 class GradMultOptimizer(torch.optim.Optimizer):
     """Mixin for an optimizer of `torch.optim` that multiplies gradients with Grad Mults.
 
     `_updates_of` lists what to do for those parameters of a group that have gradients: functions of tensors and plain
-    settings, in which `torch.compile` sees one graph.
+    settings, in which `torch.compile` sees one graph. `_places` is how
+    many times a step needs memory of a chunk's size.
     """
 
     update_rule: str
     grad_mults: GradMults
     _settings: tuple[str, ...]
+    _places: int
     _compiler_settings: ClassVar[dict[str, Any]]
     _updates_of: Callable[[dict[str, Any], list[Tensor], bool], list[Update]]
 
@@ -226,40 +139,22 @@ class GradMultOptimizer(torch.optim.Optimizer):
             self._parts[param] = mask_parts(self.grad_mults[param].rows(*local_rows(param)), local(param))
         return self._parts[param]
 
-    def _chunks(self, params: Iterable[Tensor], whole: bool, places: int = 1) -> list[Chunk]:
-        """Cuts the kernels among parameters into chunks, or puts together whole ones of one device and dtype.
-
-        Args:
-            params: Parameters.
-            whole: Make chunks of whole kernels, for a compiler, which needs no place for products.
-            places: How many times memory of a chunk's size is needed.
-        """
-        lists: dict[Any, list[list[Rows]]] = {}
-        for param in params:
-            if param in self.grad_mults:
-                chunks = lists.setdefault((param.device, param.dtype), [[]])
-                for rows in self._rows_of(param, whole):
-                    if chunks[-1] and not whole and _size(chunks[-1]) + rows.size > _chunk_size(param):
-                        chunks.append([])
-                    chunks[-1].append(rows)
-        made = []
-        for (device, dtype), chunks in lists.items():
-            # Once for all chunks: new memory would be cold.
-            size = 0 if whole else max(map(_size, chunks))
-            memory = [torch.empty(size, device=device, dtype=dtype) for _ in range(places)]
-            made += [Chunk(rows, [None if whole else _carve(each, rows) for each in memory]) for rows in chunks]
-        return made
+    def _chunks(self, params: Iterable[Tensor], whole: bool) -> list[Chunk]:
+        """Puts the kernels among parameters into chunks, for a compiler whole and without memory to work in."""
+        kernels = (param for param in params if param in self.grad_mults)
+        rows = (rows for param in kernels for rows in self._rows_of(param, whole))
+        return chunks_of(rows, 0 if whole else self._places)
 
     def _rows_of(self, param: Tensor, whole: bool) -> list[Rows]:
         if whole:
-            return rows_of(param, self.grad_mults[param], whole=True)
+            return rows_of(param, self.grad_mults[param], places=0)
         if param not in self._rows:
             mult = self.grad_mults[param]
             if self._dense:
                 mult = mult.filled(param)
             elif param.device.type == 'cpu' and local(param).is_contiguous():
                 mult = mult.tiled()
-            self._rows[param] = rows_of(param, mult)
+            self._rows[param] = rows_of(param, mult, self._places)
         return self._rows[param]
 
     def _state_of(self, param: Tensor, name: str) -> Tensor | None:
@@ -334,18 +229,3 @@ def _use_fused(group: dict[str, Any]) -> bool | None:
         and not (param.grad is not None and param.grad.is_sparse)
         for param in group['params']
     )
-
-
-def _size(rows: Sequence[Rows]) -> int:
-    return sum(each.size for each in rows)
-
-
-def _carve(memory: Tensor, rows: Sequence[Rows]) -> list[Tensor]:
-    """Takes places for rows of kernels out of memory, each laid out like the kernel."""
-    places = []
-    used = 0
-    for each in rows:
-        like = each.of(each.param)
-        places.append(memory.as_strided(like.shape, like.stride(), used) if is_packed(like) else torch.empty_like(like))
-        used += each.size
-    return places

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..reparam import GradMult, GradMults
-from .base import gradient, rows_of
+from .base import gradient
+from .chunks import rows_of
 from .sharding import sum_over_shards
 
 __all__ = ['clip_grad_norm_']

@@ -1,5 +1,6 @@
 """Grad Mults, the Rule of Iteration (section 3.3 and appendix A of arXiv 2205.15242)."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -102,40 +103,52 @@ class GradMult:
             grad: Tensor of the kernel's shape.
             out: Memory of the same shape and dtype that may be taken for the product.
         """
-        exact = grad
-        if grad.dtype != self.taps.dtype:
+        if not self._works_in_place(grad):
             exact = grad.to(torch.promote_types(grad.dtype, self.taps.dtype))
-        # A compiler fuses the mask into what reads it, and neither it nor autograd is served by writing to views.
-        if torch.compiler.is_compiling() or exact.requires_grad or not self._diagonal_is_a_view:
             return (exact * self.dense()).to(grad.dtype)
-        product = torch.empty_like(exact) if out is None or exact is not grad else out
-        width = self.taps.shape[1]
-        if width in (1, self.channels):
-            torch.mul(exact, self.taps, out=product)
-        else:
-            by_tile = (1, (-1, width))
-            torch.mul(exact.unflatten(*by_tile), self.taps.unsqueeze(1), out=product.unflatten(*by_tile))
-        if self.diagonal is not None:
-            on_diagonal = self._on_diagonal(product)
-            on_diagonal.addcmul_(self._on_diagonal(exact), self.diagonal.view_as(on_diagonal))
-        return product if exact is grad else product.to(grad.dtype)
+        product = torch.empty_like(grad) if out is None else out
+        (whole, tile, target), *diagonal = zip(self._parts(grad), self._factors, self._parts(product))
+        torch.mul(whole, tile, out=target)
+        for part, factor, target in diagonal:
+            target.addcmul_(part, factor)
+        return product
 
-    @property
+    def add_multiple(self, kernel: Tensor, update: Tensor) -> None:
+        """Adds `M * update` to a kernel in place."""
+        if not self._works_in_place(update):
+            kernel.add_(self.multiply(update))
+            return
+        for target, part, factor in zip(self._parts(kernel), self._parts(update), self._factors):
+            target.addcmul_(part, factor)
+
+    def _works_in_place(self, tensor: Tensor) -> bool:
+        # A compiler fuses the mask into what reads it, and neither it nor autograd is served by writing to views.
+        plain = not (torch.compiler.is_compiling() or tensor.requires_grad)
+        return plain and tensor.dtype == self.taps.dtype and self._diagonal_is_a_view
+
+    @functools.cached_property
     def _diagonal_is_a_view(self) -> bool:
         size, column = len(self.taps), self.first_row % self.channels
         return self.diagonal is None or column + size <= self.channels or (column == 0 and size % self.channels == 0)
 
-    def _on_diagonal(self, kernel: Tensor) -> Tensor:
-        """Returns what of a kernel lies on the diagonals of all groups, shape (groups, channels, h, w), as a view."""
-        assert self.diagonal is not None
-        size, _, height, width = self.diagonal.shape
-        rows, columns, *taps = kernel.stride()
-        top, left = _margins(kernel, self.diagonal)
-        first = (self.first_row % self.channels) * columns + top * taps[0] + left * taps[1]
-        per_group = min(size, self.channels)
-        shape = (size // per_group, per_group, height, width)
-        strides = (per_group * rows, rows + columns, *taps)
-        return kernel.as_strided(shape, strides, kernel.storage_offset() + first)
+    @functools.cached_property
+    def _factors(self) -> tuple[Tensor, ...]:
+        """What `_parts` of a tensor are multiplied with."""
+        tile = self.taps if self.taps.shape[1] in (1, self.channels) else self.taps.unsqueeze(1)
+        if self.diagonal is None:
+            return (tile,)
+        per_group = min(len(self.taps), self.channels)
+        return tile, self.diagonal.view(-1, per_group, *self.diagonal.shape[2:])
+
+    def _parts(self, kernel: Tensor) -> Iterator[Tensor]:
+        """Yields views of a tensor of the kernel's shape: all of it, by tiles, then the diagonals of its groups."""
+        tile, *diagonal = self._factors
+        yield kernel if tile.ndim == 4 else kernel.unflatten(1, (-1, tile.shape[2]))
+        for factor in diagonal:
+            rows, columns, *taps = kernel.stride()
+            top, left = _margins(kernel, factor)
+            first = kernel.storage_offset() + self.first_row % self.channels * columns + top * taps[0] + left * taps[1]
+            yield kernel.as_strided(factor.shape, (factor.shape[1] * rows, rows + columns, *taps), first)
 
 
 def _margins(kernel: Tensor, window: Tensor) -> tuple[int, int]:

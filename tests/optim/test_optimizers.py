@@ -13,7 +13,7 @@ from repopt_timm import (
     clip_grad_norm_,
     make_grad_mults,
 )
-from repopt_timm.optim import base
+from repopt_timm.optim import chunks
 from repopt_timm.optim.reference import ReferenceRepOptAdamW, ReferenceRepOptSGD
 
 from ..helpers import random_scales, tiny_model
@@ -49,7 +49,7 @@ def same(first, second, **kwargs):
         ('sgd', {'lr': 0.1, 'momentum': 0.9, 'weight_decay': 0.01, 'nesterov': True}),
         ('sgd', {'lr': 0.1, 'momentum': 0.5, 'dampening': 0.2, 'maximize': True}),
         ('adamw', {'lr': 0.01, 'weight_decay': 0.1, 'eps': 1e-3}),
-        ('adamw', {'lr': 0.01, 'amsgrad': True, 'maximize': True}),
+        ('adamw', {'lr': 0.01, 'amsgrad': True, 'maximize': True, 'weight_decay': 0.0}),
     ],
 )
 def test_the_fast_optimizer_follows_the_readable_one(rule, settings, implementation):
@@ -70,7 +70,7 @@ def test_the_fast_optimizer_follows_the_readable_one(rule, settings, implementat
 @pytest.mark.parametrize('groups', [1, 4, 16])
 @pytest.mark.parametrize('kwargs', [{}, {'dense': True}], ids=['tiles', 'dense'])
 def test_each_chunk_of_a_kernel_gets_its_own_rows_of_the_grad_mult(rule, size, groups, kwargs, monkeypatch):
-    monkeypatch.setitem(base.CHUNK_SIZES, 'cpu', size)
+    monkeypatch.setitem(chunks.CHUNK_SIZES, 'cpu', size)
     model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1, groups=groups)).double()
     scales = {'0': {'kxk': torch.randn(64), '1x1': torch.randn(64), 'identity': torch.ones(64)}}
     twin = copy.deepcopy(model)
