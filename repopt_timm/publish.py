@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from .architectures import ARCHITECTURES
 from .cards.document import CARD_FILE, eval_results
 from .cards.format import SCALES_FILE, encode_scales
 from .cards.text import CURVES_FILE, SCALES_PICTURE, WEIGHTS_FILE
@@ -24,7 +23,7 @@ from .checkpoints.read import read_checkpoint, select_state_dict
 from .datasets import data_config_of
 from .files import check_output, check_output_folder, replacing
 from .models import RepOptVgg, ensure_registered
-from .models.strided_byobnet import RepVgg, StridedByobNet
+from .models.strided_byobnet import stated_arguments
 from .names import ModelName
 from .plot import plot_curves
 from .reparam import attach_scales, kind_of
@@ -225,6 +224,8 @@ def _prepare(
         )
     found = found or carried
     training, metrics = dict(training or {}), dict(metrics or {})
+    if merged_from := getattr(model, 'merged_from', ''):
+        training.setdefault('trained_with', f'branches, as {merged_from}; merged into plain kernels')
     if metrics and 'dataset' in training:
         metrics = {'dataset': training['dataset'], **metrics}
     if metrics:
@@ -267,7 +268,9 @@ def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
 def _write(publication: _Publication, folder: Path, repo_id: str, published: frozenset[str], scales_file: bool) -> None:
     model, weights, scales, metrics, training, curves, precision, history = publication
     save_file(dict(weights), folder / WEIGHTS_FILE, {'format': 'pt'})
-    save_config_for_hf(model, str(folder / CONFIG_FILE), model_args=_model_args(model))
+    # A path, as versions of timm before 1.0.31 need it, whatever their annotation says.
+    config_file: Any = folder / CONFIG_FILE
+    save_config_for_hf(model, config_file, model_args=stated_arguments(model))
     if curves is not None:
         (folder / CURVES_FILE).write_bytes(Path(curves).read_bytes())
     elif history:
@@ -295,26 +298,6 @@ def _scales_of(model: nn.Module) -> Scales | None:
         if kind_of(model) == 'target':
             return None
         raise
-
-
-def _model_args(model: nn.Module) -> dict[str, Any]:
-    # Later versions of timm record them themselves, those about 1.0.26 write only what is named here.
-    args: dict[str, Any] = {}
-    if isinstance(model, RepVgg):
-        own = ARCHITECTURES[ModelName.parse(_timm_name(model)).architecture]
-        chosen = own.arguments(model.depths, model.widths, model.strides)
-        args |= {name: list(numbers) for name, numbers in chosen.items()}
-        use_se = not isinstance(model.stem.attn, nn.Identity)
-        if use_se != own.use_se:
-            args['use_se'] = use_se
-    elif isinstance(model, StridedByobNet) and set(model.strides) != {2}:
-        args['strides'] = list(model.strides)
-    if isinstance(model, StridedByobNet):
-        if model.in_chans != 3:
-            args['in_chans'] = model.in_chans
-        if model.head.global_pool.pool_type != 'avg':
-            args['global_pool'] = model.head.global_pool.pool_type
-    return args
 
 
 def _model_of(

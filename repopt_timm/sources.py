@@ -17,9 +17,12 @@ from .resources import shipped_repositories
 from .scales import Scales, read_scale_file
 from .scales.published import PUBLISHED, find_published, published_table, read_published
 
-__all__ = ['ScalesSource', 'default_scales', 'known_scales', 'load_scales', 'scales_beside_weights']
+__all__ = ['IMPLIED', 'ScalesSource', 'default_scales', 'known_scales', 'load_scales', 'scales_beside_weights']
 
 ScalesSource = Scales | Mapping | str | os.PathLike
+
+IMPLIED = 'implied'
+"""Names the scales that pretrained weights with branches imply, for their fine-tuning."""
 
 
 def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str | bool | None = None) -> Scales:
@@ -67,6 +70,11 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
         scales = read_published(network_name(model))
     elif source in published_table():
         scales = read_published(str(source))
+    elif source == IMPLIED:
+        raise ValueError(
+            f"scales='{IMPLIED}' are read from trained branches. Create a target with pretrained=True and weights that "
+            f"were trained with branches, such as 'repopt_mobileone_s0.apple_in1k'."
+        )
     elif isinstance(source, str) and source.startswith(HUB_PREFIX):
         hub = parse_hub_source(source)
         fetch = partial(download, hub.repo_id, revision=hub.revision, token=token)

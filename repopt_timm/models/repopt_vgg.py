@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+    resolve_pretrained_cfg,
+)
 from timm.models.byobnet import LayerFn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -24,9 +30,10 @@ from ..names import KINDS, ModelName
 from ..reparam import ConvPrior, CSLAConv2d, carried_scales, stage_scale
 from ..reparam.prior import repvgg_branches
 from ..scales import Scales
-from ..sources import ScalesSource
+from ..sources import IMPLIED, ScalesSource, load_scales
 from .kinds import ModelArgsWithoutScales, make_kind, refuse_scales, register_kinds, requested_scales, to_plain
-from .pretrained_weights import choose_weights, tagged_cfgs
+from .pretrained_weights import choose_weights, fetch, original_cfgs, tagged_cfgs
+from .repvgg_weights import has_branches, merge_repvgg
 from .strided_byobnet import RepVgg, feature_indices
 
 __all__ = ['RepOptVgg', 'RepOptVggBlock']
@@ -122,6 +129,7 @@ class RepOptVgg(RepVgg):
     Attributes:
         architecture: Name of the plain model.
         scales_provenance: Where the scales come from, if the model has any.
+        merged_from: Repository of the weights with branches that the model was loaded from, if they were merged.
     """
 
     block_type = RepOptVggBlock
@@ -201,34 +209,49 @@ def _create_repopt_vgg(
 ) -> nn.Module:
     name = ModelName.parse(variant)
     pretrained_cfg = choose_weights(variant, pretrained, pretrained_cfg, pretrained_cfg_overlay)
-    scales = requested_scales(variant, pretrained, pretrained_cfg, pretrained_cfg_overlay, scales, kwargs)
+    config = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    of_timm = any(config.hf_hub_id == each['hf_hub_id'] for each in original_cfgs(name.kind).values())
+    merged_from = fetch(config, kwargs.get('cache_dir')) if pretrained and of_timm else ''
+    scales = requested_scales(
+        variant, pretrained, pretrained_cfg, pretrained_cfg_overlay, scales, kwargs, beside=not of_timm
+    )
+    implied = pretrained and isinstance(scales, str) and scales == IMPLIED
     if name.kind == 'branches':
         refuse_scales(variant, scales)
     cfg = ARCHITECTURES[name.architecture]
     strides = kwargs.get('strides') or (2,) * (
         1 + len(cfg.with_numbers(kwargs.get('depths'), kwargs.get('widths')).depths)
     )
+    build = partial(_build, name=name, scales=None if implied else scales, init=not pretrained, merged_from=merged_from)
     return build_model_with_cfg(
-        partial(_build, architecture=name.architecture, kind=name.kind, scales=scales, init=not pretrained),
+        build,
         variant,
         pretrained,
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=pretrained_cfg_overlay,
-        pretrained_filter_fn=_restore,
+        pretrained_filter_fn=partial(_restore, implied=implied),
         model_cfg=cfg,
         feature_cfg={'flatten_sequential': True, 'out_indices': feature_indices(strides)},
         **kwargs,
     )
 
 
-def _build(architecture: str, kind: str, scales: ScalesSource | None, init: bool, **kwargs: Any) -> nn.Module:
-    if kind == 'branches':
+def _build(name: ModelName, scales: ScalesSource | None, init: bool, merged_from: str, **kwargs: Any) -> nn.Module:
+    if name.kind == 'branches':
         return RepVgg(**kwargs)
-    return make_kind(RepOptVgg(architecture=architecture, **kwargs), kind, scales, init)
+    model: Any = make_kind(RepOptVgg(architecture=name.architecture, **kwargs), name.kind, scales, init)
+    model.merged_from = merged_from
+    return model
 
 
-def _restore(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    return unpack(state_dict)
+def _restore(state_dict: dict[str, Tensor], model: Any, implied: bool) -> dict[str, Tensor]:
+    state_dict = unpack(state_dict)
+    if isinstance(model, RepOptVgg) and has_branches(state_dict):
+        return merge_repvgg(state_dict, model, implied)
+    if implied:
+        # Says what they need.
+        load_scales(IMPLIED, model)
+    return state_dict
 
 
 _FIRST_CONV = {
@@ -264,6 +287,7 @@ def _cfg(kind: str, **kwargs: Any) -> dict[str, Any]:
 default_cfgs = generate_default_cfgs(
     {
         **{name: _cfg('target', **cfg) for name, cfg in tagged_cfgs().items()},
+        **{name: _cfg(kind, **cfg) for kind in ('target', 'branches') for name, cfg in original_cfgs(kind).items()},
         **{f'{name}{suffix}.*': _cfg(kind) for name in ARCHITECTURES for kind, suffix in KINDS.items()},
     }
 )

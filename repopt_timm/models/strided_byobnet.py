@@ -22,9 +22,10 @@ from timm.models.byobnet import (
 )
 from torch import nn
 
-from ..architectures import Architecture
+from ..architectures import ARCHITECTURES, Architecture
+from ..names import ModelName
 
-__all__ = ['RepVgg', 'StridedByobNet', 'create_byobnet', 'feature_indices']
+__all__ = ['RepVgg', 'StridedByobNet', 'create_byobnet', 'feature_indices', 'stated_arguments']
 
 _STEMS: dict[str, Any] = {'rep': RepVggBlock, 'one': partial(MobileOneBlock, kernel_size=3)}
 
@@ -49,6 +50,7 @@ class StridedByobNet(ByobNet):
     """
 
     in_chans: int
+    pretrained_cfg: dict[str, Any]
 
     def __init__(
         self,
@@ -186,3 +188,27 @@ def create_byobnet(variant: str, pretrained: bool = False, strides: Sequence[int
 def feature_indices(strides: Sequence[int]) -> tuple[int, ...]:
     """Returns the indices of all features of a network with these strides of stem and stages."""
     return tuple(range(1 + sum(stride != 1 for stride in strides[1:])))
+
+
+def stated_arguments(model: nn.Module) -> dict[str, Any]:
+    """Returns the arguments of `timm.create_model` that a repository has to state for a model.
+
+    timm records them itself from 1.0.31 on; before, it writes only what is named here.
+    """
+    args: dict[str, Any] = {}
+    if not isinstance(model, StridedByobNet):
+        return args
+    if isinstance(model, RepVgg):
+        own = ARCHITECTURES[ModelName.parse(model.pretrained_cfg['architecture']).architecture]
+        chosen = own.arguments(model.depths, model.widths, model.strides)
+        args |= {name: list(numbers) for name, numbers in chosen.items()}
+        use_se = not isinstance(model.stem.attn, nn.Identity)
+        if use_se != own.use_se:
+            args['use_se'] = use_se
+    elif set(model.strides) != {2}:
+        args['strides'] = list(model.strides)
+    if model.in_chans != 3:
+        args['in_chans'] = model.in_chans
+    if model.head.global_pool.pool_type != 'avg':
+        args['global_pool'] = model.head.global_pool.pool_type
+    return args

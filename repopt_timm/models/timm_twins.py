@@ -12,12 +12,13 @@ from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from timm.models._registry import get_arch_pretrained_cfgs
 from torch import nn
 
-from ..blocks import PlainBlock, plain_twin
+from ..blocks import PlainBlock, implied_scales, plain_twin
 from ..names import KINDS, MULTI_BRANCH, PREFIX, ModelName
 from ..reparam import CSLAConv2d, repvgg_prior
 from ..reparam.convolutions import multi_branch_blocks
-from ..sources import ScalesSource
+from ..sources import IMPLIED, ScalesSource
 from .kinds import ModelArgsWithoutScales, make_kind, refuse_scales, register_kinds, requested_scales
+from .pretrained_weights import fetch
 from .strided_byobnet import create_byobnet
 
 __all__ = ['ensure_registered', 'register_multi_branch', 'register_twins']
@@ -98,6 +99,8 @@ def _create(
     create = _original(name)
     if name.kind == 'branches':
         refuse_scales(variant, scales)
+        if pretrained and not own:
+            fetch(config, kwargs.get('cache_dir'))
         return create(pretrained=pretrained, pretrained_cfg=config, **kwargs)
     if pretrained and name.kind != 'target' and not own:
         raise ValueError(
@@ -132,9 +135,15 @@ def _make(
     scales: ScalesSource | None,
     kwargs: dict[str, Any],
 ) -> nn.Module:
-    # timm loads the original's weights into the original, whatever its file format, channels and classes.
-    plain = _plain(create(pretrained=pretrained and not own, pretrained_cfg=config, **kwargs), pretrained and not own)
+    of_timm = pretrained and not own
+    repository = fetch(config, kwargs.get('cache_dir')) if of_timm else ''
+    # timm loads the original's weights into the original, whatever their file format, channels and classes.
+    original: Any = create(pretrained=of_timm, pretrained_cfg=config, **kwargs)
+    plain = _plain(original, weights=of_timm)
     plain.architecture = name.network
+    plain.merged_from = '' if plain is original else repository
+    if of_timm and plain is not original and isinstance(scales, str) and scales == IMPLIED:
+        scales = implied_scales(original).renamed(name.network)
     type(plain)._model_args = ModelArgsWithoutScales()
     _state_constructed_strides(plain, create, kwargs)
     model: Any = make_kind(plain, name.kind, scales, init=not pretrained)

@@ -50,14 +50,14 @@ def test_scales_in_a_downloaded_config_are_ignored(repository, tmp_path):
 
 
 def test_pretrained_without_weights_says_how_to_get_some():
-    with pytest.raises(ValueError, match=r"no trained weights 'repopt_vgg_b3' here.*hf-hub:user/repo"):
-        timm.create_model('repopt_vgg_b3', pretrained=True)
+    with pytest.raises(ValueError, match=r"no trained weights 'repopt_vgg_d2se' here.*hf-hub:user/repo"):
+        timm.create_model('repopt_vgg_d2se', pretrained=True)
     with pytest.raises(ValueError, match=r'RepOpt-VGG-L1\*\.pth .*convert-checkpoint FILE --out DIR'):
         timm.create_model('repopt_vgg_l1.in1k', pretrained=True)
 
 
 def test_only_weights_that_can_be_had_are_listed(monkeypatch):
-    listed = timm.list_pretrained('*repopt_vgg*')
+    listed = [name for name in timm.list_pretrained('*repopt_vgg*') if not name.endswith('.rvgg_in1k')]
     assert listed == [name for name in weights.tagged_cfgs() if 'file' in weights.tagged_cfgs()[name]]
     monkeypatch.setattr(weights, 'HUB_NAMESPACE', 'someone')
     assert weights.tagged_cfgs()['repopt_vgg_b1.in1k']['hf_hub_id'] == 'someone/repopt_vgg_b1.in1k'
@@ -70,3 +70,6 @@ def test_the_shipped_tag_is_what_pretrained_means(tmp_path, monkeypatch, reposit
     monkeypatch.setattr(weights, 'get_arch_pretrained_cfgs', lambda variant: {f'{TINY}.digits': found})
     assert weights.choose_weights(TINY, True, None, None) == 'digits'
     assert weights.choose_weights(TINY, False, None, None) is None
+    monkeypatch.undo()
+    assert weights.choose_weights('repopt_vgg_b1', True, None, None) == 'cifar10'
+    assert weights.choose_weights('repopt_vgg_b3', True, None, None) == 'rvgg_in1k'
