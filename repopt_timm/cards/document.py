@@ -19,7 +19,17 @@ from ..scales import Scales
 from ..tokens import scrub
 from .format import METADATA_KEY, check_version, decode_scales, kind_of_value
 
-__all__ = ['BEGIN', 'CARD_FILE', 'END', 'beside', 'eval_results', 'read_card_scales', 'read_metadata', 'update_card']
+__all__ = [
+    'BEGIN',
+    'CARD_FILE',
+    'END',
+    'beside',
+    'eval_results',
+    'read_card_scales',
+    'read_metadata',
+    'refused_feature',
+    'update_card',
+]
 
 CARD_FILE = 'README.md'
 BEGIN = '<!-- repopt-timm: begin. Text up to the end mark is rewritten with the scales; write yours outside of it. -->'
@@ -238,7 +248,7 @@ def _parse(text: str, source: str) -> tuple[dict[str, Any], str]:
         return {}, text
     front = text[first.end() : last.start()]
     try:
-        problem = _refused_feature(front)
+        problem = refused_feature(front)
         metadata = {} if problem else yaml.load(front, _Loader) or {}
     except (yaml.YAMLError, AttributeError, TypeError, ValueError, OverflowError) as error:
         problem = str(error)
@@ -254,7 +264,8 @@ def _unreadable(source: str, problem: str) -> ValueError:
     return ValueError(f'{source}: its metadata cannot be read: {problem}. Mend the front matter of the card.')
 
 
-def _refused_feature(text: str) -> str | None:
+def refused_feature(text: str) -> str | None:
+    """Says what in a YAML text would take more time or memory to read than its size; None if nothing does."""
     # A few aliases of aliases expand to gigabytes, and deep nesting to a stack overflow; the events show both at once.
     depth = nodes = 0
     for event in yaml.parse(text, _Loader):

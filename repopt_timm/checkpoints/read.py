@@ -65,13 +65,17 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise
     except Exception as error:
         # Damaged bytes provoke whatever they like in an unpickler.
-        raise ValueError(f"'{path}' is not a readable checkpoint: {error or type(error).__name__}.") from None
+        raise ValueError(f"'{path}' is not a readable checkpoint: {_reason(error)}.") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f"'{path}' holds a {type(checkpoint).__name__}, expected a dict of tensors or of a training run."
         )
     check_content(checkpoint, path)
     return checkpoint
+
+
+def _reason(error: Exception) -> str:
+    return ' '.join(str(error).split())[:300].rstrip('.') or type(error).__name__
 
 
 def _check_pickled(path: Path) -> None:

@@ -21,6 +21,7 @@ from .initialization import (
     check_network,
     kind_of,
     scaled_convs,
+    unwrap,
 )
 from .prior import Prior, resolve_prior
 
@@ -70,7 +71,7 @@ def hyper_search(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None
     Example:
         >>> search = hyper_search(timm.create_model('resnet18'))
     """
-    return convert_(copy.deepcopy(model), scales_or_prior, trainable_scales=True)
+    return convert_(copy.deepcopy(unwrap(model)), scales_or_prior, trainable_scales=True)
 
 
 def csla(model: nn.Module, scales: ScalesMapping | Prior | None = None) -> nn.Module:
@@ -87,6 +88,7 @@ def csla(model: nn.Module, scales: ScalesMapping | Prior | None = None) -> nn.Mo
     Raises:
         ValueError: If there are no scales, they do not fit, or the model is a twin already.
     """
+    model = unwrap(model)
     if scales is None:
         carried = carried_scales(model)
         if not carried:
@@ -108,6 +110,7 @@ def to_plain(twin: nn.Module) -> nn.Module:
     Raises:
         ValueError: If the model has no CSLA convolutions, or these have no scales yet.
     """
+    twin = unwrap(twin)
     vectors = twin_vectors(twin)
     if not vectors:
         raise ValueError(f'{type(twin).__name__} is plain already: it has no CSLA convolution.')

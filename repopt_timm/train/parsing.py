@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ..cards.document import refused_feature
 from ..console import CommandParser, did_you_mean
 from ..resources import resource_dir
 from .argument import Argument
@@ -24,6 +25,8 @@ __all__ = [
     'search_arguments',
     'write_config',
 ]
+
+_MAX_CONFIG = 1 << 20
 
 # What leads to a run, not what it is.
 _NOT_IN_CONFIGS = ('resume', 'override', 'debug')
@@ -86,11 +89,15 @@ def read_config(name: str) -> dict[str, Any]:
         names = ', '.join(sorted(file.stem for file in shipped.glob('*.yaml')))
         raise FileNotFoundError(f"There is no config '{name}'. Give a YAML file, or one of those that ship: {names}.")
     try:
-        config = yaml.load(path.read_text(encoding='utf-8'), _Loader)
+        text = path.read_text(encoding='utf-8')
+        problem = refused_feature(text) if len(text) <= _MAX_CONFIG else f'it has more than {_MAX_CONFIG} characters'
+        config = yaml.load(text, _Loader) if problem is None else {}
     except UnicodeDecodeError:
         raise ValueError(f"'{path}' is not UTF-8 text, expected a YAML file of 'argument: value' lines.") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ValueError(f"'{path}' is not a YAML file of 'argument: value' lines: {_yaml_problem(error)}.") from None
+    if problem is not None:
+        raise ValueError(f"'{path}' is not a YAML file of 'argument: value' lines: {problem}.")
     if not isinstance(config, dict):
         raise ValueError(f"'{path}' holds a {type(config).__name__}, expected 'argument: value' lines.")
     return config

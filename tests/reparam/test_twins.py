@@ -223,3 +223,12 @@ def test_unbatched_images_channels_last_and_float64_work_like_a_convolutions():
     assert to_plain(twin)[0].weight.is_contiguous(memory_format=torch.channels_last)
     with torch.autocast('cpu', torch.bfloat16):
         assert twin.double()(torch.randn(1, 4, 5, 5).double()).dtype == torch.float64
+
+
+def test_twins_of_a_wrapped_network_are_those_of_the_network_inside():
+    network = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+    scales = {'0': {'kxk': torch.ones(4)}}
+    wrapped = nn.DataParallel(network)
+    for twin in (csla(wrapped, scales), hyper_search(wrapped)):
+        assert type(twin) is nn.Sequential
+        assert type(to_plain(nn.DataParallel(twin))) is nn.Sequential

@@ -3,7 +3,7 @@ import argparse
 import pytest
 import yaml
 
-from repopt_timm.train.parsing import make_parser, parse_arguments, write_config
+from repopt_timm.train.parsing import make_parser, parse_arguments, read_config, write_config
 from repopt_timm.train.schema import ARGUMENTS, SECTIONS
 
 # Those of timm 1.0.31's training script, whose file is not part of its package.
@@ -94,3 +94,14 @@ def test_written_arguments_are_read_as_they_were(tmp_path, words):
     (tmp_path / 'args.yaml').write_text(write_config(args))
     again = parse_arguments(['-c', str(tmp_path / 'args.yaml')])
     assert vars(again) == vars(argparse.Namespace(**{**vars(args), 'config': str(tmp_path / 'args.yaml')}))
+
+
+def test_a_config_that_would_take_forever_to_read_is_refused(tmp_path):
+    for text, message in (
+        (f'lr: 1{":1" * 150_000}\n', 'a number of 300001 characters'),
+        ('a: &a [x, x]\nb: [*a, *a]\n', 'it uses a YAML alias'),
+        ('# x\n' * 300_000, 'more than 1048576 characters'),
+    ):
+        (tmp_path / 'args.yaml').write_text(text)
+        with pytest.raises(ValueError, match=rf"args.yaml' is not a YAML file .*{message}"):
+            read_config(str(tmp_path / 'args.yaml'))
