@@ -12,8 +12,11 @@ __all__ = ['READERS']
 def _module_v3(block: Any, plain: MakePlain) -> nn.Module:
     block.primary_conv = plain(_sum(block, 'primary'), act=block.primary_activation)
     block.cheap_operation = plain(_sum(block, 'cheap'), act=block.cheap_activation)
-    _forget(block, 'primary_activation', 'cheap_activation')
-    _forget(block, *(f'{which}_rpr_{part}' for which in ('primary', 'cheap') for part in ('conv', 'scale', 'skip')))
+    # The other form does not run any more, but TorchScript compiles it.
+    block.primary_rpr_conv = nn.ModuleList([nn.Identity()])
+    block.cheap_rpr_conv = nn.ModuleList()
+    for name in ('primary_activation', 'cheap_activation', 'cheap_rpr_scale', 'cheap_rpr_skip'):
+        setattr(block, name, nn.Identity())
     block.infer_mode = True
     return block
 
@@ -22,7 +25,7 @@ def _bottleneck_v3(block: Any, plain: MakePlain) -> nn.Module:
     """Its depthwise convolution has branches if it is strided; otherwise it has none."""
     if block.stride > 1:
         block.conv_dw = plain(_sum(block, 'dw'))
-    _forget(block, 'dw_rpr_conv', 'dw_rpr_scale', 'dw_rpr_skip')
+    block.dw_rpr_conv, block.dw_rpr_scale = nn.ModuleList(), nn.Identity()
     block.infer_mode = True
     return block
 
@@ -34,11 +37,6 @@ def _sum(block: Any, which: str) -> BranchSum:
     if (skip := getattr(block, f'{which}_rpr_skip')) is not None:
         parts.append(Part(norm=skip))
     return BranchSum(tuple(parts))
-
-
-def _forget(block: nn.Module, *names: str) -> None:
-    for name in names:
-        delattr(block, name)
 
 
 READERS: dict[str, Reader] = {'GhostBottleneckV3': _bottleneck_v3, 'GhostModuleV3': _module_v3}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..reparam import ConvPrior, resolve_prior, stage_scale
 from ..reparam.convolutions import keep_branches, multi_branch_blocks
-from ..reparam.twins import replace_modules
+from ..reparam.twins import replace_modules, take_over_hooks
 from . import (
     byobnet_blocks,
     fastvit_blocks,
@@ -135,6 +135,9 @@ def convert(model: nn.Module, weights: bool = False) -> Conversion:
         except ValueError as error:
             where = f"'{name}' of {type(model).__name__}" if name else 'The model'
             raise ValueError(f'{where} is a {type(block).__name__} that cannot become plain: {error}.') from None
+    for old, new in converted.items():
+        if new is not old:
+            take_over_hooks(old, new)
     twin = replace_modules(twin, converted)
     sums = {}
     for conv_name, conv in twin.named_modules():

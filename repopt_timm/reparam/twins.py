@@ -25,7 +25,7 @@ from .initialization import (
 )
 from .prior import Prior, resolve_prior
 
-__all__ = ['convert_', 'csla', 'hyper_search', 'replace_modules', 'to_plain', 'twin_vectors']
+__all__ = ['convert_', 'csla', 'hyper_search', 'replace_modules', 'take_over_hooks', 'to_plain', 'twin_vectors']
 
 _HOOKS = (
     '_backward_hooks',
@@ -184,10 +184,7 @@ def _is_scales(value: Any) -> bool:
 def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
     """Gives a module the mode, the hooks and the attributes of the one whose place it takes."""
     new.train(old.training)
-    for name in _HOOKS:
-        if hasattr(old, name):
-            getattr(new, name).update(getattr(old, name))
-    new._is_full_backward_hook = old._is_full_backward_hook
+    take_over_hooks(old, new)
     for name, buffer in old._buffers.items():
         new.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
     for name, child in old._modules.items():
@@ -197,6 +194,14 @@ def _take_over(old: nn.Module, new: nn.Module) -> nn.Module:
         if name not in vars(new) and name not in _OWN_ATTRIBUTES and not name.startswith('_'):
             setattr(new, name, value)
     return new
+
+
+def take_over_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Gives a module the hooks of the one whose place it takes."""
+    for name in _HOOKS:
+        if hasattr(old, name):
+            getattr(new, name).update(getattr(old, name))
+    new._is_full_backward_hook = old._is_full_backward_hook
 
 
 def replace_modules(model: nn.Module, converted: Mapping[nn.Module, nn.Module]) -> nn.Module:

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from timm.layers import GroupNormAct
 from timm.models import fastvit
-from timm.models.byobnet import MobileOneBlock, RepVggBlock
+from timm.models.byobnet import LayerFn, MobileOneBlock, RepVggBlock
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -101,10 +102,36 @@ def test_a_twin_of_a_twin_is_an_error():
         plain_twin(twin)
 
 
-@pytest.mark.parametrize('block', [RepVggBlock, MobileOneBlock])
-def test_a_block_that_drops_its_branches_cannot_become_plain(block):
-    with pytest.raises(ValueError, match=r"'0' of Sequential is a \w+ that cannot .* drop_path_rate=0\."):
-        plain_twin(nn.Sequential(block(4, 4, drop_path_rate=0.1)))
+@pytest.mark.parametrize(
+    ('block', 'message'),
+    [
+        (RepVggBlock(4, 4, drop_path_rate=0.1), r'it drops branches at a rate of 0\.1; .* drop_path_rate=0\.'),
+        (MobileOneBlock(4, 4, drop_path_rate=0.1), r'it drops branches at a rate of 0\.1; .* drop_path_rate=0\.'),
+        (RepVggBlock(4, 4, drop_block=nn.Dropout), r'BatchNormAct2d of a branch drops or activates'),
+        (MobileOneBlock(32, 32, layers=LayerFn(norm_act=GroupNormAct)), 'GroupNormAct of a branch is not a BatchNorm'),
+    ],
+    ids=['drop-path', 'drop-path-mobileone', 'drop-block', 'norm'],
+)
+def test_a_block_that_cannot_become_plain_is_named_with_the_reason(block, message):
+    with pytest.raises(ValueError, match=rf"'0' of Sequential is a \w+ that cannot become plain: {message}"):
+        plain_twin(nn.Sequential(block))
+
+
+@pytest.mark.parametrize('name', ['ghostnetv3', 'lcnetv2', 'mobileone-depthwise'])
+def test_a_twin_can_be_scripted(name):
+    if name not in EXAMPLES:
+        pytest.skip('needs a later timm')
+    x = images(EXAMPLES[name].channels)
+    twin = plain_twin(EXAMPLES[name].block, weights=True).eval()
+    torch.testing.assert_close(torch.jit.script(copy.deepcopy(twin))(x), twin(x))
+
+
+def test_hooks_of_a_block_are_those_of_what_takes_its_place():
+    model = nn.Sequential(MobileOneBlock(4, 4))
+    calls = []
+    model[0].register_forward_hook(lambda module, inputs, output: calls.append(type(module)))
+    plain_twin(model)(torch.randn(2, 4, 4, 4))
+    assert calls == [PlainBlock]
 
 
 def test_a_block_of_an_unknown_class_is_an_error():
