@@ -19,7 +19,7 @@ from .quantization import CALIBRATIONS, TARGETS, WEIGHTS, QuantizationOptions, q
 from .runtime import require, save_onnx
 from .sensitivity import keep_in_float, layer_sensitivity, plot_sensitivity, sensitivity_table
 
-__all__ = ['add_class_map', 'add_commands', 'add_quantization', 'add_weights', 'quantization_options']
+__all__ = ['add_class_map', 'add_commands', 'add_form', 'add_quantization', 'form_options']
 
 _logger = logging.getLogger(__name__)
 
@@ -50,12 +50,10 @@ def add_commands(commands: Any) -> None:
     quantized.add_argument('--data', metavar='DIR', required=True, help=f'{_DATA}, to calibrate on')
     quantized.add_argument('--split', default='train', help='split to calibrate on')
     quantized.add_argument('--out', metavar='FILE', required=True, help='file to write')
-    add_weights(quantized)
+    add_form(quantized)
     add_quantization(quantized)
-    quantized.add_argument('--equalize', action='store_true', help=f'first {_EQUALIZE}')
     quantized.add_argument('--report', metavar='DIR', help='write layers.png and layers.json, on each layer')
     quantized.add_argument('--versus', metavar='MODEL', help='with --report, another model to draw beside')
-    quantized.add_argument('--target', choices=TARGETS, default=TARGETS[0], help='runtime; ort is for OpenVINO too')
     sensitivity_help = 'write sensitivity.md, .png and .json: accuracy with one layer at a time in INT8'
     quantized.add_argument('--sensitivity', metavar='DIR', help=sensitivity_help)
     drop_help = 'leave the fewest layers in float32 that lose no more than POINTS of top-1 on the calibration images'
@@ -99,10 +97,13 @@ def add_class_map(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--class-map', default='', metavar='FILE', help='the one that the model was trained with')
 
 
-def add_weights(parser: argparse.ArgumentParser) -> None:
-    """Adds `--weights` and `--calibration` to a command that quantises one way."""
-    parser.add_argument('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale each')
-    parser.add_argument('--calibration', choices=CALIBRATIONS, default=CALIBRATIONS[0])
+def add_form(parser: argparse.ArgumentParser) -> None:
+    """Adds what a command takes that quantises one way."""
+    add = parser.add_argument
+    add('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale each')
+    add('--calibration', choices=CALIBRATIONS, default=CALIBRATIONS[0])
+    add('--equalize', action='store_true', help=f'first {_EQUALIZE}')
+    add('--target', choices=TARGETS, default=TARGETS[0], help='runtime; ort is for OpenVINO too')
 
 
 def add_quantization(parser: argparse.ArgumentParser) -> None:
@@ -136,10 +137,15 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def quantization_options(args: argparse.Namespace, **more: Any) -> QuantizationOptions:
-    """Returns how a command shall quantise."""
+def _options(args: argparse.Namespace, **more: Any) -> QuantizationOptions:
     names = ('percentile', 'images', 'seed', 'reduce_range')
     return QuantizationOptions(exclude=tuple(args.exclude), **{name: getattr(args, name) for name in names}, **more)
+
+
+def form_options(args: argparse.Namespace) -> QuantizationOptions:
+    """Returns how a command with the arguments of `add_form` and `add_quantization` shall quantise."""
+    form = {name: getattr(args, name) for name in ('weights', 'calibration', 'equalize', 'target')}
+    return _options(args, **form)
 
 
 def _megabytes(size: int) -> str:
@@ -177,9 +183,7 @@ def _quantize(args: argparse.Namespace) -> None:
         require('matplotlib')
     named = {suffix: Path(args.sensitivity or '', f'sensitivity.{suffix}') for suffix in ('md', 'json', 'png')}
     files = {suffix: check_output(file, *sources) for suffix, file in named.items() if args.sensitivity}
-    options = quantization_options(
-        args, weights=args.weights, calibration=args.calibration, target=args.target, equalize=args.equalize
-    )
+    options = form_options(args)
     name = _short if len(set(map(_short, sources))) == len(sources) else str
     reports = {}
     done = quantize_onnx(args.model, args.data, options, args.split, _overrides(args))
@@ -267,7 +271,7 @@ def _compare(args: argparse.Namespace) -> None:
         args.calibration_data,
         args.weights,
         args.calibrations,
-        quantization_options(args, equalize=args.equalize),
+        _options(args, equalize=args.equalize),
         args.latency_batches,
         args.threads,
         _overrides(args),

@@ -16,12 +16,13 @@ from ..reparam import GradMults, carried_scales, make_grad_mults, network_name
 from ..scales import Scales
 from ..train.run import train
 from .classifier import image_input, onnx_classifier, preprocessing, torch_classifier
+from .equalization import equalize
 from .evaluation import accuracies, random_images
 from .image_folder import ImageFolder
 from .onnx_export import to_onnx
 from .onnx_network import OnnxNetwork
 from .onnx_plan import constants_of
-from .quantization import QuantizationOptions, calibrate, quantize
+from .quantization import QuantizationOptions, calibrate, equalization_images, quantize
 from .runtime import open_session, require, save_onnx
 from .trained_model import deployed, load_trained
 
@@ -81,6 +82,8 @@ def fake_quantize(
         raise ValueError(f'weight_bits={weight_bits}: expected one of {", ".join(map(str, WEIGHT_BITS))}.')
     require('onnxscript')
     proto, _ = to_onnx(deployed(copy.deepcopy(model)), config)
+    if options.equalize:
+        proto = equalize(proto, images, equalization_images(images, options)).model
     quantized = quantize(proto, calibrate(proto, images, images.sample(options.images, options.seed), options), options)
     network: Any = OnnxNetwork(quantized, constants_of(proto), weight_bits)
     # What training, checkpoints and scales know a model by.
@@ -192,6 +195,11 @@ def train_quantized(
     if rule is not None and not carried_scales(model):
         raise ValueError(
             f"'{source}' carries no scales, which {args.opt} needs: name them with --scales, or --opt sgd."
+        )
+    if rule is not None and options.equalize:
+        raise ValueError(
+            f'--equalize scales kernels by their input channels, for which {args.opt} has no Grad Mults: train without '
+            f'it, or with --opt sgd.'
         )
     if rule == 'adamw' and args.clip_grad is not None:
         raise ValueError('--clip-grad measures the CSLA norm with the Grad Mults of --opt repopt_sgd: take that.')

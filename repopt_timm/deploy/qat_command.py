@@ -14,7 +14,7 @@ from ..train.interruption import InterruptedRunError
 from ..train.parsing import make_parser, parse_arguments
 from ..train.run import prepare_device
 from ..train.schema import ARGUMENTS
-from .deploy_commands import add_quantization, add_weights, quantization_options
+from .deploy_commands import add_form, add_quantization, form_options
 from .qat import WEIGHT_BITS, train_quantized
 
 __all__ = ['main']
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"The first word is '{argv[0]}', expected the checkpoint: {parser.prog} CHECKPOINT --data ...")
     args = _training_arguments([*words, '--data-dir', own.data, '--seed', str(own.seed)], parser.prog)
     path = check_output(own.out, own.checkpoint)
-    options = quantization_options(own, weights=own.weights, calibration=own.calibration)
+    options = form_options(own)
     prepare_device(args)
     if args.distributed:
         raise ValueError('qat trains in one process: run it without torchrun.')
@@ -103,7 +103,7 @@ def _parser() -> CommandParser:
     add('--data', metavar='DIR', required=True, help='folder of images, with a folder for each split')
     add('--out', metavar='FILE', required=True, help='file to write')
     add('--weight-bits', type=int, choices=WEIGHT_BITS, default=WEIGHT_BITS[0], help='of the weights of layers')
-    add_weights(parser)
+    add_form(parser)
     add_quantization(parser)
     add('--json', action='store_true', help='print JSON, for programs')
     return parser

@@ -37,7 +37,15 @@ def test_a_float_graph_computes_what_onnx_runtime_does(exported):
 
 
 @pytest.mark.parametrize(
-    'options', [{}, {'weights': 'per-tensor'}, {'reduce_range': True}, {'exclude': ('head.fc', 'stages.1.*')}], ids=str
+    'options',
+    [
+        {},
+        {'weights': 'per-tensor'},
+        {'reduce_range': True},
+        {'exclude': ('head.fc', 'stages.1.*')},
+        {'target': 'tensorrt'},
+    ],
+    ids=str,
 )
 def test_a_quantised_graph_rounds_where_the_file_does(options, quantization):
     done = quantization(**options)
@@ -45,9 +53,10 @@ def test_a_quantised_graph_rounds_where_the_file_does(options, quantization):
 
 
 @pytest.mark.parametrize('weight_bits', [8, 4])
+@pytest.mark.parametrize('target', ['ort', 'tensorrt'])
 @pytest.mark.parametrize('weights', ['per-channel', 'per-tensor'])
-def test_a_file_has_the_weights_that_were_trained(weight_bits, weights, quantization):
-    done = quantization(weights=weights)
+def test_a_file_has_the_weights_that_were_trained(weight_bits, weights, target, quantization):
+    done = quantization(weights=weights, target=target)
     network = shaken(network_of(done, weight_bits))
     written = network.write_to(done.quantized)
     onnx.checker.check_model(written)
@@ -78,21 +87,6 @@ def test_a_range_of_four_bits_does_not_reach_for_the_one_large_weight(exported, 
     assert (shares < 1).float().mean() > 0.9
     scale = constants_of(network.write_to(done.quantized))['stages.1.1.conv.weight_scale']
     np.testing.assert_allclose(scale, np.abs(floats[name]).max((1, 2, 3)) / 7 * shares.numpy(), rtol=1e-5)
-
-
-def test_a_file_that_keeps_float_weights_gets_multiples_of_the_scale(quantization):
-    # As accelerators want it: QuantizeLinear and DequantizeLinear on float weights.
-    done = quantization()
-    model = copy.deepcopy(done.quantized)
-    for node in list(model.graph.node):
-        name = node.input[0].removesuffix('_quantized')
-        if node.op_type == 'DequantizeLinear' and name.endswith('.weight'):
-            rounding = onnx.helper.make_node('QuantizeLinear', [name, *node.input[1:]], [f'{name}_codes'], axis=0)
-            model.graph.node.insert(0, rounding)
-            node.input[0] = f'{name}_codes'
-            model.graph.initializer.append(onnx.numpy_helper.from_array(constants_of(done.model)[name], name))
-    network = shaken(OnnxNetwork(model, constants_of(done.model), weight_bits=4))
-    assert difference(network(BATCH), onnx_logits(network.write_to(model))) < 1e-5
 
 
 def test_gradients_pass_straight_through_the_rounding(quantization):

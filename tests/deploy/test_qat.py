@@ -129,6 +129,7 @@ def test_a_trained_file_runs_with_the_accuracy_that_training_saw(images, tmp_pat
         ('{checkpoint} --data {images} --out {tmp}/new.onnx --epochs 0', '--epochs is 0, expected'),
         ('{checkpoint} --data {images} --out {tmp}/new.onnx --percentile 3', 'expected more than 50'),
         ('{checkpoint} --data {images} --out {tmp}/new.onnx --opt repopt_sgd', 'carries no scales'),
+        ('{checkpoint} --data {images} --out {tmp}/new.onnx --scales {scales} --equalize', 'has no Grad Mults'),
         ('{five} --data {images} --out {tmp}/new.onnx', 'The model has 5 classes'),
     ],
 )
@@ -137,7 +138,9 @@ def test_bad_input_is_said_before_the_calibration(
 ):
     monkeypatch.setattr(qat, 'fake_quantize', lambda *args: pytest.fail('the work began'))
     write_checkpoint(tiny_model(), tmp_path / 'five.pth.tar')
+    random_scales(num_classes=3).save(tmp_path / 'scales.safetensors')
     places = {'tmp': tmp_path, 'checkpoint': checkpoint, 'images': images, 'five': tmp_path / 'five.pth.tar'}
+    places['scales'] = tmp_path / 'scales.safetensors'
     words = [*arguments.format(**places).split(), '--output', str(tmp_path / 'runs')]
     assert main(['qat', *words]) == 1
     assert message in capsys.readouterr().err
