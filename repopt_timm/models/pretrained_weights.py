@@ -118,5 +118,5 @@ def choose_weights(variant: str, pretrained: bool, cfg: Any, overlay: dict[str, 
     name = f'{variant}.{resolved.tag}' if resolved.tag else variant
     raise ValueError(
         f"There are no trained weights '{name}' here. Available: {', '.join(available) or 'none'}. Train some with "
-        f"train.py, name a repository with 'hf-hub:user/repo', or start without pretrained weights."
+        f"train.py, or name a repository with 'hf-hub:user/repo'."
     )

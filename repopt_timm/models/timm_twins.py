@@ -104,8 +104,8 @@ def _create(
         return create(pretrained=pretrained, pretrained_cfg=config, **kwargs)
     if pretrained and name.kind != 'target' and not own:
         raise ValueError(
-            f'{variant} has no pretrained weights: its kernels are sums of branches. Train {name.architecture} with '
-            f'pretrained=True and scales, or search from the start.'
+            f'{variant} has no pretrained weights: its kernels are sums of branches. Those of '
+            f'{name.architecture} can be trained further, with scales; this one starts without any.'
         )
     features = {key: kwargs.pop(key) for key in ('features_only', 'out_indices', 'output_fmt') if key in kwargs}
     model = _make(name, create, config, pretrained, own, scales, kwargs)

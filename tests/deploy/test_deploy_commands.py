@@ -111,6 +111,7 @@ def five_classes(tmp_path):
         ('quantize {model} --data {images} --out {tmp}', 'is a folder'),
         ('compare-int8 {model} --data {images} --out {five}', 'is not a folder'),
         ('export test_repopt_vgg --onnx {tmp}/new.onnx', 'There are no trained weights'),
+        ('export repopt_resnet18_csla --onnx {tmp}/new.onnx', 'its kernels are sums of branches'),
         ('quantize {tmp}/text.onnx --data {images} --out {tmp}/new.onnx', 'is not a readable ONNX model'),
         ('evaluate {tmp}/text.onnx --data {images}', 'is not a readable ONNX model'),
         ('evaluate {five} --data {images}', 'The model has 5 classes, but the folder'),
@@ -140,6 +141,7 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
     assert message in error
     assert error.count('\n') == 1
     assert 'pretrained=' not in error
+    assert 'without pretrained' not in error
     assert 'std::' not in error
     assert sorted(tmp_path.rglob('*')) == before
 
