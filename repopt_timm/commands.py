@@ -26,7 +26,9 @@ COMMANDS = {
     'bench': Command('measure what training and search cost', '.bench.bench_commands'),
     'save': Command('write a checkpoint as a folder in the format of the Hub', '.publish_commands'),
     'push': Command('publish a checkpoint as a model on the Hub, with its scales in the card', '.publish_commands'),
-    'convert-checkpoint': Command("convert the reference repository's weights", '.publish_commands'),
+    'convert-checkpoint': Command(
+        "convert the reference repository's weights, and merge trained branches", '.publish_commands'
+    ),
     'export': Command('write a trained model as ONNX', '.deploy.deploy_commands'),
     'quantize': Command('write a trained model as INT8 ONNX', '.deploy.deploy_commands'),
     'qat': Command('train a model in the form that it has in INT8, and write that as ONNX', '.deploy.qat_command'),

@@ -168,21 +168,22 @@ def push_to_hub(
 
 
 def model_from_checkpoint(
-    path: str | os.PathLike, scales: ScalesSource | None = None, need_scales: bool = True
+    path: str | os.PathLike, scales: ScalesSource | None = None, need_scales: bool = True, architecture: str = ''
 ) -> nn.Module:
     """Creates the model of a run's checkpoint, with its weights, and its data configuration in `pretrained_cfg`.
 
     Args:
         path: A checkpoint that the training command, or timm's script, wrote.
         scales: Scales for a target model to carry; those of an `_hs` or `_csla` model are in its checkpoint.
-        need_scales: Refuse a target that was trained with scales if none are given. It runs without, but cannot be
-            trained on.
+        need_scales: Refuse a target that was trained with scales if none are given, as it cannot be trained on.
+        architecture: timm's name of the model, for a file that does not state it.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint or source of scales.
         ValueError: If the checkpoint does not name its model, or its weights are not that model's.
     """
-    return _model_of(read_checkpoint(path), os.fspath(path), scales, need_scales)
+    named = {'arch': architecture} if architecture else {}
+    return _model_of({**read_checkpoint(path), **named}, os.fspath(path), scales, need_scales)
 
 
 def _prepare(
@@ -268,8 +269,7 @@ def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
 def _write(publication: _Publication, folder: Path, repo_id: str, published: frozenset[str], scales_file: bool) -> None:
     model, weights, scales, metrics, training, curves, precision, history = publication
     save_file(dict(weights), folder / WEIGHTS_FILE, {'format': 'pt'})
-    # A path, as versions of timm before 1.0.31 need it, whatever their annotation says.
-    config_file: Any = folder / CONFIG_FILE
+    config_file: Any = folder / CONFIG_FILE  # timm before 1.0.31 opens it as a path
     save_config_for_hf(model, config_file, model_args=stated_arguments(model))
     if curves is not None:
         (folder / CURVES_FILE).write_bytes(Path(curves).read_bytes())
@@ -331,8 +331,7 @@ def _model_of(
             f'(scales=..., --scales).'
         )
     classifier = timm.get_pretrained_cfg_value(name, 'classifier')
-    if isinstance(classifier, tuple | list):
-        # Of a distilled network.
+    if isinstance(classifier, tuple | list):  # of a distilled network
         classifier = classifier[0]
     if isinstance(classifier, str) and f'{classifier}.weight' in state:
         kwargs['num_classes'] = len(state[f'{classifier}.weight'])

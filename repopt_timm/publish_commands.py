@@ -9,10 +9,12 @@ from typing import Any
 from .checkpoints.packing import PRECISIONS
 from .deploy import add_class_map, evaluate
 from .files import check_output_folder
+from .merge_checkpoint import is_multi_branch_source, merge_trained
 from .models.reference_weights import model_from_reference
 from .publish import push_to_hub, save_pretrained
 from .reporting import add_command, print_result
 from .scale_commands import SOURCE, add_publishing, add_scales_file
+from .sources import IMPLIED
 
 __all__ = ['add_commands']
 
@@ -39,10 +41,25 @@ def add_commands(commands: Any) -> None:
     add_publishing(push)
 
     convert = add_command(commands, 'convert-checkpoint', _convert_checkpoint)
-    convert.add_argument('checkpoint', help='target checkpoint, such as RepOpt-VGG-B1-acc78.62.pth')
+    convert.add_argument(
+        'checkpoint',
+        help='target checkpoint of the reference repository, such as RepOpt-VGG-B1-acc78.62.pth; checkpoint of a '
+        'multi-branch network; or what timm.create_model takes, such as mobileone_s0.apple_in1k',
+    )
+    convert.add_argument(
+        '--model', default='', metavar='NAME', help="multi-branch network of a file of tensors, timm's name"
+    )
+    convert.add_argument(
+        '--data',
+        metavar='DIR',
+        help='image folder to measure the BatchNorms of a merged network on [estimates from the branches]',
+    )
+    convert.add_argument('--images', type=int, default=2048, metavar='N', help='how many of them [2048]')
     convert.add_argument('--out', metavar='DIR', help='folder to write, which local-dir:DIR loads')
     convert.add_argument('--push', metavar='REPO', help='repository on the Hub to publish it in')
-    convert.add_argument('--scales', metavar='SOURCE', help=f'scales that it was trained with: {SOURCE}')
+    convert.add_argument(
+        '--scales', metavar='SOURCE', help=f"scales that it was trained with: {SOURCE}; 'implied' by branches"
+    )
     add_publishing(convert)
 
 
@@ -90,20 +107,44 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
         raise ValueError('Name a folder to write with --out, a repository to publish in with --push, or both.')
     if args.out:
         check_output_folder(args.out)
-    model = model_from_reference(args.checkpoint)
-    values: dict[str, Any] = {'architecture': model.architecture, 'num_classes': model.num_classes}
-    training = {'converted_from': Path(args.checkpoint).name, 'method': "published by the method's authors"}
+    implied = args.scales == IMPLIED
+    model, training = (
+        _merged(args, implied) if args.model or is_multi_branch_source(args.checkpoint) else _of_authors(args)
+    )
+    scales = None if implied else args.scales
+    values: dict[str, Any] = {'architecture': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes}
     if args.out:
-        save_pretrained(model, args.out, scales=args.scales, training=training)
+        save_pretrained(model, args.out, scales=scales, training=training)
         values['out'] = args.out
     if args.push:
         values['url'] = push_to_hub(
             model,
             args.push,
-            scales=args.scales,
+            scales=scales,
             training=training,
             private=args.private,
             revision=args.revision,
             create_pr=args.create_pr,
         )
     print_result(args, values, ', '.join(f'{name} {value}' for name, value in values.items()))
+
+
+def _of_authors(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    if args.data or args.scales == IMPLIED:
+        raise ValueError(
+            f'{args.checkpoint}: --data and --scales {IMPLIED} are for trained branches; a target of the reference '
+            f'repository has none. Leave them out, or name the multi-branch network with --model.'
+        )
+    training = {'converted_from': Path(args.checkpoint).name, 'method': "published by the method's authors"}
+    return model_from_reference(args.checkpoint), training
+
+
+def _merged(args: argparse.Namespace, implied: bool) -> tuple[Any, dict[str, Any]]:
+    model = merge_trained(args.checkpoint, args.model, args.data, args.images, implied)
+    is_file = Path(args.checkpoint).is_file()
+    measured = f'measured on images of {Path(args.data).resolve().name}' if args.data else 'estimated from the branches'
+    return model, {
+        'converted_from': Path(args.checkpoint).name if is_file else args.checkpoint,
+        'trained_with': 'branches; merged into plain kernels',
+        'batchnorm': measured,
+    }

@@ -21,7 +21,7 @@ from .kinds import ModelArgsWithoutScales, make_kind, refuse_scales, register_ki
 from .pretrained_weights import fetch
 from .strided_byobnet import create_byobnet
 
-__all__ = ['ensure_registered', 'register_multi_branch', 'register_twins']
+__all__ = ['ensure_registered', 'plain_first_conv', 'register_multi_branch', 'register_twins']
 
 default_cfgs: dict[str, DefaultCfg] = {}
 """timm looks here for the configurations of what this module registers."""
@@ -147,7 +147,7 @@ def _make(
     type(plain)._model_args = ModelArgsWithoutScales()
     _state_constructed_strides(plain, create, kwargs)
     model: Any = make_kind(plain, name.kind, scales, init=not pretrained)
-    first_conv = _first_conv(model, resolve_pretrained_cfg(name.network).first_conv)
+    first_conv = plain_first_conv(model, resolve_pretrained_cfg(name.network).first_conv)
     settings = {**config.to_dict(), 'architecture': name.variant, 'first_conv': first_conv}
     model.pretrained_cfg = model.default_cfg = settings
     if hasattr(model, '_traits'):
@@ -179,7 +179,7 @@ def _features(
     return FeatureGetterNet(model, out_indices=out_indices, output_fmt=output_fmt)
 
 
-def _first_conv(model: nn.Module, names: Any) -> Any:
+def plain_first_conv(model: nn.Module, names: Any) -> Any:
     """Returns what timm adapts to other image channels: the first convolution, or its branches but the identity.
 
     Args:

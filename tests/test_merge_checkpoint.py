@@ -1,0 +1,78 @@
+import argparse
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from repopt_timm import Scales, implied_scales
+from repopt_timm.cli import main
+from repopt_timm.merge_checkpoint import merge_trained
+
+from .helpers import TINY, relative_difference, tiny_model
+
+IMAGES = torch.randn(2, 3, 64, 64)
+
+
+@pytest.fixture
+def trained():
+    model = tiny_model('_branches', depths=(1, 1), widths=(8, 8, 16))
+    for _ in range(3):
+        model.train()(2 * torch.randn(8, 3, 64, 64))
+    return model.eval()
+
+
+@pytest.fixture
+def checkpoint(trained, tmp_path):
+    """As a run leaves it."""
+    args = argparse.Namespace(model_kwargs={'depths': (1, 1), 'widths': (8, 8, 16)}, input_size=[3, 64, 64])
+    path = tmp_path / 'last.pth.tar'
+    torch.save({'arch': f'{TINY}_branches', 'state_dict': trained.state_dict(), 'args': args}, path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for label in 'ab':
+        target = tmp_path / 'data/train' / label
+        target.mkdir(parents=True)
+        for index in range(4):
+            pixels = torch.randint(0, 255, (64, 64, 3), generator=generator, dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(target / f'{index}.png')
+    return tmp_path / 'data'
+
+
+def test_a_trained_checkpoint_becomes_the_plain_network(trained, checkpoint, folder, tmp_path):
+    out = tmp_path / 'out'
+    command = ['convert-checkpoint', str(checkpoint), '--out', str(out), '--data', str(folder), '--scales', 'implied']
+    assert main(command) == 0
+    plain = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
+    assert plain.pretrained_cfg['architecture'] == TINY
+    torch.testing.assert_close(plain(IMAGES), trained(IMAGES), rtol=1e-4, atol=1e-5)
+    assert Scales.from_model(plain) == implied_scales(trained).renamed(TINY)
+    card = (out / 'README.md').read_text()
+    assert 'branches; merged into plain kernels' in card
+    assert 'measured on images of data' in card
+    grey = timm.create_model(f'local-dir:{out}', pretrained=True, in_chans=1)
+    assert grey.stem.conv.weight.shape[1] == 1
+
+
+def test_images_change_the_statistics_and_not_the_function(checkpoint, trained, folder):
+    estimated, measured = merge_trained(str(checkpoint)), merge_trained(str(checkpoint), data=folder)
+    assert relative_difference(estimated, measured) > 0.01
+    for model in (estimated, measured):
+        torch.testing.assert_close(model(IMAGES), trained(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_a_file_of_tensors_needs_the_name_of_its_network(trained, tmp_path):
+    branches = tiny_model('_branches').eval()
+    torch.save(branches.state_dict(), tmp_path / 'weights.pth')
+    plain = merge_trained(str(tmp_path / 'weights.pth'), f'{TINY}_branches')
+    torch.testing.assert_close(plain(IMAGES), branches(IMAGES), rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_branches_is_refused(tmp_path, capsys):
+    torch.save({'arch': TINY, 'state_dict': tiny_model().state_dict()}, tmp_path / 'plain.pth')
+    assert main(['convert-checkpoint', str(tmp_path / 'plain.pth'), '--out', str(tmp_path / 'out')]) == 1
+    assert 'has no branches to merge. Write it with repopt-timm save' in capsys.readouterr().err
