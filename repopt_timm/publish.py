@@ -182,8 +182,8 @@ def model_from_checkpoint(
         FileNotFoundError: If there is no such checkpoint or source of scales.
         ValueError: If the checkpoint does not name its model, or its weights are not that model's.
     """
-    named = {'arch': architecture} if architecture else {}
-    return _model_of({**read_checkpoint(path), **named}, os.fspath(path), scales, need_scales)
+    checkpoint = {**read_checkpoint(path), **({'arch': architecture} if architecture else {})}
+    return _model_of(checkpoint, os.fspath(path), scales, need_scales)
 
 
 def _prepare(
@@ -352,8 +352,7 @@ def _model_of(
     data = data_config_of(args, model)
     names = checkpoint.get('label_names')
     model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
-    # That of the weights which timm knows for this model.
-    model.pretrained_cfg.pop('tag', None)
+    model.pretrained_cfg.pop('tag', None)  # that of the weights which timm knows for this model
     return model.eval()
 
 
