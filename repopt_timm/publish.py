@@ -30,6 +30,7 @@ from .reparam import attach_scales, kind_of
 from .reparam.initialization import unwrap
 from .scales import Scales, read_scale_file
 from .sources import ScalesSource, load_scales
+from .trained_scales import check_trained_with, find_scales
 
 __all__ = ['model_from_checkpoint', 'push_to_hub', 'save_pretrained']
 
@@ -175,7 +176,7 @@ def model_from_checkpoint(
     Args:
         path: A checkpoint that the training command, or timm's script, wrote.
         scales: Scales for a target model to carry; those of an `_hs` or `_csla` model are in its checkpoint.
-        need_scales: Refuse a target that was trained with scales if none are given, as it cannot be trained on.
+        need_scales: Refuse a target that was trained with scales if none are given or found, as it cannot be trained on.
         architecture: timm's name of the model, for a file that does not state it.
 
     Raises:
@@ -325,11 +326,6 @@ def _model_of(
     kwargs = {key: value for key, value in (args.get('model_kwargs') or {}).items() if key != 'scales'}
     if ModelName.parse(name).kind == 'hs':
         kwargs['scales'] = read_scale_file(source)
-    elif ModelName.parse(name).kind == 'target' and scales is None and need_scales and _trained_with(checkpoint):
-        raise ValueError(
-            f'{source}: {name} was trained with scales, which are not in its checkpoint. Name those that the run had '
-            f'(scales=..., --scales).'
-        )
     classifier = timm.get_pretrained_cfg_value(name, 'classifier')
     if isinstance(classifier, tuple | list):  # of a distilled network
         classifier = classifier[0]
@@ -344,31 +340,17 @@ def _model_of(
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(f'{source}: its weights are not those of {name}: {error}') from None
-    if scales is not None and kind_of(model) == 'target':
-        given = load_scales(scales, model)
-        _check_trained_with(given, checkpoint, source)
-        attach_scales(model, given)
-        model.scales_provenance = given.provenance
+    if kind_of(model) == 'target' and (need_scales or scales is not None):
+        given = find_scales(checkpoint, model, source) if scales is None else load_scales(scales, model)
+        if given is not None:
+            check_trained_with(given, checkpoint, source)
+            attach_scales(model, given)
+            model.scales_provenance = given.provenance
     data = data_config_of(args, model)
     names = checkpoint.get('label_names')
     model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
     model.pretrained_cfg.pop('tag', None)  # that of the weights which timm knows for this model
     return model.eval()
-
-
-def _trained_with(checkpoint: Mapping[str, Any]) -> set[str]:
-    """Fingerprints of the scales in the optimizer's state."""
-    groups = (checkpoint.get('optimizer') or {}).get('param_groups', [])
-    return {group['scales_fingerprint'] for group in groups if 'scales_fingerprint' in group}
-
-
-def _check_trained_with(scales: Scales, checkpoint: Mapping[str, Any], source: str) -> None:
-    found = _trained_with(checkpoint)
-    if found and found != {scales.fingerprint}:
-        raise ValueError(
-            f'{source}: it was trained with the scales {", ".join(found)}, but those given are {scales.fingerprint}. '
-            f'Name the scales that the run had.'
-        )
 
 
 def _args_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,67 @@
+"""The scales that a target was trained with: its checkpoint has their fingerprint and, at most, a name of them."""
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from .scales import Scales
+from .sources import load_scales
+
+__all__ = ['check_trained_with', 'find_scales', 'trained_with']
+
+
+def trained_with(checkpoint: Mapping[str, Any]) -> set[str]:
+    """Returns the fingerprints of the scales in the optimizer's state."""
+    groups = (checkpoint.get('optimizer') or {}).get('param_groups', [])
+    return {group['scales_fingerprint'] for group in groups if 'scales_fingerprint' in group}
+
+
+def check_trained_with(scales: Scales, checkpoint: Mapping[str, Any], source: str) -> None:
+    """Checks scales against those that the optimizer of a checkpoint had.
+
+    Raises:
+        ValueError: If they are others; names the checkpoint, `source`.
+    """
+    found = trained_with(checkpoint)
+    if found and found != {scales.fingerprint}:
+        raise ValueError(
+            f'{source}: it was trained with the scales {", ".join(found)}, but those given are {scales.fingerprint}. '
+            f'Name the scales that the run had.'
+        )
+
+
+def find_scales(checkpoint: Mapping[str, Any], model: nn.Module, source: str) -> Scales | None:
+    """Finds the scales of a target's checkpoint where its arguments say: `--scales`, or timm's `--model-kwargs`.
+
+    A name in a file from anyone may lead anywhere, so only scales of the optimizer's own fingerprint are taken.
+
+    Args:
+        checkpoint: Content of the checkpoint.
+        model: Its model.
+        source: What to call it in errors.
+
+    Returns:
+        The scales; None if it was trained without.
+
+    Raises:
+        ValueError: If it was trained with scales that are not where it says, or it says nothing.
+    """
+    if not trained_with(checkpoint):
+        return None
+    args = checkpoint.get('args')
+    values = vars(args) if isinstance(args, argparse.Namespace) else {}
+    name = values.get('scales') or (values.get('model_kwargs') or {}).get('scales')
+    problem = ''
+    if isinstance(name, str):
+        try:
+            scales = load_scales(name, model)
+            check_trained_with(scales, checkpoint, name)
+            return scales
+        except (OSError, ValueError) as error:
+            problem = f' It says scales={name}, which does not help: {error}'
+    raise ValueError(
+        f'{source}: its model was trained with scales, which are not in its checkpoint. Name those that the run had '
+        f'(scales=..., --scales).{problem}'
+    )
