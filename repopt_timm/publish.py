@@ -176,7 +176,7 @@ def model_from_checkpoint(
     Args:
         path: A checkpoint that the training command, or timm's script, wrote.
         scales: Scales for a target model to carry; those of an `_hs` or `_csla` model are in its checkpoint.
-        need_scales: Refuse a target that was trained with scales if none are given or found, as it cannot be trained on.
+        need_scales: Refuse a target trained with scales if none are given or found, as it cannot be trained on.
         architecture: timm's name of the model, for a file that does not state it.
 
     Raises:

@@ -44,5 +44,8 @@ def _wandb(args: argparse.Namespace, folder: Path) -> Logger:
         import wandb
     except ImportError:
         raise ImportError('--log-wandb needs Weights & Biases: pip install wandb.') from None
-    wandb.init(project='repopt-timm', name=folder.name, dir=str(folder), config=vars(args), resume='allow')
-    return lambda row: wandb.log(dict(row), step=row['epoch'])
+    if wandb.run is not None:
+        # Of a search before this training, into which its numbers would go.
+        wandb.finish()
+    run = wandb.init(project='repopt-timm', name=folder.name, dir=str(folder), config=vars(args), resume='allow')
+    return lambda row: run.log(dict(row), step=row['epoch'])
