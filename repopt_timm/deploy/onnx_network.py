@@ -36,7 +36,7 @@ class OnnxNetwork(nn.Module):
 
     Args:
         model: An `onnx.ModelProto`, in QDQ format or without any rounding.
-        floats: The constants of the model before it was quantised, see `onnx_plan.constants_of`. Defaults to its own.
+        floats: The constants of the model before it was quantised, see `onnx_graph.constants_of`. Defaults to its own.
         weight_bits: Width of the weights of layers, 8 as in the file, or fewer.
 
     Raises:

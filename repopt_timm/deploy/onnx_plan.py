@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 
 from .classifier import image_input
+from .onnx_graph import LAYERS, constants_of
 from .onnx_operators import OPERATORS
 from .runtime import require
 
-__all__ = ['Bias', 'Operation', 'Plan', 'Rounding', 'Step', 'Weight', 'constants_of', 'read_plan']
+__all__ = ['Bias', 'Operation', 'Plan', 'Rounding', 'Step', 'Weight', 'read_plan']
 
 # What ONNX Runtime appends to the name of a weight.
 _SUFFIX = '_quantized'
 
-_LAYERS = ('Conv', 'Gemm', 'MatMul')
-_LEARNING = (*_LAYERS, 'LayerNormalization', 'BatchNormalization')
+_LEARNING = (*LAYERS, 'LayerNormalization', 'BatchNormalization')
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,6 @@ class Plan:
     zeros: list[int] = field(default_factory=list)
 
 
-def constants_of(model: Any) -> dict[str, np.ndarray]:
-    """Returns the constants of an `onnx.ModelProto` by name."""
-    to_array = require('onnx.numpy_helper').to_array
-    return {tensor.name: to_array(tensor) for tensor in model.graph.initializer}
-
-
 def read_plan(model: Any, floats: Mapping[str, np.ndarray] | None = None, weight_bits: int = 8) -> Plan:
     """Reads a model.
 
@@ -219,7 +213,7 @@ class _Reader:
         return np.asarray((found - offset) * step, np.float32)
 
     def _levels(self, values: np.ndarray, output: str, scale: np.ndarray, axis: int | None) -> int:
-        if self.weight_bits < 8 and any(node.op_type in _LAYERS for node in self._readers(output)):
+        if self.weight_bits < 8 and any(node.op_type in LAYERS for node in self._readers(output)):
             return 2 ** (self.weight_bits - 1) - 1
         # 127, or 64 where the range is reduced.
         shape = [-1 if axis == place else 1 for place in range(values.ndim)]

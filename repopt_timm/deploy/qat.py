@@ -20,8 +20,8 @@ from .equalization import equalize
 from .evaluation import accuracies, random_images
 from .image_folder import ImageFolder
 from .onnx_export import to_onnx
+from .onnx_graph import constants_of
 from .onnx_network import OnnxNetwork
-from .onnx_plan import constants_of
 from .quantization import QuantizationOptions, calibrate, equalization_images, quantize
 from .runtime import open_session, require, save_onnx
 from .trained_model import deployed, load_trained

@@ -5,8 +5,8 @@ import onnx
 import pytest
 import torch
 
+from repopt_timm.deploy.onnx_graph import constants_of
 from repopt_timm.deploy.onnx_network import OnnxNetwork
-from repopt_timm.deploy.onnx_plan import constants_of
 from repopt_timm.deploy.runtime import open_session
 
 BATCH = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
