@@ -2,16 +2,13 @@
 
 import logging
 import os
-import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 
+from ..train.interruption import InterruptedRunError, postponed_signals, raise_if_interrupted
 from ..train.run_folder import is_busy
 from .trial_runs import LOG_FILE, Run
 from .trial_settings import as_words
@@ -50,9 +47,10 @@ def run_all(next_runs: Callable[[], Sequence[Run]], config: Path, jobs: int, thr
     environment = _environment(threads)
     running: dict[Run, subprocess.Popen] = {}
     failed: list[Run] = []
-    with _terminable():
+    with postponed_signals():
         try:
             while True:
+                raise_if_interrupted()
                 ready = [run for run in next_runs() if run not in running and run not in failed]
                 free = [run for run in ready if not is_busy(run.folder)]
                 for run in free[: jobs - len(running)]:
@@ -63,6 +61,9 @@ def run_all(next_runs: Callable[[], Sequence[Run]], config: Path, jobs: int, thr
                 for run in [run for run, process in running.items() if process.poll() is not None]:
                     if not _end(run, running.pop(run).returncode):
                         failed.append(run)
+        except InterruptedRunError:
+            _stop(running)
+            raise KeyboardInterrupt from None
         except BaseException:
             _stop(running)
             raise
@@ -103,6 +104,7 @@ def _wait(running: dict[Run, subprocess.Popen]) -> None:
     end = time.monotonic() + _BUSY_SECONDS
     while all(process.poll() is None for process in running.values()):
         time.sleep(_POLL_SECONDS)
+        raise_if_interrupted()
         if not running and time.monotonic() > end:
             return
 
@@ -136,20 +138,3 @@ def _stop(running: dict[Run, subprocess.Popen]) -> None:
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
             process.kill()
             process.wait()
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Lets SIGTERM end a trial as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    previous = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)

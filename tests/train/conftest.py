@@ -1,23 +1,6 @@
 import pytest
-import torch
-from PIL import Image
 
 from ..helpers import TINY
-
-
-@pytest.fixture(scope='session')
-def images(tmp_path_factory):
-    """Two classes of noisy pictures, 24 of each for training and 8 for validation."""
-    root = tmp_path_factory.mktemp('images')
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (('train', 24), ('validation', 8)):
-        for label, base in (('dark', 60), ('light', 190)):
-            folder = root / split / label
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = (base + 30 * torch.randn(32, 32, 3, generator=generator)).clamp(0, 255).byte().numpy()
-                Image.fromarray(pixels).save(folder / f'{index}.png')
-    return root
 
 
 @pytest.fixture

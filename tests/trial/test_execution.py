@@ -1,0 +1,114 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from repopt_timm.cli import main
+from repopt_timm.train.run_folder import is_busy
+from repopt_timm.trial import execution
+from repopt_timm.trial.trial_plan import open_runs
+
+from ..helpers import TINY
+from ..train.runs import ENVIRONMENT, assert_same_bits, read
+
+# Stands in for a training: does what the folder's name says.
+CHILD = """
+import pathlib, sys, time
+folder = pathlib.Path(sys.argv[1])
+(folder / 'pid').write_text('x')
+if folder.name == 'seed-1':
+    sys.exit('no memory')
+(folder / 'summary.csv').write_text('epoch,train_loss,eval_top1\\n1,2.0,50.0\\n')
+"""
+
+
+@pytest.fixture
+def children(monkeypatch):
+    """Replaces the training command."""
+
+    def replace(code=CHILD):
+        monkeypatch.setattr(
+            execution, 'training_command', lambda run, config: [sys.executable, '-c', code, str(run.folder)]
+        )
+
+    return replace
+
+
+def test_the_others_go_on_when_a_run_ends_with_an_error(trial, children):
+    children()
+    runs = trial('--arms', 'sgd', '--lr', '0.1', '--seeds', '3', '--epochs', '1')
+    failed = execution.run_all(lambda: open_runs(runs), runs.folder / 'shared.yaml', 2, 1)
+    assert [run.folder.name for run in failed] == ['seed-1']
+    assert [runs.training('sgd', seed, 0.1).outcome.finished for seed in range(3)] == [True, False, True]
+    assert 'no memory' in (runs.folder / 'runs/sgd/seed-1/train.log').read_text()
+
+
+def test_checkpoints_of_tuning_runs_are_not_kept(trial, children):
+    children(CHILD + "(folder / 'last.pth.tar').write_text('x')")
+    runs = trial('--arms', 'sgd', '--seeds', '1', '--epochs', '1')
+    execution.run_all(lambda: open_runs(runs), runs.folder / 'shared.yaml', 2, 1)
+    assert len(list(runs.folder.glob('tuning/*/*/summary.csv'))) > 3
+    assert [path.parent.name for path in runs.folder.rglob('last.pth.tar')] == ['seed-0']
+
+
+@pytest.mark.parametrize('ending', [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_trial_ends_its_runs(trial, children, ending):
+    children("import signal, sys, time; print('up', flush=True); time.sleep(60)")
+    runs = trial('--arms', 'sgd', '--lr', '0.1', '--seeds', '2', '--epochs', '1')
+    started = []
+    original = execution._start
+
+    def start(*args):
+        started.append(original(*args))
+        if len(started) == 2:
+            signal.raise_signal(ending)
+        return started[-1]
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(execution, '_start', start)
+        execution.run_all(lambda: open_runs(runs), runs.folder / 'shared.yaml', 2, 1)
+    assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
+
+
+@pytest.mark.parametrize(('given', 'variable', 'threads'), [(3, '2', 3), (None, '2', 2), (None, '', None)])
+def test_threads_are_given_or_shared_by_the_runs(monkeypatch, given, variable, threads):
+    monkeypatch.setenv('OMP_NUM_THREADS', variable)
+    assert execution.threads_of(1000, given) == (threads or 1)
+
+
+def command(data, output, *more):
+    small = ['--input-size', '3', '32', '32', '--batch-size', '8', '--log-interval', '1', '--num-classes', '2']
+    return ['trial', TINY, '--data', str(data), '--output', str(output), *small, *more]
+
+
+@pytest.mark.slow
+def test_a_trial_tunes_searches_trains_and_reports(images, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    arms = ['--arms', 'sgd', 'search', '--search', '1', '--seeds', '1', '--lrs', '0.02', '0.04', '--tuning-epochs', '1']
+    assert main(command(images, tmp_path / 'trial', *arms, '--jobs', '2', '--epochs', '2')) == 0
+    report = json.loads((tmp_path / 'trial/report.json').read_text())
+    for arm in ('sgd', 'search'):
+        assert report['arms'][arm]['top1']['0'] >= 50 and report['arms'][arm]['activations'] > 0
+        assert report['arms'][arm]['lr'] and len(report['arms'][arm]['tuning']) >= 2
+    assert 'The search left the scales where they started' in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_trial_goes_on_after_ctrl_c_in_the_middle_of_a_run(images, tmp_path):
+    def words(output):
+        more = ['--arms', 'repopt', '--seeds', '1', '--lr', '0.02', '--epochs', '8']
+        return [sys.executable, '-m', 'repopt_timm.cli', *command(images, output, *more)]
+
+    subprocess.run(words(tmp_path / 'whole'), env=ENVIRONMENT, check=True, capture_output=True)
+    process = subprocess.Popen(words(tmp_path / 'cut'), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    run = tmp_path / 'cut/runs/repopt/seed-0'
+    while not (run / 'summary.csv').exists() and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert 'The same command continues the trial' in process.communicate()[1]
+    assert process.returncode == 130 and not is_busy(run)
+    subprocess.run(words(tmp_path / 'cut'), env=ENVIRONMENT, check=True, capture_output=True)
+    assert_same_bits(read(tmp_path / 'whole/runs/repopt/seed-0')['state_dict'], read(run)['state_dict'])
