@@ -85,14 +85,13 @@ def command(data, output, *more):
 
 
 @pytest.mark.slow
-def test_a_trial_tunes_searches_trains_and_reports(images, tmp_path, capsys, monkeypatch):
+def test_a_trial_searches_trains_and_reports(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    arms = ['--arms', 'sgd', 'search', '--search', '1', '--seeds', '1', '--lrs', '0.02', '0.04', '--tuning-epochs', '1']
-    assert main(command(images, tmp_path / 'trial', *arms, '--jobs', '2', '--epochs', '2')) == 0
+    arms = ['--arms', 'sgd', 'search', '--search', '1', '--seeds', '1', '--lr', '0.02', '--epochs', '2']
+    assert main(command(images, tmp_path / 'trial', *arms, '--jobs', '2')) == 0
     report = json.loads((tmp_path / 'trial/report.json').read_text())
     for arm in ('sgd', 'search'):
-        assert report['arms'][arm]['top1']['0'] >= 50 and report['arms'][arm]['activations'] > 0
-        assert report['arms'][arm]['lr'] and len(report['arms'][arm]['tuning']) >= 2
+        assert report['arms'][arm]['top1']['0'] > 0 and report['arms'][arm]['activations'] > 0
     assert 'The search left the scales where they started' in capsys.readouterr().out
 
 
