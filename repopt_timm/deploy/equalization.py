@@ -207,6 +207,7 @@ def _difference(model: Any, changed: Any, images: ImageFolder, indices: Sequence
     fixed = image_input(model)[1][0]
     for batch, _ in images.batches(indices, fixed or _BATCH, 'equalization'):
         expected, found = first.run(batch), second.run(batch)
-        difference = max(difference, (found - expected).abs().max().item())
+        # Unlike `max`, it passes NaN on.
+        difference = float(np.maximum(difference, (found - expected).abs().max().item()))
         largest = max(largest, expected.abs().max().item())
     return difference / max(largest, 1e-12)

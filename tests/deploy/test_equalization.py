@@ -118,6 +118,13 @@ def test_a_rewrite_that_changes_logits_is_refused(network, monkeypatch):
         equalize(network, Images(), range(16))
 
 
+def test_logits_that_are_not_finite_are_refused(network):
+    graph = Graph(network)
+    graph.bias('second_fc')[0] = np.nan
+    with pytest.raises(ValueError, match='a logit by nan of the largest'):
+        equalize(graph.model, Images(), range(4))
+
+
 def test_int8_survives_one_scale_for_all_weights_after_it(damaged, broken_by_int8, images):
     options = QuantizationOptions(images=20, weights='per-tensor', equalize=True)
     done = quantize_onnx(damaged, images, options)
