@@ -47,6 +47,7 @@ from .run_checkpoints import (
     scales_fingerprint,
 )
 from .run_folder import ARGUMENTS_FILE, DIVERGED_FILE, LAST_CHECKPOINT, note_time, run_folder
+from .run_report import write_report
 from .searched_scales import note_movement, save_searched
 from .validation import check_arguments, check_classes, check_device_name, check_images, check_model, explaining
 
@@ -140,6 +141,8 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
     result = Result(folder, unwrap_model(model if ema is None else ema), state.history, time.perf_counter() - start)
     if args.rank == 0 and started is not None:
         save_searched(result.model, started, folder, args, state.history)
+    if args.rank == 0:
+        write_report(folder, result.model, args, state.history, result.seconds)
     if args.distributed:
         # What follows on other ranks may read the files of this run.
         torch.distributed.barrier()

@@ -3,6 +3,12 @@ import pytest
 from ..helpers import TINY
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Pictures of each run's report take longer than these runs."""
+    monkeypatch.setattr('repopt_timm.train.run_report._draw', lambda *args: False)
+
+
 @pytest.fixture
 def arguments(images, tmp_path):
     """Makes arguments of a short run on these images."""
