@@ -186,7 +186,7 @@ def test_each_answer_to_a_push_has_its_own_next_step(hub, client, scales, monkey
         hub.faults.clear()
         hub.fail_requests(status, times=99, pattern='/commit/')
         with pytest.raises(HubError, match=f'hf-hub:ann/tiny: {message}') as caught:
-            push_folder(REPO, lambda folder, name, files: (folder / 'new.txt').touch(), 'title')
+            push_folder(REPO, lambda folder, *_: (folder / 'new.txt').touch(), 'title')
         assert caught.value.status == status
     assert load_scales(f'hf-hub:{REPO}') == scales
 
@@ -202,7 +202,7 @@ def test_an_edit_of_the_card_during_a_push_survives_it(hub, client, scales, monk
     monkeypatch.setattr(transfer, '_FIRST_WAIT', 0)
     edited = []
 
-    def write(folder, name, files):
+    def write(folder, name, files, too_large):
         if not edited:
             card = hub.repo(REPO).read('README.md') + b'A line of a person.\n'
             edited.append(HfApi().upload_file(path_or_fileobj=card, path_in_repo='README.md', repo_id=REPO))
@@ -221,7 +221,7 @@ def test_eight_pushes_at_once_lose_nothing(hub, client, monkeypatch):
     def push(number):
         results = eval_results({'dataset': f'data{number}', 'top1': 90 + number})
         return push_folder(
-            REPO, lambda folder, name, _: write_card(folder, name, TINY, None, results), f'push {number}'
+            REPO, lambda folder, name, *_: write_card(folder, name, TINY, None, results), f'push {number}'
         )
 
     with ThreadPoolExecutor(8) as pool:
