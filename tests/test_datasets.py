@@ -73,6 +73,10 @@ def test_class_maps_are_lines_or_a_plain_pickle(tmp_path):
     (tmp_path / 'map.pkl').write_bytes(pickle.dumps(['dog', 'cat']))
     with pytest.raises(ValueError, match='does not hold a dict from names to numbers'):
         read_class_map('map.pkl', tmp_path)
+    # Its key is a tuple of twice the same tuple, and so on, which takes forever to hash.
+    (tmp_path / 'map.pkl').write_bytes(b'}K\x01' + b'q\x00h\x00\x86' * 30 + b'K\x01s.')
+    with pytest.raises(ValueError, match=r"'map\.pkl' cannot be read: it takes more than"):
+        read_class_map('map.pkl', tmp_path)
 
 
 @pytest.mark.parametrize('args', [{}, {'mean': (0.2, 0.4, 0.6)}, {'mean': [0.4]}], ids=['model', 'averaged', 'one'])

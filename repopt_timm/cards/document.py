@@ -23,6 +23,7 @@ __all__ = [
     'BEGIN',
     'CARD_FILE',
     'END',
+    'PlainLoader',
     'beside',
     'eval_results',
     'read_card_scales',
@@ -55,7 +56,20 @@ _METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
 
 
 # libyaml's is an order of magnitude faster.
-class _Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):  # type: ignore[misc]
+class PlainLoader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):  # type: ignore[misc]
+    """YAML's own fails on tags that do not suit their values with errors of any kind."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            kind = node.tag.rpartition(':')[2]
+            raise yaml.constructor.ConstructorError(
+                None, None, f'a value is not the {kind} that it seems ({error})', node.start_mark
+            ) from None
+
+
+class _Loader(PlainLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
         for key, _ in node.value:
             if key.tag in _NUMBER_TAGS and len(key.value) > _MAX_NUMERIC_KEY:
@@ -250,7 +264,7 @@ def _parse(text: str, source: str) -> tuple[dict[str, Any], str]:
     try:
         problem = refused_feature(front)
         metadata = {} if problem else yaml.load(front, _Loader) or {}
-    except (yaml.YAMLError, AttributeError, TypeError, ValueError, OverflowError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         problem = str(error)
     if problem is None and not isinstance(metadata, dict):
         problem = f'it should be a mapping, but is {kind_of_value(metadata)}'

@@ -5,7 +5,7 @@ import pickletools
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -22,8 +22,14 @@ _MAX_TENSOR_BYTES = 1 << 28
 
 # Those that call something, such as what makes a tensor of its arguments.
 _CALLS = frozenset({'BUILD', 'INST', 'NEWOBJ', 'NEWOBJ_EX', 'OBJ', 'REDUCE'})
-# An old file of torch begins with a number, a version and facts of the machine.
-_LEADING_PICKLES = 4
+# Those that fill what is already there, instead of making something of it.
+_FILLS = frozenset({'ADDITEMS', 'APPEND', 'APPENDS', 'BUILD', 'SETITEM', 'SETITEMS'})
+# An old file of torch has a number, a version, facts of the machine, the content, and the names of its storages.
+_LEADING_PICKLES = 5
+
+# Each part of an archive has an entry in the directory at its end, of some hundred bytes.
+_ENTRY_START = b'PK\x01\x02'
+_DIRECTORY_BYTES = 1 << 26
 
 
 def check_header(path: str | os.PathLike) -> None:
@@ -48,6 +54,11 @@ def check_archive(path: str | os.PathLike) -> None:
     Raises:
         ValueError: If one is damaged, larger unpacked than packed, or has more in it than any checkpoint.
     """
+    with open(path, 'rb') as content:
+        content.seek(max(0, Path(path).stat().st_size - _DIRECTORY_BYTES))
+        parts = content.read().count(_ENTRY_START)
+    if parts > _MAX_TENSORS:
+        raise ValueError(f"'{path}' is refused: it has {parts} parts, expected at most {_MAX_TENSORS}.")
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(part.file_size for part in archive.infolist())
@@ -55,9 +66,10 @@ def check_archive(path: str | os.PathLike) -> None:
                 raise ValueError(f'its parts unpack to {size} bytes, more than the file has')
             damaged = archive.testzip()
             if damaged is None:
-                for name in archive.namelist():
-                    if name.endswith('/data.pkl'):
-                        with archive.open(name) as file:
+                for part in archive.infolist():
+                    # torch finds it whatever its case, and of two with this name either may be the one that it reads.
+                    if part.filename.lower().endswith('data.pkl'):
+                        with archive.open(part) as file:
                             check_pickle(file, 1)
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError, ValueError) as error:
         raise ValueError(f"'{path}' is damaged: {error}.") from None
@@ -68,22 +80,84 @@ def check_archive(path: str | os.PathLike) -> None:
 def check_pickle(file: Any, pickles: int = _LEADING_PICKLES) -> None:
     """Counts the operations of the first pickles in a file, without running any.
 
+    What is used again counts again: a tuple of twice the same tuple, and so on, takes forever to hash as a key.
+
     Raises:
-        ValueError: If there are more than in any checkpoint.
+        ValueError: If there are more than in any checkpoint, or a value is nested too deep.
     """
     operations = calls = 0
     for _ in range(pickles):
+        stack = _Stack()
         try:
-            for opcode, _, _ in pickletools.genops(file):
-                operations += 1
+            for opcode, argument, _ in pickletools.genops(file):
+                operations += stack.apply(opcode, argument)
                 calls += opcode.name in _CALLS
-                if operations > _MAX_OPERATIONS or calls > _MAX_TENSORS:
+                if operations > _MAX_OPERATIONS or calls > _MAX_TENSORS or stack.depth > _MAX_NESTING:
                     break
-        except (ValueError, OverflowError, MemoryError):
+        except (IndexError, KeyError, ValueError, OverflowError, MemoryError):
             # The reader says what is wrong with it.
             return
         if operations > _MAX_OPERATIONS or calls > _MAX_TENSORS:
             raise ValueError(f'it takes more than {_MAX_OPERATIONS} steps, or {_MAX_TENSORS} calls, to unpickle')
+        if stack.depth > _MAX_NESTING:
+            raise ValueError(f'its values are nested more than {_MAX_NESTING} levels deep')
+
+
+class _Value(NamedTuple):
+    """What a pickle makes: its parts, those that are used twice counted twice, and how deep they are nested."""
+
+    size: int = 1
+    depth: int = 0
+
+
+class _Stack:
+    """The stack and the memory of an unpickler, of sizes instead of values."""
+
+    def __init__(self) -> None:
+        self.values: list[_Value | None] = []
+        self.marks: list[int] = []
+        self.memory: dict[Any, _Value] = {}
+        self.depth = 0
+
+    def apply(self, opcode: Any, argument: Any) -> int:
+        """Does what an operation does to the stack; returns how much it adds to the work."""
+        name = opcode.name
+        if name.endswith('PUT') or name == 'MEMOIZE':
+            self.memory[len(self.memory) if argument is None else argument] = self._top()
+        elif name.endswith('GET') or name == 'DUP':
+            value = self._top() if name == 'DUP' else self.memory[argument]
+            self.values.append(value)
+            return value.size
+        elif name == 'MARK':
+            self.marks.append(len(self.values))
+            self.values.append(None)
+        else:
+            parts = self._pop(opcode.stack_before)
+            if opcode.stack_after:
+                self.values.append(self._made_of(parts, name in _FILLS))
+        return 1
+
+    def _top(self) -> _Value:
+        return self.values[-1] or _Value()
+
+    def _pop(self, before: list[Any]) -> list[_Value]:
+        start = len(self.values) - len(before)
+        if pickletools.markobject in before:
+            start = self.marks[-1] - before.index(pickletools.markobject)
+        if start < 0:
+            raise IndexError
+        parts = self.values[start:]
+        del self.values[start:]
+        while self.marks and self.marks[-1] >= start:
+            self.marks.pop()
+        return [part for part in parts if part is not None]
+
+    def _made_of(self, parts: list[_Value], fills: bool) -> _Value:
+        size = 1 + sum(part.size for part in parts)
+        inside = max((part.depth for part in parts[fills:]), default=-1) + 1
+        depth = max(inside, parts[0].depth) if fills and parts else inside
+        self.depth = max(self.depth, depth)
+        return _Value(size, depth)
 
 
 def check_content(content: object, path: str | os.PathLike) -> None:

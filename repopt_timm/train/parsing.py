@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ..cards.document import refused_feature
+from ..cards.document import PlainLoader, refused_feature
 from ..console import CommandParser, did_you_mean
 from ..resources import resource_dir
 from .argument import Argument
@@ -89,8 +89,9 @@ def read_config(name: str) -> dict[str, Any]:
         names = ', '.join(sorted(file.stem for file in shipped.glob('*.yaml')))
         raise FileNotFoundError(f"There is no config '{name}'. Give a YAML file, or one of those that ship: {names}.")
     try:
-        text = path.read_text(encoding='utf-8')
-        problem = refused_feature(text) if len(text) <= _MAX_CONFIG else f'it has more than {_MAX_CONFIG} characters'
+        problem = f'it has more than {_MAX_CONFIG} bytes' if path.stat().st_size > _MAX_CONFIG else None
+        text = path.read_text(encoding='utf-8') if problem is None else ''
+        problem = problem or refused_feature(text)
         config = yaml.load(text, _Loader) if problem is None else {}
     except UnicodeDecodeError:
         raise ValueError(f"'{path}' is not UTF-8 text, expected a YAML file of 'argument: value' lines.") from None
@@ -103,7 +104,7 @@ def read_config(name: str) -> dict[str, Any]:
     return config
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(PlainLoader):
     """YAML's own takes the last of two equal keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:

@@ -239,6 +239,8 @@ def test_a_card_bomb_is_refused_before_it_unpacks(card, modules):
         (f'a: {"[" * 2_000_000}\n', '(nested more than 32 levels|exceeded maximum nesting depth)'),
         (f'a: !{"x" * 1000} 1\n', 'a tag of more than 100 characters'),
         ('a: 2024-13-99\n', 'month must be in'),
+        ('a: !!bool maybe\n', 'a value is not the bool that it seems'),
+        ('a: !!int "_"\n', 'a value is not the int that it seems'),
         ('\n' * 2_000_000, "no key 'repopt'"),
     ],
     ids=lambda value: value[:12].strip() if len(value) > 40 else value,

@@ -1,6 +1,7 @@
 import argparse
 import json
 import pickle
+import struct
 import sys
 import time
 import types
@@ -102,6 +103,24 @@ def deep_lists(path):
     torch.save({'state_dict': {}, 'history': nested}, path)
 
 
+def hash_bomb(levels=30):
+    """A pickle of a dict whose key is a tuple of twice the same tuple, and so on."""
+    return b'\x80\x02}K\x01' + b'q\x00h\x00\x86' * levels + b'K\x01s.'
+
+
+def archive(path, *parts):
+    with zipfile.ZipFile(path, 'w') as file:
+        for name, content in parts:
+            file.writestr(name, content)
+
+
+def many_parts(path):
+    # The directory alone, as what it lists is not looked at.
+    entry = b'PK\x01\x02' + bytes(42)
+    end = struct.pack('<4s4H2LH', b'PK\x05\x06', 0, 0, 0xFFFF, 0xFFFF, 60_000 * len(entry), 0, 0)
+    path.write_bytes(entry * 60_000 + end)
+
+
 @pytest.mark.parametrize(
     ('name', 'write', 'message'),
     [
@@ -110,11 +129,36 @@ def deep_lists(path):
         ('a.pth', packed, 'unpack to 16777.* bytes, more than the file has'),
         ('a.pth', lambda path: path.write_bytes(b'\x80\x02' + b'N0' * 600_000 + b'N.'), 'more than 1000000 steps'),
         ('a.pth', lambda path: path.write_bytes(b'\x80\x02' + b'}}R0' * 60_000 + b'N.'), 'or 50000 calls, to unpickle'),
+        ('a.pth', lambda path: archive(path, ('a/data.pkl', hash_bomb())), 'more than 1000000 steps'),
+        ('a.pth', lambda path: archive(path, ('a/DATA.PKL', hash_bomb())), 'more than 1000000 steps'),
+        (
+            'a.pth',
+            lambda path: archive(path, ('a/data.pkl', hash_bomb()), ('a/data.pkl', b'N.')),
+            'more than 1000000 steps',
+        ),
+        ('a.pth', lambda path: path.write_bytes(b'N.' * 4 + hash_bomb()), 'more than 1000000 steps'),
+        ('a.pth', lambda path: path.write_bytes(b'}K\x01' + b'\x85' * 500_000 + b'K\x01s.'), 'more than 64 levels'),
+        ('a.pth', many_parts, 'it has 60000 parts, expected at most 50000'),
         ('a.pth', shared_lists, 'more than 300000 values'),
         ('a.pth', deep_lists, '64 levels'),
         ('a.pth', lambda path: torch.save({'w': torch.zeros(1).expand(10**6, 10**6)}, path), 'claim more values than'),
     ],
-    ids=['tensors', 'header', 'zip bomb', 'steps', 'calls', 'shared lists', 'deep lists', 'expanded tensor'],
+    ids=[
+        'tensors',
+        'header',
+        'zip bomb',
+        'steps',
+        'calls',
+        'hash bomb',
+        'hash bomb in capitals',
+        'first of two',
+        'last pickle',
+        'nested tuples',
+        'parts',
+        'shared lists',
+        'deep lists',
+        'expanded tensor',
+    ],
 )
 def test_what_claims_more_than_any_checkpoint_is_refused_at_once(tmp_path, name, write, message):
     write(tmp_path / name)
