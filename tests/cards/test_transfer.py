@@ -57,7 +57,8 @@ def test_what_is_pushed_is_what_is_saved(hub, client, scales, tmp_path):
 def test_a_push_keeps_what_others_wrote_on_the_hub(hub, client, scales):
     card = ModelCard.load(REPO)
     card.data.license, card.text = 'mit', f'{card.text}\nA note.\n'
-    card.push_to_hub(REPO)
+    # `ModelCard.push_to_hub` of older clients asks the real Hub whether the card is valid.
+    HfApi().upload_file(path_or_fileobj=str(card).encode(), path_in_repo='README.md', repo_id=REPO)
     update = random_scales()
     push_scales(update, REPO)
     card = ModelCard(hub.repo(REPO).read('README.md').decode())
