@@ -74,7 +74,7 @@ def save_pretrained(
     """Writes a model as a repository in timm's format, whose card holds the scales.
 
     The files are `config.json`, `model.safetensors`, `README.md`, `scales.png`, `curves.png`; each appears whole or not
-    at all. With the same `repo_id` they are those that `push_to_hub` uploads. `timm.create_model(
+    at all. With the same `repo_id` they are what `push_to_hub` uploads. `timm.create_model(
     'local-dir:<directory>', pretrained=True)` loads them. A card that is there already keeps its other metadata, and
     the text outside the marks.
 

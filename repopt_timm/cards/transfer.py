@@ -278,7 +278,7 @@ def _clear_errors(
         text = _unreachable(source, file, error)
     else:
         return
-    # Without the client's own error as a cause: its text, and those that led to it, may show a token.
+    # Without the client's own error as a cause: its text, and its own causes, may show a token.
     raised = kind(scrub(text, token, get_token()))
     raised.status = status
     raise raised from None

@@ -104,7 +104,7 @@ def check_pickle(file: Any, pickles: int = _LEADING_PICKLES) -> None:
 
 
 class _Value(NamedTuple):
-    """What a pickle makes: its parts, those that are used twice counted twice, and how deep they are nested."""
+    """What a pickle makes: its parts, counted once for each use, and how deep they are nested."""
 
     size: int = 1
     depth: int = 0

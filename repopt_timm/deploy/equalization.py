@@ -62,7 +62,7 @@ def describe(counts: Mapping[str, Any]) -> str:
     reasons = f' ({", ".join(sorted(set(left.values())))})' if left else ''
     return (
         f'{sum(removed.values())} dead input channels of {len(removed)} layers removed{kept}, {len(pairs)} layers '
-        f'equalized with those that read them, {len(left)} left as they are{reasons}; logits within '
+        f'equalized with their readers, {len(left)} left as they are{reasons}; logits within '
         f'{counts["difference"]:.1e} of the largest on {counts["images"]} images'
     )
 
@@ -143,7 +143,7 @@ def equalize_layers(graph: Graph) -> tuple[dict[str, list[str]], dict[str, str]]
         graph: What to change.
 
     Returns:
-        Layer to the layers that read it, for those that were equalized; and layer to the reason for the others.
+        Equalized layer to the layers that read it; and layer to the reason for the others.
     """
     pairs, left = {}, {}
     for layer in graph.layers:

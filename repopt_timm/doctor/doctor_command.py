@@ -31,7 +31,7 @@ def add_commands(commands: Any) -> None:
     parser.add_argument('--model', default='repopt_vgg_a0', help='target to train on this machine [repopt_vgg_a0]')
     parser.add_argument('--model-kwargs', nargs='*', default=[], metavar='K=V', help='further model arguments')
     parser.add_argument(
-        '--scales', metavar='SOURCE', help='scales to train it with [those that ship for it, else initial]'
+        '--scales', metavar='SOURCE', help='scales to train it with [the shipped ones of the model, else initial]'
     )
     parser.add_argument('--steps', type=positive(int), default=20, metavar='N', help='steps to train [20]')
     parser.add_argument('--img-size', type=positive(int), default=64, metavar='N', help='height and width [64]')

@@ -39,7 +39,7 @@ def check_equivalence(
 
     Args:
         model_name: Name of a target model, such as `repopt_vgg_a0` or `repopt_resnet18`.
-        scales: See `load_scales`. Defaults to those that ship for it, else to the unsearched values.
+        scales: See `load_scales`. Defaults to the shipped ones of the model, else to the unsearched values.
         steps: Number of steps.
         img_size: Height and width of the images.
         device: Where to.

@@ -22,7 +22,7 @@ from ..train.run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT,
 
 __all__ = ['Finding', 'check_run']
 
-# Of the arguments in a checkpoint those that depend on how the run was continued.
+# Arguments in a checkpoint that depend on how the run was continued.
 _CONTINUED = {'epochs', 'cooldown_epochs'}
 
 
@@ -179,7 +179,7 @@ def _scales(what: str, folder: Path, contents: dict[str, Any]) -> Finding:
         model_from_checkpoint(path, source or default_scales(checkpoint['arch']))
     except (OSError, ValueError) as error:
         return Finding(what, 'note', f'{fingerprint[:12]}, but not found again: {error}')
-    return Finding(what, 'ok', f'{fingerprint[:12]}, as in {source or "those that ship"}')
+    return Finding(what, 'ok', f'{fingerprint[:12]}, as in {source or "the shipped ones"}')
 
 
 _COMPARISONS: dict[str, Callable[[str, Path, dict[str, Any]], Finding]] = {

@@ -45,7 +45,7 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
         foreach: Use torch's multi-tensor implementation.
         capturable: Keep step counters on the parameters' device, so that a CUDA graph can hold a step.
         differentiable: Let autograd record the step.
-        fused: Use torch's fused implementation; the default where there is one, unless `foreach` is given.
+        fused: Use torch's fused implementation; the default on devices that have one, unless `foreach` is given.
         compiled: Update kernels with code that `torch.compile` makes at the first step: one graph, one pass over
             memory, at the price of about half a minute and of the compiler that it needs.
         dense: Keep Grad Mults as masks of the kernels' size: as much memory as the kernels, and few launches on CUDA.
