@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 __all__ = [
     'check_output',
     'check_output_folder',
     'find_temporaries',
+    'naming_write_errors',
     'remove_temporaries',
     'replacing',
     'write_text',
@@ -20,6 +23,22 @@ _MARK = '.tmp'
 
 
 @contextmanager
+def naming_write_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Names the file in errors such as that of a full disk, which state the cause alone.
+
+    Raises:
+        OSError: In their place.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and (error.filename or not error.strerror):
+            raise
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OSError(f"'{path}' cannot be written: {reason}.") from None
+
+
+@contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary name beside `path`; renames it to `path` on success and removes it on an error.
 
@@ -27,6 +46,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     that libraries which choose a format by it do. Of a symbolic link, that is where it points.
 
     Raises:
+        OSError: If there is no room for it; names `path` and the cause.
         ValueError: If `path` is a folder, a device or a pipe.
     """
     path = check_output(path)
@@ -35,7 +55,8 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     os.close(handle)
     temporary = Path(name)
     try:
-        yield temporary
+        with naming_write_errors(path):
+            yield temporary
         # `mkstemp` makes private files; give this one what a plain open() would.
         umask = os.umask(0)
         os.umask(umask)

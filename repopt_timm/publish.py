@@ -21,7 +21,7 @@ from .cards.writing import draw, write_card
 from .checkpoints.packing import PRECISIONS, pack
 from .checkpoints.read import read_checkpoint, select_state_dict
 from .datasets import data_config_of
-from .files import check_output, check_output_folder, replacing
+from .files import check_output, check_output_folder, naming_write_errors, replacing
 from .models import RepOptVgg, ensure_registered
 from .models.strided_byobnet import stated_arguments
 from .names import ModelName
@@ -30,6 +30,7 @@ from .reparam import attach_scales, kind_of
 from .reparam.initialization import unwrap
 from .scales import Scales, read_scale_file
 from .sources import ScalesSource, load_scales
+from .train.validation import explaining
 from .trained_scales import check_trained_with, find_scales
 
 __all__ = ['model_from_checkpoint', 'push_to_hub', 'save_pretrained']
@@ -184,7 +185,8 @@ def model_from_checkpoint(
         ValueError: If the checkpoint does not name its model, or its weights are not that model's.
     """
     checkpoint = {**read_checkpoint(path), **({'arch': architecture} if architecture else {})}
-    return _model_of(checkpoint, os.fspath(path), scales, need_scales)
+    with explaining(f"'{os.fspath(path)}' does not hold the model of a run"):
+        return _model_of(checkpoint, os.fspath(path), scales, need_scales)
 
 
 def _prepare(
@@ -200,15 +202,16 @@ def _prepare(
     history: Sequence[Mapping[str, Any]] = []
     if not isinstance(model, nn.Module):
         source, checkpoint = os.fspath(model), read_checkpoint(model)
-        model = _model_of(checkpoint, source, scales)
-        training = _training_of(checkpoint) if training is None else training
-        measured = _metrics_of(checkpoint)
+        with explaining(f"'{source}' does not hold the model of a run"):
+            model = _model_of(checkpoint, source, scales)
+            training = _training_of(checkpoint) if training is None else training
+            measured = _metrics_of(checkpoint)
+            history = [row for row in checkpoint.get('history') or [] if 'train_loss' in row]
         if precision == 'int8':
             # Those of the rounded weights are others.
             training = {**training, **{f'{name}_before_rounding': value for name, value in measured.items()}}
         elif metrics is None:
             metrics = measured
-        history = [row for row in checkpoint.get('history') or [] if 'train_loss' in row]
     else:
         model = unwrap(model)
         source = _timm_name(model)
@@ -269,7 +272,8 @@ def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
 
 def _write(publication: _Publication, folder: Path, repo_id: str, published: frozenset[str], scales_file: bool) -> None:
     model, weights, scales, metrics, training, curves, precision, history = publication
-    save_file(dict(weights), folder / WEIGHTS_FILE, {'format': 'pt'})
+    with naming_write_errors(folder.parent / WEIGHTS_FILE):
+        save_file(dict(weights), folder / WEIGHTS_FILE, {'format': 'pt'})
     config_file: Any = folder / CONFIG_FILE  # timm before 1.0.31 opens it as a path
     save_config_for_hf(model, config_file, model_args=stated_arguments(model))
     if curves is not None:

@@ -1,6 +1,9 @@
 import os
+import resource
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from repopt_timm.files import check_output, check_output_folder, replacing, write_text
 
@@ -64,3 +67,21 @@ def test_a_folder_is_not_made_inside_of_a_file(tmp_path):
         with pytest.raises(ValueError, match=f"{name}' cannot be written: '.*file' is not a folder"):
             check_output_folder(tmp_path / name)
     assert check_output_folder(tmp_path / 'new' / 'folder') == tmp_path / 'new' / 'folder'
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        for write in (
+            lambda path: path.write_bytes(bytes(1000)),
+            lambda path: save_file({'a': torch.ones(1000)}, path),
+        ):
+            with (
+                pytest.raises(OSError, match=r"'.*/file\.txt' cannot be written: .*File too large"),
+                replacing(tmp_path / 'file.txt') as temporary,
+            ):
+                write(temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(tmp_path) == []

@@ -336,3 +336,26 @@ def test_what_is_not_finite_is_not_published(hub, client, tmp_path):
         ):
             push_to_hub(source, REPO, scales=model.scales)
     assert not hub.requests
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'args': argparse.Namespace(model_kwargs=[1])},
+        {'args': argparse.Namespace(model_kwargs={'bogus': 1})},
+        {'args': argparse.Namespace(input_size=3)},
+        {'arch': 'repopt_vgg_a0.bogus'},
+        {'optimizer': [1]},
+        {'optimizer': {'param_groups': 3}},
+        {'history': 'long'},
+        {'history': [{'eval_top1': 'high'}]},
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_other_content_is_named(tmp_path, changes):
+    model = trained()
+    path = checkpoint_of(model, tmp_path / 'last.pth.tar')
+    torch.save({**torch.load(path, weights_only=False), **changes}, path)
+    with pytest.raises(ValueError, match=r"last\.pth\.tar' does not hold the model of a run: "):
+        save_pretrained(path, tmp_path / 'out', scales=model.scales)
+    assert not (tmp_path / 'out').exists()

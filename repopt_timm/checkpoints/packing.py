@@ -42,12 +42,21 @@ def pack(state_dict: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
 
 
 def unpack(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Restores what `pack` made 8-bit, as float32; any other state dict comes back as it is."""
+    """Restores what `pack` made 8-bit, as float32; any other state dict comes back as it is.
+
+    Raises:
+        ValueError: If the scales of an 8-bit tensor do not fit it.
+    """
     packed = {name for name, tensor in state_dict.items() if tensor.dtype == torch.int8 and name + _SCALE in state_dict}
     restored = {}
     for name, tensor in state_dict.items():
         if name in packed:
             scale = state_dict[name + _SCALE]
+            if scale.shape != tensor.shape[:1] or not scale.is_floating_point():
+                raise ValueError(
+                    f"'{name}{_SCALE}' has the shape {tuple(scale.shape)} and type {scale.dtype}, expected a floating "
+                    f"point number for each of the output channels of '{name}', {tuple(tensor.shape)}."
+                )
             restored[name] = tensor.to(scale.dtype) * scale.view(-1, *[1] * (tensor.ndim - 1))
         elif name.removesuffix(_SCALE) not in packed:
             restored[name] = tensor

@@ -105,7 +105,7 @@ def select_state_dict(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _clean(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    state_dict = unpack({name: value for name, value in state_dict.items() if isinstance(value, Tensor)})
+    state_dict = unpack({k: v for k, v in state_dict.items() if isinstance(k, str) and isinstance(v, Tensor)})
     # Before 1.0.31 timm removes the prefix of one wrapper only.
     return clean_state_dict(clean_state_dict(state_dict))
 

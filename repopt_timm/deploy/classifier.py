@@ -1,6 +1,7 @@
 """What is evaluated: a PyTorch model or an ONNX one behind one call."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from timm.data import resolve_data_config
+from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
 
 from .runtime import explained, load_onnx, open_session
@@ -66,7 +68,7 @@ def load_classifier(
         ValueError: If it cannot be loaded.
     """
     if is_onnx(source):
-        return onnx_classifier(load_onnx(source), threads, overrides)
+        return onnx_classifier(load_onnx(source), threads, overrides, f"'{source}'")
     return torch_classifier(load_model(source), threads, overrides)
 
 
@@ -92,11 +94,13 @@ def torch_classifier(
     return Classifier('pytorch', run, config, size, label_names(model))
 
 
-def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[str, Any] | None = None) -> Classifier:
-    """Wraps an `onnx.ModelProto` from images to logits."""
+def onnx_classifier(
+    model: Any, threads: int | None = None, overrides: Mapping[str, Any] | None = None, name: str = 'the model'
+) -> Classifier:
+    """Wraps an `onnx.ModelProto` from images to logits; `name` is what errors call it."""
     config = data_config(model, overrides)
-    session = open_session(model, threads)
-    name, (batch, *_) = image_input(model)
+    session = open_session(model, threads, name=name)
+    images_name, (batch, *_) = image_input(model)
 
     def run(images: Tensor) -> Tensor:
         # A model whose batch size is fixed gets that many at once; repeat the last image to fill the last part.
@@ -105,7 +109,7 @@ def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[s
         if missing:
             parts = [*parts[:-1], torch.cat([parts[-1], parts[-1][-1:].expand(missing, -1, -1, -1)])]
         with explained(f'ONNX Runtime cannot run the model on {tuple(images.shape)} images'):
-            logits = torch.cat([torch.from_numpy(session.run(None, {name: part.numpy()})[0]) for part in parts])
+            logits = torch.cat([torch.from_numpy(session.run(None, {images_name: part.numpy()})[0]) for part in parts])
         return logits[: len(images)]
 
     return Classifier('onnxruntime', run, config, model.ByteSize(), _metadata(model).get('label_names', ()))
@@ -115,14 +119,36 @@ def preprocessing(overrides: Mapping[str, Any] | None = None, **model: Any) -> d
     """Returns what `timm.data.resolve_data_config` makes of the overrides and a model.
 
     Raises:
-        ValueError: If `mean` or `std` do not have a value for each channel.
+        ValueError: If `mean` or `std` do not have a value for each channel, or a value is not one that images can be
+            prepared with.
     """
     overrides = dict(overrides or {})
     try:
-        return resolve_data_config(overrides, **model)
+        config = resolve_data_config(overrides, **model)
+        _check_preprocessing(config)
+        return config
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ValueError(f'The preprocessing that the model states cannot be read: {error}. Give your own.') from None
     except AssertionError:
         given = ', '.join(f'{name} {overrides[name]}' for name in ('mean', 'std') if name in overrides)
         raise ValueError(f'Preprocessing with {given}: expected one value, or one for each channel.') from None
+
+
+def _check_preprocessing(config: Mapping[str, Any]) -> None:
+    sizes, crop = config['input_size'], config['crop_pct']
+    wrong = {
+        'input_size': not all(isinstance(size, int) and size > 0 for size in sizes),
+        'mean': not config['mean'] or not all(math.isfinite(value) for value in config['mean']),
+        'std': not config['std'] or not all(math.isfinite(value) and value > 0 for value in config['std']),
+        # Less would enlarge an image a hundred times.
+        'crop_pct': not 0.1 <= crop <= 1,
+        'crop_mode': config['crop_mode'] not in ('center', 'squash', 'border'),
+    }
+    # Fails with an error of its own.
+    str_to_interp_mode(config['interpolation'])
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            raise ValueError(f'Preprocessing with {name} {config[name]!r:.80} is not possible: give another one.')
 
 
 def label_names(model: nn.Module) -> list[str]:
@@ -139,8 +165,11 @@ def _metadata(model: Any) -> dict[str, Any]:
     for entry in model.metadata_props:
         try:
             metadata[entry.key] = json.loads(entry.value)
-        except ValueError:
+        except (RecursionError, ValueError):
             continue
+    names = metadata.get('label_names')
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        metadata.pop('label_names', None)
     return metadata
 
 

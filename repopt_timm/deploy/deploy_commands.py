@@ -128,7 +128,7 @@ def _add_preprocessing(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--mean', nargs='+', type=float)
     group.add_argument('--std', nargs='+', type=float)
     group.add_argument('--interpolation', choices=_INTERPOLATIONS)
-    group.add_argument('--crop-pct', type=float)
+    group.add_argument('--crop-pct', type=positive(float))
     group.add_argument('--crop-mode', choices=('center', 'squash', 'border'))
 
 
@@ -174,6 +174,8 @@ def _quantize(args: argparse.Namespace) -> None:
         raise ValueError('--versus draws another model into the report: name a folder for it with --report.')
     if args.versus == args.model:
         raise ValueError(f"--versus '{args.versus}' is the model itself: name another one to draw beside it.")
+    if args.max_drop is not None and not args.max_drop >= 0:
+        raise ValueError(f'--max-drop is {args.max_drop}, expected points of accuracy, 0 or more.')
     sources = [args.model, *([args.versus] if args.versus else [])]
     path = check_output(args.out, *sources)
     if args.report:

@@ -17,6 +17,7 @@ __all__ = [
     'accuracies',
     'alternate',
     'check_classes',
+    'check_logits',
     'evaluate',
     'is_steady',
     'random_images',
@@ -103,11 +104,25 @@ def accuracies(
     hits = {name: [0, 0] for name in classifiers}
     for batch, targets in images.batches(range(len(images)), batch_size, title):
         for name, classifier in classifiers.items():
-            logits = classifier.run(batch)
+            logits = check_logits(classifier.run(batch))
             right = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]
             hits[name][0] += int(right[:, 0].sum())
             hits[name][1] += int(right.any(1).sum())
     return {name: (100 * top1 / len(images), 100 * top5 / len(images)) for name, (top1, top5) in hits.items()}
+
+
+def check_logits(logits: Tensor) -> Tensor:
+    """Returns logits that are numbers.
+
+    Raises:
+        ValueError: If they are not, which would count as the first class.
+    """
+    if not logits.isfinite().all():
+        raise ValueError(
+            'The model gives logits that are not finite, as after a training that diverged: it classifies nothing. '
+            'Name an earlier checkpoint.'
+        )
+    return logits
 
 
 def check_classes(classifier: Classifier, images: ImageFolder) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from ..reporting import add_command, positive, print_result
 from .classifier import Classifier, is_onnx, load_classifier, torch_classifier
+from .evaluation import check_logits
 from .image_folder import read_image
 from .trained_model import load_model
 
@@ -57,7 +58,7 @@ def predict(
     for start in range(0, len(images), _BATCH_SIZE):
         files = images[start : start + _BATCH_SIZE]
         batch = torch.stack([transform(read_image(file, mode, os.fspath(file))) for file in files])
-        probabilities, classes = classifier.run(batch).float().softmax(1).sort(1, descending=True)
+        probabilities, classes = check_logits(classifier.run(batch)).float().softmax(1).sort(1, descending=True)
         results += [
             [
                 {'class': index, 'name': names[index] if names else None, 'probability': probability}

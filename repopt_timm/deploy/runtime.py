@@ -76,20 +76,18 @@ def save_onnx(model: Any, path: str | os.PathLike) -> None:
     """
     if model.ByteSize() > _LARGEST_FILE:
         raise ValueError(f'The model takes {model.ByteSize() / 1e9:.1f} GB, more than the 2 GB of a single ONNX file.')
-    try:
-        with replacing(path) as temporary:
-            temporary.write_bytes(model.SerializeToString())
-    except OSError as error:
-        raise OSError(f"'{path}' cannot be written: {error.strerror or error}.") from None
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.SerializeToString())
 
 
-def open_session(model: Any, threads: int | None = None, optimize: bool = True) -> Any:
+def open_session(model: Any, threads: int | None = None, optimize: bool = True, name: str = 'the model') -> Any:
     """Opens an ONNX model for running on the CPU.
 
     Args:
         model: An `onnx.ModelProto`, or the path of a file.
         threads: Number of threads. Defaults to all cores.
         optimize: Fuse and replace nodes. Otherwise all tensors keep their names and values.
+        name: What errors call the model, if it is not a file.
 
     Returns:
         An `onnxruntime.InferenceSession`.
@@ -110,7 +108,7 @@ def open_session(model: Any, threads: int | None = None, optimize: bool = True) 
         if not Path(source).is_file():
             raise FileNotFoundError(f'There is no ONNX file {name}.')
     else:
-        source, name = model.SerializeToString(), 'the model'
+        source = model.SerializeToString()
     with explained(f'ONNX Runtime {onnxruntime.__version__} cannot run {name}'):
         return onnxruntime.InferenceSession(source, options, providers=['CPUExecutionProvider'])
 

@@ -14,6 +14,7 @@ from ..models import ensure_registered, to_plain
 from ..publish import model_from_checkpoint
 from ..reparam import attach_scales, kind_of
 from ..sources import ScalesSource, load_scales
+from ..train.validation import explaining
 
 __all__ = ['deployed', 'load_model', 'load_trained']
 
@@ -74,11 +75,12 @@ def deployed(model: nn.Module) -> nn.Module:
 
 
 def _create(name: str, **kwargs: Any) -> nn.Module:
-    ensure_registered(name)
     try:
-        return timm.create_model(name, **kwargs)
-    except RuntimeError as error:
-        raise ValueError(f"'{name}': {error} Name a checkpoint, a folder or a model with weights.") from None
+        with explaining(f"'{name}' cannot be made"):
+            ensure_registered(name)
+            return timm.create_model(name, **kwargs)
+    except ValueError as error:
+        raise ValueError(f'{str(error).rstrip(".")}. Name a checkpoint, a folder or a model with weights.') from None
 
 
 def _fold_batchnorm(model: nn.Module) -> None:

@@ -38,12 +38,17 @@ def check_vectors(
     for name, vector in vectors.items():
         if not isinstance(vector, Tensor):
             raise ValueError(f"{where}: the scale of branch '{name}' is a {type(vector).__name__}, expected a tensor.")
+        if vector.is_complex():
+            raise ValueError(f"{where}: the scale of branch '{name}' has complex numbers, expected real ones.")
         shape = tuple(vector.shape)
         if vector.ndim != 1 or (channels is not None and shape != (channels,)):
             wanted = f'({channels},)' if channels is not None else 'one dimension'
             raise ValueError(f"{where}: the scale of branch '{name}' has shape {shape}, expected {wanted}.")
-        if not torch.isfinite(vector).all():
-            bad = int((~torch.isfinite(vector)).nonzero()[0])
+        # As they are kept.
+        vector = vector.float()
+        finite = torch.isfinite(vector)
+        if not finite.all():
+            bad = int((~finite).nonzero()[0])
             raise ValueError(f"{where}: the scale of branch '{name}' is {vector[bad].item()} at channel {bad}.")
         if not vector.any():
             raise ValueError(f"{where}: the scale of branch '{name}' is all zeros: its weights would never train.")

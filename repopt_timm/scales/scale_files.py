@@ -47,7 +47,7 @@ def read_scale_file(path: str | os.PathLike, architecture: str | None = None) ->
     if metadata.get('format') == FORMAT:
         try:
             return _from_own_file(checkpoint, metadata, source)
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f'{source}: its header is damaged ({type(error).__name__}: {error}).') from None
     state_dict = select_state_dict(checkpoint)
     modules = _modules_of(state_dict)
@@ -79,7 +79,7 @@ def _parse_geometry(geometry: Mapping[str, Any], source: str) -> dict[str, Geome
 
 
 def _from_own_file(tensors: dict[str, Any], metadata: Mapping[str, str], source: str) -> Scales:
-    version = int(metadata['version'])
+    version = _parsed(metadata, 'version', source)
     if version != FORMAT_VERSION:
         newer = version > FORMAT_VERSION
         advice = 'Upgrade repopt-timm.' if newer else 'Extract the scales from their checkpoint again.'
@@ -87,19 +87,28 @@ def _from_own_file(tensors: dict[str, Any], metadata: Mapping[str, str], source:
             f'{source}: written in version {version} of its format, this package reads version {FORMAT_VERSION}. '
             f'{advice}'
         )
+    names, geometry, counts, provenance = (
+        _parsed(metadata, key, source) for key in ('modules', 'geometry', 'counts', 'provenance')
+    )
     found: dict[str, dict[str, Tensor]] = {}
     for key, vector in tensors.items():
         if key != '__metadata__':
-            module, branch = key.rsplit('.', 1)
+            module, _, branch = key.rpartition('.')
             found.setdefault(module, {})[branch] = vector
-    modules = {module: found.pop(module) for module in json.loads(metadata['modules'])}
+    modules = {module: found.pop(module) for module in names}
     if found:
         raise ValueError(f"{source}: its header does not list the module '{next(iter(found))}'. The file is damaged.")
-    geometry = _parse_geometry(json.loads(metadata['geometry']), source)
-    provenance = json.loads(metadata['provenance'])
-    scales = Scales(metadata['architecture'], modules, geometry, json.loads(metadata['counts']), provenance, source)
+    shapes = _parse_geometry(geometry, source)
+    scales = Scales(metadata['architecture'], modules, shapes, counts, provenance, source)
     scales.check_fingerprint(metadata['fingerprint'])
     return scales
+
+
+def _parsed(metadata: Mapping[str, str], key: str, source: str) -> Any:
+    try:
+        return json.loads(metadata[key])
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{source}: '{key}' of its header is damaged ({type(error).__name__}: {error}).") from None
 
 
 def _modules_of(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -295,11 +295,12 @@ def _variant(model_name: str) -> tuple[str, dict[str, Any]]:
     """Returns the name in timm's registry, without a tag, and the arguments that a repository keeps for its model."""
     source, name = parse_model_name(model_name)
     saved_args: dict[str, Any] = {}
-    if source == 'hf-hub':
-        _, name, saved_args = load_model_config_from_hf(name)
-    elif source == 'local-dir':
-        _, name, saved_args = load_model_config_from_path(name)
-    ensure_registered(name)
+    with explaining(f'--model {model_name} has no config.json that timm can read'):
+        if source == 'hf-hub':
+            _, name, saved_args = load_model_config_from_hf(name)
+        elif source == 'local-dir':
+            _, name, saved_args = load_model_config_from_path(name)
+        ensure_registered(name)
     variant = name.split('.')[0]
     if not timm.is_model(variant):
         near = difflib.get_close_matches(variant, timm.list_models(), 3)

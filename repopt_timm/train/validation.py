@@ -4,6 +4,7 @@ import argparse
 import difflib
 import importlib.util
 import inspect
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -54,6 +55,8 @@ def explaining(what: str) -> Iterator[None]:
         AttributeError,
         IndexError,
         NotImplementedError,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
     ) as error:
         text = ' '.join(str(error).split()) or type(error).__name__
         raise ValueError(f'{what}: {text}') from error

@@ -41,3 +41,9 @@ def test_an_integer_tensor_without_a_scale_is_left_alone():
 def test_what_cannot_be_packed_is_named(value, precision, message):
     with pytest.raises(ValueError, match=message):
         pack({'weight': torch.full((2, 2), value)}, precision)
+
+
+@pytest.mark.parametrize('scale', [torch.ones(7), torch.ones(2, dtype=torch.int8), torch.ones(2, 2)])
+def test_scales_that_do_not_fit_their_tensor_are_named(scale):
+    with pytest.raises(ValueError, match=r"'weight_scale' has the shape .*, expected a floating point number for each"):
+        unpack({'weight': torch.ones(2, 3, dtype=torch.int8), 'weight_scale': scale})

@@ -2,8 +2,10 @@ import pytest
 import torch
 
 from repopt_timm.deploy import Classifier, evaluate, export_onnx, save_onnx
+from repopt_timm.deploy.classifier import data_config, load_classifier, onnx_classifier
 from repopt_timm.deploy.evaluation import accuracies, alternate, is_steady
 from repopt_timm.deploy.image_folder import ImageFolder
+from repopt_timm.deploy.runtime import load_onnx
 
 CONFIG = {'input_size': (3, 32, 32)}
 
@@ -86,3 +88,51 @@ def test_images_of_other_channels_than_the_model_takes_are_an_error(checkpoint, 
         ValueError, match=r'The model cannot run on \(1, 1, 32, 32\) images: .*input size that it takes'
     ):
         evaluate(checkpoint, images, overrides={'input_size': (1, 32, 32)})
+
+
+def test_logits_that_are_not_numbers_are_no_accuracy(images):
+    folder = ImageFolder(images, 'validation', CONFIG)
+    with pytest.raises(ValueError, match='logits that are not finite'):
+        accuracies({'broken': classifier([float('nan'), 0.0, 0.0])}, folder)
+
+
+@pytest.mark.parametrize(
+    ('metadata', 'message'),
+    [
+        ({'mean': '"abc"'}, 'cannot be read'),
+        ({'mean': '[NaN, 0, 0]'}, 'with mean'),
+        ({'std': '[0, 1, 1]'}, 'with std'),
+        ({'interpolation': '5'}, 'cannot be read'),
+        ({'crop_pct': '"x"'}, 'cannot be read'),
+        ({'crop_pct': '1e-9'}, 'with crop_pct'),
+        ({'crop_mode': '"x"'}, 'with crop_mode'),
+    ],
+    ids=str,
+)
+def test_preprocessing_that_an_onnx_file_states_is_checked(onnx_file, metadata, message):
+    with pytest.raises(ValueError, match=message):
+        data_config(stating(onnx_file, metadata))
+
+
+def test_metadata_of_an_onnx_file_that_say_nothing_are_ignored(onnx_file, tmp_path):
+    for metadata in ({'label_names': '5'}, {'label_names': '[1, 2]'}, {'other': '[' * 100_000}):
+        assert onnx_classifier(stating(onnx_file, metadata)).class_names == ()
+
+
+def test_a_file_for_a_later_runtime_is_named(onnx_file, tmp_path):
+    model = load_onnx(onnx_file)
+    model.opset_import[0].version = 99
+    save_onnx(model, tmp_path / 'later.onnx')
+    with pytest.raises(ValueError, match=r"cannot run '.*later\.onnx'"):
+        load_classifier(tmp_path / 'later.onnx')
+
+
+def stating(path, metadata):
+    """An exported model with other metadata."""
+    model = load_onnx(path)
+    kept = [entry for entry in model.metadata_props if entry.key not in metadata and entry.key != 'label_names']
+    del model.metadata_props[:]
+    model.metadata_props.extend(kept)
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=value)
+    return model

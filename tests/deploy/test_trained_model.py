@@ -79,3 +79,14 @@ def test_weights_of_another_model_are_refused(tmp_path):
     path = write_checkpoint(tiny_model(), tmp_path / 'last.pth.tar', arch='test_resnet')
     with pytest.raises(ValueError, match='its weights are not those of test_resnet'):
         load_model(path)
+
+
+@pytest.mark.parametrize(
+    'config',
+    ['', '[]', '5', '{}', '[' * 100_000, '{"architecture": 5}', f'{{"architecture": "{TINY}", "pretrained_cfg": 5}}'],
+    ids=lambda text: text[:20] or 'empty',
+)
+def test_a_folder_whose_config_says_nothing_is_named(tmp_path, config):
+    (tmp_path / 'config.json').write_text(config)
+    with pytest.raises(ValueError, match=f"'local-dir:{tmp_path}' cannot be made: "):
+        load_model(tmp_path)

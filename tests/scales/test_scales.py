@@ -9,6 +9,7 @@ from collections import OrderedDict
 import pytest
 import timm
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from repopt_timm import Scales, hyper_search, load_scales, save_scales_card
@@ -190,6 +191,8 @@ def test_initial_scales_are_those_that_a_search_starts_from():
         ({'kxk': torch.ones(15)}, r"'stem.conv': the scale of branch 'kxk' has shape \(15,\), expected \(16,\)"),
         ({'kxk': torch.full((16,), float('nan'))}, "branch 'kxk' is nan at channel 0"),
         ({'kxk': torch.full((16,), float('inf'))}, "branch 'kxk' is inf at channel 0"),
+        ({'kxk': torch.full((16,), float('nan')).to(torch.float8_e4m3fn)}, "branch 'kxk' is nan at channel 0"),
+        ({'kxk': torch.ones(16, dtype=torch.complex64)}, "branch 'kxk' has complex numbers"),
         ({'kxk': torch.zeros(16)}, 'all zeros'),
         ({'identity': torch.ones(16)}, "'stem.conv': an identity branch needs stride 1"),
         ({'5x5': torch.ones(16)}, "'stem.conv': A 5x5 branch does not fit"),
@@ -282,3 +285,21 @@ def test_a_killed_process_leaves_the_old_file_or_the_new_one(tmp_path):
         time.sleep(0.2)
         os.kill(process.pid, signal.SIGKILL)
     assert read_scale_file(path) in (old, new)
+
+
+@pytest.mark.parametrize(
+    ('key', 'text'),
+    [('modules', '[' * 100_000), ('provenance', '{'), ('version', 'abc'), ('version', '9' * 5000), ('counts', '3')],
+    ids=lambda value: value[:9],
+)
+def test_a_damaged_header_is_named_with_its_file(tmp_path, key, text):
+    path = tmp_path / 'scales.safetensors'
+    random_scales().save(path)
+    with safe_open(path, 'pt') as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file(tensors, path, {**metadata, key: text})
+    with pytest.raises(ValueError, match=r'scales\.safetensors: .* damaged'):
+        read_scale_file(path)
+    save_file({**tensors, 'one': torch.ones(1)}, path, metadata)
+    with pytest.raises(ValueError, match=r"scales\.safetensors: .*does not list the module ''"):
+        read_scale_file(path)
