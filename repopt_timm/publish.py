@@ -21,6 +21,7 @@ from .cards.writing import draw, write_card
 from .checkpoints.packing import PRECISIONS, pack
 from .checkpoints.read import read_checkpoint, select_state_dict
 from .datasets import data_config_of
+from .errors import explaining
 from .files import check_output, check_output_folder, naming_write_errors, replacing
 from .models import RepOptVgg, ensure_registered
 from .models.strided_byobnet import stated_arguments
@@ -30,7 +31,6 @@ from .reparam import attach_scales, kind_of
 from .reparam.initialization import unwrap
 from .scales import Scales, read_scale_file
 from .sources import ScalesSource, load_scales
-from .train.validation import explaining
 from .trained_scales import check_trained_with, find_scales
 
 __all__ = ['model_from_checkpoint', 'push_to_hub', 'save_pretrained']

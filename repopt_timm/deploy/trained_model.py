@@ -10,11 +10,11 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..errors import explaining
 from ..models import ensure_registered, to_plain
 from ..publish import model_from_checkpoint
 from ..reparam import attach_scales, kind_of
 from ..sources import ScalesSource, load_scales
-from ..train.validation import explaining
 
 __all__ = ['deployed', 'load_model', 'load_trained']
 

@@ -9,9 +9,9 @@ import torch
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 
 from ..datasets import check_same_classes, open_folder, read_class_map
+from ..errors import explaining
 from ..files import replacing
 from .selection import select_images
-from .validation import explaining
 
 __all__ = ['Loaders', 'make_datasets', 'make_loaders', 'write_digits']
 

@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoints.read import read_checkpoint, select_state_dict
 from ..datasets import class_names, count_classes, data_config_of
+from ..errors import explaining
 from ..files import write_text
 from ..models import ensure_registered
 from ..names import PREFIX, ModelName
@@ -49,7 +50,7 @@ from .run_checkpoints import (
 from .run_folder import ARGUMENTS_FILE, DIVERGED_FILE, LAST_CHECKPOINT, note_time, run_folder
 from .run_report import write_report
 from .searched_scales import note_movement, save_searched
-from .validation import check_arguments, check_classes, check_device_name, check_images, check_model, explaining
+from .validation import check_arguments, check_classes, check_device_name, check_images, check_model
 
 __all__ = ['MakeModel', 'Result', 'prepare_device', 'train']
 

@@ -4,10 +4,8 @@ import argparse
 import difflib
 import importlib.util
 import inspect
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,10 @@ from timm.data.auto_augment import augment_and_mix_transform, auto_augment_trans
 from timm.models import parse_model_name
 from timm.optim import get_optimizer_info, list_optimizers
 
+from ..errors import explaining
 from ..names import ModelName
 
-__all__ = ['check_arguments', 'check_classes', 'check_device_name', 'check_images', 'check_model', 'explaining']
+__all__ = ['check_arguments', 'check_classes', 'check_device_name', 'check_images', 'check_model']
 
 _REPOPT = ('repopt_sgd', 'repopt_adamw')
 _TORCH_DATASETS = ('inaturalist', 'inat', 'places365', 'qmnist', 'imagenet', 'image_folder', 'folder')
@@ -40,26 +39,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     for check in _CHECKS:
         check(args)
-
-
-@contextmanager
-def explaining(what: str) -> Iterator[None]:
-    """Turns what libraries raise over a bad argument into a ValueError that begins with `what`."""
-    try:
-        yield
-    except (
-        TypeError,
-        AssertionError,
-        KeyError,
-        RuntimeError,
-        AttributeError,
-        IndexError,
-        NotImplementedError,
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-    ) as error:
-        text = ' '.join(str(error).split()) or type(error).__name__
-        raise ValueError(f'{what}: {text}') from error
 
 
 def _unknown(what: str, name: str, known: Iterable[str]) -> ValueError:

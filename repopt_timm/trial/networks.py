@@ -12,8 +12,8 @@ from torch import nn
 
 from ..bench.allocation import saved_bytes
 from ..bench.bench_models import forward_pass, time_in_turns, training_step
+from ..errors import explaining
 from ..files import write_text
-from ..train.validation import explaining
 from .arms import ARMS
 from .trial_runs import TrialRuns
 

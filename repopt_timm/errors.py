@@ -1,0 +1,27 @@
+"""Errors that say what a user gave."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ['explaining']
+
+
+@contextmanager
+def explaining(what: str) -> Iterator[None]:
+    """Turns what libraries raise over a bad argument into a ValueError that begins with `what`."""
+    try:
+        yield
+    except (
+        TypeError,
+        AssertionError,
+        KeyError,
+        RuntimeError,
+        AttributeError,
+        IndexError,
+        NotImplementedError,
+        json.JSONDecodeError,
+        UnicodeDecodeError,
+    ) as error:
+        text = ' '.join(str(error).split()) or type(error).__name__
+        raise ValueError(f'{what}: {text}') from error
