@@ -230,7 +230,8 @@ def _prepare(
     found = found or carried
     training, metrics = dict(training or {}), dict(metrics or {})
     if merged_from := getattr(model, 'merged_from', ''):
-        training.setdefault('trained_with', f'branches, as {merged_from}; merged into plain kernels')
+        further = '; then trained as stated here' if training else ''
+        training.setdefault('trained_with', f'branches, as {merged_from}; merged into plain kernels{further}')
     if metrics and 'dataset' in training:
         metrics = {'dataset': training['dataset'], **metrics}
     if metrics:
@@ -350,6 +351,7 @@ def _model_of(
             check_trained_with(given, checkpoint, source)
             attach_scales(model, given)
             model.scales_provenance = given.provenance
+    model.merged_from = checkpoint.get('merged_from', '')
     data = data_config_of(args, model)
     names = checkpoint.get('label_names')
     model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}

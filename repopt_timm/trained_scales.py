@@ -1,4 +1,4 @@
-"""The scales that a target was trained with: its checkpoint has their fingerprint and, at most, a name of them."""
+"""The scales that a target was trained with: its checkpoint has their fingerprint, and a name of them at most."""
 
 import argparse
 from collections.abc import Mapping
@@ -6,10 +6,15 @@ from typing import Any
 
 from torch import nn
 
+from .reparam import geometry_of, network_name
 from .scales import Scales
 from .sources import load_scales
 
-__all__ = ['check_trained_with', 'find_scales', 'trained_with']
+__all__ = ['IMPLIED_KEY', 'check_trained_with', 'find_scales', 'trained_with']
+
+
+IMPLIED_KEY = 'implied_scales'
+"""Key under which the checkpoint of a run with `--scales implied` has them: `modules`, `counts`, `provenance`."""
 
 
 def trained_with(checkpoint: Mapping[str, Any]) -> set[str]:
@@ -33,7 +38,7 @@ def check_trained_with(scales: Scales, checkpoint: Mapping[str, Any], source: st
 
 
 def find_scales(checkpoint: Mapping[str, Any], model: nn.Module, source: str) -> Scales | None:
-    """Finds the scales of a target's checkpoint where its arguments say: `--scales`, or timm's `--model-kwargs`.
+    """Finds the scales of a target's checkpoint: in it, or where its arguments say (`--scales`, `--model-kwargs`).
 
     A name in a file from anyone may lead anywhere, so only scales of the optimizer's own fingerprint are taken.
 
@@ -50,6 +55,12 @@ def find_scales(checkpoint: Mapping[str, Any], model: nn.Module, source: str) ->
     """
     if not trained_with(checkpoint):
         return None
+    if isinstance(stored := checkpoint.get(IMPLIED_KEY), Mapping):
+        modules, counts = stored['modules'], stored['counts']
+        geometry = geometry_of(model, modules)
+        scales = Scales(network_name(model), modules, geometry, counts, stored['provenance'], source)
+        check_trained_with(scales, checkpoint, source)
+        return scales
     args = checkpoint.get('args')
     values = vars(args) if isinstance(args, argparse.Namespace) else {}
     name = values.get('scales') or (values.get('model_kwargs') or {}).get('scales')

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..reparam.convolutions import refusal
 
-__all__ = ['BranchSum', 'MakePlain', 'Part', 'Reader', 'normalized']
+__all__ = ['BranchSum', 'InitialValue', 'MakePlain', 'Part', 'Reader', 'normalized']
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,13 @@ class BranchSum:
     Attributes:
         parts: The branches; those of the largest kernel come first.
         norm: The BatchNorm that follows the sum, if there is one.
-        by_stage: Whether scales start by the block's index in its stage, `reparam.stage_scale`, as RepVGG's do, and not
-            by its position in a run of equal channels.
+        initial: What scales start from, where a family has a rule of its own. Defaults to `run_scale` of the
+            convolution's position in a run of equal channels.
     """
 
     parts: tuple[Part, ...]
     norm: nn.BatchNorm2d | None = None
-    by_stage: bool = False
+    initial: 'InitialValue | None' = None
 
     def __post_init__(self) -> None:
         expected = _shape(self.kxk)
@@ -76,6 +76,9 @@ class BranchSum:
         names = [self.name_of(part) for part in self.parts]
         return {name: names.count(name) for name in sorted(names)}
 
+
+InitialValue = Callable[[nn.Module, str], float]
+"""Returns what the scales of a convolution start from, of the plain network and the convolution's name in it."""
 
 MakePlain = Callable[..., nn.Module]
 """Makes the plain block of a `BranchSum`; what follows its BatchNorm is given by name: `plain(sum, act=nn.ReLU())`."""

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import nn
 
+from ..reparam import stage_scale
 from .branch_sum import BranchSum, MakePlain, Part, Reader, normalized
 
 __all__ = ['READERS', 'check_drop_path']
@@ -14,7 +15,12 @@ def _repvgg(block: Any, plain: MakePlain) -> nn.Module:
     parts = [normalized(block.conv_kxk), normalized(block.conv_1x1)]
     if block.identity is not None:
         parts.append(Part(norm=block.identity))
-    return plain(BranchSum(tuple(parts), by_stage=True), attn=block.attn, act=block.act)
+    return plain(BranchSum(tuple(parts), initial=_by_index_in_stage), attn=block.attn, act=block.act)
+
+
+def _by_index_in_stage(network: nn.Module, conv: str) -> float:
+    index = conv.split('.')[-2:-1]
+    return stage_scale(int(index[0]) if index and index[0].isdigit() else 0)
 
 
 def _mobileone(block: Any, plain: MakePlain) -> nn.Module:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..reparam import ConvPrior, resolve_prior, stage_scale
+from ..reparam import ConvPrior, resolve_prior
 from ..reparam.convolutions import keep_branches, multi_branch_blocks
 from ..reparam.twins import replace_modules, take_over_hooks
 from . import (
@@ -199,8 +199,6 @@ def _plain_block(source: BranchSum, weights: bool, after: Mapping[str, nn.Module
 def _carry_prior(twin: nn.Module, sums: Mapping[str, BranchSum]) -> None:
     prior: dict[str, Any] = {}
     for name, source in sums.items():
-        index = name.split('.')[-2:-1]
-        by_stage = stage_scale(int(index[0]) if index and index[0].isdigit() else 0)
-        prior[name] = ConvPrior(source.counts, by_stage) if source.by_stage else source.counts
+        prior[name] = source.counts if source.initial is None else ConvPrior(source.counts, source.initial(twin, name))
     for name, each in (resolve_prior(twin, prior) if prior else {}).items():
         each.put_on(twin.get_submodule(name))  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from .convolutions import ConvPrior, Geometry, RefusedConv
 from .csla import CSLAConv2d
 from .grad_mult import GradMult, GradMults, make_grad_mults
 from .initialization import attach_scales, carried_scales, geometry_of, initialize, kind_of, network_name, prepare
-from .prior import initial_scales, refused_convs, repvgg_prior, resolve_prior, stage_scale
+from .prior import initial_scales, refused_convs, repvgg_prior, resolve_prior, run_scale, stage_scale
 from .twins import convert_, csla, hyper_search, to_plain, twin_vectors
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     'refused_convs',
     'repvgg_prior',
     'resolve_prior',
+    'run_scale',
     'stage_scale',
     'to_plain',
     'twin_vectors',

@@ -21,6 +21,7 @@ __all__ = [
     'repvgg_branches',
     'repvgg_prior',
     'resolve_prior',
+    'run_scale',
     'stage_scale',
 ]
 
@@ -35,8 +36,9 @@ def stage_scale(index: int) -> float:
     return math.sqrt(2.0 / index) if index > 0 else 1.0
 
 
-def _run_scale(position: int) -> float:
-    # Published for GhostNet: github.com/DingXiaoH/RepOptimizers, repoptghostnet_model.py.
+def run_scale(position: int) -> float:
+    """Initial scale elsewhere: `sqrt(2 / (n + 1))` for the n-th convolution, from 1, of a run of equal channels."""
+    # Published for RepGhostNet: github.com/DingXiaoH/RepOptimizers, repoptimizer/repoptghostnet_model.py.
     return math.sqrt(2.0 / (position + 1))
 
 
@@ -125,7 +127,7 @@ def resolve_prior(model: nn.Module, prior: Prior | None = None) -> dict[str, Con
         same = conv.in_channels == conv.out_channels == channels and tuple(conv.stride) == (1, 1)
         position, channels = (position + 1 if same else 1), conv.out_channels
         given = mapping[name]
-        made = given if isinstance(given, ConvPrior) else ConvPrior(_counted(given, name), _run_scale(position))
+        made = given if isinstance(given, ConvPrior) else ConvPrior(_counted(given, name), run_scale(position))
         try:
             make_branches(made.branches, conv)
         except ValueError as error:

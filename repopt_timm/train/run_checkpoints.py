@@ -22,6 +22,8 @@ from ..files import replacing, write_text
 from ..reparam import carried_scales, kind_of
 from ..scales import Scales
 from ..scales.scale_files import CHECKPOINT_KEY, checkpoint_entry
+from ..sources import IMPLIED
+from ..trained_scales import IMPLIED_KEY
 from .engine import TrainState
 from .run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, SUMMARY_FILE
 from .schema import ARGUMENTS
@@ -288,6 +290,7 @@ def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:
         'version': 2,
         'args': args,
         'label_names': model.pretrained_cfg.get('label_names'),
+        'merged_from': getattr(model, 'merged_from', ''),
         'versions': versions(),
         'scales_fingerprint': scales_fingerprint(model),
         'metric': state.history[-1].get('eval_top1'),
@@ -295,6 +298,11 @@ def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:
     }
     if kind_of(model) != 'target':
         content[CHECKPOINT_KEY] = checkpoint_entry(Scales.from_model(model))
+    elif IMPLIED in (args.scales, (args.model_kwargs or {}).get('scales')):
+        # No name leads to them once the branches are merged.
+        scales = Scales.from_model(model)
+        modules = {name: dict(vectors) for name, vectors in scales.items()}
+        content[IMPLIED_KEY] = {'modules': modules, 'counts': scales.counts, 'provenance': scales.provenance}
     if state.ema is not None:
         content['state_dict_ema'] = get_state_dict(state.ema, unwrap_model)
     if state.scaler is not None:

@@ -95,6 +95,15 @@ def test_scales_of_repvgg_start_by_stage_and_those_of_others_by_run():
     assert mobileone.counts['stages.0.0.conv'] == {'1x1': 1, 'kxk': 4}
 
 
+def test_scales_of_repghostnet_start_as_published_by_two_modules_a_bottleneck():
+    scales = Scales.initial(plain_twin(timm.create_model('repghostnet_050', device='meta')))
+    blocks = [f'blocks.{stage}.{index}' for stage, index in [(1, 0), (2, 0), (6, 0), (6, 2), (6, 3), (8, 3)]]
+    modules = [f'{block}.ghost{number}.cheap_operation.conv' for block in blocks for number in (1, 2)]
+    positions = [1, 2, 3, 4, 3, 4, 7, 8, 1, 2, 9, 10]
+    starts = [scales[module]['kxk'][0].item() for module in modules]
+    assert starts == pytest.approx([(2 / (n + 1)) ** 0.5 for n in positions])
+
+
 def test_a_twin_of_a_twin_is_an_error():
     twin = plain_twin(RepVggBlock(4, 4))
     prepare(twin, Scales.initial(twin))

@@ -7,7 +7,8 @@ import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
-from repopt_timm import Scales, plain_twin, save_pretrained, to_plain
+from repopt_timm import Scales, plain_twin, register_twins, save_pretrained, to_plain
+from repopt_timm.models.timm_twins import register_multi_branch
 from repopt_timm.names import KINDS, MULTI_BRANCH
 from repopt_timm.reparam import kind_of
 from repopt_timm.reparam.convolutions import multi_branch_blocks
@@ -123,3 +124,13 @@ def test_weights_of_ones_own_are_adapted_to_channels_and_classes(tmp_path):
         name = 'stem.conv' if not kind else 'stem.conv_kxk.0.conv'
         kernels = [each.get_submodule(name).weight for each in (loaded, model)]
         torch.testing.assert_close(kernels[0], kernels[1].sum(1, keepdim=True))
+
+
+@pytest.mark.filterwarnings('ignore:Overwriting')
+def test_registering_all_of_them_builds_no_network(monkeypatch):
+    built = []
+    monkeypatch.setattr(nn.Module, '__init__', lambda self, *args, **kwargs: built.append(type(self)))
+    register_multi_branch()
+    register_twins('resnet10t')
+    assert timm.is_model('repopt_resnet10t_hs')
+    assert not built

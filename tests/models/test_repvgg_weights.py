@@ -7,6 +7,7 @@ from timm.models import push_to_hf_hub
 
 from repopt_timm import Scales, implied_scales, make_grad_mults, plain_twin, save_pretrained
 from repopt_timm.cards.transfer import HubError
+from repopt_timm.train.command import main as train
 
 from ..helpers import TINY, tiny_model
 
@@ -139,3 +140,21 @@ def test_implied_scales_need_trained_branches(name):
     overlay = {'state_dict': state, 'num_classes': 5}
     with pytest.raises(ValueError, match='are read from trained branches'):
         tiny_model(pretrained=True, pretrained_cfg_overlay=overlay, scales='implied')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('more', [('--scales', 'implied'), ('--opt', 'sgd')], ids=['implied', 'without'])
+def test_a_fine_tuned_merge_keeps_its_scales_and_states_its_origin(published, images, tmp_path, monkeypatch, more):
+    monkeypatch.setattr('repopt_timm.train.run_report._draw', lambda *args: False)
+    where = [str(images), '--output', str(tmp_path), '--experiment', 'run']
+    how = '--model repopt_mobileone_s0 --pretrained --input-size 3 32 32 --batch-size 16'
+    how += ' --lr 0.001 --workers 0 --epochs 1 --warmup-epochs 0'
+    train([*where, *how.split(), *more])
+    save_pretrained(tmp_path / 'run/last.pth.tar', tmp_path / 'saved')
+    card = (tmp_path / 'saved/README.md').read_text()
+    assert f'branches, as {REPO}; merged into plain kernels; then trained as stated here' in card
+    loaded = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True)
+    if 'implied' in more:
+        scales = Scales.from_model(loaded)
+        assert scales == implied_scales(published).renamed('mobileone_s0')
+        assert scales.provenance['method'] == 'implied by trained branches'
