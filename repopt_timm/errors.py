@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ['explaining']
+__all__ = ['explaining', 'naming']
 
 
 @contextmanager
@@ -25,3 +25,14 @@ def explaining(what: str) -> Iterator[None]:
     ) as error:
         text = ' '.join(str(error).split()) or type(error).__name__
         raise ValueError(f'{what}: {text}') from error
+
+
+@contextmanager
+def naming(folder: object, name: object) -> Iterator[None]:
+    """Calls a temporary folder in ValueErrors by the name of what its files are for."""
+    try:
+        yield
+    except ValueError as error:
+        if str(folder) not in str(error):
+            raise
+        raise ValueError(str(error).replace(str(folder), str(name))) from None

@@ -21,7 +21,7 @@ from .cards.writing import draw, write_card
 from .checkpoints.packing import PRECISIONS, pack
 from .checkpoints.read import read_checkpoint, select_state_dict
 from .datasets import data_config_of
-from .errors import explaining
+from .errors import explaining, naming
 from .files import check_output, check_output_folder, naming_write_errors, replacing
 from .models import RepOptVgg, ensure_registered
 from .models.strided_byobnet import stated_arguments
@@ -109,7 +109,8 @@ def save_pretrained(
             if (directory / file).is_file():
                 (folder / file).write_bytes((directory / file).read_bytes())
         published = frozenset(file.name for file in directory.iterdir())
-        _write(publication, folder, repo_id or f'USER/{directory.resolve().name}', published, scales_file)
+        with naming(folder, directory):
+            _write(publication, folder, repo_id or f'USER/{directory.resolve().name}', published, scales_file)
         for file in files:
             if (folder / file).is_file():
                 with replacing(directory / file) as temporary:

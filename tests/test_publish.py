@@ -359,3 +359,12 @@ def test_a_checkpoint_of_other_content_is_named(tmp_path, changes):
     with pytest.raises(ValueError, match=r"last\.pth\.tar' does not hold the model of a run: "):
         save_pretrained(path, tmp_path / 'out', scales=model.scales)
     assert not (tmp_path / 'out').exists()
+
+
+def test_no_error_names_a_temporary_folder(tmp_path):
+    model = trained()
+    save_pretrained(model, tmp_path)
+    with open(tmp_path / 'README.md', 'a') as card:
+        card.write('<!-- repopt-timm: end -->')
+    with pytest.raises(ValueError, match=f'^{tmp_path}/README.md: expected one begin mark'):
+        save_pretrained(model, tmp_path)

@@ -25,6 +25,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_token, validate_repo_id
 
+from ..errors import naming
 from ..files import replacing
 from ..tokens import scrub
 from .document import CARD_FILE, read_metadata
@@ -244,7 +245,8 @@ def _commit(
             if has_scales_file(read_metadata(folder / CARD_FILE, str(source)).get(METADATA_KEY)):
                 with TemporaryDirectory(prefix='repopt-timm-') as cache, replacing(folder / SCALES_FILE) as vectors:
                     vectors.write_bytes(download(repo_id, SCALES_FILE, parent, cache, api.token).read_bytes())
-        write(folder, repo_id, files, too_large)
+        with naming(folder, source):
+            write(folder, repo_id, files, too_large)
         with _clear_errors(source, None, api.token, folder / CARD_FILE):
             commit = api.upload_folder(
                 repo_id=repo_id,
