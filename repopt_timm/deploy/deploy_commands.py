@@ -192,6 +192,11 @@ def _quantize(args: argparse.Namespace) -> None:
     _warn(done.warnings())
     if args.sensitivity or args.max_drop is not None:
         ranking = layer_sensitivity(done)
+    if args.sensitivity:
+        # Before what may be refused: the ranking shows what else to try.
+        plot_sensitivity(ranking, files['png'])
+        write_text(files['json'], json.dumps(ranking, indent=2) + '\n')
+        write_text(files['md'], sensitivity_table(ranking) + '\n')
     kept: dict[str, Any] = {}
     if args.max_drop is not None:
         done, kept = keep_in_float(done, ranking, args.max_drop)
@@ -229,9 +234,6 @@ def _quantize(args: argparse.Namespace) -> None:
         text += f'; report in {args.report}'
     if args.sensitivity:
         result['sensitivity'] = args.sensitivity
-        plot_sensitivity(ranking, files['png'])
-        write_text(files['json'], json.dumps(ranking, indent=2) + '\n')
-        write_text(files['md'], sensitivity_table(ranking) + '\n')
         text += f'; sensitivity in {args.sensitivity}, most sensitive:\n{sensitivity_table(ranking, 5)}'
     print_result(args, result, text)
 

@@ -67,7 +67,7 @@ def keep_in_float(
         of this model and of `int8_ms`, or None if the times are not steady.
 
     Raises:
-        ValueError: If the images have no labels, or one does not decode.
+        ValueError: If the images have no labels, one does not decode, or float32 in all layers still loses more.
     """
     judge = _Judge(done)
     if not judge.labelled:
@@ -90,6 +90,12 @@ def keep_in_float(
             chosen = replace(done, quantized=model, options=options)
             if drop <= max_drop:
                 break
+    if not drop <= max_drop:
+        raise ValueError(
+            f'At most {max_drop} points lost cannot be reached: with all {len(ranking)} layers in float32 it is still '
+            f"{drop:.2f}, from other operators that are quantised. Take the target 'tensorrt', which rounds the inputs "
+            f'of layers only, or exclude such operators.'
+        )
     return chosen, {'kept': kept, 'drop': drop, **_times(done, chosen)}
 
 
@@ -174,10 +180,11 @@ def _neighbours_too(done: Quantization, layers: Sequence[str]) -> list[str]:
 def _times(done: Quantization, chosen: Quantization) -> dict[str, Any]:
     models = {'int8_ms': done.quantized, 'ms': chosen.quantized}
     classifiers = {name: onnx_classifier(model) for name, model in models.items()}
-    images = random_images(classifiers['ms'].config, image_input(done.model)[1][0] or 1)
+    batch = image_input(done.model)[1][0] or 1
+    images = random_images(classifiers['ms'].config, batch)
     times = alternate({name: partial(classifier.run, images) for name, classifier in classifiers.items()})
     steady = all(map(is_steady, times.values()))
-    return {name: 1000 * median(values) if steady else None for name, values in times.items()}
+    return {name: 1000 * median(values) / batch if steady else None for name, values in times.items()}
 
 
 def sensitivity_table(report: Mapping[str, Any], most: int | None = None) -> str:

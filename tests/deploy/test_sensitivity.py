@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from repopt_timm.deploy import keep_in_float, layer_sensitivity, plot_sensitivity, sensitivity_table
+from repopt_timm.deploy import keep_in_float, layer_sensitivity, plot_sensitivity, sensitivity, sensitivity_table
 from repopt_timm.deploy.onnx_graph import layers_of
 from repopt_timm.deploy.quantization import requantized_layers
 
@@ -37,6 +37,21 @@ def test_nothing_stays_in_float32_without_need(quantization):
     chosen, found = keep_in_float(done, layer_sensitivity(done), max_drop=50)
     assert found['kept'] == []
     assert chosen is done
+
+
+def test_a_drop_that_float32_in_all_layers_does_not_reach_is_refused(report, broken_by_int8):
+    with pytest.raises(ValueError, match=r'with all \d+ layers in float32 it is still 0.00'):
+        keep_in_float(broken_by_int8, report, max_drop=-1e-9)
+
+
+def test_times_are_of_one_image_whatever_the_batch(quantization, monkeypatch):
+    done = quantization()
+    model = type(done.model)()
+    model.CopyFrom(done.model)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
+    monkeypatch.setattr(sensitivity, 'alternate', lambda runs: dict.fromkeys(runs, [8.0] * 3))
+    report = {'int8': {'drop': 0}, 'layers': []}
+    assert keep_in_float(replace(done, model=model), report, 1)[1]['ms'] == 2000
 
 
 def test_without_labels_logits_are_compared(broken_by_int8, monkeypatch):
