@@ -35,8 +35,9 @@ class Equalization:
         unread: Layer to the number of output channels that nothing reads, whose weights became 0.
         kept: Layer to the number of dead input channels that stayed: constants that zeros around the image break.
         pairs: Layer to the layers that read it, equalized with it.
-        left: Layer to why it was not: the operator that stands between, `output` or `shared kernel`.
-        images: Number of images on which the channels were dead, and the logits the same.
+        left: Layer to why it was not: the operator that stands between or has no such kernel, `output`, `shared kernel`
+            or `unread`.
+        images: Number of images on which the logits were the same.
         difference: Largest difference between a logit and the original's, of the largest logit.
     """
 
@@ -67,29 +68,38 @@ def describe(counts: Mapping[str, Any]) -> str:
     )
 
 
-def equalize(model: Any, images: ImageFolder, indices: Sequence[int]) -> Equalization:
+def equalize(model: Any, images: ImageFolder, indices: Sequence[int], others: Sequence[int] = ()) -> Equalization:
     """Removes dead channels, then equalizes layers.
+
+    A channel that is dead on a few images may be alive on the next one, so the logits are compared on images that had
+    no part in it. Where they differ, these join in, until further ones agree or all are used.
 
     Args:
         model: A float `onnx.ModelProto`, which stays as it is.
         images: Where images come from.
         indices: Those that a channel has to be constant on, and that the logits are compared on.
+        others: Further ones to compare the logits on, as many at a time as there are `indices`.
 
     Raises:
         ValueError: If an image does not decode, ONNX Runtime cannot run the model, or a logit changes by more than
             1e-4 of the largest.
     """
-    constants = constant_inputs(model, images, indices)
-    graph = Graph(model)
-    removed, unread, kept = remove_dead_channels(graph, constants)
-    pairs, left = equalize_layers(graph)
-    difference = _difference(model, graph.model, images, indices)
-    if not difference <= _TOLERANCE:
-        raise ValueError(
-            f'The equalized model differs: a logit by {difference:.1e} of the largest, expected at most '
-            f'{_TOLERANCE:.0e}. Quantise without equalizing.'
-        )
-    return Equalization(graph.model, removed, unread, kept, pairs, left, len(indices), difference)
+    used, fresh = list(indices), list(others)
+    while True:
+        count = max(len(used), _BATCH)
+        checked, fresh = [*used, *fresh[:count]], fresh[count:]
+        graph = Graph(model)
+        removed, unread, kept = remove_dead_channels(graph, constant_inputs(model, images, used))
+        pairs, left = equalize_layers(graph)
+        difference = _difference(model, graph.model, images, checked)
+        if difference <= _TOLERANCE:
+            return Equalization(graph.model, removed, unread, kept, pairs, left, len(checked), difference)
+        if len(checked) == len(used) or not np.isfinite(difference):
+            raise ValueError(
+                f'The equalized model differs: a logit by {difference:.1e} of the largest, expected at most '
+                f'{_TOLERANCE:.0e}. Quantise without equalizing.'
+            )
+        used = checked
 
 
 def remove_dead_channels(
@@ -151,7 +161,7 @@ def equalize_layers(graph: Graph) -> tuple[dict[str, list[str]], dict[str, str]]
         if reason:
             left[layer] = reason
         elif _read_columns(graph, layer) is None:
-            left[layer] = 'shared kernel' if readers else 'unread'
+            left[layer] = next(filter(None, map(graph.obstacle, (layer, *readers))), 'shape') if readers else 'unread'
         else:
             pairs[layer] = readers
     for _ in range(_SWEEPS):

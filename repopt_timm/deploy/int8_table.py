@@ -80,7 +80,7 @@ def compare_int8(
         check_classes(onnx_classifier(model, threads, overrides), images)
         forms = {False: model}
         if options.equalize:
-            done = equalize(model, pool, equalization_images(pool, options))
+            done = equalize(model, pool, *equalization_images(pool, options))
             forms[True], equalization[label] = done.model, done.counts
         classifiers: dict[_Way, Classifier] = {}
         for equalized, form in forms.items():

@@ -106,22 +106,38 @@ class Graph:
         return self._model
 
     def kernel(self, layer: str) -> np.ndarray | None:
-        """Returns a layer's kernel, to be changed in place; None if it belongs to another kind of layer, or to several.
+        """Returns a layer's kernel, to be changed in place; None if there is an `obstacle`.
 
         Returns:
             A view of shape (groups, outputs of a group, inputs of a group, taps).
         """
-        node = self.layers[layer]
-        if node.op_type not in ('Conv', 'Gemm') or self._uses[node.input[1]] > 1:
+        if self.obstacle(layer):
             return None
+        node = self.layers[layer]
         weight = self._writable(node.input[1])
         if node.op_type == 'Conv':
             groups = self._attribute(node, 'group', 1)
             return weight.reshape(groups, len(weight) // groups, weight.shape[1], -1)
-        if self._attribute(node, 'alpha', 1.0) != 1 or self._attribute(node, 'transA', 0):
-            return None
         matrix = weight if self._attribute(node, 'transB', 0) else weight.T
         return matrix[None, :, :, None]
+
+    def obstacle(self, layer: str) -> str:
+        """Returns why a layer has no `kernel`: its operator or `shared kernel`; '' if it has one."""
+        node = self.layers[layer]
+        if node.op_type not in ('Conv', 'Gemm'):
+            return node.op_type
+        if node.op_type == 'Gemm' and not self._is_linear(node):
+            return 'Gemm'
+        return 'shared kernel' if self._uses[node.input[1]] > 1 else ''
+
+    def _is_linear(self, node: Any) -> bool:
+        """Returns whether a Gemm is a product with a bias for each output, and nothing more."""
+        factors = [self._attribute(node, name, 1.0) for name in ('alpha', 'beta')]
+        outputs = self._constants[node.input[1]].shape[0 if self._attribute(node, 'transB', 0) else 1]
+        bias = self._constants.get(node.input[2]) if len(node.input) > 2 and node.input[2] else np.empty(outputs)
+        return (
+            factors == [1, 1] and not self._attribute(node, 'transA', 0) and bias is not None and bias.size == outputs
+        )
 
     def bias(self, layer: str, create: bool = False) -> np.ndarray | None:
         """Returns a layer's bias, to be changed in place; None if it has none.

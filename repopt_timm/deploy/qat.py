@@ -83,7 +83,7 @@ def fake_quantize(
     require('onnxscript')
     proto, _ = to_onnx(deployed(copy.deepcopy(model)), config)
     if options.equalize:
-        proto = equalize(proto, images, equalization_images(images, options)).model
+        proto = equalize(proto, images, *equalization_images(images, options)).model
     quantized = quantize(proto, calibrate(proto, images, images.sample(options.images, options.seed), options), options)
     network: Any = OnnxNetwork(quantized, constants_of(proto), weight_bits)
     # What training, checkpoints and scales know a model by.

@@ -166,7 +166,7 @@ def quantize_onnx(
     dead, equalization = {}, None
     with _naming(source):
         if options.equalize:
-            equalization = equalize(model, images, equalization_images(images, options))
+            equalization = equalize(model, images, *equalization_images(images, options))
             model = equalization.model
         else:
             dead = dead_channels(constant_inputs(model, images, indices))
@@ -186,10 +186,11 @@ def _naming(source: str | os.PathLike) -> Iterator[None]:
         raise ValueError(f"'{os.fspath(source)}' cannot be quantised: {error}") from None
 
 
-def equalization_images(images: ImageFolder, options: QuantizationOptions) -> list[int]:
-    """Draws the images for `equalize`: those of the calibration and as many others, as rare channels are not dead."""
-    first, second = (images.sample(options.images, options.seed + number) for number in range(2))
-    return list(dict.fromkeys([*first, *second]))
+def equalization_images(images: ImageFolder, options: QuantizationOptions) -> tuple[list[int], list[int]]:
+    """Draws the images for `equalize`: those of the calibration and as many others, and all further ones."""
+    first = images.sample(options.images, options.seed)
+    drawn = list(dict.fromkeys([*first, *images.sample(len(images), options.seed + 1)]))
+    return drawn[: 2 * len(first)], drawn[2 * len(first) :]
 
 
 def calibrate(model: Any, images: ImageFolder, indices: Sequence[int], options: QuantizationOptions) -> Any:
@@ -314,7 +315,20 @@ def quantize_nodes(
         )
         quantizer.quantize_model()
         quantizer.model.topological_sort()
+    if tensorrt:
+        _leave_to_layers(quantizer.model.model)
     return quantizer.model.model
+
+
+def _leave_to_layers(model: Any) -> None:
+    # ONNX Runtime lets everything else that reads a layer's input, such as a residual, read its rounded form too.
+    rounded = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == 'DequantizeLinear'}
+    sources = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == 'QuantizeLinear'}
+    for node in model.graph.node:
+        if node.op_type not in LAYERS:
+            for place, name in enumerate(node.input):
+                if name in rounded:
+                    node.input[place] = sources[rounded[name]]
 
 
 def excluded_nodes(model: Any, patterns: Iterable[str]) -> dict[str, str]:

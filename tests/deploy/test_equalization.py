@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from onnx import helper, numpy_helper
 from torch import nn
 
 from repopt_timm.deploy import QuantizationOptions, equalize, quantize_onnx
@@ -40,7 +41,9 @@ class Images:
     """Takes the place of an image folder."""
 
     def batches(self, indices, batch_size, title, whole=False):
-        yield torch.randn(len(indices), 3, 16, 16, generator=torch.Generator().manual_seed(1)), None
+        pixels = [torch.randn(3, 16, 16, generator=torch.Generator().manual_seed(index)) for index in indices]
+        for start in range(0, len(pixels), batch_size):
+            yield torch.stack(pixels[start : start + batch_size]), None
 
 
 @pytest.fixture(scope='module')
@@ -110,6 +113,33 @@ def test_both_sides_of_a_pair_have_equal_weights(network, equalized, layer, read
     rows, columns = sides(equalized.model)
     np.testing.assert_allclose(rows, columns, rtol=0.01)
     assert not np.allclose(*sides(network), rtol=0.5)
+
+
+def test_a_channel_that_lives_on_other_images_is_not_dead(network):
+    few = equalize(network, Images(), range(1))
+    assert sum(few.removed.values()) > 3 and few.images == 1
+    checked = equalize(network, Images(), range(1), range(1, 40))
+    assert checked.removed == {'depthwise': 1, 'grouped': 2}
+    assert checked.images > 33
+
+
+@pytest.mark.parametrize('broken', ['beta', 'scalar', 'computed'])
+def test_a_product_whose_bias_is_not_one_for_each_output_stays(network, broken):
+    model = type(network)()
+    model.CopyFrom(network)
+    node = next(node for node in model.graph.node if node.op_type == 'Gemm')
+    bias = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[2])
+    if broken == 'beta':
+        del node.attribute[:]
+        node.attribute.extend([helper.make_attribute('transB', 1), helper.make_attribute('beta', 2.0)])
+    elif broken == 'scalar':
+        bias.CopyFrom(numpy_helper.from_array(np.ones(1, np.float32), bias.name))
+    else:
+        model.graph.node.insert(0, helper.make_node('Identity', [bias.name], ['computed'], name='identity'))
+        node.input[2] = 'computed'
+    found = equalize(model, Images(), range(16))
+    assert found.left['first_fc'] == found.left['last'] == 'Gemm'
+    assert found.pairs.keys() == {'stem', 'depthwise'}
 
 
 def test_a_rewrite_that_changes_logits_is_refused(network, monkeypatch):

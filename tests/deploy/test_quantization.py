@@ -6,10 +6,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 from repopt_timm.deploy import QuantizationOptions, evaluate, layer_report, quantize, quantize_onnx, save_onnx
 from repopt_timm.deploy import quantization as quantization_module
 from repopt_timm.deploy.classifier import onnx_classifier
+from repopt_timm.deploy.onnx_export import to_onnx
 from repopt_timm.deploy.onnx_graph import layers_of
 from repopt_timm.deploy.quantization import CALIBRATIONS, WEIGHTS
 from repopt_timm.deploy.runtime import open_session
@@ -206,6 +208,42 @@ def test_the_form_for_tensorrt_is_symmetric_with_a_pair_for_each_layer(weights, 
     assert done.agreement() > 90
     report = layer_report(done)
     assert all(row['weight_snr_db'] > 15 and row['input_snr_db'] > 15 for row in report['layers'])
+
+
+class Residual(nn.Module):
+    """A block whose input is read by a layer and by a residual."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.conv, self.fc = nn.Conv2d(3, 8, 3, 4), nn.Conv2d(8, 8, 1), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return self.fc((self.conv(x) + x).mean((2, 3)))
+
+
+def test_for_tensorrt_a_residual_stays_in_float(images, tmp_path):
+    save_onnx(to_onnx(Residual(), {'input_size': (3, 32, 32)})[0], tmp_path / 'residual.onnx')
+    nodes = quantize_onnx(
+        tmp_path / 'residual.onnx', images, QuantizationOptions(images=4, target='tensorrt')
+    ).quantized.graph.node
+    restored = {node.output[0] for node in nodes if node.op_type == 'DequantizeLinear'}
+    readers = [node.op_type for node in nodes if restored.intersection(node.input)]
+    assert sorted(readers) == ['Conv', 'Conv', 'Gemm']
+
+
+def test_nodes_without_a_name_are_layers_too(exported, images, tmp_path):
+    model = type(exported)()
+    model.CopyFrom(exported)
+    numbers = {tensor.name: str(number) for number, tensor in enumerate(model.graph.initializer)}
+    for node in model.graph.node:
+        node.name = ''
+        node.input[:] = [numbers.get(name, name) for name in node.input]
+    for tensor in model.graph.initializer:
+        tensor.name = numbers[tensor.name]
+    save_onnx(model, tmp_path / 'unnamed.onnx')
+    done = quantize_onnx(tmp_path / 'unnamed.onnx', images, QuantizationOptions(images=4))
+    assert len(layers_of(done.model)) == len(layers_of(exported)) > 1
 
 
 def test_the_form_for_onnx_runtime_has_unsigned_activations_and_integer_biases(quantization):
