@@ -143,6 +143,8 @@ def to_onnx(model: nn.Module, config: Mapping[str, Any], options: ExportOptions 
         with quiet():
             convert = require('onnxruntime.transformers.float16').convert_float_to_float16
             proto = convert(proto, keep_io_types=True)
+            # The casts of images and logits come last, which ONNX's own checker refuses.
+            require('onnxruntime.quantization.onnx_model').ONNXModel(proto).topological_sort()
     _strip_sources(proto)
     metadata = {**config, 'architecture': _architecture(model), 'label_names': label_names(model)}
     for key, value in metadata.items():

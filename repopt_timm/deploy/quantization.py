@@ -332,9 +332,11 @@ def _leave_to_layers(model: Any) -> None:
 
 
 def excluded_nodes(model: Any, patterns: Iterable[str]) -> dict[str, str]:
-    """Maps excluded layers, and other nodes, to names of nodes; refuses a model that is quantised already."""
+    """Maps excluded layers, and other nodes, to names of nodes; refuses a model that is not in float32."""
     if any(node.op_type in ('QuantizeLinear', 'DequantizeLinear') for node in model.graph.node):
         raise ValueError('The model is quantised already; name the float32 one.')
+    if any(tensor.data_type == tensor.FLOAT16 for tensor in model.graph.initializer):
+        raise ValueError('The model is in float16, expected float32; name the file of an export without --fp16.')
     layers = layers_of(model)
     excluded: dict[str, str] = {}
     for pattern in patterns:

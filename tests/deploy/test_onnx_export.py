@@ -73,6 +73,7 @@ def small():
 def test_files_for_other_runtimes_are_verified_too(options):
     proto, difference = to_onnx(small(), CONFIG, options)
     assert difference < (1e-2 if options.half else 1e-5)
+    onnx.checker.check_model(proto)
     assert image_input(proto)[1] == [options.batch, 3, 32, 32]
     types = {tensor.data_type for tensor in proto.graph.initializer if tensor.name.endswith('weight')}
     assert types == {onnx.TensorProto.FLOAT16 if options.half else onnx.TensorProto.FLOAT}

@@ -210,6 +210,14 @@ def test_the_form_for_tensorrt_is_symmetric_with_a_pair_for_each_layer(weights, 
     assert all(row['weight_snr_db'] > 15 and row['input_snr_db'] > 15 for row in report['layers'])
 
 
+def test_a_model_in_float16_is_not_quantised(exported):
+    model = type(exported)()
+    model.CopyFrom(exported)
+    model.graph.initializer[0].data_type = onnx.TensorProto.FLOAT16
+    with pytest.raises(ValueError, match='in float16, expected float32'):
+        quantize(model, None, QuantizationOptions())
+
+
 class Residual(nn.Module):
     """A block whose input is read by a layer and by a residual."""
 
