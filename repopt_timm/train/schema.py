@@ -118,7 +118,7 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
     'Optimizer': (
         Argument('opt', str, None, 'optimizer. Defaults to repopt_sgd for a RepOpt-VGG target, else sgd'),
         Argument('opt_eps', float, None, 'epsilon of the optimizer', low=0),
-        Argument('opt_betas', float, None, 'betas of the optimizer', low=0, high=1, count=(1, 2, 3)),
+        Argument('opt_betas', float, None, 'betas of the optimizer', low=0, high=1, count=(2, 3)),
         Argument('momentum', float, 0.9, 'momentum', low=0, below=1),
         Argument('weight_decay', float, 2e-5, 'weight decay', low=0),
         Argument(

@@ -25,6 +25,14 @@ __all__ = ['check_arguments', 'check_classes', 'check_device_name', 'check_image
 _REPOPT = ('repopt_sgd', 'repopt_adamw')
 _TORCH_DATASETS = ('inaturalist', 'inat', 'places365', 'qmnist', 'imagenet', 'image_folder', 'folder')
 _PREFIXES = {'hfds': 'datasets', 'hfids': 'datasets', 'tfds': 'tensorflow_datasets', 'wds': 'webdataset'}
+_OPTIMIZER_FLAGS = {
+    'lr': 'lr',
+    'weight_decay': 'weight-decay',
+    'momentum': 'momentum',
+    'eps': 'opt-eps',
+    'betas': 'opt-betas',
+    'layer_decay': 'layer-decay',
+}
 _MOST_NAMES = 20
 _COLOR_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
 
@@ -241,6 +249,8 @@ def _check_optimizer(args: argparse.Namespace) -> None:
     for key in args.opt_kwargs:
         if key not in accepted and key != 'grad_mults':
             raise _unknown(f'--opt-kwargs: {args.opt} has no argument', key, accepted - {'model_or_params', 'params'})
+        if key in _OPTIMIZER_FLAGS:
+            raise ValueError(f'--opt-kwargs has {key}, which has a flag of its own: --{_OPTIMIZER_FLAGS[key]}.')
         if key in ('params', 'model_or_params', 'opt'):
             raise ValueError(f"--opt-kwargs: '{key}' is not an option of the optimizer; remove it.")
     if name in _REPOPT and args.clip_grad is not None and args.clip_mode != 'norm':
@@ -248,6 +258,13 @@ def _check_optimizer(args: argparse.Namespace) -> None:
             f'--clip-mode {args.clip_mode} breaks the equivalence with the CSLA network. With {args.opt} use '
             f"--clip-mode norm, which measures that network's norm."
         )
+
+
+def _check_schedule(args: argparse.Namespace) -> None:
+    if args.decay_milestones != sorted(set(args.decay_milestones)):
+        raise ValueError(f'--decay-milestones are {args.decay_milestones}, expected rising epochs.')
+    if args.lr is not None and args.min_lr > args.lr:
+        raise ValueError(f'--min-lr is {args.min_lr} and --lr {args.lr}, expected a lower bound: lower --min-lr.')
 
 
 def _parameters(function: Any) -> set[str]:
@@ -343,6 +360,7 @@ _CHECKS: tuple[Callable[[argparse.Namespace], None], ...] = (
     _check_augmentation,
     _check_model,
     _check_optimizer,
+    _check_schedule,
     _check_compile,
     _check_loggers,
 )
