@@ -127,7 +127,7 @@ def default_scales(model_name: str) -> Scales:
 
 
 def known_scales() -> list[dict[str, Any]]:
-    """Lists the scales that ship, those that are published, and those in the cache of the Hub.
+    """Lists the scales that ship, that are published, and that the Hub's cache holds.
 
     Returns:
         Rows with `name`, which `load_scales` takes; `network`, `dataset` and `license`, as far as known; `where`:

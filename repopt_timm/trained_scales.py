@@ -24,7 +24,7 @@ def trained_with(checkpoint: Mapping[str, Any]) -> set[str]:
 
 
 def check_trained_with(scales: Scales, checkpoint: Mapping[str, Any], source: str) -> None:
-    """Checks scales against those that the optimizer of a checkpoint had.
+    """Checks scales against the fingerprint in a checkpoint's optimizer.
 
     Raises:
         ValueError: If they are others; names the checkpoint, `source`.
@@ -73,6 +73,6 @@ def find_scales(checkpoint: Mapping[str, Any], model: nn.Module, source: str) ->
         except (OSError, ValueError) as error:
             problem = f' It says scales={name}, which does not help: {error}'
     raise ValueError(
-        f'{source}: its model was trained with scales, which are not in its checkpoint. Name those that the run had '
+        f'{source}: its model was trained with scales, which are not in its checkpoint. Name the scales of the run '
         f'(scales=..., --scales).{problem}'
     )

@@ -38,7 +38,7 @@ def test_scales_are_found_where_the_arguments_of_a_run_say(scales, args):
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
-        ({}, r'last\.pth\.tar: its model was trained with scales, .* Name those that the run had \(.*--scales\)\.$'),
+        ({}, r'last\.pth\.tar: its model was trained with scales, .* Name the scales of the run \(.*--scales\)\.$'),
         ({'model_kwargs': {'scales': 'gone.pth'}}, 'It says scales=gone.pth, which does not help: No scales found at'),
         ({'scales': 'other.safetensors'}, r'It says scales=other\.safetensors, .*: it was trained with the scales'),
         ({'scales': {'a': 1}}, r'--scales\)\.$'),

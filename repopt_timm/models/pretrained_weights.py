@@ -1,4 +1,4 @@
-"""Where trained weights come from: those that ship with the package first, then the Hub.
+"""Where trained weights come from: the package first, then the Hub.
 
 timm's own repositories hold weights of the multi-branch originals. They are merged on load.
 """
@@ -88,7 +88,7 @@ def fetch(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None = None) -> str
 
 
 def choose_weights(variant: str, pretrained: bool, cfg: Any, overlay: dict[str, Any] | None) -> Any:
-    """Chooses the weights that `pretrained=True` means: those asked for, those that ship, else the first on the Hub.
+    """Chooses the weights that `pretrained=True` means: what was asked for, else shipped ones, else the first on the Hub.
 
     Args:
         variant: Name of the model.

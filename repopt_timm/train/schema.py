@@ -63,7 +63,7 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
             str,
             None,
             "scales: a file, a folder with a model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, "
-            "'published' by the authors, 'initial' for unsearched values. Defaults to those that ship for a target",
+            "'published' by the authors, 'initial' for unsearched values. Defaults to the shipped scales of a target",
             metavar='SOURCE',
             free=True,
         ),

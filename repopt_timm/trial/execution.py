@@ -128,7 +128,7 @@ def _end(run: Run, code: int) -> bool:
 
 
 def _stop(running: dict[Run, subprocess.Popen]) -> None:
-    """Asks processes to end after their batch, and ends those that do not."""
+    """Asks processes to end after their batch, and ends the others."""
     for process in running.values():
         process.terminate()
     end = time.monotonic() + _STOP_SECONDS

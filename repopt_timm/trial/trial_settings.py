@@ -1,4 +1,4 @@
-"""The arguments of a trial, its own and those that it hands on to all of its runs."""
+"""The arguments of a trial, its own and what it hands on to all of its runs."""
 
 import argparse
 import copy

@@ -14,7 +14,7 @@ EXAMPLES = examples()
 
 
 def with_equal_norms(block):
-    """Equal branches share a scale, so that only equal ones can be told exactly."""
+    """Equal branches share a scale, so that only equal ones can be written exactly."""
     for norm in block.modules():
         if isinstance(norm, nn.BatchNorm2d):
             nn.init.constant_(norm.weight, -0.7)
