@@ -88,7 +88,7 @@ def fetch(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None = None) -> str
 
 
 def choose_weights(variant: str, pretrained: bool, cfg: Any, overlay: dict[str, Any] | None) -> Any:
-    """Chooses the weights that `pretrained=True` means: what was asked for, else shipped ones, else the first on the Hub.
+    """Chooses the weights of `pretrained=True`: the named ones, else shipped ones, else the first on the Hub.
 
     Args:
         variant: Name of the model.
