@@ -23,6 +23,7 @@ def values(results, what):
     return {row['contender']: row['value'] for row in results['rows'] if row['what'] == what}
 
 
+@pytest.mark.slow
 def test_optimizer_shows_that_grad_mults_cost_little_and_leave_gradients_alone(bench):
     out, results = bench('optimizer', '--quick', '--no-compiled', '--device', 'cpu')
     held = values(results, 'sgd: memory of the Grad Mults')
@@ -69,6 +70,7 @@ def test_train_compares_a_network_with_branches_with_its_plain_twin(bench):
     assert results['settings']['model'] == 'repopt_mobileone_s0, repopt_repvgg_a0'
 
 
+@pytest.mark.slow
 def test_scaling_goes_along_four_axes(bench):
     _, results = bench('scaling', '--quick', '--device', 'cpu', '--img-size', '128', '224', '--repeats', '1')
     axes = {row['what']: [] for row in results['rows']}

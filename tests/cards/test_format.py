@@ -71,7 +71,10 @@ def test_bytes_of_one_significance_stand_together_which_makes_a_card_smaller():
     assert len(packed) < 0.9 * len(zlib.compress(vector.numpy().tobytes(), 9))
 
 
-@pytest.mark.parametrize(('architecture', 'limit'), [('repopt_vgg_b1', 300_000), ('repopt_vgg_l2', 600_000)])
+@pytest.mark.parametrize(
+    ('architecture', 'limit'),
+    [('repopt_vgg_b1', 300_000), pytest.param('repopt_vgg_l2', 600_000, marks=pytest.mark.slow)],
+)
 def test_a_card_is_small(tmp_path, architecture, limit):
     scales = random_scales(architecture)
     save_scales_card(scales, tmp_path)

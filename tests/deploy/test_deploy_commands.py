@@ -36,6 +36,7 @@ def test_a_saved_card_has_the_accuracy_of_the_weights_beside_it(checkpoint, imag
     assert found['top1'] == round(evaluate(folder, images)['top1'], 3)
 
 
+@pytest.mark.slow
 def test_two_models_of_equally_named_runs_are_both_in_the_report(onnx_file, images, tmp_path):
     sources = [tmp_path / name / 'target' / 'model.onnx' for name in ('a', 'b')]
     for source in sources:
@@ -64,6 +65,7 @@ def test_models_are_compared_in_one_table(onnx_file, images, tmp_path, capsys):
     assert len(json.loads((tmp_path / 'int8.json').read_text())['accuracy']) == 6
 
 
+@pytest.mark.slow
 def test_remedies_and_rankings_are_reported(damaged, images, tmp_path, capsys, caplog):
     out, folder = str(tmp_path / 'out.onnx'), tmp_path / 'layers'
     common = ['quantize', str(damaged), '--data', str(images), '--out', out, '--weights', 'per-tensor', '--json']

@@ -74,6 +74,7 @@ def test_a_layer_without_any_weights_is_no_error(exported, images, tmp_path):
     assert column(report, 'kurtosis')[list(column(report, 'layer')).index('stages.1.0.conv')] == 0
 
 
+@pytest.mark.slow
 def test_two_models_are_drawn_side_by_side(quantization, tmp_path):
     reports = {'one': layer_report(quantization())}
     plot_layers(reports, tmp_path / 'one.png')

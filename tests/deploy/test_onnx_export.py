@@ -50,7 +50,7 @@ def test_it_tells_nothing_of_the_machine_that_made_it(onnx_file):
 
 
 @pytest.mark.parametrize(
-    'name', ['test_resnet', *(pytest.param(name, marks=pytest.mark.slow) for name in ('test_efficientnet', 'test_vit'))]
+    'name', [pytest.param(name, marks=pytest.mark.slow) for name in ('test_resnet', 'test_efficientnet', 'test_vit')]
 )
 def test_batchnorm_is_folded_in_other_timm_models(name, tmp_path):
     model = timm.create_model(name, num_classes=3, **({'img_size': 32} if name == 'test_vit' else {}))
@@ -68,7 +68,14 @@ def small():
 
 
 @pytest.mark.parametrize(
-    'options', [ExportOptions(half=True), ExportOptions(batch=1), ExportOptions(batch=3, opset=21)]
+    'options',
+    [
+        ExportOptions(half=True),
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in (ExportOptions(batch=1), ExportOptions(batch=3, opset=21))
+        ),
+    ],
 )
 def test_files_for_other_runtimes_are_verified_too(options):
     proto, difference = to_onnx(small(), CONFIG, options)
@@ -82,6 +89,7 @@ def test_files_for_other_runtimes_are_verified_too(options):
     assert {value.type.tensor_type.elem_type for value in ends} == {onnx.TensorProto.FLOAT}
 
 
+@pytest.mark.slow
 def test_an_opset_that_the_exporter_does_not_write_is_an_error():
     with pytest.raises(ValueError, match=r'cannot be exported to ONNX opset 9: torch .* wrote 18'):
         to_onnx(small(), CONFIG, ExportOptions(opset=9))

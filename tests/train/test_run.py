@@ -128,7 +128,16 @@ def test_lower_precision_trains(arguments, tmp_path, dtype):
 
 
 def test_a_compiled_run_resumes_like_any_other(arguments, tmp_path):
-    extra = ['--scales', 'initial', '--torchcompile', 'aot_eager', '--opt-kwargs', 'momentum=0.8', 'nesterov=False']
+    extra = [
+        '--scales',
+        'initial',
+        '--torchcompile',
+        'aot_eager',
+        '--momentum',
+        '0.8',
+        '--opt-kwargs',
+        'nesterov=False',
+    ]
     main(arguments(*extra, '--epochs', '1'))
     main(arguments(*extra, '--epochs', '2', '--resume'))
     checkpoint = read(tmp_path / 'run')

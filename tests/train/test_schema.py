@@ -100,7 +100,7 @@ def test_a_config_that_would_take_forever_to_read_is_refused(tmp_path):
     for text, message in (
         (f'lr: 1{":1" * 150_000}\n', 'a number of 300001 characters'),
         ('a: &a [x, x]\nb: [*a, *a]\n', 'it uses a YAML alias'),
-        ('# x\n' * 300_000, 'more than 1048576 characters'),
+        ('# x\n' * 300_000, 'more than 1048576 bytes'),
     ):
         (tmp_path / 'args.yaml').write_text(text)
         with pytest.raises(ValueError, match=rf"args.yaml' is not a YAML file .*{message}"):
