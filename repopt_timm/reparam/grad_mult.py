@@ -240,9 +240,9 @@ def make_grad_mults(model: nn.Module, scales: ScalesMapping | None = None, updat
         fingerprint = '+'.join(sorted({each.fingerprint for each in carried.values()}))
         kernels = [_carrying_kernel(model, name, each) for name, each in carried.items()]
     else:
-        counts = {name: branch_counts(scales, name) for name in scales}
-        fingerprint = getattr(scales, 'fingerprint', None) or fingerprint_of(scales, counts=counts)
         kernels = _named_kernels(model, scales)
+        counts = {each.name: {branch.name: branch.count for branch in each.branches} for each in kernels}
+        fingerprint = getattr(scales, 'fingerprint', None) or fingerprint_of(scales, counts=counts)
     if not kernels:
         raise ValueError(
             f'No convolution of {type(model).__name__} carries scales, so there is nothing to multiply its gradients '

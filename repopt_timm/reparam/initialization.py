@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .branches import Branch, make_branches, merge
-from .convolutions import Geometry, refusal
+from .convolutions import Geometry, conv_prior, refusal
 from .csla import CSLAConv2d
 from .vectors import check_vectors, fingerprint
 
@@ -88,9 +88,12 @@ def geometry_of(model: nn.Module, names: Mapping[str, object]) -> dict[str, Geom
     return {name: Geometry.of(conv, first=index == 0) for index, (name, conv) in enumerate(convs) if name in names}
 
 
-def branch_counts(scales: ScalesMapping, module: str) -> dict[str, int]:
-    """Returns branch name to count of one convolution; 1 where the scales do not say."""
-    counts = getattr(scales, 'counts', {}).get(module, {})
+def branch_counts(scales: ScalesMapping, module: str, conv: nn.Module | None = None) -> dict[str, int]:
+    """Returns branch name to count of one convolution: what the scales state, else its own prior, else 1."""
+    counts = getattr(scales, 'counts', {}).get(module)
+    if counts is None:
+        prior = None if conv is None else conv_prior(conv)
+        counts = {} if prior is None else prior.branches
     return {branch: counts.get(branch, 1) for branch in scales[module]}
 
 
@@ -126,7 +129,7 @@ def scaled_conv(model: nn.Module, name: str, conv: nn.Module | None, scales: Sca
     if name in geometry:
         check_geometry(name, geometry[name], conv, source)
     try:
-        branches = make_branches(branch_counts(scales, name), conv)
+        branches = make_branches(branch_counts(scales, name, conv), conv)
     except ValueError as error:
         raise ValueError(f"{source}: module '{name}': {error}") from None
     check_vectors(name, scales[name], conv.out_channels, source=getattr(scales, 'source', ''))
@@ -175,7 +178,7 @@ def attach_scales(model: nn.Module, scales: ScalesMapping, initialized: bool = F
     """
     check_network(model, scales)
     found = scaled_convs(model, scales)
-    counts = {name: branch_counts(scales, name) for name in scales}
+    counts = {name: branch_counts(scales, name, conv) for name, conv, _ in found}
     identity = fingerprint(scales, network_name(model), geometry_of(model, scales), counts)
     for name, conv, _ in found:
         vectors = {branch: vector.detach().to('cpu', torch.float32).clone() for branch, vector in scales[name].items()}

@@ -138,8 +138,8 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
     if scales is not None:
         check_no_branches(model)
         check_network(model, scales)
-        scaled_convs(model, scales)
-        prior = {name: ConvPrior(branch_counts(scales, name)) for name in scales}
+        found = scaled_convs(model, scales)
+        prior = {name: ConvPrior(branch_counts(scales, name, conv)) for name, conv, _ in found}
     else:
         prior = resolve_prior(model, given)
     modules = dict(model.named_modules())

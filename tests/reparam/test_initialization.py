@@ -6,8 +6,8 @@ import timm
 import torch
 from torch import nn
 
-from repopt_timm import Scales, attach_scales, initialize, make_grad_mults
-from repopt_timm.reparam import carried_scales
+from repopt_timm import Scales, attach_scales, csla, initialize, load_scales, make_grad_mults
+from repopt_timm.reparam import ConvPrior, carried_scales
 
 from ..helpers import random_scales, tiny_model
 
@@ -49,6 +49,19 @@ def test_a_count_adds_independent_draws():
     bound = 1 / (9 * 32) ** 0.5
     assert model[0].weight.std().item() == pytest.approx(2 * bound / 3**0.5, rel=0.05)
     assert model[0].weight.abs().max() > bound
+
+
+def test_a_plain_mapping_takes_its_counts_from_the_prior():
+    model, mapping = net(), {'0': vectors()}
+    counts = {'1x1': 1, 'identity': 1, 'kxk': 4}
+    ConvPrior(counts).put_on(model[0])
+    assert load_scales(mapping, model).counts == {'0': counts}
+    assert csla(model, mapping)[0].branch_counts == counts
+    assert Scales.from_model(csla(model, Scales('', mapping))).counts['0']['kxk'] == 1
+    corner = make_grad_mults(model, mapping)[model[0].weight].taps[:, 0, 0, 0]
+    torch.testing.assert_close(corner, 4 * mapping['0']['kxk'] ** 2)
+    attach_scales(model, mapping)
+    assert carried_scales(model)['0'].counts == counts
 
 
 def test_initialization_leaves_other_modules_alone():
