@@ -124,7 +124,7 @@ def test_a_checkpoint_becomes_a_repository(images, tmp_path):
     path = checkpoint_of(
         model, tmp_path / 'last.pth.tar', data_dir='/somewhere/digits', in_chans=1, input_size=[1, 32, 32], mean=[0.5]
     )
-    with pytest.raises(ValueError, match=r'last\.pth\.tar: its model was trained with scales.*Name those'):
+    with pytest.raises(ValueError, match=r'last\.pth\.tar: its model was trained with scales.*Name the scales'):
         save_pretrained(path, tmp_path / 'local')
     with pytest.raises(ValueError, match='it was trained with the scales'):
         save_pretrained(path, tmp_path / 'local', scales=random_scales())

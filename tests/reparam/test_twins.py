@@ -40,7 +40,7 @@ NETWORKS = {
     'resnet18': (lambda: timm.create_model('resnet18', num_classes=5), None),
     'convnext_atto': (lambda: timm.create_model('convnext_atto', num_classes=5, depths=(1, 1, 2, 1)), large_kernels),
     'regnetx_002': (lambda: timm.create_model('regnetx_002', num_classes=5), None),
-    'vgg11_bn': (lambda: timm.create_model('vgg11_bn', num_classes=5), None),
+    'vgg11_bn': (lambda: timm.create_model('vgg11_bn', num_classes=5, mlp_ratio=1 / 32), None),
     'ghostnet_100': (
         lambda: freeze_batch_norm_2d(timm.create_model('ghostnet_100', num_classes=5, drop_rate=0.0)),
         None,
