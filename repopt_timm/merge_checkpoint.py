@@ -19,6 +19,7 @@ from .names import PREFIX, ModelName
 from .publish import model_from_checkpoint
 from .reparam import prepare
 from .reparam.convolutions import multi_branch_blocks
+from .weights_origin import note_merged
 
 __all__ = ['is_multi_branch_source', 'merge_trained']
 
@@ -70,6 +71,7 @@ def merge_trained(
     plain.architecture = name.network
     first_conv = plain_first_conv(plain, cfg.get('first_conv'))
     plain.pretrained_cfg = plain.default_cfg = {**cfg, 'architecture': name.architecture, 'first_conv': first_conv}
+    note_merged(plain, cfg['architecture'] if Path(source).is_file() else source)
     if hasattr(plain, '_traits'):
         plain._traits = {**plain._traits, 'first_conv': first_conv}
     if implied:

@@ -32,6 +32,7 @@ from .reparam.initialization import unwrap
 from .scales import Scales, read_scale_file
 from .sources import ScalesSource, load_scales
 from .trained_scales import check_trained_with, find_scales
+from .weights_origin import merged_from, origin_of, restore_origin
 
 __all__ = ['model_from_checkpoint', 'push_to_hub', 'save_pretrained']
 
@@ -230,9 +231,9 @@ def _prepare(
         )
     found = found or carried
     training, metrics = dict(training or {}), dict(metrics or {})
-    if merged_from := getattr(model, 'merged_from', ''):
+    if original := merged_from(model):
         further = '; then trained as stated here' if training else ''
-        training.setdefault('trained_with', f'branches, as {merged_from}; merged into plain kernels{further}')
+        training.setdefault('trained_with', f'branches, as {original}; merged into plain kernels{further}')
     if metrics and 'dataset' in training:
         metrics = {'dataset': training['dataset'], **metrics}
     if metrics:
@@ -286,7 +287,8 @@ def _write(publication: _Publication, folder: Path, repo_id: str, published: fro
     if precision == 'int8' and not results:
         # Rounded weights do not have the accuracy that the card may state of exact ones.
         results = None
-    write_card(folder, repo_id, _timm_name(model), scales, results, training, published, scales_file)
+    license_name = origin_of(model).get('license', '')
+    write_card(folder, repo_id, _timm_name(model), scales, results, training, published, scales_file, license_name)
 
 
 def _timm_name(model: nn.Module) -> str:
@@ -352,11 +354,11 @@ def _model_of(
             check_trained_with(given, checkpoint, source)
             attach_scales(model, given)
             model.scales_provenance = given.provenance
-    model.merged_from = checkpoint.get('merged_from', '')
     data = data_config_of(args, model)
     names = checkpoint.get('label_names')
     model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
     model.pretrained_cfg.pop('tag', None)  # that of the weights which timm knows for this model
+    restore_origin(model, checkpoint.get('origin'))
     return model.eval()
 
 

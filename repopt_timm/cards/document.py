@@ -22,6 +22,7 @@ from .format import METADATA_KEY, check_version, decode_scales, kind_of_value
 __all__ = [
     'BEGIN',
     'CARD_FILE',
+    'DEFAULT_LICENSE',
     'END',
     'PlainLoader',
     'beside',
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 CARD_FILE = 'README.md'
+DEFAULT_LICENSE = 'apache-2.0'
 BEGIN = '<!-- repopt-timm: begin. Text up to the end mark is rewritten with the scales; write yours outside of it. -->'
 END = '<!-- repopt-timm: end -->'
 
@@ -51,6 +53,21 @@ _MAX_TAG = 100
 # The front matter's first and last line, as the Hub sees them.
 _FIRST_LINE = re.compile(r'\s*---(?:\r\n|\r|\n)')
 _LAST_LINE = re.compile(r'(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$)')
+
+# Of what timm names, the identifiers that the Hub knows (hf.co/docs/hub/repositories-licenses); the rest is `other`,
+# with a name.
+_HUB_LICENSES = (
+    'apache-2.0',
+    'apple-amlr',
+    'apple-ascl',
+    'bsd-3-clause',
+    'cc-by-4.0',
+    'cc-by-nc-4.0',
+    'gemma',
+    'mit',
+    'other',
+    'unknown',
+)
 
 _METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
 
@@ -173,6 +190,7 @@ def update_card(
     model_name: str,
     entry: Mapping[str, Any] | None = None,
     results: Sequence[EvalResult] | None = (),
+    license_name: str = DEFAULT_LICENSE,
 ) -> str:
     """Returns the text of a card with new metadata and a new generated body; whatever else it has survives.
 
@@ -183,6 +201,7 @@ def update_card(
         entry: The `repopt` entry. Defaults to what the card has.
         results: Results that replace those of the same dataset and metric; None drops those of `eval_results`, which
             other weights had.
+        license_name: Licence of a card that states none.
 
     Raises:
         ValueError: If the card cannot be read, or the client cannot carry its metadata through unchanged.
@@ -195,7 +214,7 @@ def update_card(
         raise _unreadable(str(path), str(error)) from None
     # Several models, or results in a shape of their own, would come out as something else: better not to write at all.
     _check_carried(original, data, path, ignored={'tags'})
-    _set_defaults(data)
+    _set_defaults(data, license_name)
     if entry is not None:
         published = data.get(METADATA_KEY)
         version = published.get('format') if isinstance(published, Mapping) else None
@@ -313,8 +332,11 @@ def _check_carried(original: Mapping[str, Any], data: ModelCardData, path: Path,
             )
 
 
-def _set_defaults(data: ModelCardData) -> None:
-    data.license = data.license or 'apache-2.0'
+def _set_defaults(data: ModelCardData, license_name: str) -> None:
+    if not data.license and license_name in _HUB_LICENSES:
+        data.license = license_name
+    elif not data.license:
+        data.license, data.license_name = 'other', license_name
     data.library_name = data.library_name or 'timm'
     data.pipeline_tag = data.pipeline_tag or 'image-classification'
     tags = data.tags or []

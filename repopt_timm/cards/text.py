@@ -40,7 +40,7 @@ def render_body(
     files: Collection[str],
     scales: Scales | None = None,
     training: Mapping[str, Any] | None = None,
-    license_name: str = 'apache-2.0',
+    license_name: str = '',
 ) -> str:
     """Renders what a card says about a repository, in Markdown.
 

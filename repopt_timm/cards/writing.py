@@ -15,7 +15,7 @@ from ..files import write_text
 from ..names import PREFIX
 from ..plot import plot_scales
 from ..scales import Scales
-from .document import CARD_FILE, beside, read_metadata, update_card
+from .document import CARD_FILE, DEFAULT_LICENSE, beside, read_metadata, update_card
 from .format import METADATA_KEY, SCALES_FILE, decode_scales, encode_scales, has_scales_file
 from .text import SCALES_PICTURE, render_body
 from .transfer import push_folder
@@ -34,6 +34,7 @@ def write_card(
     training: Mapping[str, Any] | None = None,
     published: Collection[str] = (),
     scales_file: bool = False,
+    license_name: str = '',
 ) -> None:
     """Writes the card of a directory, and the picture of its scales; what else an existing card says survives.
 
@@ -46,6 +47,7 @@ def write_card(
         training: How the weights were trained. Defaults to what the card says already.
         published: Names of further files that the repository has.
         scales_file: Put the vectors into `scales.safetensors` beside the card; a card that has done so goes on.
+        license_name: Licence of the weights, as timm names it, where the card states none. Defaults to `apache-2.0`.
 
     Raises:
         ValueError: If the existing card cannot be read, or could not be carried through unchanged.
@@ -69,8 +71,9 @@ def write_card(
             scales.with_provenance(metadata['provenance']).save(directory / SCALES_FILE)
         drawn = draw(plot_scales, scales, directory / SCALES_PICTURE, scales.title)
         files = files - {SCALES_PICTURE} | ({SCALES_PICTURE} if drawn else set())
-    body = render_body(repo_id, model_name, files, scales, training, previous.get('license') or 'apache-2.0')
-    write_text(path, update_card(path, body, repo_id.split('/')[-1], metadata, results))
+    license_name = previous.get('license_name') or previous.get('license') or license_name or DEFAULT_LICENSE
+    body = render_body(repo_id, model_name, files, scales, training, license_name)
+    write_text(path, update_card(path, body, repo_id.split('/')[-1], metadata, results, license_name))
 
 
 def save_scales_card(

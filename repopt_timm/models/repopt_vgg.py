@@ -31,6 +31,7 @@ from ..reparam import ConvPrior, CSLAConv2d, carried_scales, stage_scale
 from ..reparam.prior import repvgg_branches
 from ..scales import Scales
 from ..sources import IMPLIED, ScalesSource, load_scales
+from ..weights_origin import forget_origin, note_merged
 from .kinds import ModelArgsWithoutScales, make_kind, refuse_scales, register_kinds, requested_scales, to_plain
 from .pretrained_weights import choose_weights, fetch, original_cfgs, tagged_cfgs
 from .repvgg_weights import has_branches, merge_repvgg
@@ -129,7 +130,6 @@ class RepOptVgg(RepVgg):
     Attributes:
         architecture: Name of the plain model.
         scales_provenance: Where the scales come from, if the model has any.
-        merged_from: Repository of the weights with branches that the model was loaded from, if they were merged.
     """
 
     block_type = RepOptVggBlock
@@ -211,7 +211,7 @@ def _create_repopt_vgg(
     pretrained_cfg = choose_weights(variant, pretrained, pretrained_cfg, pretrained_cfg_overlay)
     config = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
     of_timm = any(config.hf_hub_id == each['hf_hub_id'] for each in original_cfgs(name.kind).values())
-    merged_from = fetch(config, kwargs.get('cache_dir')) if pretrained and of_timm else ''
+    repository = fetch(config, kwargs.get('cache_dir')) if pretrained and of_timm else ''
     scales = requested_scales(
         variant, pretrained, pretrained_cfg, pretrained_cfg_overlay, scales, kwargs, beside=not of_timm
     )
@@ -222,8 +222,8 @@ def _create_repopt_vgg(
     strides = kwargs.get('strides') or (2,) * (
         1 + len(cfg.with_numbers(kwargs.get('depths'), kwargs.get('widths')).depths)
     )
-    build = partial(_build, name=name, scales=None if implied else scales, init=not pretrained, merged_from=merged_from)
-    return build_model_with_cfg(
+    build = partial(_build, name=name, scales=None if implied else scales, init=not pretrained)
+    model: Any = build_model_with_cfg(
         build,
         variant,
         pretrained,
@@ -234,14 +234,17 @@ def _create_repopt_vgg(
         feature_cfg={'flatten_sequential': True, 'out_indices': feature_indices(strides)},
         **kwargs,
     )
+    if not pretrained:
+        forget_origin(model)
+    elif repository and name.kind == 'target':
+        note_merged(model, repository)
+    return model
 
 
-def _build(name: ModelName, scales: ScalesSource | None, init: bool, merged_from: str, **kwargs: Any) -> nn.Module:
+def _build(name: ModelName, scales: ScalesSource | None, init: bool, **kwargs: Any) -> nn.Module:
     if name.kind == 'branches':
         return RepVgg(**kwargs)
-    model: Any = make_kind(RepOptVgg(architecture=name.architecture, **kwargs), name.kind, scales, init)
-    model.merged_from = merged_from
-    return model
+    return make_kind(RepOptVgg(architecture=name.architecture, **kwargs), name.kind, scales, init)
 
 
 def _restore(state_dict: dict[str, Tensor], model: Any, implied: bool) -> dict[str, Tensor]:

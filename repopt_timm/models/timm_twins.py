@@ -17,6 +17,7 @@ from ..names import KINDS, MULTI_BRANCH, PREFIX, ModelName
 from ..reparam import CSLAConv2d, repvgg_prior
 from ..reparam.convolutions import multi_branch_blocks
 from ..sources import IMPLIED, ScalesSource
+from ..weights_origin import forget_origin, note_merged
 from .kinds import ModelArgsWithoutScales, make_kind, refuse_scales, register_kinds, requested_scales
 from .pretrained_weights import fetch
 from .strided_byobnet import create_byobnet
@@ -141,7 +142,6 @@ def _make(
     original: Any = create(pretrained=of_timm, pretrained_cfg=config, **kwargs)
     plain = _plain(original, weights=of_timm)
     plain.architecture = name.network
-    plain.merged_from = '' if plain is original else repository
     if of_timm and plain is not original and isinstance(scales, str) and scales == IMPLIED:
         scales = implied_scales(original).renamed(name.network)
     type(plain)._model_args = ModelArgsWithoutScales()
@@ -152,6 +152,10 @@ def _make(
     model.pretrained_cfg = model.default_cfg = settings
     if hasattr(model, '_traits'):
         model._traits = {**model._traits, 'first_conv': first_conv}
+    if not pretrained:
+        forget_origin(model)
+    elif plain is not original and repository:
+        note_merged(model, repository)
     if own and pretrained:
         load_pretrained(model, settings, num_classes=model.num_classes, in_chans=kwargs.get('in_chans') or 3)
     return model

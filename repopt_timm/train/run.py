@@ -34,6 +34,7 @@ from ..optim import RepOptAdamW, RepOptSGD, clip_grad_norm_
 from ..reparam import kind_of, make_grad_mults
 from ..scales import Scales
 from ..sources import ScalesSource, default_scales
+from ..weights_origin import forget_origin, restore_origin
 from .engine import DivergedError, TrainState, train_one_epoch, validate
 from .interruption import InterruptedRunError, postponed_signals, raise_if_interrupted
 from .loaders import Loaders, make_datasets, make_loaders
@@ -374,9 +375,13 @@ def _make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: 
         drop_rate=args.drop,
         **model_args,
     )
+    if not args.pretrained:
+        forget_origin(model)
     if args.initial_checkpoint:
         with explaining(f"'{args.initial_checkpoint}' does not hold weights"):
-            load_weights(model, select_state_dict(read_checkpoint(args.initial_checkpoint)), args.initial_checkpoint)
+            checkpoint = read_checkpoint(args.initial_checkpoint)
+            load_weights(model, select_state_dict(checkpoint), args.initial_checkpoint)
+            restore_origin(model, checkpoint.get('origin'))
     # Not those of the data that pretrained weights come from.
     model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names if len(names) == model.num_classes else None}
     if args.grad_checkpointing:

@@ -24,6 +24,7 @@ from ..scales import Scales
 from ..scales.scale_files import CHECKPOINT_KEY, checkpoint_entry
 from ..sources import IMPLIED
 from ..trained_scales import IMPLIED_KEY
+from ..weights_origin import origin_of
 from .engine import TrainState
 from .run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, SUMMARY_FILE
 from .schema import ARGUMENTS
@@ -290,7 +291,7 @@ def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:
         'version': 2,
         'args': args,
         'label_names': model.pretrained_cfg.get('label_names'),
-        'merged_from': getattr(model, 'merged_from', ''),
+        'origin': origin_of(model),
         'versions': versions(),
         'scales_fingerprint': scales_fingerprint(model),
         'metric': state.history[-1].get('eval_top1'),

@@ -8,6 +8,7 @@ from timm.models import push_to_hf_hub
 from repopt_timm import Scales, implied_scales, make_grad_mults, plain_twin, save_pretrained
 from repopt_timm.cards.transfer import HubError
 from repopt_timm.train.command import main as train
+from repopt_timm.weights_origin import merged_from
 
 from ..helpers import TINY, tiny_model
 
@@ -91,7 +92,7 @@ def test_each_family_merges_timms_weights(name, hub, client):
     push_to_hf_hub(theirs, repo, safe_serialization=True)
     model = timm.create_model(f'repopt_{name}', pretrained=True, scales='implied').eval()
     assert relative(model(IMAGES), theirs(IMAGES)) < 1e-5
-    assert repo == model.merged_from
+    assert repo == merged_from(model)
     timm.optim.create_optimizer_v2(model, 'repopt_sgd', lr=0.1)
 
 

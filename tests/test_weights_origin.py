@@ -1,0 +1,83 @@
+"""Where weights come from survives saving, loading and fine-tuning."""
+
+import argparse
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+
+from repopt_timm import save_pretrained
+from repopt_timm.merge_checkpoint import merge_trained
+from repopt_timm.publish import model_from_checkpoint
+from repopt_timm.train.command import main as train
+from repopt_timm.weights_origin import merged_from, note_merged, origin_of, restore_origin
+
+from .helpers import TINY, tiny_model
+
+
+def merged(license_name='mit'):
+    model = tiny_model(num_classes=10)
+    restore_origin(model, {'license': license_name})
+    note_merged(model, 'timm/net.in1k')
+    return model
+
+
+def card_of(folder):
+    return ModelCard.load(folder / 'README.md', ignore_metadata_errors=False)
+
+
+def test_a_saved_model_says_what_its_weights_were_merged_from_once_loaded_again(tmp_path):
+    for folder in (tmp_path / 'first', tmp_path / 'second'):
+        model = (
+            merged() if folder.name == 'first' else timm.create_model(f'local-dir:{tmp_path}/first', pretrained=True)
+        )
+        assert merged_from(model) == 'timm/net.in1k'
+        save_pretrained(model, folder)
+        assert 'branches, as timm/net.in1k; merged into plain kernels' in card_of(folder).text
+        assert card_of(folder).data.license == 'mit'
+
+
+def test_a_model_that_did_not_take_the_weights_has_no_origin(tmp_path):
+    save_pretrained(merged(), tmp_path)
+    assert origin_of(timm.create_model(f'local-dir:{tmp_path}')) == {}
+    assert origin_of(timm.create_model('repopt_mobileone_s0')) == {}
+
+
+@pytest.mark.parametrize(
+    'start', [('--model', 'local-dir:{}', '--pretrained'), ('--model', TINY, '--initial-checkpoint', '{}/model.pth')]
+)
+def test_fine_tuning_keeps_the_origin(start, tmp_path):
+    save_pretrained(merged(), tmp_path / 'merged')
+    torch.save({'state_dict': merged().state_dict(), 'origin': origin_of(merged())}, tmp_path / 'merged/model.pth')
+    command = [word.format(tmp_path / 'merged') for word in start]
+    command += ['--dataset', 'digits', '--opt', 'sgd', '--epochs', '1', '--img-size', '32']
+    train([*command, '--train-images', '64', '-b', '32', '--workers', '0', '--output', str(tmp_path / 'run')])
+    (checkpoint,) = tmp_path.glob('run/*/last.pth.tar')
+    tuned = model_from_checkpoint(checkpoint)
+    assert origin_of(tuned) == {'license': 'mit', 'notes': ['merged from timm/net.in1k']}
+    save_pretrained(checkpoint, tmp_path / 'tuned')
+    text = card_of(tmp_path / 'tuned').text
+    assert 'branches, as timm/net.in1k; merged into plain kernels; then trained as stated here' in text
+
+
+def test_a_converted_checkpoint_names_the_network_with_branches(tmp_path):
+    trained = tiny_model('_branches')
+    origin = {'license': 'mobileone-license'}
+    content = {'arch': f'{TINY}_branches', 'state_dict': trained.state_dict(), 'origin': origin}
+    torch.save({**content, 'args': argparse.Namespace(model_kwargs={})}, tmp_path / 'last.pth.tar')
+    plain = merge_trained(str(tmp_path / 'last.pth.tar'))
+    assert origin_of(plain) == {**origin, 'notes': [f'merged from {TINY}_branches']}
+
+
+def test_a_licence_that_the_hub_does_not_know_has_a_name_of_its_own(tmp_path):
+    save_pretrained(merged('mobileone-license'), tmp_path)
+    data = card_of(tmp_path).data
+    assert (data.license, data.license_name) == ('other', 'mobileone-license')
+    assert card_of(tmp_path).text.rstrip().endswith('mobileone-license\n<!-- repopt-timm: end -->')
+
+
+def test_the_licence_that_a_card_states_stays(tmp_path):
+    (tmp_path / 'README.md').write_text('---\nlicense: cc-by-4.0\n---\n')
+    save_pretrained(merged(), tmp_path)
+    assert card_of(tmp_path).data.license == 'cc-by-4.0'
