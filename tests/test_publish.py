@@ -13,6 +13,7 @@ from timm.models import save_for_hf
 
 from repopt_timm import Scales, load_scales, push_scales
 from repopt_timm.cards.document import read_card_scales
+from repopt_timm.cards.writing import save_scales_card
 from repopt_timm.optim import build_repopt_sgd
 from repopt_timm.publish import push_to_hub, save_pretrained
 from repopt_timm.reparam import kind_of
@@ -112,6 +113,33 @@ def test_the_card_shows_results_and_training(hub, client):
     assert card.data.library_name == 'timm'
     assert 'How the weights were trained' in card.text
     assert f"timm.create_model('hf-hub:{REPO}', pretrained=True)" in card.text
+
+
+def test_a_card_leads_with_what_people_choose_by(tmp_path):
+    training = {'dataset': 'hfds/ann/digits', 'epochs': 3}
+    save_pretrained(trained(), tmp_path, metrics={'top1': 97.5}, training=training)
+    card = tmp_path / 'README.md'
+    lead, _, rest = ModelCard.load(card).text.partition('## Usage')
+    assert '| Top-1 accuracy, hfds/ann/digits | image size | parameters | multiply adds |' in lead
+    assert '| 97.5 % | 3 x 224 x 224 | 0.1 M | ' in lead
+    assert 'multiply adds' not in rest
+    assert ModelCard.load(card).data.datasets == ['ann/digits']
+    # Scales alone change nothing of that.
+    save_scales_card(random_scales(), tmp_path)
+    assert ModelCard.load(card).text.startswith(lead)
+
+
+def test_the_first_snippet_of_a_card_classifies_an_image(tmp_path, monkeypatch, capsys):
+    model = trained()
+    model.pretrained_cfg |= {'num_classes': 5, 'label_names': list('abcde')}
+    save_pretrained(model, tmp_path)
+    Image.new('L', (40, 30)).save(tmp_path / 'image.jpg')
+    monkeypatch.chdir(tmp_path)
+    snippet = ModelCard.load(tmp_path / 'README.md').text.split('```python\n')[1].split('```')[0]
+    exec(snippet.replace(f'hf-hub:USER/{tmp_path.name}', f'local-dir:{tmp_path}'), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line[0] for line in lines) == list('abcde')
+    assert sum(float(line[3:-1]) for line in lines) == pytest.approx(100, abs=0.3)
 
 
 def test_a_model_is_not_published_with_other_scales(tmp_path):

@@ -5,10 +5,9 @@ python docs/figures/networks.py
 
 import timm
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import repopt_timm  # noqa: F401
+from repopt_timm.model_size import count_macs, count_parameters
 
 NETWORKS = {
     'repopt_vgg_a0': 'repvgg_a0',
@@ -26,13 +25,6 @@ NETWORKS = {
 """Plain network to the multi-branch network whose prior it has."""
 
 
-def millions(model: nn.Module) -> tuple[float, float]:
-    """Returns parameters and multiply-adds at 224 px, in millions."""
-    with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, 3, 224, 224, device='meta'))
-    return sum(param.numel() for param in model.parameters()) / 1e6, counter.get_total_flops() / 2e6
-
-
 def main() -> None:
     """Prints the table."""
     print('| network | parameters | MACs | in training with branches: `timm` model | parameters | MACs |')
@@ -41,9 +33,10 @@ def main() -> None:
         cells = []
         for name in (plain, branches):
             with torch.device('meta'):
-                model = timm.create_model(name).eval()
-            parameters, macs = millions(model)
-            cells += [f'`{name}`', f'{parameters:.1f} M', f'{macs:,.0f} M']
+                model = timm.create_model(name)
+            macs = count_macs(model, (3, 224, 224))
+            assert macs is not None
+            cells += [f'`{name}`', f'{count_parameters(model) / 1e6:.1f} M', f'{macs / 1e6:,.0f} M']
         print(f'| {" | ".join(cells)} |')
 
 

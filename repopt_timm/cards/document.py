@@ -29,6 +29,7 @@ __all__ = [
     'eval_results',
     'read_card_scales',
     'read_metadata',
+    'read_results',
     'refused_feature',
     'update_card',
 ]
@@ -68,6 +69,9 @@ _HUB_LICENSES = (
     'other',
     'unknown',
 )
+
+# timm's prefixes of datasets; on the Hub only names are known.
+_DATASET_TYPE = re.compile(r'(?:hfds|hfids|tfds|torch|wds)/')
 
 _METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
 
@@ -191,6 +195,7 @@ def update_card(
     entry: Mapping[str, Any] | None = None,
     results: Sequence[EvalResult] | None = (),
     license_name: str = DEFAULT_LICENSE,
+    dataset: str = '',
 ) -> str:
     """Returns the text of a card with new metadata and a new generated body; whatever else it has survives.
 
@@ -202,19 +207,20 @@ def update_card(
         results: Results that replace those of the same dataset and metric; None drops those of `eval_results`, which
             other weights had.
         license_name: Licence of a card that states none.
+        dataset: What the weights of a card that names no datasets were trained on: a type and a name, `hfds/user/name`,
+            or the name alone.
 
     Raises:
         ValueError: If the card cannot be read, or the client cannot carry its metadata through unchanged.
     """
     text = _read_text(path, str(path)) if path.is_file() else ''
     original, old_body = _parse(text, str(path))
-    try:
-        data = ModelCardData(**original)
-    except (AttributeError, TypeError, ValueError) as error:
-        raise _unreadable(str(path), str(error)) from None
+    data = _card_data(original, path)
     # Several models, or results in a shape of their own, would come out as something else: better not to write at all.
     _check_carried(original, data, path, ignored={'tags'})
     _set_defaults(data, license_name)
+    if dataset and isinstance(dataset, str):
+        data.datasets = data.datasets or [_DATASET_TYPE.sub('', dataset)]
     if entry is not None:
         published = data.get(METADATA_KEY)
         version = published.get('format') if isinstance(published, Mapping) else None
@@ -236,6 +242,22 @@ def update_card(
     updated = f'---{end}{metadata}{end}---{end}{_replace_body(old_body, scrub(body), path)}'
     _check_readable(updated, path)
     return updated
+
+
+def read_results(path: Path) -> list[EvalResult]:
+    """Returns the results that a card states; none if there is no card.
+
+    Raises:
+        ValueError: If the card cannot be read.
+    """
+    return _card_data(read_metadata(path), path).eval_results or [] if path.is_file() else []
+
+
+def _card_data(metadata: Mapping[str, Any], path: Path) -> ModelCardData:
+    try:
+        return ModelCardData(**metadata)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise _unreadable(str(path), str(error)) from None
 
 
 def _check_readable(text: str, path: Path) -> None:

@@ -1,8 +1,9 @@
 """The text of a model card that people read."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from huggingface_hub import EvalResult
 from torch import Tensor
 
 from ..architectures import ARCHITECTURES
@@ -23,6 +24,16 @@ _ROLES = {
     'csla': 'multi-branch CSLA network with constant scales, which validates the training of a plain one',
 }
 
+_CLASSIFY = """transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+image = transform(Image.open('image.jpg').convert('RGB'))
+probabilities = model(image[None]).softmax(-1)[0]
+names = model.pretrained_cfg.get('label_names') or range(model.num_classes)
+for probability, index in zip(*probabilities.topk(min(5, model.num_classes))):
+    print(f'{names[index]}: {probability:.1%}')"""
+
+# What of the facts about weights stands at the top of a card.
+_SIZES = ('image_size', 'parameters', 'multiply_adds')
+
 _CITATION = """```bibtex
 @inproceedings{ding2023reparameterizing,
   title     = {Re-parameterizing Your Optimizers rather than Architectures},
@@ -41,6 +52,7 @@ def render_body(
     scales: Scales | None = None,
     training: Mapping[str, Any] | None = None,
     license_name: str = '',
+    results: Sequence[EvalResult] = (),
 ) -> str:
     """Renders what a card says about a repository, in Markdown.
 
@@ -51,12 +63,14 @@ def render_body(
         scales: Its scales, if it has any.
         training: How the weights were trained, as far as known.
         license_name: Licence that the card's metadata names.
+        results: Measured accuracies.
     """
     weights = WEIGHTS_FILE in files
     where = f'in `{SCALES_FILE}`' if SCALES_FILE in files else 'in the metadata of this card'
     sections = [
         f'# {repo_id.split("/")[-1]}',
         _summary(model_name, weights, scales, where),
+        *([_figures(results, training or {})] if weights else []),
         '## Usage',
         '`pip install repopt-timm`; `import repopt_timm` makes its models and optimizers known to timm.'
         + (' Replace `USER` by the owner of the repository.' if repo_id.startswith('USER/') else ''),
@@ -100,13 +114,29 @@ def _summary(model_name: str, weights: bool, scales: Scales | None, where: str) 
     )
 
 
+def _figures(results: Sequence[EvalResult], training: Mapping[str, Any]) -> str:
+    """Returns what people choose a model by, as a table of one row; nothing if nothing is known."""
+    cells = {f'{each.metric_name}, {each.dataset_name}': _percent(each) for each in results}
+    for name, value in training.items():
+        if name in _SIZES:
+            cells[name.replace('_', ' ')] = f'{value / 1e6:,.1f} M' if isinstance(value, int) else _text(value)
+    if not cells:
+        return ''
+    rows = (cells, ['---:'] * len(cells), cells.values())
+    return '\n'.join(f'| {" | ".join(_cell(cell) for cell in row)} |' for row in rows)
+
+
+def _percent(result: EvalResult) -> str:
+    return f'{result.metric_value} %' if result.metric_type == 'accuracy' else str(result.metric_value)
+
+
 def _usage(repo_id: str, model_name: str, weights: bool, scales: Scales | None) -> list[str]:
     hub = f"'hf-hub:{repo_id}'"
     load = f'model = timm.create_model({hub}, pretrained=True).eval()'
     register = _registration(model_name)
     snippets = []
     if weights:
-        snippets += ['Load the model:', _python(*register, load)]
+        snippets += ['Classify an image:', _python('from PIL import Image', '', *register, load, _CLASSIFY)]
     elif scales is not None:
         snippets += [
             'Load the scales:',
@@ -155,7 +185,8 @@ def _create(*arguments: str) -> str:
 
 
 def _python(*lines: str) -> str:
-    return '\n'.join(['```python', 'import repopt_timm, timm', '', *lines, '```'])
+    gap = [] if lines[0].startswith('from ') else ['']
+    return '\n'.join(['```python', 'import repopt_timm, timm', *gap, *lines, '```'])
 
 
 def _registration(model_name: str) -> list[str]:
@@ -167,8 +198,9 @@ def _history(files: Collection[str], scales: Scales | None, training: Mapping[st
     sections = []
     if scales is not None:
         sections += ['## How the scales were searched', _facts(scales.provenance) or 'Not recorded.']
-    if training:
-        sections += ['## How the weights were trained', _facts(training)]
+    facts = {name: value for name, value in (training or {}).items() if name not in _SIZES}
+    if facts:
+        sections += ['## How the weights were trained', _facts(facts)]
     if CURVES_FILE in files:
         sections.append(f'![Training loss and accuracy against epochs]({CURVES_FILE})')
     return sections
@@ -209,12 +241,16 @@ def _limits(weights: bool, scales: Scales | None) -> list[str]:
 def _facts(facts: Mapping[str, Any]) -> str:
     lines = []
     for name, value in facts.items():
-        if isinstance(value, Mapping):
-            value = ', '.join(f'{key} {item}' for key, item in value.items())
-        elif isinstance(value, list | tuple):
-            value = ' x '.join(str(item) for item in value)
-        lines.append(f'| {_cell(name.replace("_", " "))} | {_cell(value)} |')
+        lines.append(f'| {_cell(name.replace("_", " "))} | {_cell(_text(value))} |')
     return '\n'.join(['| what | value |', '|---|---|', *lines]) if lines else ''
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ', '.join(f'{key} {item}' for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ' x '.join(str(item) for item in value)
+    return str(value)
 
 
 def _table(modules: Mapping[str, Mapping[str, Tensor]]) -> str:

@@ -15,9 +15,9 @@ from ..files import write_text
 from ..names import PREFIX
 from ..plot import plot_scales
 from ..scales import Scales
-from .document import CARD_FILE, DEFAULT_LICENSE, beside, read_metadata, update_card
+from .document import CARD_FILE, DEFAULT_LICENSE, beside, read_metadata, read_results, update_card
 from .format import METADATA_KEY, SCALES_FILE, decode_scales, encode_scales, has_scales_file
-from .text import SCALES_PICTURE, render_body
+from .text import SCALES_PICTURE, WEIGHTS_FILE, render_body
 from .transfer import push_folder
 
 __all__ = ['draw', 'push_scales', 'save_scales_card', 'write_card']
@@ -72,8 +72,11 @@ def write_card(
         drawn = draw(plot_scales, scales, directory / SCALES_PICTURE, scales.title)
         files = files - {SCALES_PICTURE} | ({SCALES_PICTURE} if drawn else set())
     license_name = previous.get('license_name') or previous.get('license') or license_name or DEFAULT_LICENSE
-    body = render_body(repo_id, model_name, files, scales, training, license_name)
-    write_text(path, update_card(path, body, repo_id.split('/')[-1], metadata, results, license_name))
+    shown = read_results(path) if results is not None and not results else results
+    body = render_body(repo_id, model_name, files, scales, training, license_name, shown or ())
+    dataset = (training or {}).get('dataset', '') if WEIGHTS_FILE in files else ''
+    text = update_card(path, body, repo_id.split('/')[-1], metadata, results, license_name, dataset)
+    write_text(path, text)
 
 
 def save_scales_card(

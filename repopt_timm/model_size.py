@@ -1,0 +1,33 @@
+"""Parameters and multiply-adds of a network."""
+
+import copy
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ['count_macs', 'count_parameters']
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Returns the number of a network's parameters."""
+    return sum(param.numel() for param in model.parameters())
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int | None:
+    """Returns the multiply-adds of convolutions and matrix products for one image; nothing is computed.
+
+    Args:
+        model: The network, on any device.
+        input_size: Channels, height and width of the image.
+
+    Returns:
+        The number; None for a network that does not run on the meta device.
+    """
+    shapes = copy.deepcopy(model).to('meta').eval()
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            shapes(torch.empty(1, *input_size, device='meta'))
+    except (NotImplementedError, RuntimeError):
+        return None
+    return counter.get_total_flops() // 2
