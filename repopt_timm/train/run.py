@@ -34,7 +34,7 @@ from ..optim import RepOptAdamW, RepOptSGD, clip_grad_norm_
 from ..reparam import kind_of, make_grad_mults
 from ..scales import Scales
 from ..sources import ScalesSource, default_scales
-from ..weights_origin import forget_origin, restore_origin
+from ..weights_origin import forget_origin, merged_from, restore_origin
 from .engine import DivergedError, TrainState, train_one_epoch, validate
 from .interruption import InterruptedRunError, postponed_signals, raise_if_interrupted
 from .loaders import Loaders, make_datasets, make_loaders
@@ -377,6 +377,11 @@ def _make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: 
     )
     if not args.pretrained:
         forget_origin(model)
+    elif (original := merged_from(model)) and ':' not in args.model and args.rank == 0:
+        _logger.info(
+            f'{args.model} has the weights of {original}, merged without images: its BatchNorm variances are '
+            f'estimates, and the first steps renormalize. `repopt-timm convert-checkpoint --data` measures them.'
+        )
     if args.initial_checkpoint:
         with explaining(f"'{args.initial_checkpoint}' does not hold weights"):
             checkpoint = read_checkpoint(args.initial_checkpoint)

@@ -145,12 +145,15 @@ def test_implied_scales_need_trained_branches(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('more', [('--scales', 'implied'), ('--opt', 'sgd')], ids=['implied', 'without'])
-def test_a_fine_tuned_merge_keeps_its_scales_and_states_its_origin(published, images, tmp_path, monkeypatch, more):
+def test_a_fine_tuned_merge_keeps_its_scales_and_states_its_origin(
+    published, images, tmp_path, monkeypatch, capfd, more
+):
     monkeypatch.setattr('repopt_timm.train.run_report._draw', lambda *args: False)
     where = [str(images), '--output', str(tmp_path), '--experiment', 'run']
     how = '--model repopt_mobileone_s0 --pretrained --input-size 3 32 32 --batch-size 16'
     how += ' --lr 0.001 --workers 0 --epochs 1 --warmup-epochs 0'
     train([*where, *how.split(), *more])
+    assert 'merged without images: its BatchNorm variances are estimates' in capfd.readouterr().err
     save_pretrained(tmp_path / 'run/last.pth.tar', tmp_path / 'saved')
     card = (tmp_path / 'saved/README.md').read_text()
     assert f'branches, as {REPO}; merged into plain kernels; then trained as stated here' in card
