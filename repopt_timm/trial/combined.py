@@ -122,15 +122,21 @@ def draw_trials(trials: Sequence[TrialResult], path: Path) -> Any:
     for row in rows:
         lines.setdefault((row.arm.name, row.epochs), []).append(row)
     budgets = sorted({epochs for _, epochs in lines})
+    widest = max((row.trial.convolutions for row in rows), default=0)
     for (name, epochs), members in lines.items():
         style = ('-', '--', ':', '-.')[budgets.index(epochs) % 4]
         label = name if len(budgets) == 1 else f'{name}, {epochs} epochs'
         members.sort(key=lambda row: row.trial.convolutions)
-        _draw(depths, [row.trial.convolutions for row in members], members, name, style, label)
+        # Beside each other, so that no error bar hides another.
+        beside = 0.008 * widest * (list(lines).index((name, epochs)) - (len(lines) - 1) / 2)
+        _draw(depths, [row.trial.convolutions + beside for row in members], members, name, style, label)
         _draw(times, [row.seconds for row in members], members, name, '', label)
     depths.set(xlabel='convolutions', ylabel='top-1 accuracy on validation images (%)', title='mean, 95 % interval')
+    depths.set_xticks(sorted({row.trial.convolutions for row in rows}))
     depths.legend(frameon=False)
     times.set(xlabel='seconds of training of a run', xscale='log', title='the same against wall time')
+    for axis in ('major', 'minor'):
+        getattr(times.xaxis, f'set_{axis}_formatter')('{x:.0f}')
     save_figure(figure, path)
     return figure
 
