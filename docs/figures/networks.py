@@ -24,11 +24,20 @@ NETWORKS = {
 }
 """Plain network to the multi-branch network whose prior it has."""
 
+TRAINING_TIME = {
+    'repopt_vgg_a0': 1.41,
+    'repopt_vgg_b1': 1.41,
+    'repopt_mobileone_s0': 4.42,
+    'repopt_mobileone_s1': 1.73,
+    'repopt_mobileone_s4': 1.45,
+}
+"""Training step of the multi-branch network over that of the plain one, as docs/performance.md has measured it."""
+
 
 def main() -> None:
     """Prints the table."""
-    print('| network | parameters | MACs | in training with branches: `timm` model | parameters | MACs |')
-    print('|---|---:|---:|---|---:|---:|')
+    print('| network | parameters | MACs | trained with branches | parameters | MACs | time of a step |')
+    print('|---|---:|---:|---|---:|---:|---:|')
     for plain, branches in NETWORKS.items():
         cells = []
         for name in (plain, branches):
@@ -37,6 +46,7 @@ def main() -> None:
             macs = count_macs(model, (3, 224, 224))
             assert macs is not None
             cells += [f'`{name}`', f'{count_parameters(model) / 1e6:.1f} M', f'{macs / 1e6:,.0f} M']
+        cells.append(f'{TRAINING_TIME[plain]:.1f} x' if plain in TRAINING_TIME else '')
         print(f'| {" | ".join(cells)} |')
 
 
