@@ -1,7 +1,7 @@
 """Grad Mults, the Rule of Iteration (section 3.3 and appendix A of arXiv 2205.15242)."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -188,6 +188,12 @@ class GradMults(Mapping[Tensor, GradMult]):
     def name_of(self, parameter: Tensor) -> str:
         """Returns the name of a kernel's convolution, for messages."""
         return self._names.get(parameter, f'a kernel of shape {tuple(parameter.shape)}')
+
+    def of(self, parameters: Iterable[Tensor]) -> 'GradMults':
+        """Returns the Grad Mults of some of the parameters, for an optimizer of these alone."""
+        own = set(parameters)
+        mults = {kernel: mult for kernel, mult in self._mults.items() if kernel in own}
+        return GradMults(mults, self.update_rule, self.fingerprint, self._names)
 
     def folded(self, factors: Mapping[Tensor, Tensor]) -> 'GradMults':
         """Returns the Grad Mults of kernels that a constant BatchNorm was folded into: `M |c|^power` for `c W`.

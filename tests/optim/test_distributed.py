@@ -1,4 +1,7 @@
+from pathlib import Path
+
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -11,9 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 from repopt_timm import attach_scales, clip_grad_norm_, make_grad_mults
 from repopt_timm.optim import RepOptAdamW, RepOptSGD
 
-from ..helpers import relative_difference
+from ..helpers import TINY, relative_difference
 from .equivalence import optimizers, twins
 
+PAGE = Path(__file__).parents[2] / 'docs/integrations.md'
 GLOBAL_BATCH = 8
 SETTINGS = {'lr': 0.01, 'momentum': 0.9, 'weight_decay': 5e-3}
 
@@ -102,6 +106,31 @@ def under_fsdp(rank, count):
         'compiled sgd': fsdp_against_one_process(rank, count, 'sgd', {**SETTINGS, 'compiled': True}),
         'adamw': fsdp_against_one_process(rank, count, 'adamw', {'lr': 1e-3, 'weight_decay': 0.05}),
     }
+
+
+def zero_against_one_process(rank, count):
+    """The block of docs/integrations.md, on a loader of this process's images."""
+    block = PAGE.read_text(encoding='utf-8').partition('## ZeRO')[2].partition('```python')[2].partition('```')[0]
+    torch.manual_seed(0)
+    data = [(torch.randn(4, 3, 32, 32), torch.arange(4) % 5) for _ in range(3)]
+    names = {'name': TINY, 'num_classes': 5, 'loader': data}
+    exec(compile(block, str(PAGE), 'exec'), names)
+    torch.manual_seed(0)
+    data = [(torch.randn(4, 3, 32, 32), torch.arange(4) % 5) for _ in range(3)]
+    model = timm.create_model(TINY, scales='initial', num_classes=5)
+    optimizer = RepOptSGD(
+        model.parameters(), lr=0.05, momentum=0.9, weight_decay=4e-5, grad_mults=make_grad_mults(model)
+    )
+    for images, labels in data:
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    return relative_difference(model, names['model'])
+
+
+@pytest.mark.slow
+def test_zero_follows_one_process(tmp_path):
+    assert all(difference < 1e-5 for difference in in_processes(2, zero_against_one_process, tmp_path))
 
 
 @pytest.mark.slow
