@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from ..plot import save_figure, subplots
 from ..reporting import markdown_table
+from .arms import ARMS
 from .intervals import Interval
 from .results import ArmResult, TrialResult, paired
 from .trial_pictures import color_of
@@ -15,6 +16,9 @@ from .verdict import interval_text, verdict
 __all__ = ['combined_report', 'draw_trials']
 
 _SAME_TIME = 1.05
+
+# A marker and a line for each number of epochs.
+_STYLES = ('o-', 's--', '^:', 'D-.')
 
 
 class _Row(NamedTuple):
@@ -122,28 +126,31 @@ def draw_trials(trials: Sequence[TrialResult], path: Path) -> Any:
     for row in rows:
         lines.setdefault((row.arm.name, row.epochs), []).append(row)
     budgets = sorted({epochs for _, epochs in lines})
+    arms = [name for name in ARMS if any(name == arm for arm, _ in lines)]
     widest = max((row.trial.convolutions for row in rows), default=0)
     for (name, epochs), members in lines.items():
-        style = ('-', '--', ':', '-.')[budgets.index(epochs) % 4]
-        label = name if len(budgets) == 1 else f'{name}, {epochs} epochs'
+        style = _STYLES[budgets.index(epochs) % len(_STYLES)]
         members.sort(key=lambda row: row.trial.convolutions)
         # Beside each other, so that no error bar hides another.
-        beside = 0.008 * widest * (list(lines).index((name, epochs)) - (len(lines) - 1) / 2)
-        _draw(depths, [row.trial.convolutions + beside for row in members], members, name, style, label)
-        _draw(times, [row.seconds for row in members], members, name, '', label)
+        beside = 0.008 * widest * (arms.index(name) - (len(arms) - 1) / 2)
+        _draw(depths, [row.trial.convolutions + beside for row in members], members, style)
+        _draw(times, [row.seconds for row in members], members, style[0])
     depths.set(xlabel='convolutions', ylabel='top-1 accuracy on validation images (%)', title='mean, 95 % interval')
     depths.set_xticks(sorted({row.trial.convolutions for row in rows}))
-    depths.legend(frameon=False)
     times.set(xlabel='seconds of training of a run', xscale='log', title='the same against wall time')
     for axis in ('major', 'minor'):
-        getattr(times.xaxis, f'set_{axis}_formatter')('{x:.0f}')
+        getattr(times.xaxis, f'set_{axis}_formatter')(lambda value, _: f'{value:g}' if f'{value:g}'[0] in '125' else '')
+    for name in arms:
+        depths.plot([], [], color=color_of(name), label=name)
+    for budget, style in zip(budgets, _STYLES):
+        depths.plot([], [], style, color='0.3', label=f'{budget} epochs')
+    figure.legend(loc='outside right upper', frameon=False)
     save_figure(figure, path)
     return figure
 
 
-def _draw(axes: Any, x: list[float], rows: list[_Row], name: str, style: str, label: str) -> None:
+def _draw(axes: Any, x: list[float], rows: list[_Row], style: str) -> None:
     means = [row.mean for row in rows]
     halves = [mean.half if mean.count > 1 else 0 for mean in means]
-    axes.errorbar(
-        x, [mean.mean for mean in means], yerr=halves, fmt=f'o{style}', color=color_of(name), label=label, capsize=3
-    )
+    color = color_of(rows[0].arm.name)
+    axes.errorbar(x, [mean.mean for mean in means], yerr=halves, fmt=style, color=color, capsize=3)

@@ -47,7 +47,9 @@ def report_trials(trials: Sequence[TrialResult], folder: Path) -> str:
     """
     text = combined_report(trials)
     write_text(folder / f'{REPORT_NAME}.md', text)
-    values = {str(trial.folder): _values(trial) for trial in trials}
+    names = [trial.folder.name for trial in trials]
+    alike = len(set(names)) < len(names)
+    values = {str(trial.folder) if alike else trial.folder.name: _values(trial) for trial in trials}
     write_text(folder / f'{REPORT_NAME}.json', json.dumps(_finite(values), indent=2) + '\n')
     write_text(folder / 'epochs.csv', _epochs(trials))
     _try_to_draw(partial(draw_trials, trials), folder)
