@@ -47,6 +47,7 @@ def combined_report(trials: Sequence[TrialResult]) -> str:
         'Top-1 accuracy in percent on the validation images after the last epoch; the difference is to '
         f'{" or ".join(sorted({trial.settings.reference for trial in trials}))}, over paired seeds; the wall time is '
         'that of the training of a run.',
+        _arms_beside_each_other(trials),
         markdown_table(head, [_cells(row) for row in _rows(trials)], align=True),
     ]
     for trial in trials:
@@ -54,6 +55,17 @@ def combined_report(trials: Sequence[TrialResult]) -> str:
     if equal := list(_equal_times(trials)):
         parts += ['## Equal wall time', '\n'.join(f'* {sentence}' for sentence in equal)]
     return '\n\n'.join(parts) + '\n'
+
+
+def _arms_beside_each_other(trials: Sequence[TrialResult]) -> str:
+    arms = [name for name in ARMS if any(name in trial.arms for trial in trials)]
+    rows = []
+    for trial in trials:
+        means = {row.arm.name: row.mean for row in _rows([trial]) if row.arm.top1}
+        cells = ['-' if name not in means else interval_text(means[name], sign=False) for name in arms]
+        epochs = trial.shared.epochs + trial.shared.cooldown_epochs
+        rows.append([trial.folder.name, str(trial.convolutions or '-'), str(epochs), *cells])
+    return markdown_table(['trial', 'convolutions', 'epochs', *arms], rows, align=True)
 
 
 def _rows(trials: Sequence[TrialResult]) -> list[_Row]:

@@ -121,7 +121,8 @@ def test_trials_of_several_depths_have_one_report(finished, tmp_path):
     assert main(['trial', '--report', *folders, '--output', str(tmp_path / 'both')]) == 0
     lines = (tmp_path / 'both/report.md').read_text().splitlines()
     cells = [[cell.strip() for cell in line.split('|')[1:-1]] for line in lines if line.startswith('| ')]
-    assert [row[:4] for row in cells[2:]] == [
+    assert [row[:3] for row in cells[2:4]] == [['shallow', '6', '4'], ['deep', '20', '4']]
+    assert [row[:4] for row in cells[6:]] == [
         ['shallow', '6', '4', 'sgd'],
         ['shallow', '6', '4', 'repopt'],
         ['deep', '20', '4', 'sgd'],
@@ -140,6 +141,7 @@ def test_budgets_are_compared_at_equal_wall_time(trial):
             fake_run(runs.training('sgd', seed, 0.1), sgd, seconds=4)
             fake_run(runs.training('repopt', seed, 0.1), repopt, seconds=1)
     text = combined_report([read_results(slow.folder), read_results(long.folder)])
+    assert '| 2      | 40.50 (34.15 to 46.85) | 41.50 (35.15 to 47.85) |' in text
     assert 'repopt in 8 epochs (8 s) and sgd in 2 epochs (8 s): +21.00 (21.00 to 21.00) points, 2 seeds.' in text
 
 
