@@ -73,6 +73,7 @@ def test_a_model_goes_from_one_cache_into_another(hub, client, images):
     assert torch.equal(again(images), model(images))
 
 
+@pytest.mark.slow
 def test_a_model_reaches_another_process(hub, client, images, tmp_path):
     model = trained()
     push_to_hub(model, REPO, private=True)
