@@ -368,7 +368,9 @@ def _model_of(
     names = checkpoint.get('label_names')
     model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
     model.pretrained_cfg.pop('tag', None)  # that of the weights which timm knows for this model
-    restore_origin(model, checkpoint.get('origin'))
+    if 'origin' in checkpoint or not args.get('pretrained'):
+        # timm's script does not state it; it fine-tunes what timm knows for the model.
+        restore_origin(model, checkpoint.get('origin'))
     return model.eval()
 
 

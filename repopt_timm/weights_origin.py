@@ -4,31 +4,33 @@ Both stand in the model's `pretrained_cfg`, the second among its `notes`: timm w
 them from there, so that they survive saving, loading and fine-tuning.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 __all__ = ['forget_origin', 'merged_from', 'note_merged', 'origin_of', 'restore_origin']
 
 _MERGED = 'merged from '
-_KEYS = ('license', 'notes')
+# Both may come from anyone's config.json or checkpoint, and go into a card.
+_LICENSE = re.compile(r'[a-z0-9][a-z0-9.+_-]{0,99}')
+_MAX_NOTES = 10
+_MAX_NOTE = 300
 
 
 def origin_of(model: Any) -> dict[str, Any]:
     """Returns what is known of the origin of a timm model's weights, as plain data: `license` and `notes`."""
-    cfg = model.pretrained_cfg
-    known = {key: cfg[key] for key in _KEYS if cfg.get(key)}
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
+    return _checked(getattr(model, 'pretrained_cfg', None))
 
 
-def restore_origin(model: Any, origin: Mapping[str, Any] | None) -> None:
+def restore_origin(model: Any, origin: Any) -> None:
     """Gives a timm model the origin of the weights that it took over; what it stated before goes.
 
     Args:
         model: The model.
-        origin: What `origin_of` returned. Defaults to none.
+        origin: What `origin_of` returned; anything else, of a damaged file for example, counts as none.
     """
-    others = {key: value for key, value in model.pretrained_cfg.items() if key not in _KEYS}
-    model.pretrained_cfg = {**others, **{key: value for key, value in (origin or {}).items() if key in _KEYS}}
+    others = {key: value for key, value in model.pretrained_cfg.items() if key not in ('license', 'notes')}
+    model.pretrained_cfg = {**others, **_checked(origin)}
 
 
 def forget_origin(model: Any) -> None:
@@ -43,12 +45,29 @@ def note_merged(model: Any, source: str) -> None:
         model: The model.
         source: Name of the weights with branches, such as `timm/mobileone_s0.apple_in1k`.
     """
-    restore_origin(model, {**origin_of(model), 'notes': [f'{_MERGED}{source}']})
+    origin = origin_of(model)
+    others = [note for note in origin.get('notes', ()) if not note.startswith(_MERGED)]
+    restore_origin(model, {**origin, 'notes': [f'{_MERGED}{source}'[:_MAX_NOTE], *others]})
 
 
 def merged_from(model: Any) -> str:
     """Returns the name of the weights with branches that a timm model's were merged from; empty if there are none."""
     for note in origin_of(model).get('notes', ()):
-        if isinstance(note, str) and note.startswith(_MERGED):
+        if note.startswith(_MERGED):
             return note.removeprefix(_MERGED)
     return ''
+
+
+def _checked(origin: Any) -> dict[str, Any]:
+    """Returns the parts of an origin that are what they should be."""
+    if not isinstance(origin, Mapping):
+        return {}
+    known: dict[str, Any] = {}
+    name, notes = origin.get('license'), origin.get('notes')
+    if isinstance(name, str) and _LICENSE.fullmatch(name.lower()):
+        known['license'] = name.lower()
+    notes = [notes] if isinstance(notes, str) else notes
+    if isinstance(notes, list | tuple):
+        notes = [note for note in notes if isinstance(note, str) and len(note) <= _MAX_NOTE][:_MAX_NOTES]
+        known |= {'notes': notes} if notes else {}
+    return known

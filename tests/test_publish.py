@@ -7,12 +7,13 @@ import sys
 import pytest
 import timm
 import torch
-from huggingface_hub import ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 from timm.models import save_for_hf
 
 from repopt_timm import Scales, load_scales, push_scales
 from repopt_timm.cards.document import read_card_scales
+from repopt_timm.cards.text import render_body
 from repopt_timm.cards.writing import save_scales_card
 from repopt_timm.optim import build_repopt_sgd
 from repopt_timm.publish import push_to_hub, save_pretrained
@@ -122,7 +123,7 @@ def test_a_card_leads_with_what_people_choose_by(tmp_path):
     card = tmp_path / 'README.md'
     lead, _, rest = ModelCard.load(card).text.partition('## Usage')
     assert '| Top-1 accuracy, hfds/ann/digits | image size | parameters | multiply adds |' in lead
-    assert '| 97.5 % | 3 x 224 x 224 | 0.1 M | ' in lead
+    assert '| 97.50 % | 3 x 224 x 224 | 0.1 M | ' in lead
     assert 'multiply adds' not in rest
     assert ModelCard.load(card).data.datasets == ['ann/digits']
     # Scales alone change nothing of that.
@@ -130,8 +131,23 @@ def test_a_card_leads_with_what_people_choose_by(tmp_path):
     assert ModelCard.load(card).text.startswith(lead)
 
 
-def test_the_first_snippet_of_a_card_classifies_an_image(tmp_path, monkeypatch, capsys):
-    model = trained()
+def test_a_card_leads_with_nothing_that_is_not_a_size_or_an_accuracy():
+    training = {1: 2, 'parameters': 10**400, 'multiply_adds': True, 'image_size': 224}
+    results = [EvalResult('image-classification', 'a', 'a', 'accuracy', value) for value in ('93 %', {'a': 1}, None)]
+    body = render_body('ann/tiny', TINY, ['model.safetensors'], training=training, results=results)
+    assert body.partition('## Usage')[0].count('|') == 0
+
+
+def test_other_weights_do_not_take_over_the_accuracy_at_the_top(tmp_path):
+    save_pretrained(trained(), tmp_path, metrics={'dataset': 'digits', 'top1': 97.5})
+    save_pretrained(trained(), tmp_path)
+    assert '97.50 %' not in (tmp_path / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('channels', [1, 3])
+def test_the_first_snippet_of_a_card_classifies_an_image(channels, tmp_path, monkeypatch, capsys):
+    model = trained(in_chans=channels)
+    model.pretrained_cfg['input_size'] = (channels, 32, 32)
     model.pretrained_cfg |= {'num_classes': 5, 'label_names': list('abcde')}
     save_pretrained(model, tmp_path)
     Image.new('L', (40, 30)).save(tmp_path / 'image.jpg')

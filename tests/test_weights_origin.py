@@ -8,12 +8,13 @@ import torch
 from huggingface_hub import ModelCard
 
 from repopt_timm import save_pretrained
+from repopt_timm.cards.writing import save_scales_card
 from repopt_timm.merge_checkpoint import merge_trained
 from repopt_timm.publish import model_from_checkpoint
 from repopt_timm.train.command import main as train
 from repopt_timm.weights_origin import merged_from, note_merged, origin_of, restore_origin
 
-from .helpers import TINY, tiny_model
+from .helpers import TINY, random_scales, tiny_model
 
 
 def merged(license_name='mit'):
@@ -81,3 +82,35 @@ def test_the_licence_that_a_card_states_stays(tmp_path):
     (tmp_path / 'README.md').write_text('---\nlicense: cc-by-4.0\n---\n')
     save_pretrained(merged(), tmp_path)
     assert card_of(tmp_path).data.license == 'cc-by-4.0'
+
+
+@pytest.mark.parametrize(
+    'origin',
+    [5, 'mit', [1], {'license': 5, 'notes': 7}, {'license': 'a\nb', 'notes': [3, 'x' * 1000]}, {'license': '<img>'}],
+)
+def test_an_origin_that_is_none_is_ignored(origin):
+    model = merged()
+    restore_origin(model, origin)
+    assert origin_of(model) == {}
+    model.pretrained_cfg |= origin if isinstance(origin, dict) else {}
+    assert merged_from(model) == ''
+
+
+def test_a_note_of_a_merge_stands_beside_other_notes():
+    model = merged('MIT')
+    restore_origin(model, {'license': 'MIT', 'notes': ['merged from a', 'mine']})
+    note_merged(model, 'b')
+    assert origin_of(model) == {'license': 'mit', 'notes': ['merged from b', 'mine']}
+
+
+def test_weights_under_another_licence_than_their_card_are_warned_of(tmp_path, caplog):
+    save_scales_card(random_scales(), tmp_path)
+    save_pretrained(merged('mobileone-license'), tmp_path)
+    assert "the card's licence is apache-2.0, but the weights are under mobileone-license" in caplog.text
+
+
+def test_what_timms_script_fine_tuned_has_the_licence_that_timm_states(tmp_path):
+    model = timm.create_model('test_resnet')
+    args = argparse.Namespace(model_kwargs={}, pretrained=True)
+    torch.save({'arch': 'test_resnet', 'state_dict': model.state_dict(), 'args': args}, tmp_path / 'last.pth.tar')
+    assert origin_of(model_from_checkpoint(tmp_path / 'last.pth.tar'))['license'] == 'apache-2.0'

@@ -24,6 +24,7 @@ __all__ = [
     'CARD_FILE',
     'DEFAULT_LICENSE',
     'END',
+    'METRICS',
     'PlainLoader',
     'beside',
     'eval_results',
@@ -73,7 +74,7 @@ _HUB_LICENSES = (
 # timm's prefixes of datasets; on the Hub only names are known.
 _DATASET_TYPE = re.compile(r'(?:hfds|hfids|tfds|torch|wds)/')
 
-_METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
+METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
 
 
 # libyaml's is an order of magnitude faster.
@@ -180,8 +181,8 @@ def eval_results(metrics: Mapping[str, float | str], source: str = 'metrics') ->
                 task_type='image-classification',
                 dataset_type=dataset,
                 dataset_name=dataset,
-                metric_type='accuracy' if name in _METRICS else name,
-                metric_name=_METRICS.get(name, name),
+                metric_type='accuracy' if name in METRICS else name,
+                metric_name=METRICS.get(name, name),
                 metric_value=value,
             )
         )
@@ -233,7 +234,7 @@ def update_card(
         data.model_name = data.model_name or model_name
         data.eval_results = [*kept, *results]
     elif results is None and data.eval_results:
-        others = [result for result in data.eval_results if result.metric_name not in _METRICS.values()]
+        others = [result for result in data.eval_results if result.metric_name not in METRICS.values()]
         data.eval_results = others or None
     _check_carried(original, data, path, ignored={'tags', 'model-index', METADATA_KEY})
     # Of a file from Windows the rest has its line ends too.
@@ -346,7 +347,7 @@ def _is_number(event: yaml.ScalarEvent) -> bool:
 def _check_carried(original: Mapping[str, Any], data: ModelCardData, path: Path, ignored: set[str]) -> None:
     written = data.to_dict()
     for key, value in original.items():
-        if key not in ignored and written.get(key) != value:
+        if key not in ignored and value is not None and written.get(key) != value:
             raise ValueError(
                 f"{path}: its metadata '{key}' would not survive: huggingface_hub's ModelCard reads one model with "
                 f'results in the documented form, and would write something else back. The card is left as it was; '

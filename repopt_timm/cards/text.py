@@ -10,6 +10,7 @@ from ..architectures import ARCHITECTURES
 from ..names import ModelName
 from ..reparam import Geometry
 from ..scales import Scales, scales_table
+from .document import METRICS
 from .format import SCALES_FILE
 
 __all__ = ['CURVES_FILE', 'SCALES_PICTURE', 'WEIGHTS_FILE', 'render_body']
@@ -33,6 +34,10 @@ for probability, index in zip(*probabilities.topk(min(5, model.num_classes))):
 
 # What of the facts about weights stands at the top of a card.
 _SIZES = ('image_size', 'parameters', 'multiply_adds')
+_MOST_RESULTS = 4
+_MOST = 1e15
+# Channels to PIL's name of such images.
+_IMAGE_MODES = {1: 'L', 3: 'RGB'}
 
 _CITATION = """```bibtex
 @inproceedings{ding2023reparameterizing,
@@ -74,7 +79,7 @@ def render_body(
         '## Usage',
         '`pip install repopt-timm`; `import repopt_timm` makes its models and optimizers known to timm.'
         + (' Replace `USER` by the owner of the repository.' if repo_id.startswith('USER/') else ''),
-        *_usage(repo_id, model_name, weights, scales),
+        *_usage(repo_id, model_name, weights, scales, _IMAGE_MODES.get((_image_size(training or {}) or [3])[0])),
         *_history(files, scales, training),
         *_scales_section(files, scales),
         '## Limits',
@@ -116,27 +121,40 @@ def _summary(model_name: str, weights: bool, scales: Scales | None, where: str) 
 
 def _figures(results: Sequence[EvalResult], training: Mapping[str, Any]) -> str:
     """Returns what people choose a model by, as a table of one row; nothing if nothing is known."""
-    cells = {f'{each.metric_name}, {each.dataset_name}': _percent(each) for each in results}
-    for name, value in training.items():
-        if name in _SIZES:
-            cells[name.replace('_', ' ')] = f'{value / 1e6:,.1f} M' if isinstance(value, int) else _text(value)
+    shown = [each for each in results if each.metric_name in METRICS.values() and _is_number(each.metric_value)]
+    cells = {f'{each.metric_name}, {each.dataset_name}': f'{each.metric_value:.2f} %' for each in shown[:_MOST_RESULTS]}
+    if size := _image_size(training):
+        cells['image size'] = _text(size)
+    for name in ('parameters', 'multiply_adds'):
+        count: Any = training.get(name)
+        if _is_number(count):
+            cells[name.replace('_', ' ')] = f'{count / 1e6:,.1f} M'
     if not cells:
         return ''
     rows = (cells, ['---:'] * len(cells), cells.values())
     return '\n'.join(f'| {" | ".join(_cell(cell) for cell in row)} |' for row in rows)
 
 
-def _percent(result: EvalResult) -> str:
-    return f'{result.metric_value} %' if result.metric_type == 'accuracy' else str(result.metric_value)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _MOST
 
 
-def _usage(repo_id: str, model_name: str, weights: bool, scales: Scales | None) -> list[str]:
+def _image_size(training: Mapping[str, Any]) -> list[int] | None:
+    size = training.get('image_size')
+    return size if isinstance(size, list) and len(size) == 3 and all(map(_is_number, size)) else None
+
+
+def _usage(repo_id: str, model_name: str, weights: bool, scales: Scales | None, mode: str | None) -> list[str]:
     hub = f"'hf-hub:{repo_id}'"
     load = f'model = timm.create_model({hub}, pretrained=True).eval()'
     register = _registration(model_name)
     snippets = []
     if weights:
-        snippets += ['Classify an image:', _python('from PIL import Image', '', *register, load, _CLASSIFY)]
+        if mode is None:
+            snippets += ['Load the model:', _python(*register, load)]
+        else:
+            classify = _CLASSIFY.replace('RGB', mode)
+            snippets += ['Classify an image:', _python('from PIL import Image', '', *register, load, classify)]
     elif scales is not None:
         snippets += [
             'Load the scales:',
@@ -241,7 +259,7 @@ def _limits(weights: bool, scales: Scales | None) -> list[str]:
 def _facts(facts: Mapping[str, Any]) -> str:
     lines = []
     for name, value in facts.items():
-        lines.append(f'| {_cell(name.replace("_", " "))} | {_cell(_text(value))} |')
+        lines.append(f'| {_cell(str(name).replace("_", " "))} | {_cell(_text(value))} |')
     return '\n'.join(['| what | value |', '|---|---|', *lines]) if lines else ''
 
 

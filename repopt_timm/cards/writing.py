@@ -56,6 +56,8 @@ def write_card(
     path = directory / CARD_FILE
     previous = read_metadata(path) if path.is_file() else {}
     published_entry = previous.get(METADATA_KEY)
+    # Those of a card whose weights stay as they are.
+    shown = read_results(path) if training is None else results or ()
     if scales is None and published_entry is not None:
         scales = decode_scales(published_entry, str(path), partial(beside, path))
     if training is None and isinstance(published_entry, Mapping):
@@ -71,9 +73,14 @@ def write_card(
             scales.with_provenance(metadata['provenance']).save(directory / SCALES_FILE)
         drawn = draw(plot_scales, scales, directory / SCALES_PICTURE, scales.title)
         files = files - {SCALES_PICTURE} | ({SCALES_PICTURE} if drawn else set())
-    license_name = previous.get('license_name') or previous.get('license') or license_name or DEFAULT_LICENSE
-    shown = read_results(path) if results is not None and not results else results
-    body = render_body(repo_id, model_name, files, scales, training, license_name, shown or ())
+    stated = previous.get('license') or 'other'
+    stated = previous.get('license_name') or '' if stated == 'other' else stated
+    if stated and license_name and stated != license_name:
+        _logger.warning(
+            f"{path}: the card's licence is {stated}, but the weights are under {license_name}: mend `license` in it."
+        )
+    license_name = stated or license_name or DEFAULT_LICENSE
+    body = render_body(repo_id, model_name, files, scales, training, license_name, shown)
     dataset = (training or {}).get('dataset', '') if WEIGHTS_FILE in files else ''
     text = update_card(path, body, repo_id.split('/')[-1], metadata, results, license_name, dataset)
     write_text(path, text)
