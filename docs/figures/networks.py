@@ -36,7 +36,7 @@ TRAINING_TIME = {
 
 def main() -> None:
     """Prints the table."""
-    print('| network | parameters | MACs | trained with branches | parameters | MACs | time of a step |')
+    print("| network | parameters | MACs | trained with branches | parameters | MACs | its step over the plain one's |")
     print('|---|---:|---:|---|---:|---:|---:|')
     for plain, branches in NETWORKS.items():
         cells = []

@@ -151,7 +151,9 @@ def draw_trials(trials: Sequence[TrialResult], path: Path) -> Any:
     depths.set_xticks(sorted({row.trial.convolutions for row in rows}))
     times.set(xlabel='seconds of training of a run', xscale='log', title='the same against wall time')
     for axis in ('major', 'minor'):
-        getattr(times.xaxis, f'set_{axis}_formatter')(lambda value, _: f'{value:g}' if f'{value:g}'[0] in '125' else '')
+        getattr(times.xaxis, f'set_{axis}_formatter')(
+            lambda value, _: f'{value:g}' if f'{value:g}'[0] in '1235' else ''
+        )
     for name in arms:
         depths.plot([], [], color=color_of(name), label=name)
     for budget, style in zip(budgets, _STYLES):
