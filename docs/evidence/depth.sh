@@ -1,5 +1,5 @@
 #!/bin/sh
-# Accuracy against depth: repeats docs/evidence/depth. Two runs side by side, one thread each; two hours and a half on two cores.
+# Accuracy against depth: repeats docs/evidence/depth. Two runs side by side, one thread each; three hours on two cores.
 #   sh docs/evidence/depth.sh CIFAR10 OUTPUT
 # CIFAR10 is an image folder. A second call continues what was interrupted.
 set -eu
