@@ -1,12 +1,13 @@
 """Parameters and multiply-adds of a network."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['count_macs', 'count_parameters']
+__all__ = ['count_macs', 'count_parameters', 'size_of']
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -31,3 +32,11 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int | None
     except (NotImplementedError, RuntimeError):
         return None
     return counter.get_total_flops() // 2
+
+
+def size_of(model: Any) -> dict[str, Any]:
+    """Returns a timm model's image size, number of parameters and multiply-adds, as a card leads with them."""
+    size = tuple(model.pretrained_cfg['input_size'])
+    macs = count_macs(model, size)
+    known = {} if macs is None else {'multiply_adds': macs}
+    return {'image_size': list(size), 'parameters': count_parameters(model), **known}

@@ -23,7 +23,7 @@ from .checkpoints.read import read_checkpoint, select_state_dict
 from .datasets import data_config_of
 from .errors import explaining, naming
 from .files import check_output, check_output_folder, naming_write_errors, replacing
-from .model_size import count_macs, count_parameters
+from .model_size import size_of
 from .models import RepOptVgg, ensure_registered
 from .models.strided_byobnet import stated_arguments
 from .names import ModelName
@@ -243,7 +243,7 @@ def _prepare(
         raise FileNotFoundError(f"There is no picture '{os.fspath(curves)}'.")
     if precision != 'float32':
         training['weights'] = precision
-    training |= _size_of(model)
+    training |= size_of(model)
     if found is not None:
         # What no card can hold is an error before anything is written or uploaded.
         encode_scales(found, training)
@@ -300,14 +300,6 @@ def _timm_name(model: nn.Module) -> str:
             f'{type(model).__name__} is not a model of timm: create it with timm.create_model, then publish it.'
         )
     return config['architecture']
-
-
-def _size_of(model: nn.Module) -> dict[str, Any]:
-    """Returns what a card leads with, beside accuracies."""
-    cfg: Any = model.pretrained_cfg
-    input_size = tuple(cfg['input_size'])
-    sizes = {'parameters': count_parameters(model), 'multiply_adds': count_macs(model, input_size)}
-    return {'image_size': list(input_size), **{name: value for name, value in sizes.items() if value is not None}}
 
 
 def _scales_of(model: nn.Module) -> Scales | None:

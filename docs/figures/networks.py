@@ -31,12 +31,12 @@ TRAINING_TIME = {
     'repopt_mobileone_s1': 1.73,
     'repopt_mobileone_s4': 1.45,
 }
-"""Training step of the multi-branch network over that of the plain one, as docs/performance.md has measured it."""
+"""Time of a training step with branches, divided by the plain network's; measured in docs/performance.md."""
 
 
 def main() -> None:
     """Prints the table."""
-    print("| network | parameters | MACs | trained with branches | parameters | MACs | its step over the plain one's |")
+    print('| network | parameters | MACs | trained with branches | parameters | MACs | step time |')
     print('|---|---:|---:|---|---:|---:|---:|')
     for plain, branches in NETWORKS.items():
         cells = []

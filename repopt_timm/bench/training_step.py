@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..architectures import ARCHITECTURES
+from ..model_size import count_parameters
 from ..names import PREFIX
 from .allocation import allocation, saved_bytes, static_bytes
 from .bench_models import (
@@ -70,7 +71,7 @@ def _bench_twin(settings: Settings) -> list[Row]:
     plain, branches = twin_models(settings.model, settings.device)
     original = settings.model.removeprefix(PREFIX)
     models = {settings.model: plain, original: branches}
-    millions = {name: [round(sum(p.numel() for p in m.parameters()) / 1e6, 2)] for name, m in models.items()}
+    millions = {name: [round(count_parameters(model) / 1e6, 2)] for name, model in models.items()}
     rows = _step_rows(models, settings.model, _TWIN_GOALS.get(settings.model, {}), (original,), settings)
     return rows + ratio_rows(f'parameters in training, {original}', 'M', millions, settings.model)
 

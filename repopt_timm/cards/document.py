@@ -30,8 +30,8 @@ __all__ = [
     'eval_results',
     'read_card_scales',
     'read_metadata',
-    'read_results',
     'refused_feature',
+    'results_in',
     'update_card',
 ]
 
@@ -245,13 +245,17 @@ def update_card(
     return updated
 
 
-def read_results(path: Path) -> list[EvalResult]:
-    """Returns the results that a card states; none if there is no card.
+def results_in(metadata: Mapping[str, Any], path: Path) -> list[EvalResult]:
+    """Returns the results that a card states.
+
+    Args:
+        metadata: The card's, as `read_metadata` returned them.
+        path: The card, for errors.
 
     Raises:
-        ValueError: If the card cannot be read.
+        ValueError: If they cannot be read.
     """
-    return _card_data(read_metadata(path), path).eval_results or [] if path.is_file() else []
+    return _card_data(metadata, path).eval_results or []
 
 
 def _card_data(metadata: Mapping[str, Any], path: Path) -> ModelCardData:

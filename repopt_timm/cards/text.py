@@ -79,7 +79,7 @@ def render_body(
         '## Usage',
         '`pip install repopt-timm`; `import repopt_timm` makes its models and optimizers known to timm.'
         + (' Replace `USER` by the owner of the repository.' if repo_id.startswith('USER/') else ''),
-        *_usage(repo_id, model_name, weights, scales, _IMAGE_MODES.get((_image_size(training or {}) or [3])[0])),
+        *_usage(repo_id, model_name, weights, scales, _image_mode(training or {})),
         *_history(files, scales, training),
         *_scales_section(files, scales),
         '## Limits',
@@ -142,6 +142,12 @@ def _is_number(value: Any) -> bool:
 def _image_size(training: Mapping[str, Any]) -> list[int] | None:
     size = training.get('image_size')
     return size if isinstance(size, list) and len(size) == 3 and all(map(_is_number, size)) else None
+
+
+def _image_mode(training: Mapping[str, Any]) -> str | None:
+    """Returns PIL's name of the images that a model takes; None if PIL opens none of so many channels."""
+    size = _image_size(training)
+    return 'RGB' if size is None else _IMAGE_MODES.get(size[0])
 
 
 def _usage(repo_id: str, model_name: str, weights: bool, scales: Scales | None, mode: str | None) -> list[str]:

@@ -15,7 +15,7 @@ from ..files import write_text
 from ..names import PREFIX
 from ..plot import plot_scales
 from ..scales import Scales
-from .document import CARD_FILE, DEFAULT_LICENSE, beside, read_metadata, read_results, update_card
+from .document import CARD_FILE, DEFAULT_LICENSE, beside, read_metadata, results_in, update_card
 from .format import METADATA_KEY, SCALES_FILE, decode_scales, encode_scales, has_scales_file
 from .text import SCALES_PICTURE, WEIGHTS_FILE, render_body
 from .transfer import push_folder
@@ -57,7 +57,7 @@ def write_card(
     previous = read_metadata(path) if path.is_file() else {}
     published_entry = previous.get(METADATA_KEY)
     # Those of a card whose weights stay as they are.
-    shown = read_results(path) if training is None else results or ()
+    shown = results_in(previous, path) if training is None else results or ()
     if scales is None and published_entry is not None:
         scales = decode_scales(published_entry, str(path), partial(beside, path))
     if training is None and isinstance(published_entry, Mapping):

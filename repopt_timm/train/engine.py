@@ -1,6 +1,7 @@
-"""One epoch of training, and one pass of validation."""
+"""One epoch of training, and its evaluation."""
 
 import argparse
+import logging
 import math
 import sys
 import time
@@ -13,14 +14,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from huggingface_hub.utils import tqdm
-from timm.utils import ModelEmaV3, accuracy
+from timm.utils import ModelEmaV3, accuracy, distribute_bn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .interruption import raise_if_interrupted
 from .loaders import Loaders
 
-__all__ = ['DivergedError', 'TrainState', 'train_one_epoch', 'validate']
+__all__ = ['DivergedError', 'TrainState', 'evaluate', 'train_one_epoch', 'validate']
+
+_logger = logging.getLogger(__name__)
 
 
 class DivergedError(ValueError):
@@ -249,3 +252,33 @@ def _reduce(sums: Tensor, args: argparse.Namespace) -> Tensor:
     if args.distributed:
         dist.all_reduce(sums)
     return sums.cpu()
+
+
+def evaluate(
+    state: TrainState, loader: Any, autocast: Callable, epoch: int, updates: int, args: argparse.Namespace
+) -> dict[str, float]:
+    """Evaluates the model; if the run averages its weights the average, and the model as `eval_raw_*`."""
+    title = f'epoch {epoch + 1}/{args.total_epochs} validation'
+    if args.distributed and args.dist_bn:
+        distribute_bn(state.model, args.world_size, args.dist_bn == 'reduce')
+    if state.ema is None:
+        return {f'eval_{name}': value for name, value in validate(state.model, loader, autocast, title, args).items()}
+    raw = validate(state.model, loader, autocast, title, args)
+    if args.distributed and args.dist_bn:
+        distribute_bn(state.ema.module, args.world_size, args.dist_bn == 'reduce')
+    averaged = validate(state.ema.module, loader, autocast, f'{title} of the average', args)
+    share = _initial_share(state.ema, (epoch + 1) * updates)
+    if share > 0.1 and args.rank == 0:
+        _logger.warning(
+            f'The average has not warmed up: after epoch {epoch + 1} {share:.0%} of it are the weights that the run '
+            f'started from. eval_raw_top1 is that of the model itself; --model-ema-warmup or a lower --model-ema-decay '
+            f'warms up sooner.'
+        )
+    return {f'eval_{name}': value for name, value in averaged.items()} | {
+        f'eval_raw_{name}': value for name, value in raw.items()
+    }
+
+
+def _initial_share(ema: ModelEmaV3, updates: int) -> float:
+    """Returns the share of an average that is from before its second update; timm copies the weights until then."""
+    return math.prod(ema.get_decay(step) for step in range(2, updates))

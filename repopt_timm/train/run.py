@@ -1,9 +1,7 @@
 """A training run, from arguments to checkpoints."""
 
 import argparse
-import difflib
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,30 +10,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import parse_model_name, safe_model_name
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
-from timm.utils import ModelEmaV3, distribute_bn, init_distributed_device, random_seed, unwrap_model
+from timm.utils import ModelEmaV3, init_distributed_device, random_seed, unwrap_model
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ..checkpoints.read import read_checkpoint, select_state_dict
-from ..datasets import class_names, count_classes, data_config_of
+from ..datasets import count_classes, data_config_of
 from ..errors import explaining
 from ..files import write_text
-from ..models import ensure_registered
-from ..names import PREFIX, ModelName
 from ..optim import RepOptAdamW, RepOptSGD, clip_grad_norm_
 from ..reparam import kind_of, make_grad_mults
 from ..scales import Scales
-from ..sources import ScalesSource, default_scales
-from ..weights_origin import forget_origin, merged_from, restore_origin
-from .engine import DivergedError, TrainState, train_one_epoch, validate
+from .engine import DivergedError, TrainState, evaluate, train_one_epoch
 from .interruption import InterruptedRunError, postponed_signals, raise_if_interrupted
 from .loaders import Loaders, make_datasets, make_loaders
 from .loggers import make_loggers
@@ -44,11 +34,11 @@ from .run_checkpoints import (
     CheckpointSaver,
     changed_arguments,
     find_checkpoint,
-    load_weights,
     restore,
     scales_fingerprint,
 )
 from .run_folder import ARGUMENTS_FILE, DIVERGED_FILE, LAST_CHECKPOINT, note_time, run_folder
+from .run_model import find_variant, is_target, make_model, scales_of_run, wrap
 from .run_report import write_report
 from .searched_scales import note_movement, save_searched
 from .validation import check_arguments, check_classes, check_device_name, check_images, check_model
@@ -100,7 +90,7 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
     start = time.perf_counter()
     check_arguments(args)
     device = torch.device(args.device)
-    variant, saved_args = _variant(args.model)
+    variant, saved_args = find_variant(args.model)
     _resolve(args, variant, saved_args)
     folder = _folder(args)
     datasets = make_datasets(args)
@@ -110,7 +100,7 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
     with explaining(f'timm cannot make {args.model}' + _with_kwargs('--model-kwargs', args.model_kwargs)):
         more: dict[str, Any] = {}
         if make is None:
-            model = _make_model(args, _scales(args, variant), datasets[0], device)
+            model = make_model(args, scales_of_run(args, variant), datasets[0], device)
         else:
             model, more = make(args, datasets[0], device)
     started = Scales.from_model(model) if kind_of(model) == 'hs' else None
@@ -137,7 +127,7 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
-    state = TrainState(_wrap(model, args, device), optimizer, scheduler, ema, scaler)
+    state = TrainState(wrap(model, args, device), optimizer, scheduler, ema, scaler)
     with run_folder(folder) if args.rank == 0 else nullcontext():
         _train_in(folder, args, state, loaders, clip, autocast, updates)
     result = Result(folder, unwrap_model(model if ema is None else ema), state.history, time.perf_counter() - start)
@@ -186,7 +176,7 @@ def _train_in(
                 **{name if name == 'lr' else f'train_{name}': value for name, value in metrics.items()},
             }
             if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.total_epochs:
-                row |= _evaluate(state, loaders.validation, autocast, epoch, updates, args)
+                row |= evaluate(state, loaders.validation, autocast, epoch, updates, args)
             state.history.append(row)
             if primary:
                 saver.save(state)
@@ -293,23 +283,6 @@ def prepare_device(args: argparse.Namespace) -> None:
     args.device = str(init_distributed_device(args))
 
 
-def _variant(model_name: str) -> tuple[str, dict[str, Any]]:
-    """Returns the name in timm's registry, without a tag, and the arguments that a repository keeps for its model."""
-    source, name = parse_model_name(model_name)
-    saved_args: dict[str, Any] = {}
-    with explaining(f'--model {model_name} has no config.json that timm can read'):
-        if source == 'hf-hub':
-            _, name, saved_args = load_model_config_from_hf(name)
-        elif source == 'local-dir':
-            _, name, saved_args = load_model_config_from_path(name)
-        ensure_registered(name)
-    variant = name.split('.')[0]
-    if not timm.is_model(variant):
-        near = difflib.get_close_matches(variant, timm.list_models(), 3)
-        raise ValueError(f"timm knows no model '{variant}'." + (f' Did you mean {" or ".join(near)}?' if near else ''))
-    return variant, saved_args
-
-
 def _resolve(args: argparse.Namespace, variant: str, saved_args: dict[str, Any]) -> None:
     """Replaces defaults that depend on the model and on other arguments."""
     # What a repository's config says of the architecture goes into the checkpoint, which does not name the repository.
@@ -317,7 +290,7 @@ def _resolve(args: argparse.Namespace, variant: str, saved_args: dict[str, Any])
     args.model_kwargs = {**kept, **args.model_kwargs}
     args.gp = args.gp or saved_args.get('global_pool')
     if args.opt is None:
-        args.opt = 'repopt_sgd' if _is_target(variant) else 'sgd'
+        args.opt = 'repopt_sgd' if is_target(variant) else 'sgd'
     if args.lr is None:
         args.lr = args.lr_base * _batch_ratio(args)
     # Again, as it depends on the optimizer.
@@ -328,11 +301,6 @@ def _batch_ratio(args: argparse.Namespace) -> float:
     ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
     scale = args.lr_base_scale or ('sqrt' if any(name in args.opt for name in ('ada', 'lamb')) else 'linear')
     return ratio**0.5 if scale == 'sqrt' else ratio
-
-
-def _is_target(variant: str) -> bool:
-    name = ModelName.parse(variant)
-    return name.kind == 'target' and PREFIX in name.architecture
 
 
 def _folder(args: argparse.Namespace) -> Path:
@@ -361,70 +329,6 @@ def _check_epochs(done: int, folder: Path, world_size: int) -> None:
             f"The processes would go on after different epochs: {', '.join(map(str, epochs))}, by rank. '{folder}' has "
             f'to be on a disk that all nodes share.'
         )
-
-
-def _make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: Any, device: torch.device) -> nn.Module:
-    names = class_names(dataset)
-    model_args = {**args.model_kwargs, **({} if scales is None else {'scales': scales})}
-    model: Any = timm.create_model(
-        args.model,
-        pretrained=args.pretrained,
-        num_classes=args.num_classes or count_classes(dataset),
-        in_chans=args.in_chans or (args.input_size[0] if args.input_size else None),
-        global_pool=args.gp,
-        drop_rate=args.drop,
-        **model_args,
-    )
-    if not args.pretrained:
-        forget_origin(model)
-    elif (original := merged_from(model)) and ':' not in args.model and args.rank == 0:
-        _logger.info(
-            f'{args.model} has the weights of {original}, merged without images: its BatchNorm variances are '
-            f'estimates, and the first steps renormalize. `repopt-timm convert-checkpoint --data` measures them.'
-        )
-    if args.initial_checkpoint:
-        with explaining(f"'{args.initial_checkpoint}' does not hold weights"):
-            checkpoint = read_checkpoint(args.initial_checkpoint)
-            load_weights(model, select_state_dict(checkpoint), args.initial_checkpoint)
-            restore_origin(model, checkpoint.get('origin'))
-    # Not those of the data that pretrained weights come from.
-    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names if len(names) == model.num_classes else None}
-    if args.grad_checkpointing:
-        model.set_grad_checkpointing()
-    model.to(device)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if args.sync_bn and args.distributed:
-        model = timm.layers.convert_sync_batchnorm(model)
-    if args.rank == 0:
-        count = sum(param.numel() for param in model.parameters())
-        carried = getattr(model, 'scales', None)
-        suffix = f', scales {carried.fingerprint[:12]}' if carried is not None else ''
-        _logger.info(f'{args.model}: {count / 1e6:.1f} M parameters, {model.num_classes} classes, {args.opt}{suffix}')
-    return model
-
-
-def _scales(args: argparse.Namespace, variant: str) -> ScalesSource | None:
-    if args.scales:
-        return args.scales
-    # The model of a repository brings the scales of its card.
-    own = parse_model_name(args.model)[0] is not None
-    name = ModelName.parse(variant)
-    if name.kind == 'csla' and not own and not args.initial_checkpoint and not args.resume:
-        raise ValueError(
-            f"{variant} needs --scales: a file, 'hf-hub:user/repo' or 'initial'. Search some with {name.of_kind('hs')}."
-        )
-    if _is_target(variant) and not own and args.opt.removeprefix('lookahead_').startswith('repopt'):
-        return default_scales(args.model)
-    return None
-
-
-def _wrap(model: Any, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    if args.torchcompile:
-        model = torch.compile(model, backend=args.torchcompile)
-    if args.distributed:
-        model = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
-    return model
 
 
 def _make_clip(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable | None:
@@ -478,33 +382,3 @@ def _start_epoch(epoch: int, loaders: Any, args: argparse.Namespace) -> None:
         for mixup in (loaders.mixup, loaders.collate_mixup):
             if mixup is not None:
                 mixup.mixup_enabled = False
-
-
-def _evaluate(
-    state: TrainState, loader: Any, autocast: Callable, epoch: int, updates: int, args: argparse.Namespace
-) -> dict[str, float]:
-    """Evaluates the model; if the run averages its weights the average, and the model as `eval_raw_*`."""
-    title = f'epoch {epoch + 1}/{args.total_epochs} validation'
-    if args.distributed and args.dist_bn:
-        distribute_bn(state.model, args.world_size, args.dist_bn == 'reduce')
-    if state.ema is None:
-        return {f'eval_{name}': value for name, value in validate(state.model, loader, autocast, title, args).items()}
-    raw = validate(state.model, loader, autocast, title, args)
-    if args.distributed and args.dist_bn:
-        distribute_bn(state.ema.module, args.world_size, args.dist_bn == 'reduce')
-    averaged = validate(state.ema.module, loader, autocast, f'{title} of the average', args)
-    share = _initial_share(state.ema, (epoch + 1) * updates)
-    if share > 0.1 and args.rank == 0:
-        _logger.warning(
-            f'The average has not warmed up: after epoch {epoch + 1} {share:.0%} of it are the weights that the run '
-            f'started from. eval_raw_top1 is that of the model itself; --model-ema-warmup or a lower --model-ema-decay '
-            f'warms up sooner.'
-        )
-    return {f'eval_{name}': value for name, value in averaged.items()} | {
-        f'eval_raw_{name}': value for name, value in raw.items()
-    }
-
-
-def _initial_share(ema: ModelEmaV3, updates: int) -> float:
-    """Returns the share of an average that is from before its second update; timm copies the weights until then."""
-    return math.prod(ema.get_decay(step) for step in range(2, updates))

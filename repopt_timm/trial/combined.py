@@ -44,9 +44,9 @@ def combined_report(trials: Sequence[TrialResult]) -> str:
     head = ['trial', 'convolutions', 'epochs', 'arm', 'lr', 'seeds', 'top-1, 95 %', 'difference, 95 %', 'wall time']
     parts = [
         f'# {len(trials)} trials',
-        'Top-1 accuracy in percent on the validation images after the last epoch; the difference is to '
-        f'{" or ".join(sorted({trial.settings.reference for trial in trials}))}, over paired seeds; the wall time is '
-        'that of the training of a run.',
+        'Top-1 accuracy in percent on the validation images after the last epoch. Differences are from '
+        f'{" or ".join(sorted({trial.settings.reference for trial in trials}))}, over paired seeds. Wall time is the '
+        'training time of one run.',
         _arms_beside_each_other(trials),
         markdown_table(head, [_cells(row) for row in _rows(trials)], align=True),
     ]
@@ -61,10 +61,10 @@ def _arms_beside_each_other(trials: Sequence[TrialResult]) -> str:
     arms = [name for name in ARMS if any(name in trial.arms for trial in trials)]
     rows = []
     for trial in trials:
-        means = {row.arm.name: row.mean for row in _rows([trial]) if row.arm.top1}
-        cells = ['-' if name not in means else interval_text(means[name], sign=False) for name in arms]
-        epochs = trial.shared.epochs + trial.shared.cooldown_epochs
-        rows.append([trial.folder.name, str(trial.convolutions or '-'), str(epochs), *cells])
+        own = _rows([trial])
+        means = {row.arm.name: row.mean for row in own if row.arm.top1}
+        cells = [interval_text(means[name], sign=False) if name in means else '-' for name in arms]
+        rows.append([trial.folder.name, str(trial.convolutions or '-'), str(own[0].epochs), *cells])
     return markdown_table(['trial', 'convolutions', 'epochs', *arms], rows, align=True)
 
 

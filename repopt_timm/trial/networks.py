@@ -14,6 +14,7 @@ from ..bench.allocation import saved_bytes
 from ..bench.bench_models import forward_pass, time_in_turns, training_step
 from ..errors import explaining
 from ..files import write_text
+from ..model_size import count_parameters
 from .arms import ARMS
 from .trial_runs import TrialRuns
 
@@ -109,7 +110,7 @@ def _size(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, precisio
         # What is saved for the kernels alone does not depend on the number of images.
         saved.append(saved_bytes(model.train(), forward_pass(model, *inputs, precision), inputs))
     return {
-        'parameters': sum(parameter.numel() for parameter in model.parameters()),
+        'parameters': count_parameters(model),
         'convolutions': sum(isinstance(module, nn.Conv2d) for module in model.modules()),
         'activations': saved[1] - saved[0],
     }

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from repopt_timm.train import run
+from repopt_timm.train import engine, run
 from repopt_timm.train.command import main
 from repopt_timm.train.parsing import parse_arguments
 from repopt_timm.train.run_checkpoints import find_checkpoint
@@ -104,7 +104,7 @@ def test_a_metric_that_is_nan_is_never_the_best(arguments, tmp_path, monkeypatch
         loss, top1 = next(metrics)
         return {'loss': loss, 'top1': top1, 'top5': 100.0}
 
-    monkeypatch.setattr(run, 'validate', validate)
+    monkeypatch.setattr(engine, 'validate', validate)
     main(arguments(*TARGET))
     assert read(tmp_path / 'run', 'model_best.pth.tar')['epoch'] == 0
     assert [name for name in names_in(tmp_path / 'run') if name.startswith('checkpoint')] == ['checkpoint-0.pth.tar']
@@ -155,8 +155,8 @@ def test_a_signal_during_a_validation_is_heard_too(arguments, tmp_path, monkeypa
         os.kill(os.getpid(), signal.SIGINT)
         return original(*args)
 
-    original = run.validate
-    monkeypatch.setattr(run, 'validate', validate)
+    original = engine.validate
+    monkeypatch.setattr(engine, 'validate', validate)
     with pytest.raises(SystemExit) as end:
         main(arguments(*TARGET))
     assert end.value.code == 130

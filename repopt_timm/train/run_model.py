@@ -1,0 +1,131 @@
+"""The model of a run: its name, its scales, its weights, and what it is wrapped in."""
+
+import argparse
+import difflib
+import logging
+from typing import Any
+
+import timm
+import torch
+from timm.models import parse_model_name
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..checkpoints.read import read_checkpoint, select_state_dict
+from ..datasets import class_names, count_classes
+from ..errors import explaining
+from ..model_size import count_parameters
+from ..models import ensure_registered
+from ..names import PREFIX, ModelName
+from ..sources import ScalesSource, default_scales
+from ..weights_origin import forget_origin, merged_from, restore_origin
+from .run_checkpoints import load_weights
+
+__all__ = ['find_variant', 'is_target', 'make_model', 'scales_of_run', 'wrap']
+
+_logger = logging.getLogger(__name__)
+
+
+def find_variant(model_name: str) -> tuple[str, dict[str, Any]]:
+    """Returns the name in timm's registry, without a tag, and the arguments that a repository keeps for its model."""
+    source, name = parse_model_name(model_name)
+    saved_args: dict[str, Any] = {}
+    with explaining(f'--model {model_name} has no config.json that timm can read'):
+        if source == 'hf-hub':
+            _, name, saved_args = load_model_config_from_hf(name)
+        elif source == 'local-dir':
+            _, name, saved_args = load_model_config_from_path(name)
+        ensure_registered(name)
+    variant = name.split('.')[0]
+    if not timm.is_model(variant):
+        near = difflib.get_close_matches(variant, timm.list_models(), 3)
+        raise ValueError(f"timm knows no model '{variant}'." + (f' Did you mean {" or ".join(near)}?' if near else ''))
+    return variant, saved_args
+
+
+def is_target(variant: str) -> bool:
+    """Returns whether a registered name is that of a plain model of this package."""
+    name = ModelName.parse(variant)
+    return name.kind == 'target' and PREFIX in name.architecture
+
+
+def scales_of_run(args: argparse.Namespace, variant: str) -> ScalesSource | None:
+    """Returns the scales that a run creates its model with: `--scales`, or those that ship for the model.
+
+    Raises:
+        ValueError: If a CSLA model, or a target with a RepOptimizer, has none.
+    """
+    if args.scales:
+        return args.scales
+    # The model of a repository brings the scales of its card.
+    own = parse_model_name(args.model)[0] is not None
+    name = ModelName.parse(variant)
+    if name.kind == 'csla' and not own and not args.initial_checkpoint and not args.resume:
+        raise ValueError(
+            f"{variant} needs --scales: a file, 'hf-hub:user/repo' or 'initial'. Search some with {name.of_kind('hs')}."
+        )
+    if is_target(variant) and not own and args.opt.removeprefix('lookahead_').startswith('repopt'):
+        return default_scales(args.model)
+    return None
+
+
+def make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: Any, device: torch.device) -> nn.Module:
+    """Creates the model of a run on its device, with its initial weights.
+
+    Args:
+        args: Arguments of the run.
+        scales: Scales of the model.
+        dataset: The training images, which may name their classes.
+        device: Where to.
+
+    Raises:
+        ValueError: If `--initial-checkpoint` does not hold weights of the model.
+    """
+    names = class_names(dataset)
+    model_args = {**args.model_kwargs, **({} if scales is None else {'scales': scales})}
+    model: Any = timm.create_model(
+        args.model,
+        pretrained=args.pretrained,
+        num_classes=args.num_classes or count_classes(dataset),
+        in_chans=args.in_chans or (args.input_size[0] if args.input_size else None),
+        global_pool=args.gp,
+        drop_rate=args.drop,
+        **model_args,
+    )
+    if not args.pretrained:
+        forget_origin(model)
+    elif (original := merged_from(model)) and ':' not in args.model and args.rank == 0:
+        _logger.info(
+            f'{args.model} has the weights of {original}, merged without images: its BatchNorm variances are '
+            f'estimates, and the first steps renormalize. `repopt-timm convert-checkpoint --data` measures them.'
+        )
+    if args.initial_checkpoint:
+        with explaining(f"'{args.initial_checkpoint}' does not hold weights"):
+            checkpoint = read_checkpoint(args.initial_checkpoint)
+            load_weights(model, select_state_dict(checkpoint), args.initial_checkpoint)
+            restore_origin(model, checkpoint.get('origin'))
+    # Not those of the data that pretrained weights come from.
+    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names if len(names) == model.num_classes else None}
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    model.to(device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.sync_bn and args.distributed:
+        model = timm.layers.convert_sync_batchnorm(model)
+    if args.rank == 0:
+        count = count_parameters(model)
+        carried = getattr(model, 'scales', None)
+        suffix = f', scales {carried.fingerprint[:12]}' if carried is not None else ''
+        _logger.info(f'{args.model}: {count / 1e6:.1f} M parameters, {model.num_classes} classes, {args.opt}{suffix}')
+    return model
+
+
+def wrap(model: Any, args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """Compiles a model, and puts it into DistributedDataParallel, if the run does so."""
+    if args.torchcompile:
+        model = torch.compile(model, backend=args.torchcompile)
+    if args.distributed:
+        model = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
+    return model
