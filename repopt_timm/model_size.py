@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ['count_macs', 'count_parameters', 'size_of']
 
@@ -25,6 +24,9 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int | None
     Returns:
         The number; None for a network that does not run on the meta device.
     """
+    # Not part of what timm imports, and `--help` waits for every import.
+    from torch.utils.flop_counter import FlopCounterMode
+
     shapes = copy.deepcopy(model).to('meta').eval()
     try:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
