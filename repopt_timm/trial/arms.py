@@ -1,6 +1,6 @@
 """The arms of a trial: ways to train one network."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +10,7 @@ from ..architectures import ARCHITECTURES
 from ..models import ensure_registered
 from ..names import PREFIX, ModelName
 
-__all__ = ['ARMS', 'GIVEN', 'SEARCHED', 'Arm', 'arms_of', 'target_name']
+__all__ = ['ARMS', 'GIVEN', 'SEARCHED', 'Arm', 'arm_of', 'arms_of', 'in_order', 'target_name']
 
 GIVEN = 'given'
 SEARCHED = 'searched'
@@ -47,7 +47,18 @@ ARMS: dict[str, Arm] = {
     'scales': Arm('RepOptSGD, given scales', 'repopt_sgd', scales=GIVEN),
     'search': Arm('RepOptSGD, searched scales', 'repopt_sgd', scales=SEARCHED),
 }
-"""Name of an arm to what it is, in the order of reports."""
+"""Name of an arm to what it is, in the order of reports. Scales that were given a name make further arms."""
+
+
+def arm_of(name: str) -> Arm:
+    """Returns an arm: one of `ARMS`, or that of the given scales of this name."""
+    return ARMS.get(name) or Arm(f'RepOptSGD, scales {name}', 'repopt_sgd', scales=GIVEN)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Returns names of arms, each once, in the order of reports."""
+    found = list(dict.fromkeys(names))
+    return [name for name in ARMS if name in found] + [name for name in found if name not in ARMS]
 
 
 def target_name(model: str) -> str:
@@ -66,30 +77,33 @@ def target_name(model: str) -> str:
     return full
 
 
-def arms_of(model: str, names: Sequence[str] | None, scales: str | None, search: int | None) -> list[str]:
+def arms_of(model: str, names: Sequence[str] | None, scales: Iterable[str], search: int | None) -> list[str]:
     """Returns the arms of a trial, in the order of reports.
 
     Args:
         model: Name of the plain network.
         names: Arms that were asked for. Defaults to all that there can be, but `unit_branches`.
-        scales: Given scales.
+        scales: Names of given scales.
         search: Epochs of a search.
 
     Raises:
         ValueError: If an arm cannot be.
     """
+    possible = in_order([*ARMS, *scales])
     reasons = {}
     branches = ModelName.parse(model).of_kind('branches')
     if not timm.is_model(branches):
         reasons['branches'] = reasons['unit_branches'] = f'timm has no {branches}'
     elif model not in ARCHITECTURES:
         reasons['unit_branches'] = f'the BatchNorms of {branches} start at 1 anyway'
-    if not scales:
+    if 'scales' not in scales:
         reasons['scales'] = 'it needs --scales'
     if not search:
         reasons['search'] = 'it needs --search'
     for name in names or ():
+        if name not in possible:
+            raise ValueError(f"--arms has '{name}', expected one of {', '.join(possible)}, or a name of --scales.")
         if name in reasons:
             raise ValueError(f"--arms has '{name}', but {reasons[name]}. Choose other arms.")
-    default = [name for name in ARMS if name not in reasons and name != 'unit_branches']
-    return [name for name in ARMS if name in (names or default)]
+    default = [name for name in possible if name not in reasons and name != 'unit_branches']
+    return [name for name in possible if name in (names or default)]

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 from ..plot import save_figure, subplots
 from ..reporting import markdown_table
-from .arms import ARMS
+from .arms import in_order
 from .intervals import Interval
 from .results import ArmResult, TrialResult, paired
-from .trial_pictures import color_of
+from .trial_pictures import colors_of
 from .verdict import interval_text, verdict
 
 __all__ = ['combined_report', 'draw_trials']
@@ -58,7 +58,7 @@ def combined_report(trials: Sequence[TrialResult]) -> str:
 
 
 def _arms_beside_each_other(trials: Sequence[TrialResult]) -> str:
-    arms = [name for name in ARMS if any(name in trial.arms for trial in trials)]
+    arms = in_order(name for trial in trials for name in trial.arms)
     rows = []
     for trial in trials:
         own = _rows([trial])
@@ -138,15 +138,16 @@ def draw_trials(trials: Sequence[TrialResult], path: Path) -> Any:
     for row in rows:
         lines.setdefault((row.arm.name, row.epochs), []).append(row)
     budgets = sorted({epochs for _, epochs in lines})
-    arms = [name for name in ARMS if any(name == arm for arm, _ in lines)]
+    arms = in_order(name for name, _ in lines)
+    colors = colors_of(arms)
     widest = max((row.trial.convolutions for row in rows), default=0)
     for (name, epochs), members in lines.items():
         style = _STYLES[budgets.index(epochs) % len(_STYLES)]
         members.sort(key=lambda row: row.trial.convolutions)
         # Beside each other, so that no error bar hides another.
         beside = 0.008 * widest * (arms.index(name) - (len(arms) - 1) / 2)
-        _draw(depths, [row.trial.convolutions + beside for row in members], members, style)
-        _draw(times, [row.seconds for row in members], members, style[0])
+        _draw(depths, [row.trial.convolutions + beside for row in members], members, style, colors[name])
+        _draw(times, [row.seconds for row in members], members, style[0], colors[name])
     depths.set(xlabel='convolutions', ylabel='top-1 accuracy on validation images (%)', title='mean, 95 % interval')
     depths.set_xticks(sorted({row.trial.convolutions for row in rows}))
     times.set(xlabel='seconds of training of a run', xscale='log', title='the same against wall time')
@@ -155,7 +156,7 @@ def draw_trials(trials: Sequence[TrialResult], path: Path) -> Any:
             lambda value, _: f'{value:g}' if f'{value:g}'[0] in '1235' else ''
         )
     for name in arms:
-        depths.plot([], [], color=color_of(name), label=name)
+        depths.plot([], [], color=colors[name], label=name)
     for budget, style in zip(budgets, _STYLES):
         depths.plot([], [], style, color='0.3', label=f'{budget} epochs')
     figure.legend(loc='outside right upper', frameon=False)
@@ -163,8 +164,7 @@ def draw_trials(trials: Sequence[TrialResult], path: Path) -> Any:
     return figure
 
 
-def _draw(axes: Any, x: list[float], rows: list[_Row], style: str) -> None:
+def _draw(axes: Any, x: list[float], rows: list[_Row], style: str, color: str) -> None:
     means = [row.mean for row in rows]
     halves = [mean.half if mean.count > 1 else 0 for mean in means]
-    color = color_of(rows[0].arm.name)
     axes.errorbar(x, [mean.mean for mean in means], yerr=halves, fmt=style, color=color, capsize=3)

@@ -15,7 +15,7 @@ from ..bench.bench_models import forward_pass, time_in_turns, training_step
 from ..errors import explaining
 from ..files import write_text
 from ..model_size import count_parameters
-from .arms import ARMS
+from .arms import arm_of
 from .trial_runs import TrialRuns
 
 __all__ = ['NETWORKS_FILE', 'measure_networks', 'plain_network', 'read_networks']
@@ -80,10 +80,14 @@ def _distinct(arms: tuple[str, ...], only: str | None = None) -> list[str]:
     """Returns one arm for each network; with `only` that which has the network of this arm."""
     networks: dict[Any, str] = {}
     for name in arms:
-        networks.setdefault((ARMS[name].kind, str(ARMS[name].model_kwargs)), name)
+        networks.setdefault(_network_key(name), name)
     if only is not None:
-        return [networks[ARMS[only].kind, str(ARMS[only].model_kwargs)]]
+        return [networks[_network_key(only)]]
     return list(networks.values())
+
+
+def _network_key(arm: str) -> tuple[str, str]:
+    return arm_of(arm).kind, str(arm_of(arm).model_kwargs)
 
 
 def _network(runs: TrialRuns, arm: str, num_classes: int | None) -> nn.Module:

@@ -7,18 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..scales import Scales, read_scale_file
 from ..scales.movement import Movement, movement
 from ..train.parsing import parse_arguments
 from ..train.run_folder import SCALES_FILE
-from .arms import ARMS
+from .arms import arm_of
 from .intervals import Interval
 from .networks import plain_network, read_networks
 from .trial_plan import choose
 from .trial_runs import Outcome, TrialRuns, outcome_of
-from .trial_settings import SETTINGS_FILE, SHARED_FILE, TrialSettings
+from .trial_settings import SETTINGS_FILE, SHARED_FILE, TrialSettings, read_saved_settings
 from .tuning import Choice
 
 __all__ = ['ArmResult', 'TrialResult', 'open_trial', 'paired', 'read_results']
@@ -50,7 +48,7 @@ class ArmResult:
 
     @property
     def title(self) -> str:
-        return ARMS[self.name].title
+        return arm_of(self.name).title
 
     @property
     def top1(self) -> dict[int, float]:
@@ -123,8 +121,7 @@ def open_trial(folder: Path) -> TrialRuns:
     """
     if not (folder / SETTINGS_FILE).is_file():
         raise FileNotFoundError(f"'{folder}' is not the folder of a trial: it has no {SETTINGS_FILE}.")
-    values = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding='utf-8'))
-    # YAML has no tuples.
+    values = read_saved_settings(folder)
     given: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in values.items()}
     return TrialRuns(folder, TrialSettings(**given), parse_arguments(['-c', str(folder / SHARED_FILE)]))
 
@@ -148,7 +145,7 @@ def read_results(folder: Path, reference: str | None = None) -> TrialResult:
         raise ValueError(f"'{folder}' has no arm {reference}, expected one of {', '.join(arms)}.")
     if reference is not None:
         settings = replace(settings, reference=reference)
-    plain = [each for name, each in networks.items() if ARMS[name].kind == 'target']
+    plain = [each for name, each in networks.items() if arm_of(name).kind == 'target']
     convolutions = int(plain[0]['convolutions']) if plain else 0
     return TrialResult(folder, settings, runs.shared, arms, _search(runs), convolutions)
 

@@ -1,21 +1,27 @@
 """Pictures of trials: accuracy against epochs and wall time, and differences with their intervals."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..plot import save_figure, subplots
-from .arms import ARMS
+from .arms import ARMS, in_order
 from .intervals import Interval
 from .results import ArmResult, TrialResult
 
-__all__ = ['color_of', 'draw_trial', 'error_bar']
+__all__ = ['colors_of', 'draw_trial', 'error_bar']
 
 
-def color_of(arm: str) -> str:
-    """Returns the color of an arm, the same in all pictures."""
-    return f'C{list(ARMS).index(arm)}'
+# For given scales, which have names of their own.
+_MORE_COLORS = ('C7', 'C8', 'C9', 'k', 'gold', 'navy', 'lime')
+
+
+def colors_of(arms: Iterable[str]) -> dict[str, str]:
+    """Returns arm to color, the same in all pictures but for given scales."""
+    named = [name for name in in_order(arms) if name not in ARMS]
+    more = {name: _MORE_COLORS[place % len(_MORE_COLORS)] for place, name in enumerate(named)}
+    return {name: f'C{place}' for place, name in enumerate(ARMS)} | more
 
 
 def draw_trial(trial: TrialResult, path: Path) -> Any:
@@ -28,11 +34,12 @@ def draw_trial(trial: TrialResult, path: Path) -> Any:
         ImportError: If matplotlib is not installed.
     """
     figure, (epochs, times, differences) = subplots(1, 3, (14, 4), layout='constrained')
+    colors = colors_of(trial.arms)
     for arm in trial.arms.values():
         curve = _curve(arm)
         if not curve:
             continue
-        color = color_of(arm.name)
+        color = colors[arm.name]
         for axes, unit in ((epochs, 1.0), (times, arm.epoch_seconds)):
             if unit != unit:
                 continue
@@ -48,7 +55,7 @@ def draw_trial(trial: TrialResult, path: Path) -> Any:
     for place, name in enumerate(others):
         interval = trial.difference(name)
         if interval.count:
-            error_bar(differences, interval, -place, color_of(name))
+            error_bar(differences, interval, -place, colors[name])
     differences.set(
         yticks=[-place for place in range(len(others))],
         yticklabels=others,

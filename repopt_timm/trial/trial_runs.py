@@ -18,7 +18,7 @@ from typing import Any
 
 from ..names import ModelName
 from ..train.run_folder import DIVERGED_FILE, SCALES_FILE, SUMMARY_FILE, TIMES_FILE
-from .arms import ARMS, GIVEN, SEARCHED
+from .arms import GIVEN, SEARCHED, arm_of
 from .trial_settings import TrialSettings
 
 __all__ = ['LOG_FILE', 'Outcome', 'Run', 'TrialRuns', 'outcome_of']
@@ -112,7 +112,7 @@ class TrialRuns:
 
     def training(self, arm: str, seed: int, lr: float) -> Run:
         """Returns the run of an arm with a seed."""
-        after = self.search(f'seed-{seed}', seed) if ARMS[arm].scales == SEARCHED else None
+        after = self.search(f'seed-{seed}', seed) if arm_of(arm).scales == SEARCHED else None
         arguments = {**self._model(arm, after), 'lr': lr, 'seed': seed}
         return self._run(self.folder / 'runs' / arm / f'seed-{seed}', self.shared.epochs, arguments, after)
 
@@ -120,7 +120,7 @@ class TrialRuns:
         """Returns the run that shows what a learning rate is worth."""
         settings = self.settings
         after = None
-        if ARMS[arm].scales == SEARCHED:
+        if arm_of(arm).scales == SEARCHED:
             after = self.search('tuning', settings.tuning_seed, holdout=settings.holdout)
         arguments = {
             **self._model(arm, after),
@@ -142,11 +142,11 @@ class TrialRuns:
         return replace(run, result=folder / SCALES_FILE)
 
     def _model(self, arm: str, search: Run | None) -> dict[str, Any]:
-        each = ARMS[arm]
+        each = arm_of(arm)
         model = ModelName.parse(self.settings.model).of_kind(each.kind)
         scales: str | None = each.scales
         if each.scales == GIVEN:
-            scales = self.settings.scales
+            scales = self.settings.scales[arm]
         elif search is not None:
             scales = str(search.folder / SCALES_FILE)
         arguments: dict[str, Any] = {'model': model, 'opt': each.opt, **({'scales': scales} if scales else {})}

@@ -3,7 +3,8 @@
 import argparse
 import copy
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..train.parsing import (
     write_config,
 )
 from ..train.schema import ARGUMENTS, SECTIONS
-from .arms import ARMS, arms_of, target_name
+from .arms import ARMS, GIVEN, arm_of, arms_of, in_order, target_name
 
 __all__ = [
     'SETTINGS_FILE',
@@ -31,6 +32,7 @@ __all__ = [
     'add_trial_arguments',
     'as_words',
     'read_report_settings',
+    'read_saved_settings',
     'read_settings',
     'write_settings',
 ]
@@ -44,8 +46,8 @@ _OWN: tuple[Argument, ...] = (
         'arms',
         str,
         None,
-        f'ways to train: {", ".join(ARMS)}. Defaults to all that the model and the other arguments allow',
-        choices=tuple(ARMS),
+        f'ways to train: {", ".join(ARMS)}, or names that --scales gives. Defaults to all that the model and the other '
+        'arguments allow',
         count=ANY_COUNT,
         metavar='ARM',
     ),
@@ -71,9 +73,10 @@ _OWN: tuple[Argument, ...] = (
         'scales',
         str,
         None,
-        "scales for the arm 'scales': a file, a folder with a model card, 'hf-hub:user/repo[@revision]', or the name "
-        'of scales that ship',
-        metavar='SOURCE',
+        "scales for the arm 'scales', or for an arm of that NAME: a file, a folder with a model card, "
+        "'hf-hub:user/repo[@revision]', or the name of scales that ship",
+        count=ANY_COUNT,
+        metavar='[NAME=]SOURCE',
     ),
     Argument('search', int, None, "epochs of a hyper-search for the arm 'search', one search for each seed", low=1),
     Argument(
@@ -88,7 +91,6 @@ _OWN: tuple[Argument, ...] = (
         str,
         None,
         'arm that the others are compared with. Defaults to sgd, or the first arm',
-        choices=tuple(ARMS),
         metavar='ARM',
         free=True,
     ),
@@ -138,7 +140,7 @@ class TrialSettings:
         holdout: Share of the training images to choose on.
         tuning_epochs: Epochs of the runs that a choice is made by.
         tuning_seed: Their seed.
-        scales: Given scales.
+        scales: Name of an arm to its given scales.
         search: Epochs of a search.
         search_kwargs: Arguments of a search that differ.
         reference: Arm that the others are compared with.
@@ -152,7 +154,7 @@ class TrialSettings:
     holdout: float
     tuning_epochs: int
     tuning_seed: int
-    scales: str | None
+    scales: dict[str, str]
     search: int | None
     search_kwargs: dict[str, Any]
     reference: str
@@ -194,6 +196,7 @@ def read_settings(namespace: argparse.Namespace) -> tuple[TrialSettings, argpars
     config = texts.pop('config', None)
     own = {name: copy.deepcopy(argument.default) for name, argument in _OWN_BY_NAME.items()}
     own |= _own(texts)
+    own['scales'] = _given_scales(own['scales'] or ())
     own['search_kwargs'] = search_arguments(_OWN_BY_NAME['search_kwargs'].default | own['search_kwargs'])
     shared = _shared(model, config, texts, own['data'])
     arms = arms_of(model, own['arms'], own['scales'], own['search'])
@@ -213,6 +216,20 @@ def read_settings(namespace: argparse.Namespace) -> tuple[TrialSettings, argpars
         raise ValueError(f'--tuning-seed is {settings.tuning_seed}, expected a seed of its own.')
     output = own['output'] or f'output/{model}-trial'
     return settings, shared, argparse.Namespace(jobs=own['jobs'], threads=own['threads'], output=output)
+
+
+def _given_scales(words: Sequence[str]) -> dict[str, str]:
+    """Returns the name of an arm to its scales."""
+    scales: dict[str, str] = {}
+    for word in words:
+        named = re.fullmatch(r'([a-z][a-z0-9_]*)=(.+)', word)
+        name, source = named.groups() if named else ('scales', word)
+        if name in scales:
+            raise ValueError(f"--scales gives '{name}' twice: name each of them, such as published=FILE.")
+        if arm_of(name).scales != GIVEN:
+            raise ValueError(f"--scales gives the name '{name}', which is that of another arm. Choose another name.")
+        scales[name] = source
+    return scales
 
 
 def read_report_settings(namespace: argparse.Namespace) -> tuple[list[str], str | None, str | None] | None:
@@ -273,20 +290,35 @@ def write_settings(folder: Path, settings: TrialSettings, shared: argparse.Names
         ValueError: If the folder holds a trial whose runs were trained otherwise.
     """
     new = _plain(asdict(settings))
-    for name, values in ((SETTINGS_FILE, new), (SHARED_FILE, yaml.safe_load(write_config(shared)))):
-        path = folder / name
-        if path.exists():
-            _check_same(path, values)
+    shared_text = write_config(shared)
     if (folder / SETTINGS_FILE).exists():
-        new = _joined(yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding='utf-8')), new)
-    write_text(folder / SHARED_FILE, write_config(shared))
+        old = read_saved_settings(folder)
+        trained = {name: source for name, source in old['scales'].items() if name in old['arms']}
+        same_arms = {name: new['scales'].get(name, source) for name, source in trained.items()}
+        _check_same(folder, {**old, 'scales': trained}, {**new, 'scales': same_arms})
+        new = _joined(old, new)
+    if (folder / SHARED_FILE).exists():
+        _check_same(
+            folder, yaml.safe_load((folder / SHARED_FILE).read_text(encoding='utf-8')), yaml.safe_load(shared_text)
+        )
+    write_text(folder / SHARED_FILE, shared_text)
     write_text(folder / SETTINGS_FILE, yaml.safe_dump(new, sort_keys=False))
+
+
+def read_saved_settings(folder: Path) -> dict[str, Any]:
+    """Reads `trial.yaml`, whose lists are tuples in `TrialSettings`."""
+    saved: dict[str, Any] = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding='utf-8'))
+    if not isinstance(saved['scales'], dict):
+        # Folders of older trials: one source of scales, or none.
+        saved['scales'] = {'scales': saved['scales']} if saved['scales'] else {}
+    return saved
 
 
 def _joined(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the settings of a trial with the arms and seeds of all its calls, which a report is of."""
     joined = {name: old.get(name) if value is None else value for name, value in new.items()}
-    joined['arms'] = [name for name in ARMS if name in (*old['arms'], *new['arms'])]
+    joined['arms'] = in_order([*old['arms'], *new['arms']])
+    joined['scales'] = {**old['scales'], **new['scales']}
     joined['seeds'] = sorted({*old['seeds'], *new['seeds']})
     return joined
 
@@ -295,22 +327,19 @@ def _plain(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
-def _check_same(path: Path, values: Mapping[str, Any]) -> None:
-    saved = yaml.safe_load(path.read_text(encoding='utf-8'))
+def _check_same(folder: Path, saved: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     free = {'arms', 'seeds', 'reference', *(name for name, each in ARGUMENTS.items() if each.free)} - {
         'epochs',
         'scales',
     }
     if 'search' not in saved.get('arms', ()):
         free |= {'search', 'search_kwargs'}
-    if 'scales' not in saved.get('arms', ()):
-        free |= {'scales'}
     changed = [name for name in values if name not in free and saved.get(name) != values[name]]
     if changed:
         differences = ', '.join(f'{name} {saved.get(name)!r} -> {values[name]!r}' for name in changed)
         raise ValueError(
-            f"'{path.parent}' is the folder of a trial with other arguments: {differences}. Continue it with its "
-            f'own, or choose another --output.'
+            f"'{folder}' is the folder of a trial with other arguments: {differences}. Continue it with its own, or "
+            f'choose another --output.'
         )
 
 
