@@ -148,7 +148,12 @@ def test_other_weights_do_not_take_over_the_accuracy_at_the_top(tmp_path):
 def test_the_first_snippet_of_a_card_classifies_an_image(channels, tmp_path, monkeypatch, capsys):
     model = trained(in_chans=channels)
     model.pretrained_cfg['input_size'] = (channels, 32, 32)
-    model.pretrained_cfg |= {'num_classes': 5, 'label_names': list('abcde')}
+    model.pretrained_cfg |= {
+        'mean': (0.5,) * channels,
+        'std': (0.25,) * channels,
+        'num_classes': 5,
+        'label_names': list('abcde'),
+    }
     save_pretrained(model, tmp_path)
     Image.new('L', (40, 30)).save(tmp_path / 'image.jpg')
     monkeypatch.chdir(tmp_path)

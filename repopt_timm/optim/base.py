@@ -17,6 +17,8 @@ __all__ = ['GradMultOptimizer', 'Update', 'as_scalars', 'gradient', 'gradients']
 
 Update = tuple[Callable[..., None], tuple[Any, ...]]
 
+_SCALER_SETTINGS = ('grad_scale', 'found_inf')
+
 
 def gradient(param: Tensor) -> Tensor:
     """Returns the gradient of a parameter that has one, or the part of it that this process holds."""
@@ -35,14 +37,15 @@ class GradMultOptimizer(torch.optim.Optimizer):
     """Mixin for an optimizer of `torch.optim` that multiplies gradients with Grad Mults.
 
     `_updates_of` lists what to do for those parameters of a group that have gradients: functions of tensors and plain
-    settings, in which `torch.compile` sees one graph. `_places` is how
-    many times a step needs memory of a chunk's size.
+    settings, in which `torch.compile` sees one graph. `_places` is how many times a step needs memory of a chunk's
+    size, `_not_fused` are dtypes, by device, for which the fused kernels are not the default.
     """
 
     update_rule: str
     grad_mults: GradMults
     _settings: tuple[str, ...]
     _places: int
+    _not_fused: ClassVar[dict[str, tuple[torch.dtype, ...]]] = {}
     _compiler_settings: ClassVar[dict[str, Any]]
     _updates_of: Callable[[dict[str, Any], list[Tensor], bool], list[Update]]
 
@@ -84,7 +87,7 @@ class GradMultOptimizer(torch.optim.Optimizer):
         self._rows: dict[Tensor, list[Rows]] = {}
         self._parts: dict[Tensor, MaskParts] = {}
         # GradScaler leaves unscaling and skipping to fused kernels, without waiting for the device.
-        self._step_supports_amp_scaling = not self._compiled and all(map(_use_fused, self.param_groups))
+        self._step_supports_amp_scaling = not self._compiled and all(map(self._use_fused, self.param_groups))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, which are multiplied if they have Grad Mults; warns of kernels without one."""
@@ -120,7 +123,8 @@ class GradMultOptimizer(torch.optim.Optimizer):
     def _updates(self, compiling: bool) -> list[Update]:
         updates: list[Update] = []
         for group in self.param_groups:
-            fused, grad_scale, found_inf = _use_fused(group), *(getattr(self, name, None) for name in _SCALER_SETTINGS)
+            fused = self._use_fused(group)
+            grad_scale, found_inf = (getattr(self, name, None) for name in _SCALER_SETTINGS)
             if grad_scale is not None and not fused:
                 raise RuntimeError(
                     f'GradScaler leaves unscaling to {type(self).__name__}, whose fused kernels do not take sparse '
@@ -191,8 +195,21 @@ class GradMultOptimizer(torch.optim.Optimizer):
 
     def _step_device(self, group: dict[str, Any], param: Tensor) -> torch.device:
         # As torch.optim has it: where kernels read it, but on the CPU where Python does.
-        on_device = group.get('capturable') or _use_fused(group) or self._compiled
+        on_device = group.get('capturable') or self._use_fused(group) or self._compiled
         return param.device if on_device else torch.device('cpu')
+
+    def _use_fused(self, group: dict[str, Any]) -> bool | None:
+        """Tells whether to take torch's fused kernels: as asked for, else wherever they work."""
+        if group['fused'] is not None or group['foreach'] is not None or group['differentiable']:
+            return group['fused']
+        return all(
+            param.device.type in CHUNK_SIZES
+            and param.dtype not in self._not_fused.get(param.device.type, ())
+            and param.is_floating_point()
+            and is_packed(local(param))
+            and not (param.grad is not None and param.grad.is_sparse)
+            for param in group['params']
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         ours = {name: getattr(self, name) for name in ('grad_mults', '_compiled', '_dense')}
@@ -213,19 +230,3 @@ def as_scalars(settings: dict[str, Any], param: Tensor) -> dict[str, Any]:
     numbers = {name: value for name, value in settings.items() if isinstance(value, int | float | Tensor)}
     scalars = {name: torch.as_tensor(value, dtype=dtype) for name, value in numbers.items()}
     return {**settings, **scalars}
-
-
-_SCALER_SETTINGS = ('grad_scale', 'found_inf')
-
-
-def _use_fused(group: dict[str, Any]) -> bool | None:
-    """Tells whether to take torch's fused kernels: as asked for, else wherever they work."""
-    if group['fused'] is not None or group['foreach'] is not None or group['differentiable']:
-        return group['fused']
-    return all(
-        param.device.type in CHUNK_SIZES
-        and param.is_floating_point()
-        and is_packed(local(param))
-        and not (param.grad is not None and param.grad.is_sparse)
-        for param in group['params']
-    )

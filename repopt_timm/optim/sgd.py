@@ -55,6 +55,8 @@ class RepOptSGD(GradMultOptimizer, SGD):
 
     update_rule = 'sgd'
     _places = 1
+    # Torch before 2.14 has fused kernels for these that leave the parameters as they are.
+    _not_fused: ClassVar[dict[str, tuple[torch.dtype, ...]]] = {'cpu': (torch.bfloat16, torch.float16)}
     _settings = ('lr', 'momentum', 'dampening', 'weight_decay', 'nesterov', 'maximize', 'foreach')
     _compiler_settings: ClassVar[dict[str, Any]] = {'foreach': True, 'fused': False}
 
