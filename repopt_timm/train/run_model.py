@@ -22,7 +22,7 @@ from ..sources import ScalesSource, default_scales
 from ..weights_origin import forget_origin, merged_from, restore_origin
 from .run_checkpoints import load_weights
 
-__all__ = ['find_variant', 'is_target', 'make_model', 'scales_of_run', 'wrap']
+__all__ = ['find_variant', 'is_target', 'make_model', 'scales_of_run', 'use_unsearched', 'wrap']
 
 _logger = logging.getLogger(__name__)
 
@@ -50,11 +50,25 @@ def is_target(variant: str) -> bool:
     return name.kind == 'target' and PREFIX in name.architecture
 
 
+def use_unsearched(args: argparse.Namespace, variant: str) -> None:
+    """Sets `--scales initial` for a target without scales that starts from no weights, and says so."""
+    weights = args.pretrained or args.initial_checkpoint or '.' in args.model or parse_model_name(args.model)[0]
+    if args.scales or weights or not is_target(variant) or not _multiplies(args):
+        return
+    args.scales = 'initial'
+    if args.rank == 0:
+        _logger.info('Without --scales the network starts from the unsearched values, --scales initial.')
+
+
+def _multiplies(args: argparse.Namespace) -> bool:
+    return args.opt.removeprefix('lookahead_').startswith('repopt')
+
+
 def scales_of_run(args: argparse.Namespace, variant: str) -> ScalesSource | None:
-    """Returns the scales that a run creates its model with: `--scales`, or those that ship for the model.
+    """Returns the scales that a run creates its model with: `--scales`, or those that ship with the weights.
 
     Raises:
-        ValueError: If a CSLA model, or a target with a RepOptimizer, has none.
+        ValueError: If a CSLA model has none, or a target with a RepOptimizer that starts from weights.
     """
     if args.scales:
         return args.scales
@@ -65,7 +79,7 @@ def scales_of_run(args: argparse.Namespace, variant: str) -> ScalesSource | None
         raise ValueError(
             f"{variant} needs --scales: a file, 'hf-hub:user/repo' or 'initial'. Search some with {name.of_kind('hs')}."
         )
-    if is_target(variant) and not own and args.opt.removeprefix('lookahead_').startswith('repopt'):
+    if is_target(variant) and not own and _multiplies(args):
         return default_scales(args.model)
     return None
 

@@ -63,7 +63,8 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
             str,
             None,
             "scales: a file, a folder with a model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, "
-            "'published' by the authors, 'initial' for unsearched values. Defaults to the shipped scales of a target",
+            "'published' by the authors, 'initial' for unsearched values. Defaults for a target to initial, "
+            'or to the shipped ones of the weights that it starts from',
             metavar='SOURCE',
             free=True,
         ),
