@@ -6,11 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from timm.models import parse_model_name
 from torch import nn
 
 from .cards.document import CARD_FILE, read_card_scales, read_metadata
 from .cards.format import METADATA_KEY
 from .cards.transfer import HUB_PREFIX, HubFileNotFoundError, cached_files, download, parse_hub_source
+from .errors import explaining
 from .names import ModelName
 from .reparam import network_name
 from .reparam.initialization import ScalesMapping, branch_counts, unwrap
@@ -109,14 +111,19 @@ def _read_local(path: Path, architecture: str | None) -> Scales:
 
 
 def default_scales(model_name: str) -> Scales:
-    """Loads the scales that ship for a target model.
+    """Loads the scales of the repository that a model's name is of, or those that ship for a target model.
 
     Args:
-        model_name: Name of a target model, with or without a tag.
+        model_name: Name of a target model, with or without a tag, `hf-hub:user/repo` or `local-dir:FOLDER`.
 
     Raises:
         ValueError: If there are none; says how to get some.
+        OSError: If the repository or folder cannot be read.
     """
+    with explaining(f"'{model_name}' is not the name of a model"):
+        place, name = parse_model_name(model_name)
+    if place is not None:
+        return load_scales(HUB_PREFIX + name if place == 'hf-hub' else name)
     architecture = ModelName.parse(model_name).architecture
     names = [name for name in shipped_repositories() if ModelName.parse(name).architecture == architecture]
     if model_name in names:

@@ -8,7 +8,7 @@ from torch import nn
 
 from .reparam import geometry_of, network_name
 from .scales import Scales
-from .sources import load_scales
+from .sources import default_scales, load_scales
 
 __all__ = ['IMPLIED_KEY', 'check_trained_with', 'find_scales', 'trained_with']
 
@@ -38,7 +38,9 @@ def check_trained_with(scales: Scales, checkpoint: Mapping[str, Any], source: st
 
 
 def find_scales(checkpoint: Mapping[str, Any], model: nn.Module, source: str) -> Scales | None:
-    """Finds the scales of a target's checkpoint: in it, or where its arguments say (`--scales`, `--model-kwargs`).
+    """Finds the scales of a target's checkpoint: in it, or where its arguments say.
+
+    That is `--scales`, `--model-kwargs`, or without them the pretrained model that the run started from.
 
     A name in a file from anyone may lead anywhere, so only scales of the optimizer's own fingerprint are taken.
 
@@ -63,15 +65,16 @@ def find_scales(checkpoint: Mapping[str, Any], model: nn.Module, source: str) ->
         return scales
     args = checkpoint.get('args')
     values = vars(args) if isinstance(args, argparse.Namespace) else {}
-    name = values.get('scales') or (values.get('model_kwargs') or {}).get('scales')
+    given = values.get('scales') or (values.get('model_kwargs') or {}).get('scales')
+    key, name = ('model', values.get('model')) if given is None else ('scales', given)
     problem = ''
     if isinstance(name, str):
         try:
-            scales = load_scales(name, model)
+            scales = default_scales(name).for_model(model) if key == 'model' else load_scales(name, model)
             check_trained_with(scales, checkpoint, name)
             return scales
         except (OSError, ValueError) as error:
-            problem = f' It says scales={name}, which does not help: {error}'
+            problem = f' It says {key}={name}, which does not help: {error}'
     raise ValueError(
         f'{source}: its model was trained with scales, which are not in its checkpoint. Name the scales of the run '
         f'(scales=..., --scales).{problem}'

@@ -3,6 +3,7 @@ import argparse
 import pytest
 import torch
 
+from repopt_timm.cards.writing import save_scales_card
 from repopt_timm.optim import build_repopt_sgd
 from repopt_timm.publish import model_from_checkpoint
 
@@ -35,6 +36,15 @@ def test_scales_are_found_where_the_arguments_of_a_run_say(scales, args):
     assert model_from_checkpoint(write_checkpoint(scales, args)).scales == scales
 
 
+@pytest.mark.parametrize('model', ['local-dir:mine', None], ids=['repository', 'shipped'])
+def test_scales_are_found_where_the_weights_came_from(scales, model, monkeypatch, tmp_path):
+    save_scales_card(scales, tmp_path / 'mine')
+    if model is None:
+        monkeypatch.setattr('repopt_timm.sources.shipped_repositories', lambda: {f'{TINY}.mine': tmp_path / 'mine'})
+    path = write_checkpoint(scales, {'scales': None, 'model': model or TINY})
+    assert model_from_checkpoint(path).scales == scales
+
+
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
@@ -42,6 +52,9 @@ def test_scales_are_found_where_the_arguments_of_a_run_say(scales, args):
         ({'model_kwargs': {'scales': 'gone.pth'}}, 'It says scales=gone.pth, which does not help: No scales found at'),
         ({'scales': 'other.safetensors'}, r'It says scales=other\.safetensors, .*: it was trained with the scales'),
         ({'scales': {'a': 1}}, r'--scales\)\.$'),
+        ({'model': TINY}, 'It says model=test_repopt_vgg, .* none ship for it'),
+        ({'model': 'local-dir:gone'}, 'It says model=local-dir:gone, .* No scales found at'),
+        ({'model': 'odd:name'}, r'It says model=odd:name, which does not help'),
     ],
 )
 def test_what_is_missing_is_named(scales, args, message):
