@@ -1,6 +1,6 @@
 """What is a search worth? Makes the scales that docs/evidence/search.sh trains with, and searches some.
 
-    python docs/evidence/search.py PUBLISHED CIFAR10 OUTPUT
+    python docs/evidence/search.py PUBLISHED CIFAR10 OUTPUT [SEARCH ...]
 
 The network has RepOpt-VGG-B1's depths and a quarter of its widths. PUBLISHED are the authors' searched scales of B1: a
 file, or `repopt_vgg_b1.published`. CIFAR10 is an image folder. Writes OUTPUT/searches.md, a table of what each search
@@ -62,9 +62,8 @@ def layer_wise(args: argparse.Namespace, dataset: Any, device: torch.device) -> 
 
 
 SEARCHES: dict[str, tuple[int, Make | None]] = {
-    'search': (8, None),
+    'short': (8, None),
     'fast': (8, faster_scales(10)),
-    'faster': (8, faster_scales(100)),
     'layer_wise': (8, layer_wise),
     'long': (24, None),
 }
@@ -159,13 +158,14 @@ def row(name: str, scales: repopt_timm.Scales, start: repopt_timm.Scales, goal: 
 
 def main() -> None:
     source, data, output = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+    wanted = sys.argv[4:] or list(SEARCHES)
     output.mkdir(parents=True, exist_ok=True)
     initial = repopt_timm.Scales.initial(plain_network())
     goal = published(initial, source)
     made = {'unsearched': initial, 'published': goal, 'formula': formula(initial)}
     for name, scales in made.items():
         scales.save(output / f'{name}.safetensors')
-    for name in SEARCHES:
+    for name in wanted:
         try:
             made[name] = read_scale_file(search(name, data, output))
         except DivergedError as error:
