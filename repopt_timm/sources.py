@@ -126,8 +126,9 @@ def default_scales(model_name: str) -> Scales:
         return load_scales(HUB_PREFIX + name if place == 'hf-hub' else name)
     architecture = ModelName.parse(model_name).architecture
     names = [name for name in shipped_repositories() if ModelName.parse(name).architecture == architecture]
-    if model_name in names:
-        names = [model_name]
+    if '.' in model_name:
+        # Other weights of the architecture were trained with other scales, or with none.
+        names = [name for name in names if name == model_name]
     for name in names:
         scales = _card_scales(shipped_repositories()[name] / CARD_FILE, name)
         if scales is not None:

@@ -10,7 +10,7 @@ from .reparam import geometry_of, network_name
 from .scales import Scales
 from .sources import default_scales, load_scales
 
-__all__ = ['IMPLIED_KEY', 'check_trained_with', 'find_scales', 'trained_with']
+__all__ = ['IMPLIED_KEY', 'check_trained_with', 'find_scales', 'named_scales', 'trained_with']
 
 
 IMPLIED_KEY = 'implied_scales'
@@ -63,10 +63,8 @@ def find_scales(checkpoint: Mapping[str, Any], model: nn.Module, source: str) ->
         scales = Scales(network_name(model), modules, geometry, counts, stored['provenance'], source)
         check_trained_with(scales, checkpoint, source)
         return scales
-    args = checkpoint.get('args')
-    values = vars(args) if isinstance(args, argparse.Namespace) else {}
-    given = values.get('scales') or (values.get('model_kwargs') or {}).get('scales')
-    key, name = ('model', values.get('model')) if given is None else ('scales', given)
+    given = _given_scales(checkpoint)
+    key, name = ('model', _arguments(checkpoint).get('model')) if given is None else ('scales', given)
     problem = ''
     if isinstance(name, str):
         try:
@@ -79,3 +77,27 @@ def find_scales(checkpoint: Mapping[str, Any], model: nn.Module, source: str) ->
         f'{source}: its model was trained with scales, which are not in its checkpoint. Name the scales of the run '
         f'(scales=..., --scales).{problem}'
     )
+
+
+def named_scales(checkpoint: Mapping[str, Any], source: str) -> str:
+    """Returns what a target's checkpoint calls the scales that it was trained with; `initial` if with none.
+
+    Raises:
+        ValueError: If it does not name them; calls it `source`.
+    """
+    if not trained_with(checkpoint):
+        return 'initial'
+    name = _given_scales(checkpoint)
+    if not isinstance(name, str):
+        raise ValueError(f"'{source}' was trained with scales that it does not name. Name them with --scales.")
+    return name
+
+
+def _given_scales(checkpoint: Mapping[str, Any]) -> Any:
+    values = _arguments(checkpoint)
+    return values.get('scales') or (values.get('model_kwargs') or {}).get('scales')
+
+
+def _arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    args = checkpoint.get('args')
+    return vars(args) if isinstance(args, argparse.Namespace) else {}

@@ -16,7 +16,6 @@ from ..files import find_temporaries
 from ..names import ModelName
 from ..publish import model_from_checkpoint
 from ..scales import read_scale_file
-from ..sources import default_scales
 from ..train.parsing import write_config
 from ..train.run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, SCALES_FILE, SUMMARY_FILE, is_busy
 
@@ -174,12 +173,12 @@ def _scales(what: str, folder: Path, contents: dict[str, Any]) -> Finding:
         return _finding(what, f'the optimizer has {", ".join(sorted(groups))}, the checkpoint {fingerprint}')
     if fingerprint is None or name.kind == 'csla':
         return Finding(what, 'ok', 'in the checkpoint itself' if fingerprint else 'none')
-    source = getattr(checkpoint['args'], 'scales', None)
     try:
-        model_from_checkpoint(path, source or default_scales(checkpoint['arch']))
+        model_from_checkpoint(path)
     except (OSError, ValueError) as error:
         return Finding(what, 'note', f'{fingerprint[:12]}, but not found again: {error}')
-    return Finding(what, 'ok', f'{fingerprint[:12]}, as in {source or "the shipped ones"}')
+    source = getattr(checkpoint['args'], 'scales', None) or getattr(checkpoint['args'], 'model', None)
+    return Finding(what, 'ok', f'{fingerprint[:12]}, as in {source}')
 
 
 _COMPARISONS: dict[str, Callable[[str, Path, dict[str, Any]], Finding]] = {

@@ -38,7 +38,7 @@ class GradMultOptimizer(torch.optim.Optimizer):
 
     `_updates_of` lists what to do for those parameters of a group that have gradients: functions of tensors and plain
     settings, in which `torch.compile` sees one graph. `_places` is how many times a step needs memory of a chunk's
-    size, `_not_fused` are dtypes, by device, for which the fused kernels are not the default.
+    size, `_not_fused` are dtypes, by device, for which no fused kernels are taken.
     """
 
     update_rule: str
@@ -200,15 +200,18 @@ class GradMultOptimizer(torch.optim.Optimizer):
 
     def _use_fused(self, group: dict[str, Any]) -> bool | None:
         """Tells whether to take torch's fused kernels: as asked for, else wherever they work."""
+        # The settings of a step have no parameters, and `fused` is decided there.
+        params = group.get('params', ())
+        if any(param.dtype in self._not_fused.get(param.device.type, ()) for param in params):
+            return False
         if group['fused'] is not None or group['foreach'] is not None or group['differentiable']:
             return group['fused']
         return all(
             param.device.type in CHUNK_SIZES
-            and param.dtype not in self._not_fused.get(param.device.type, ())
             and param.is_floating_point()
             and is_packed(local(param))
             and not (param.grad is not None and param.grad.is_sparse)
-            for param in group['params']
+            for param in params
         )
 
     def __getstate__(self) -> dict[str, Any]:

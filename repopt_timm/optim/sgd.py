@@ -40,7 +40,8 @@ class RepOptSGD(GradMultOptimizer, SGD):
         maximize: Maximize instead of minimize.
         foreach: Use torch's multi-tensor implementation.
         differentiable: Let autograd record the step.
-        fused: Use torch's fused implementation; the default on devices that have one, unless `foreach` is given.
+        fused: Use torch's fused implementation; the default on devices that have one, unless `foreach` is given. Never
+            for half-precision parameters on a CPU, which that of torch before 2.14 leaves as they are.
         compiled: Update kernels with code that `torch.compile` makes at the first step: one graph, one pass over
             memory, at the price of about half a minute and of the compiler that it needs.
         dense: Keep Grad Mults as masks of the kernels' size: as much memory as the kernels, and few launches on CUDA.
@@ -55,7 +56,6 @@ class RepOptSGD(GradMultOptimizer, SGD):
 
     update_rule = 'sgd'
     _places = 1
-    # Torch before 2.14 has fused kernels for these that leave the parameters as they are.
     _not_fused: ClassVar[dict[str, tuple[torch.dtype, ...]]] = {'cpu': (torch.bfloat16, torch.float16)}
     _settings = ('lr', 'momentum', 'dampening', 'weight_decay', 'nesterov', 'maximize', 'foreach')
     _compiler_settings: ClassVar[dict[str, Any]] = {'foreach': True, 'fused': False}

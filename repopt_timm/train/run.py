@@ -38,7 +38,7 @@ from .run_checkpoints import (
     scales_fingerprint,
 )
 from .run_folder import ARGUMENTS_FILE, DIVERGED_FILE, LAST_CHECKPOINT, note_time, run_folder
-from .run_model import find_variant, is_target, make_model, scales_of_run, use_unsearched, wrap
+from .run_model import choose_scales, find_variant, is_target, make_model, scales_of_run, wrap
 from .run_report import write_report
 from .searched_scales import note_movement, save_searched
 from .validation import check_arguments, check_classes, check_device_name, check_images, check_model
@@ -92,9 +92,9 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
     device = torch.device(args.device)
     variant, saved_args = find_variant(args.model)
     _resolve(args, variant, saved_args)
-    if make is None:
-        use_unsearched(args, variant)
     folder = _folder(args)
+    if make is None:
+        choose_scales(args, variant, folder)
     datasets = make_datasets(args)
     check_classes(args.num_classes, count_classes(datasets[0]))
     # The same on all ranks: DDP spreads the first one's weights, but not its moving average.

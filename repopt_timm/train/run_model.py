@@ -3,10 +3,13 @@
 import argparse
 import difflib
 import logging
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import yaml
 from timm.models import parse_model_name
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
@@ -19,10 +22,12 @@ from ..model_size import count_parameters
 from ..models import ensure_registered
 from ..names import PREFIX, ModelName
 from ..sources import ScalesSource, default_scales
+from ..trained_scales import named_scales, trained_with
 from ..weights_origin import forget_origin, merged_from, restore_origin
 from .run_checkpoints import load_weights
+from .run_folder import ARGUMENTS_FILE
 
-__all__ = ['find_variant', 'is_target', 'make_model', 'scales_of_run', 'use_unsearched', 'wrap']
+__all__ = ['choose_scales', 'find_variant', 'is_target', 'make_model', 'scales_of_run', 'wrap']
 
 _logger = logging.getLogger(__name__)
 
@@ -50,14 +55,42 @@ def is_target(variant: str) -> bool:
     return name.kind == 'target' and PREFIX in name.architecture
 
 
-def use_unsearched(args: argparse.Namespace, variant: str) -> None:
-    """Sets `--scales initial` for a target without scales that starts from no weights, and says so."""
-    weights = args.pretrained or args.initial_checkpoint or '.' in args.model or parse_model_name(args.model)[0]
-    if args.scales or weights or not is_target(variant) or not _multiplies(args):
+def choose_scales(args: argparse.Namespace, variant: str, folder: Path) -> None:
+    """Sets `--scales` of a target that was given none, and says so.
+
+    A run that is resumed keeps what it had, `--initial-checkpoint` brings what it was trained with, pretrained weights
+    what ships with them; anything else starts from the unsearched values.
+
+    Args:
+        args: Arguments of the run.
+        variant: Name in timm's registry.
+        folder: Folder of the run.
+
+    Raises:
+        ValueError: If the initial checkpoint was trained with scales that it does not name.
+    """
+    if args.scales or not is_target(variant) or not _multiplies(args):
         return
-    args.scales = 'initial'
-    if args.rank == 0:
-        _logger.info('Without --scales the network starts from the unsearched values, --scales initial.')
+    if args.resume and (folder / ARGUMENTS_FILE).is_file():
+        args.scales = _saved_scales(folder / ARGUMENTS_FILE)
+        return
+    if args.initial_checkpoint:
+        with explaining(f"'{args.initial_checkpoint}' does not hold weights"):
+            args.scales = named_scales(read_checkpoint(args.initial_checkpoint), args.initial_checkpoint)
+    elif not args.pretrained and '.' not in args.model and parse_model_name(args.model)[0] is None:
+        args.scales = 'initial'
+    if args.scales and args.rank == 0:
+        what = 'the unsearched values, ' if args.scales == 'initial' else ''
+        _logger.info(f'Without --scales this run uses {what}--scales {args.scales}.')
+
+
+def _saved_scales(path: Path) -> str | None:
+    try:
+        saved = yaml.safe_load(path.read_text(encoding='utf-8'))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return None
+    found = saved.get('scales') if isinstance(saved, dict) else None
+    return found if isinstance(found, str) else None
 
 
 def _multiplies(args: argparse.Namespace) -> bool:
@@ -119,6 +152,7 @@ def make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: A
             checkpoint = read_checkpoint(args.initial_checkpoint)
             load_weights(model, select_state_dict(checkpoint), args.initial_checkpoint)
             restore_origin(model, checkpoint.get('origin'))
+            _note_other_scales(model, checkpoint, args)
     # Not those of the data that pretrained weights come from.
     model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names if len(names) == model.num_classes else None}
     if args.grad_checkpointing:
@@ -134,6 +168,15 @@ def make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: A
         suffix = f', scales {carried.fingerprint[:12]}' if carried is not None else ''
         _logger.info(f'{args.model}: {count / 1e6:.1f} M parameters, {model.num_classes} classes, {args.opt}{suffix}')
     return model
+
+
+def _note_other_scales(model: Any, checkpoint: Mapping[str, Any], args: argparse.Namespace) -> None:
+    before, carried = trained_with(checkpoint), getattr(model, 'scales', None)
+    if args.rank == 0 and before and carried is not None and carried.fingerprint not in before:
+        _logger.warning(
+            f"'{args.initial_checkpoint}' was trained with the scales {min(before)[:12]}, this run multiplies with "
+            f'{carried.fingerprint[:12]}.'
+        )
 
 
 def wrap(model: Any, args: argparse.Namespace, device: torch.device) -> nn.Module:

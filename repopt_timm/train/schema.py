@@ -64,7 +64,7 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
             None,
             "scales: a file, a folder with a model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, "
             "'published' by the authors, 'initial' for unsearched values. Defaults for a target to initial, "
-            'or to the shipped ones of the weights that it starts from',
+            'or to what its pretrained or initial weights were trained with',
             metavar='SOURCE',
             free=True,
         ),

@@ -191,7 +191,9 @@ def read_settings(namespace: argparse.Namespace) -> tuple[TrialSettings, argpars
     """
     texts = vars(namespace)
     if 'model' not in texts:
-        raise ValueError('Name the MODEL of a trial, such as repopt_vgg_a0, or give --report the folders of trials.')
+        raise ValueError(
+            'Name the MODEL of a trial before all flags, such as repopt_vgg_a0, or give --report the folders of trials.'
+        )
     model = target_name(texts.pop('model'))
     config = texts.pop('config', None)
     own = {name: copy.deepcopy(argument.default) for name, argument in _OWN_BY_NAME.items()}
@@ -222,8 +224,11 @@ def _given_scales(words: Sequence[str]) -> dict[str, str]:
     """Returns the name of an arm to its scales."""
     scales: dict[str, str] = {}
     for word in words:
-        named = re.fullmatch(r'([a-z][a-z0-9_]*)=(.+)', word)
-        name, source = named.groups() if named else ('scales', word)
+        name, separator, source = word.partition('=')
+        if not separator or Path(word).exists() or re.search(r'[/\\.:]', name):
+            name, source = 'scales', word
+        elif not re.fullmatch('[a-z][a-z0-9_]*', name) or not source:
+            raise ValueError(f"--scales has '{word}', expected NAME=SOURCE, where a NAME is of a to z, 0 to 9 and _.")
         if name in scales:
             raise ValueError(f"--scales gives '{name}' twice: name each of them, such as published=FILE.")
         if arm_of(name).scales != GIVEN:

@@ -169,15 +169,16 @@ def test_gradients_are_left_as_they_were(rule, dtype):
     assert all(torch.equal(param.grad, grad) for param, grad in zip(model.parameters(), before))
 
 
+@pytest.mark.parametrize('fused', [None, True])
 @pytest.mark.parametrize('rule', CLASSES)
-def test_bfloat16_kernels_are_multiplied_in_float32(rule):
+def test_bfloat16_kernels_are_multiplied_in_float32(rule, fused):
     model = scaled_model(torch.bfloat16)
     exact = copy.deepcopy(model).float()
     gradients(model)
     for param, other in zip(model.parameters(), exact.parameters()):
         other.grad = param.grad.float()
     for net in (model, exact):
-        make(net, rule, lr=0.125).step()
+        make(net, rule, lr=0.125, fused=fused).step()
     for param, other in zip(model.parameters(), exact.parameters()):
         torch.testing.assert_close(param.float(), other, rtol=2**-6, atol=2**-6)
 

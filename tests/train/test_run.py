@@ -189,18 +189,6 @@ def test_the_whole_way_in_one_call(arguments, tmp_path, capsys):
     main(arguments('--search-first', '--search-kwargs', 'epochs=2', 'lr=0.01', '--resume'))
 
 
-def test_a_target_without_scales_starts_from_the_unsearched_values_and_says_so(arguments, tmp_path, capsys):
-    main(arguments('--epochs', '1'))
-    checkpoint = read(tmp_path / 'run')
-    assert checkpoint['args'].scales == 'initial'
-    initial = Scales.initial(tiny_model())
-    assert checkpoint['optimizer']['param_groups'][0]['scales_fingerprint'] == initial.fingerprint
-    assert 'starts from the unsearched values, --scales initial' in ''.join(capsys.readouterr())
-    # Plain SGD multiplies nothing, and gets no scales.
-    main(arguments('--epochs', '1', '--opt', 'sgd', experiment='plain'))
-    assert read(tmp_path / 'plain')['args'].scales is None
-
-
 def test_a_published_model_is_fine_tuned_with_its_own_scales(arguments, tmp_path):
     scales = Scales.initial(tiny_model())
     save_pretrained(timm.create_model(TINY, num_classes=7, scales=scales), tmp_path / 'published')

@@ -27,6 +27,8 @@ def test_arms_are_those_that_the_model_and_the_arguments_allow():
         (['--arms', 'published'], 'expected one of .*, repopt, .*, or a name of --scales'),
         (['--scales', 'a.csv', 'b.csv'], "gives 'scales' twice: name each of them"),
         (['--scales', 'repopt=a.csv'], 'that of another arm'),
+        (['--scales', 'B1=a.csv'], "has 'B1=a.csv', expected NAME=SOURCE"),
+        (['--scales', 'mine='], 'expected NAME=SOURCE'),
         (['--opt', 'adamw'], "unknown argument '--opt'"),
         (['--seed', '3'], "unknown argument '--seed'"),
         (['--lrs', '0'], 'expected finite numbers above 0'),

@@ -1,0 +1,60 @@
+import re
+
+import pytest
+
+from repopt_timm import Scales
+from repopt_timm.cards.writing import save_scales_card
+from repopt_timm.sources import default_scales
+from repopt_timm.train.command import main
+
+from ..helpers import TINY, random_scales, tiny_model
+from .runs import read
+
+
+def fingerprint(folder):
+    """Fingerprint of the scales that a run multiplied with."""
+    (found,) = {group['scales_fingerprint'] for group in read(folder)['optimizer']['param_groups']}
+    return found
+
+
+def test_a_target_without_scales_starts_from_the_unsearched_values_and_says_so(arguments, tmp_path, capsys):
+    main(arguments('--epochs', '1'))
+    checkpoint = read(tmp_path / 'run')
+    assert checkpoint['args'].scales == 'initial'
+    assert fingerprint(tmp_path / 'run') == Scales.initial(tiny_model()).fingerprint
+    assert 'uses the unsearched values, --scales initial' in ''.join(capsys.readouterr())
+    # Plain SGD multiplies nothing, and gets no scales.
+    main(arguments('--epochs', '1', '--opt', 'sgd', experiment='plain'))
+    assert read(tmp_path / 'plain')['args'].scales is None
+
+
+def test_an_initial_checkpoint_brings_the_scales_that_it_was_trained_with(arguments, tmp_path, capsys):
+    random_scales().save(tmp_path / 'mine.safetensors')
+    main(arguments('--epochs', '1', '--scales', str(tmp_path / 'mine.safetensors'), experiment='first'))
+    first = str(tmp_path / 'first/last.pth.tar')
+    main(arguments('--epochs', '1', '--initial-checkpoint', first))
+    assert fingerprint(tmp_path / 'run') == fingerprint(tmp_path / 'first')
+    # A run that is resumed need not repeat what it started from.
+    main(arguments('--epochs', '2', '--resume'))
+    assert fingerprint(tmp_path / 'run') == fingerprint(tmp_path / 'first')
+    main(arguments('--epochs', '1', '--initial-checkpoint', first, '--scales', 'initial', experiment='other'))
+    assert 'this run multiplies with' in ''.join(capsys.readouterr())
+
+
+def test_a_run_that_was_begun_with_shipped_scales_keeps_them(arguments, tmp_path, monkeypatch):
+    save_scales_card(random_scales(), tmp_path / 'card')
+    monkeypatch.setattr('repopt_timm.sources.shipped_repositories', lambda: {f'{TINY}.mine': tmp_path / 'card'})
+    main(arguments('--epochs', '1', '--scales', f'{TINY}.mine'))
+    before = fingerprint(tmp_path / 'run')
+    # As runs were written for which these were the default.
+    path = tmp_path / 'run/args.yaml'
+    path.write_text(re.sub('^scales: .*$', 'scales: null', path.read_text(), flags=re.M))
+    main(arguments('--epochs', '2', '--resume'))
+    assert fingerprint(tmp_path / 'run') == before
+
+
+def test_weights_of_another_tag_are_not_trained_with_shipped_scales(tmp_path, monkeypatch):
+    save_scales_card(random_scales(), tmp_path / 'card')
+    monkeypatch.setattr('repopt_timm.sources.shipped_repositories', lambda: {f'{TINY}.mine': tmp_path / 'card'})
+    with pytest.raises(ValueError, match=f'{TINY}.other has no scales, and none ship for it'):
+        default_scales(f'{TINY}.other')
