@@ -20,7 +20,7 @@ class Command(NamedTuple):
 
 COMMANDS = {
     'train': Command('search scales or train a model', '.train.command'),
-    'quickstart': Command('search, train and report on handwritten digits, in minutes', '.train.command'),
+    'quickstart': Command('train on handwritten digits, in a minute', '.train.command'),
     'trial': Command('train a network in several ways, and say whether they differ', '.trial.trial_command'),
     'scales': Command('list, show, convert, draw and share scales', '.scale_commands'),
     'bench': Command('measure what training and search cost', '.bench.bench_commands'),
