@@ -14,6 +14,6 @@ scales=$(for arm in published formula; do echo "$arm=$output/searches/$arm.safet
 repopt-timm trial repopt_vgg -c cifar10_trial --amp --amp-dtype bfloat16 --data "$data" --train-images 20000 \
     --model-kwargs 'depths=(4,6,16,1)' 'widths=(16,32,64,128,512)' --epochs 8 --warmup-epochs 2 --val-interval 4 \
     --tuning-epochs 4 --seeds 2 --jobs 2 --threads 1 --scales $scales \
-    --arms init repopt published formula short fast layer_wise --reference repopt --output "$output/search"
+    --arms repopt published formula short fast layer_wise --reference repopt --output "$output/search"
 # Longer, to see how far it moves; nothing trains with these.
 search
