@@ -65,7 +65,6 @@ SEARCHES: dict[str, tuple[int, Make | None]] = {
     'short': (8, None),
     'fast': (8, faster_scales(10)),
     'layer_wise': (8, layer_wise),
-    'long': (24, None),
 }
 """Name of a search to its epochs and how its model is made."""
 
