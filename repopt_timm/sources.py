@@ -111,7 +111,7 @@ def _read_local(path: Path, architecture: str | None) -> Scales:
 
 
 def default_scales(model_name: str) -> Scales:
-    """Loads the scales of the repository that a model's name is of, or those that ship for a target model.
+    """Loads the scales that come with a model's name: in its repository, or in what ships with this package.
 
     Args:
         model_name: Name of a target model, with or without a tag, `hf-hub:user/repo` or `local-dir:FOLDER`.

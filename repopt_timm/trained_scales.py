@@ -80,14 +80,21 @@ def find_scales(checkpoint: Mapping[str, Any], model: nn.Module, source: str) ->
 
 
 def named_scales(checkpoint: Mapping[str, Any], source: str) -> str:
-    """Returns what a target's checkpoint calls the scales that it was trained with; `initial` if with none.
+    """Returns what `load_scales` takes for the scales that a target was trained with; `initial` if with none.
+
+    Args:
+        checkpoint: Content of its checkpoint.
+        source: What to call it in errors.
 
     Raises:
-        ValueError: If it does not name them; calls it `source`.
+        ValueError: If it names neither scales nor a model that comes with some.
+        OSError: If the model's repository cannot be read.
     """
     if not trained_with(checkpoint):
         return 'initial'
-    name = _given_scales(checkpoint)
+    name, model = _given_scales(checkpoint), _arguments(checkpoint).get('model')
+    if name is None and isinstance(model, str):
+        name = default_scales(model).source
     if not isinstance(name, str):
         raise ValueError(f"'{source}' was trained with scales that it does not name. Name them with --scales.")
     return name

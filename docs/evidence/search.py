@@ -76,7 +76,7 @@ def plain_network() -> nn.Module:
 
 def published(initial: repopt_timm.Scales, source: str) -> repopt_timm.Scales:
     """Returns the mean of each layer and branch of the published scales, for our width."""
-    found = read_scale_file(source, 'repopt_vgg_b1') if Path(source).exists() else load_scales(source)
+    found = load_scales(source)
     return spread(initial, lambda module, branch: found[module][branch].mean().item(), 'layer means of B1')
 
 

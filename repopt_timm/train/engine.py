@@ -271,7 +271,7 @@ def evaluate(
     if share > 0.1 and args.rank == 0:
         _logger.warning(
             f'The average has not warmed up: after epoch {epoch + 1} {share:.0%} of it are the weights that the run '
-            f'started from. eval_raw_top1 is that of the model itself; --model-ema-warmup or a lower --model-ema-decay '
+            f'started from. eval_raw_top1 is of the model itself; --model-ema-warmup or a lower --model-ema-decay '
             f'warms up sooner.'
         )
     return {f'eval_{name}': value for name, value in averaged.items()} | {

@@ -98,7 +98,7 @@ def _multiplies(args: argparse.Namespace) -> bool:
 
 
 def scales_of_run(args: argparse.Namespace, variant: str) -> ScalesSource | None:
-    """Returns the scales that a run creates its model with: `--scales`, or those that ship with the weights.
+    """Returns the scales that a run creates its model with: `--scales`, or the shipped ones of its pretrained weights.
 
     Raises:
         ValueError: If a CSLA model has none, or a target with a RepOptimizer that starts from weights.

@@ -51,7 +51,7 @@ ARMS: dict[str, Arm] = {
 
 
 def arm_of(name: str) -> Arm:
-    """Returns an arm: one of `ARMS`, or that of the given scales of this name."""
+    """Returns an arm of `ARMS`; any other name is of scales that were given."""
     return ARMS.get(name) or Arm(f'RepOptSGD, scales {name}', 'repopt_sgd', scales=GIVEN)
 
 

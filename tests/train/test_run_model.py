@@ -2,7 +2,7 @@ import re
 
 import pytest
 
-from repopt_timm import Scales
+from repopt_timm import Scales, save_pretrained
 from repopt_timm.cards.writing import save_scales_card
 from repopt_timm.sources import default_scales
 from repopt_timm.train.command import main
@@ -51,6 +51,13 @@ def test_a_run_that_was_begun_with_shipped_scales_keeps_them(arguments, tmp_path
     path.write_text(re.sub('^scales: .*$', 'scales: null', path.read_text(), flags=re.M))
     main(arguments('--epochs', '2', '--resume'))
     assert fingerprint(tmp_path / 'run') == before
+
+
+def test_an_initial_checkpoint_of_a_fine_tuned_model_brings_the_scales_of_its_repository(arguments, tmp_path):
+    save_pretrained(tiny_model(scales=random_scales()), tmp_path / 'published')
+    main(arguments('--pretrained', '--epochs', '1', model=f'local-dir:{tmp_path / "published"}', experiment='tuned'))
+    main(arguments('--epochs', '1', '--initial-checkpoint', str(tmp_path / 'tuned/last.pth.tar')))
+    assert fingerprint(tmp_path / 'run') == fingerprint(tmp_path / 'tuned')
 
 
 def test_weights_of_another_tag_are_not_trained_with_shipped_scales(tmp_path, monkeypatch):
