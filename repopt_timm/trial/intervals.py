@@ -1,11 +1,13 @@
-"""Student's t: intervals of means of few values."""
+"""Intervals of means of few values, from Student's t."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ['Interval', 'student_cdf', 'student_quantile']
+from scipy.stats import t
+
+__all__ = ['Interval']
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Interval:
         if len(values) == 1:
             return cls(mean, math.inf, 1)
         error = statistics.stdev(values) / math.sqrt(len(values))
-        return cls(mean, student_quantile(0.975, len(values) - 1) * error, len(values))
+        return cls(mean, float(t.ppf(0.975, len(values) - 1)) * error, len(values))
 
     @property
     def lower(self) -> float:
@@ -45,38 +47,3 @@ class Interval:
     def excludes_zero(self) -> bool:
         """Whether the mean differs from 0."""
         return self.lower > 0 or self.upper < 0
-
-
-def student_cdf(value: float, freedom: int) -> float:
-    """Returns the probability that Student's t is below a value.
-
-    The sums over powers of the cosine for whole degrees of freedom, 26.7.3 and 26.7.4 of Abramowitz and Stegun.
-
-    Args:
-        value: The value.
-        freedom: Degrees of freedom, at least 1.
-    """
-    angle = math.atan(value / math.sqrt(freedom))
-    cosine = math.cos(angle)
-    odd = freedom % 2
-    term = total = cosine if odd else 1.0
-    for index in range(2 + odd, freedom - 1, 2):
-        term *= cosine**2 * (index - 1) / index
-        total += term
-    total *= math.sin(angle)
-    within = (angle + total * (freedom > 1)) * 2 / math.pi if odd else total
-    return (1 + within) / 2
-
-
-def student_quantile(probability: float, freedom: int) -> float:
-    """Returns the value below which Student's t is with a probability of at least one half; see `student_cdf`."""
-    low, high = 0.0, 1.0
-    while student_cdf(high, freedom) < probability:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        if student_cdf(middle, freedom) < probability:
-            low = middle
-        else:
-            high = middle
-    return high
