@@ -11,7 +11,7 @@ from torch import nn
 
 from ..plot import plot_scales
 from ..scales import Scales
-from ..scales.movement import movement
+from ..scales.movement import WORTH, movement
 from .run_checkpoints import versions
 from .run_folder import SCALES_FILE
 
@@ -72,5 +72,5 @@ def note_movement(model: nn.Module) -> None:
         return
     if moved.hardly:
         _logger.info(
-            f'These scales are about where a search starts: {moved}. Expect what --scales initial gives, without one.'
+            f'These scales are about where a search starts: {moved}. Expect what --scales initial gives ({WORTH}).'
         )
