@@ -29,7 +29,7 @@ from .models.strided_byobnet import stated_arguments
 from .names import ModelName
 from .plot import plot_curves
 from .reparam import attach_scales, kind_of
-from .reparam.initialization import unwrap
+from .reparam.modules import uncompiled_name, unwrap
 from .scales import Scales, read_scale_file
 from .sources import ScalesSource, load_scales
 from .trained_scales import check_trained_with, find_scales
@@ -259,8 +259,7 @@ def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     memory = set()
     for key, tensor in model.state_dict().items():
-        # Of parts that were compiled.
-        name = '.'.join(part for part in key.split('.') if part != '_orig_mod')
+        name = uncompiled_name(key)
         if not tensor.isfinite().all():
             raise ValueError(
                 f"{source}: '{name}' has values that are not finite, as after a training that diverged. Publish an "

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 from timm.models import save_for_hf
 
-from repopt_timm import Scales, load_scales, push_scales
+from repopt_timm import Scales, attach_scales, load_scales, push_scales
 from repopt_timm.cards.document import read_card_scales
 from repopt_timm.cards.text import render_body
 from repopt_timm.cards.writing import save_scales_card
@@ -369,6 +369,15 @@ def test_tied_tensors_and_compiled_parts_have_the_names_that_timm_loads(tmp_path
     save_pretrained(model, tmp_path)
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert torch.equal(loaded(images), expected)
+
+
+def test_scales_of_compiled_parts_have_the_names_of_the_plain_network(tmp_path):
+    model = trained()
+    scales = Scales.from_model(model)
+    model.stages = torch.compile(model.stages)
+    attach_scales(model, scales)
+    save_pretrained(model, tmp_path)
+    assert Scales.from_model(timm.create_model(f'local-dir:{tmp_path}', pretrained=True)) == scales
 
 
 def test_what_is_not_finite_is_not_published(hub, client, tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .branches import Branch, make_branches, merge
 from .convolutions import Geometry, conv_prior, refusal
 from .csla import CSLAConv2d
+from .modules import modules_of, unwrap
 from .vectors import check_vectors, fingerprint
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     'network_name',
     'prepare',
     'scaled_convs',
-    'unwrap',
 ]
 
 ScalesMapping = Mapping[str, Mapping[str, Tensor]]
@@ -64,14 +64,6 @@ class ScaledConv(NamedTuple):
     branches: tuple[Branch, ...]
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the network inside of wrappers for compilation and parallel training."""
-    inner: Any = model
-    while hasattr(inner, '_orig_mod') or isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        inner = inner._orig_mod if hasattr(inner, '_orig_mod') else inner.module
-    return inner
-
-
 def network_name(model: nn.Module) -> str:
     """Returns the name of a network: that of its architecture in timm, else its class's."""
     inner: Any = unwrap(model)
@@ -84,7 +76,7 @@ def network_name(model: nn.Module) -> str:
 
 def geometry_of(model: nn.Module, names: Mapping[str, object]) -> dict[str, Geometry]:
     """Reads the geometry of the named convolutions, plain or CSLA, in the order of the model's modules."""
-    convs = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d | CSLAConv2d)]
+    convs = [(name, each) for name, each in modules_of(model).items() if isinstance(each, nn.Conv2d | CSLAConv2d)]
     return {name: Geometry.of(conv, first=index == 0) for index, (name, conv) in enumerate(convs) if name in names}
 
 
@@ -109,7 +101,7 @@ def scaled_convs(model: nn.Module, scales: ScalesMapping) -> list[ScaledConv]:
             f'The scales are a {type(scales).__name__}, expected Scales or a mapping of module names to branch names '
             f'to vectors. Scales go by module name, never by position.'
         )
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     return [scaled_conv(model, name, modules.get(name), scales) for name in scales]
 
 
@@ -188,7 +180,7 @@ def attach_scales(model: nn.Module, scales: ScalesMapping, initialized: bool = F
 
 def carried_scales(model: nn.Module) -> dict[str, CarriedScales]:
     """Collects the scales that the convolutions of a model carry, by module name."""
-    return {name: getattr(module, _ATTRIBUTE) for name, module in model.named_modules() if hasattr(module, _ATTRIBUTE)}
+    return {name: getattr(each, _ATTRIBUTE) for name, each in modules_of(model).items() if hasattr(each, _ATTRIBUTE)}
 
 
 @torch.no_grad()

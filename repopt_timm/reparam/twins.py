@@ -21,8 +21,8 @@ from .initialization import (
     check_network,
     kind_of,
     scaled_convs,
-    unwrap,
 )
+from .modules import modules_of, unwrap
 from .prior import Prior, resolve_prior
 
 __all__ = ['convert_', 'csla', 'hyper_search', 'replace_modules', 'take_over_hooks', 'to_plain', 'twin_vectors']
@@ -118,7 +118,7 @@ def to_plain(twin: nn.Module) -> nn.Module:
     converted: dict[nn.Module, nn.Module] = {
         module: _take_over(module, module.to_conv()) for module in plain.modules() if isinstance(module, CSLAConv2d)
     }
-    counts = {name: module.branch_counts for name, module in twin.named_modules() if isinstance(module, CSLAConv2d)}
+    counts = {name: each.branch_counts for name, each in modules_of(twin).items() if isinstance(each, CSLAConv2d)}
     plain = replace_modules(plain, converted)
     attach_scales(plain, _Counted(vectors, counts), initialized=True)
     return plain
@@ -126,7 +126,7 @@ def to_plain(twin: nn.Module) -> nn.Module:
 
 def twin_vectors(twin: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Returns the scales of a twin, module name to branch name to vector; empty for a plain network."""
-    return {name: module.vectors() for name, module in twin.named_modules() if isinstance(module, CSLAConv2d)}
+    return {name: each.vectors() for name, each in modules_of(twin).items() if isinstance(each, CSLAConv2d)}
 
 
 def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, trainable_scales: bool) -> nn.Module:
@@ -142,7 +142,7 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
         prior = {name: ConvPrior(branch_counts(scales, name, conv)) for name, conv, _ in found}
     else:
         prior = resolve_prior(model, given)
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     _check_not_tied({name: modules[name] for name in prior})
     converted: dict[nn.Module, nn.Module] = {}
     for name, each in prior.items():

@@ -24,7 +24,8 @@ from ..reparam import (
 )
 from ..reparam.branches import Branch
 from ..reparam.convolutions import conv_prior
-from ..reparam.initialization import check_network, scaled_convs, unwrap
+from ..reparam.initialization import check_network, scaled_convs
+from ..reparam.modules import modules_of, unwrap
 from ..reparam.prior import Prior
 from ..reparam.vectors import check_vectors, fingerprint
 
@@ -171,7 +172,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         """
         inner = unwrap(model)
         check_network(inner, self)
-        if twin_modules := {name: m for name, m in inner.named_modules() if isinstance(m, CSLAConv2d)}:
+        if twin_modules := {name: m for name, m in modules_of(inner).items() if isinstance(m, CSLAConv2d)}:
             for name in {**twin_modules, **self}:
                 if name not in self or name not in twin_modules:
                     raise ValueError(
@@ -186,7 +187,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
 
     def _check_complete(self, model: nn.Module) -> None:
         """Checks scales that do not state their geometry against the prior that the model's convolutions carry."""
-        for name, module in model.named_modules():
+        for name, module in modules_of(model).items():
             prior = None if self._geometry else conv_prior(module)
             if prior is None:
                 continue
@@ -233,7 +234,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         """
         model = unwrap(model)
         modules: Mapping[str, Mapping[str, Tensor]] = twin_vectors(model)
-        counts = {name: m.branch_counts for name, m in model.named_modules() if isinstance(m, CSLAConv2d)}
+        counts = {name: m.branch_counts for name, m in modules_of(model).items() if isinstance(m, CSLAConv2d)}
         if not modules:
             carried = carried_scales(model)
             modules = {name: each.vectors for name, each in carried.items()}

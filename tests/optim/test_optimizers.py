@@ -8,10 +8,11 @@ from torch import nn
 from repopt_timm import (
     RepOptAdamW,
     RepOptSGD,
-    attach_scales,
+    Scales,
     build_repopt_sgd,
     clip_grad_norm_,
     make_grad_mults,
+    prepare,
 )
 from repopt_timm.optim import chunks
 from repopt_timm.optim.reference import ReferenceRepOptAdamW, ReferenceRepOptSGD
@@ -143,17 +144,19 @@ def test_adamw_refuses_sparse_gradients():
 
 @pytest.mark.parametrize('rule', CLASSES)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_a_grad_scaler_unscales_inside_of_the_step(rule, dtype):
+@pytest.mark.parametrize('fused', [None, True])
+def test_a_grad_scaler_leaves_unscaling_to_fused_kernels_that_were_asked_for(rule, dtype, fused):
     model = scaled_model(dtype)
     twin = copy.deepcopy(model)
-    optimizer, reference = make(model, rule, lr=0.1), make(twin, rule, lr=0.1)
+    optimizer, reference = make(model, rule, lr=0.1, fused=fused), make(twin, rule, lr=0.1)
     scaler = torch.amp.GradScaler('cpu', init_scale=4.0)
     scaler.scale(torch.ones(()))
     gradients(model)
     gradients(twin)
     for param in model.parameters():
         param.grad *= 4.0
-    assert optimizer._step_supports_amp_scaling
+    # By it Lightning decides whether gradients can be clipped.
+    assert optimizer._step_supports_amp_scaling is bool(fused)
     scaler.step(optimizer)
     reference.step()
     same(model, twin, rtol=1e-6, atol=1e-7)
@@ -239,6 +242,14 @@ def test_plain_vectors_have_a_fingerprint_too():
     first = build_repopt_sgd(model, {'0': {'kxk': torch.ones(8)}}, lr=0.1)
     with pytest.raises(ValueError, match='saved with the scales'):
         build_repopt_sgd(model, {'0': {'kxk': torch.full((8,), 2.0)}}, lr=0.1).load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize('name', ['', 'Sequential'])
+def test_given_scales_have_the_fingerprint_of_carried_ones(name):
+    model, vectors = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)), {'0': {'kxk': torch.rand(8)}}
+    for scales in (vectors, Scales(name, vectors)):
+        given = make_grad_mults(model, scales).fingerprint
+        assert given == make_grad_mults(prepare(model, scales)).fingerprint
 
 
 def test_a_state_that_was_saved_with_other_scales_is_refused():
@@ -353,4 +364,3 @@ def test_without_initialization_the_weights_stay():
     before = model[0].weight.detach().clone()
     build_repopt_sgd(model, {'0': {'kxk': torch.ones(8)}}, lr=0.1, init=False)
     assert torch.equal(model[0].weight, before)
-    attach_scales(model, {'0': {'kxk': torch.ones(8)}})
