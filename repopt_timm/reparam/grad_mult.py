@@ -337,17 +337,27 @@ def _named_kernels(model: nn.Module, scales: ScalesMapping) -> list[_Kernel]:
         known = type(modules.get(name, nn.Module())) is nn.Module
         if weight is None or weight.ndim != 4 or not known:
             raise ValueError(
-                f"{source} name a convolution '{name}', but {type(model).__name__} has neither such a convolution nor "
-                f"a parameter '{name}.weight' of four dimensions. Scales go by module name: use those of this network."
+                f"{source}: there are scales for a convolution '{name}', but {type(model).__name__} has neither such "
+                f"a convolution nor a parameter '{name}.weight' of four dimensions. Scales go by module name: use this "
+                f"network's."
             )
         if name in geometry and not geometry[name].has_kernel(weight.shape):
             raise ValueError(
-                f"{source} were searched with '{name}' of {geometry[name]}, but its kernel here has the shape "
-                f'{tuple(weight.shape)}. Use the scales of this network.'
+                f"{source}: the scales were searched with '{name}' of {geometry[name]}, but its kernel here has the "
+                f'shape {tuple(weight.shape)}. Use the scales of this network.'
             )
         check_vectors(name, vectors, len(weight), source=source)
         counts = branch_counts(scales, name)
-        branches = tuple(Branch.of(branch, weight.shape[2:], count) for branch, count in counts.items())
+        try:
+            branches = tuple(Branch.of(branch, weight.shape[2:], count) for branch, count in counts.items())
+        except ValueError as error:
+            raise ValueError(f"{source}: module '{name}': {error}") from None
+        if 'identity' in counts and name not in geometry and weight.shape[0] != weight.shape[1]:
+            raise ValueError(
+                f"{source}: module '{name}' has an identity branch, but its kernel of shape {tuple(weight.shape)} does "
+                f'not show whether it has as many input as output channels. Give scales.for_model(model), made with '
+                f'the plain model.'
+            )
         kernels.append(_Kernel(name, weight, branches, vectors))
     return kernels
 

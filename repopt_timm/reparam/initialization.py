@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .branches import Branch, make_branches, merge
-from .convolutions import Geometry, conv_prior, refusal
+from .convolutions import Geometry, conv_prior, kernel_of, refusal
 from .csla import CSLAConv2d
 from .modules import modules_of, unwrap
 from .vectors import check_vectors, fingerprint
@@ -19,6 +19,7 @@ __all__ = [
     'attach_scales',
     'branch_counts',
     'carried_scales',
+    'drop_scales',
     'geometry_of',
     'initialize',
     'network_name',
@@ -112,11 +113,11 @@ def scaled_conv(model: nn.Module, name: str, conv: nn.Module | None, scales: Sca
     if not isinstance(conv, nn.Conv2d):
         kind = 'has no such module' if conv is None else f'has a {type(conv).__name__} there'
         raise ValueError(
-            f"{source} name a convolution '{name}', but {owner} {kind}. Scales go by module name: use those that were "
-            f'searched for this architecture.'
+            f"{source}: there are scales for a convolution '{name}', but {owner} {kind}. Scales go by module name: use "
+            f'those of this network.'
         )
     if reason := refusal(conv):
-        raise ValueError(f"{source} are for '{name}' of {owner} too, but {reason}. Search anew without it.")
+        raise ValueError(f"{source}: there are scales for '{name}' of {owner}, but {reason}. Search anew without it.")
     geometry = getattr(scales, 'geometry', {})
     if name in geometry:
         check_geometry(name, geometry[name], conv, source)
@@ -137,8 +138,8 @@ def check_geometry(name: str, searched: Geometry, conv: nn.Module, source: str =
     found = Geometry.of(conv, first=searched.in_channels is None)
     if found != searched:
         raise ValueError(
-            f"{source or 'The scales'} were searched with '{name}' of {searched}, but the model has {found} there. A "
-            f'search and its target need the same convolutions: make the model alike (strides, widths), or search anew.'
+            f"{source or 'Scales'}: searched with '{name}' of {searched}, but the model has {found} there. Search "
+            f'and target need the same convolutions: make the model alike (strides, widths), or search anew.'
         )
 
 
@@ -152,8 +153,8 @@ def check_network(model: nn.Module, scales: ScalesMapping) -> None:
     if searched and searched != found:
         source = getattr(scales, 'source', '') or 'The scales'
         raise ValueError(
-            f'{source} are scales of {searched}, but the model is a {found}. Scales belong to one network: search some '
-            f"for {found}, or, if both are the same under two names, use scales.renamed('{found}')."
+            f'{source}: these are scales of {searched}, but the model is a {found}. Scales belong to one network: '
+            f"search some for {found}, or, if both are the same under two names, use scales.renamed('{found}')."
         )
 
 
@@ -178,6 +179,12 @@ def attach_scales(model: nn.Module, scales: ScalesMapping, initialized: bool = F
         setattr(conv, _ATTRIBUTE, carried)
 
 
+def drop_scales(conv: nn.Module) -> None:
+    """Takes the scales off a convolution, whose weight is another one from now on."""
+    if hasattr(conv, _ATTRIBUTE):
+        delattr(conv, _ATTRIBUTE)
+
+
 def carried_scales(model: nn.Module) -> dict[str, CarriedScales]:
     """Collects the scales that the convolutions of a model carry, by module name."""
     return {name: getattr(each, _ATTRIBUTE) for name, each in modules_of(model).items() if hasattr(each, _ATTRIBUTE)}
@@ -199,13 +206,15 @@ def initialize(model: nn.Module, scales: ScalesMapping) -> None:
     """
     check_network(model, scales)
     for name, conv, branches in scaled_convs(model, scales):
+        # Under a fake quantization `weight` is computed anew at each access.
+        kernel = kernel_of(conv)
         operators = {}
         for branch in branches:
-            operator = branch.draw_(conv.weight.new_empty(branch.operator_shape(conv.weight.shape)))
+            operator = branch.draw_(kernel.new_empty(branch.operator_shape(kernel.shape)))
             if not branch.scaled:
                 operator.copy_(scales[name][branch.name].view(-1, 1, 1, 1))
             operators[branch.name] = operator
-        conv.weight.copy_(merge(branches, operators, scales[name], conv.weight.shape))
+        kernel.copy_(merge(branches, operators, scales[name], kernel.shape))
 
 
 def prepare(model: nn.Module, scales: ScalesMapping, init: bool = True) -> nn.Module:

@@ -7,6 +7,8 @@ depth (section 4.1 of arXiv 2205.15242).
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -127,8 +129,10 @@ def resolve_prior(model: nn.Module, prior: Prior | None = None) -> dict[str, Con
     for name, conv in convs:
         same = conv.in_channels == conv.out_channels == channels and tuple(conv.stride) == (1, 1)
         position, channels = (position + 1 if same else 1), conv.out_channels
-        given = mapping[name]
-        made = given if isinstance(given, ConvPrior) else ConvPrior(_counted(given, name), run_scale(position))
+        given: Any = mapping[name]
+        own = isinstance(given, ConvPrior)
+        branches = _counted(given.branches if own else given, name)
+        made = replace(given, branches=branches) if own else ConvPrior(branches, run_scale(position))
         try:
             make_branches(made.branches, conv)
         except ValueError as error:

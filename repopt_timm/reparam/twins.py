@@ -6,7 +6,7 @@ twin   --to_plain-->      plain              same function, one convolution each
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -143,7 +143,7 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
     else:
         prior = resolve_prior(model, given)
     modules = modules_of(model)
-    _check_not_tied({name: modules[name] for name in prior})
+    _check_not_tied(modules, prior)
     converted: dict[nn.Module, nn.Module] = {}
     for name, each in prior.items():
         conv: Any = modules[name]
@@ -156,13 +156,19 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
     return replace_modules(model, converted)
 
 
-def _check_not_tied(convs: Mapping[str, Any]) -> None:
-    owners: dict[Tensor, str] = {}
-    for name, conv in convs.items():
-        if (other := owners.setdefault(conv.weight, name)) != name:
+def _check_not_tied(modules: Mapping[str, nn.Module], converted: Iterable[str]) -> None:
+    owners: dict[Tensor, list[str]] = {}
+    for name, module in modules.items():
+        for kernel in module._parameters.values():
+            if kernel is not None:
+                owners.setdefault(kernel, []).append(name)
+    for name in converted:
+        conv: Any = modules[name]
+        others = [owner for owner in owners.get(conv.weight, ()) if owner != name]
+        if others:
             raise ValueError(
-                f"'{other}' and '{name}' share one kernel, but their branches would be separate. Leave one of them out "
-                f'of the prior, or use one module in both places.'
+                f"'{name}' and '{others[0]}' share one kernel, which branches would separate. Use one module in both "
+                f'places.'
             )
 
 

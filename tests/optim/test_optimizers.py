@@ -285,6 +285,17 @@ def test_a_closure_is_called_with_gradients_enabled():
 
 
 @pytest.mark.parametrize('rule', CLASSES)
+def test_the_readable_optimizers_multiply_the_gradients_of_a_closure(rule):
+    model = scaled_model()
+    models = model, copy.deepcopy(model)
+    for model, each in zip(models, CLASSES[rule]):
+        mults = make_grad_mults(model, update_rule=rule)
+        optimizer = each(model.parameters(), grad_mults=mults, lr=0.01)
+        optimizer.step(lambda model=model: gradients(model))
+    same(*models, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize('rule', CLASSES)
 def test_a_grad_scaler_skips_the_step_with_infinite_gradients(rule):
     model = scaled_model(torch.float32)
     before = copy.deepcopy(model)
