@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..datasets import count_classes
 from ..train.loaders import make_datasets
 from ..train.run import prepare_device
@@ -54,12 +56,12 @@ def run_trial(namespace: argparse.Namespace) -> None:
         _report(*wanted)
         return
     settings, shared, local = read_settings(namespace)
-    num_classes = _check(shared)
+    num_classes, device = _check(shared)
     folder = Path(local.output)
     write_settings(folder, settings, shared)
     runs = TrialRuns(folder, settings, shared)
     threads = threads_of(local.jobs, local.threads)
-    measure_networks(runs, num_classes, threads)
+    measure_networks(runs, num_classes, device, threads)
     try:
         failed = run_all(partial(open_runs, runs), folder / SHARED_FILE, local.jobs, threads)
     except KeyboardInterrupt:
@@ -80,9 +82,9 @@ def _report(folders: Sequence[str], output: str | None, reference: str | None) -
         print(report_trials(trials, Path(output or folders[0])))
 
 
-def _check(shared: argparse.Namespace) -> int | None:
-    """Finds what is wrong with the arguments before anything trains, and counts the classes."""
+def _check(shared: argparse.Namespace) -> tuple[int | None, torch.device]:
+    """Finds what is wrong with the arguments before anything trains; returns the number of classes and the device."""
     checked = argparse.Namespace(**vars(shared))
     prepare_device(checked)
     check_arguments(checked)
-    return count_classes(make_datasets(checked)[0])
+    return count_classes(make_datasets(checked)[0]), torch.device(checked.device)
