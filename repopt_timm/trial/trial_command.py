@@ -20,7 +20,7 @@ from .results import read_results
 from .trial_plan import open_runs
 from .trial_report import report_trial, report_trials
 from .trial_runs import LOG_FILE, TrialRuns
-from .trial_settings import SHARED_FILE, add_trial_arguments, read_report_settings, read_settings, write_settings
+from .trial_settings import add_trial_arguments, read_report_settings, read_settings, write_settings
 
 __all__ = ['add_commands', 'run_trial']
 
@@ -63,7 +63,7 @@ def run_trial(namespace: argparse.Namespace) -> None:
     threads = threads_of(local.jobs, local.threads)
     measure_networks(runs, num_classes, device, threads)
     try:
-        failed = run_all(partial(open_runs, runs), folder / SHARED_FILE, local.jobs, threads)
+        failed = run_all(partial(open_runs, runs), shared, local.jobs, threads)
     except KeyboardInterrupt:
         print('Stopped. The same command continues the trial.', file=sys.stderr)
         raise
