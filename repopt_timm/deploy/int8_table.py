@@ -48,7 +48,7 @@ def compare_int8(
         weights: Granularities to try.
         calibrations: Calibrations to try.
         options: Everything else; with `equalize` each model is measured as it is, and equalized too.
-        latency_batches: Batch sizes to time.
+        latency_batches: Batch sizes to time; those of a fixed-batch ONNX file are multiples of its own.
         threads: Number of threads. Defaults to all cores.
         overrides: Preprocessing that differs from the models' own, by timm's names.
         class_map: See `ImageFolder`; the one that the models were trained with.
@@ -98,7 +98,8 @@ def compare_int8(
         timed['float32'] = classifiers['float32', '', '', False]
         # Calibration and equalizing change values, not the work.
         timed |= {kind: classifiers[kind, calibrations[0], targets[0], False] for kind in weights}
-        latency += [_latency_row(label, timed, config, batch) for batch in latency_batches]
+        batches = dict.fromkeys(map(timed['float32'].images_for, latency_batches))
+        latency += [_latency_row(label, timed, config, batch) for batch in batches]
     # The others are counted, or varied.
     fixed = {name: getattr(options, name) for name in ('percentile', 'seed', 'reduce_range', 'exclude')}
     settings = {**fixed, **counted, **_machine(threads)}
