@@ -10,9 +10,9 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..checkpoint_model import model_from_checkpoint
 from ..errors import explaining
 from ..models import ensure_registered, to_plain
-from ..publish import model_from_checkpoint
 from ..reparam import attach_scales, kind_of
 from ..sources import ScalesSource, load_scales
 
