@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ..files import replacing
+from ..plot import save_figure, subplots
 from .classifier import image_input
 from .onnx_graph import constants_of, layers_of, with_outputs
 from .quantization import Quantization
-from .runtime import open_session, require
+from .runtime import open_session
 
 __all__ = ['layer_report', 'plot_layers']
 
@@ -189,16 +189,15 @@ def plot_layers(reports: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
         ImportError: If matplotlib is not installed.
         OSError: If the picture cannot be written.
     """
-    figure = require('matplotlib.figure').Figure(figsize=(6.5 * len(reports) + 1.5, 9.5), layout='constrained')
-    grid = figure.subplots(3, len(reports), sharey='row', sharex='col', squeeze=False)
+    size = 6.5 * len(reports) + 1.5, 9.5
+    figure, grid = subplots(3, len(reports), size, layout='constrained', sharey='row', sharex='col', squeeze=False)
     for column, (title, report) in zip(grid.T, reports.items()):
         _draw(column, title, report)
     for axes, label in zip(grid[:, 0], ('size of weights', 'kurtosis of weights', 'signal to noise (dB)')):
         axes.set_ylabel(label)
     for row in grid:
         row[-1].legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5), fontsize=9)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, path)
 
 
 def _draw(axes: Sequence[Any], title: str, report: Mapping[str, Any]) -> None:
