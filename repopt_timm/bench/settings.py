@@ -10,7 +10,7 @@ import timm
 import torch
 
 from .. import __version__
-from ..reporting import cpu_name
+from ..reporting import cpu_name, package_versions
 from ..train.validation import check_device_name
 
 __all__ = ['PRECISIONS', 'Settings', 'choose_device', 'describe_environment', 'versions']
@@ -90,7 +90,6 @@ def versions() -> dict[str, Any]:
     """Returns the versions that results depend on."""
     return {
         'python': platform.python_version(),
-        'torch': torch.__version__,
-        'timm': timm.__version__,
+        **package_versions(torch, timm),
         'repopt_timm': __version__,
     }

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..files import check_output, write_text
 from ..reporting import add_command, positive, print_result
+from ..train.schema import INTERPOLATIONS
 from .channel_health import health_warnings, kernel_outliers
 from .equalization import describe
 from .evaluation import UNSTEADY, evaluate
@@ -24,7 +25,6 @@ __all__ = ['add_class_map', 'add_commands', 'add_form', 'add_quantization', 'for
 _logger = logging.getLogger(__name__)
 
 _MODEL = 'checkpoint, folder in the format of timm, or name for timm.create_model'
-_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _EQUALIZE = 'remove dead channels and equalize layers, which changes no logit'
 _DATA = 'folder of images, <class>/..., or one with a folder for each split'
 
@@ -127,7 +127,7 @@ def _add_preprocessing(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--input-size', nargs=3, type=positive(int), metavar=('C', 'H', 'W'))
     group.add_argument('--mean', nargs='+', type=float)
     group.add_argument('--std', nargs='+', type=float)
-    group.add_argument('--interpolation', choices=_INTERPOLATIONS)
+    group.add_argument('--interpolation', choices=INTERPOLATIONS)
     group.add_argument('--crop-pct', type=positive(float))
     group.add_argument('--crop-mode', choices=('center', 'squash', 'border'))
 

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import timm
 import torch
 
-from ..reporting import cpu_name, markdown_table
+from ..reporting import cpu_name, markdown_table, package_versions
 from .classifier import Classifier, data_config, is_onnx, onnx_classifier, torch_classifier
 from .equalization import describe, equalize
 from .evaluation import UNSTEADY, accuracies, alternate, check_classes, is_steady, random_images
@@ -149,11 +149,7 @@ def _machine(threads: int | None) -> dict[str, Any]:
     return {
         'threads': threads or os.cpu_count(),
         'cpu': f'{cpu} {"with" if vnni else "without"} VNNI',
-        'versions': {
-            'onnxruntime': require('onnxruntime').__version__,
-            'torch': torch.__version__,
-            'timm': timm.__version__,
-        },
+        'versions': package_versions(require('onnxruntime'), torch, timm),
     }
 
 

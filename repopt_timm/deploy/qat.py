@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..datasets import class_names, count_classes
 from ..reparam import GradMults, carried_scales, make_grad_mults, network_name
 from ..scales import Scales
 from ..train.run import train
 from .classifier import image_input, onnx_classifier, preprocessing, torch_classifier
 from .equalization import equalize
-from .evaluation import accuracies, random_images
+from .evaluation import accuracies, check_classes, random_images
 from .image_folder import ImageFolder
 from .onnx_export import to_onnx
 from .onnx_graph import constants_of
@@ -211,8 +210,8 @@ def train_quantized(
     made: list[FakeQuantized] = []
 
     def make(args: argparse.Namespace, dataset: Any, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-        _check_classes(model, dataset, args.data_dir)
         images = ImageFolder(args.data_dir, args.train_split, config, args.class_map)
+        check_classes(torch_classifier(model.eval(), overrides=config), images)
         made.append(fake_quantize(model, images, config, options, weight_bits))
         network = made[0].network.to(device)
         mults = None if rule is None else folded_grad_mults(model, network, rule)
@@ -247,19 +246,3 @@ def _digest(model: nn.Module) -> str:
     for tensor in model.state_dict().values():
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
-
-
-def _check_classes(model: nn.Module, dataset: Any, folder: str) -> None:
-    trained: Any = model
-    names = trained.pretrained_cfg.get('label_names')
-    found = class_names(dataset)
-    if trained.num_classes != count_classes(dataset):
-        raise ValueError(
-            f"The model has {trained.num_classes} classes, but the folder '{folder}' has {count_classes(dataset)}. "
-            f'Name the folder of the data set that it was trained on.'
-        )
-    if names and found and sorted(names) == sorted(found) and list(names) != list(found):
-        raise ValueError(
-            f"The classes of the model and of the folder '{folder}' are the same in another order. Give the "
-            f'--class-map that the model was trained with.'
-        )
