@@ -47,7 +47,7 @@ def model_of(
     """Creates the model of a checkpoint that is read already from `source`, see `model_from_checkpoint`."""
     if 'quantization' in arguments_of(checkpoint):
         raise ValueError(
-            f'{source} is of a fake-quantised training, with BatchNorm folded: its result is the ONNX file that '
+            f'{source} is of a fake-quantized training, with BatchNorm folded: its result is the ONNX file that '
             f'repopt-timm qat writes. Name the checkpoint that it started from.'
         )
     name = checkpoint.get('arch')

@@ -98,7 +98,7 @@ def add_class_map(parser: argparse.ArgumentParser) -> None:
 
 
 def add_form(parser: argparse.ArgumentParser) -> None:
-    """Adds what a command takes that quantises one way."""
+    """Adds what a command takes that quantizes one way."""
     add = parser.add_argument
     add('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale each')
     add('--calibration', choices=CALIBRATIONS, default=CALIBRATIONS[0])
@@ -107,7 +107,7 @@ def add_form(parser: argparse.ArgumentParser) -> None:
 
 
 def add_quantization(parser: argparse.ArgumentParser) -> None:
-    """Adds what all commands that quantise take."""
+    """Adds what all commands that quantize take."""
     defaults = QuantizationOptions()
     add = parser.add_argument
     add('--percentile', type=float, default=defaults.percentile, help='values that a range covers, in percent')
@@ -143,7 +143,7 @@ def _options(args: argparse.Namespace, **more: Any) -> QuantizationOptions:
 
 
 def form_options(args: argparse.Namespace) -> QuantizationOptions:
-    """Returns how a command with the arguments of `add_form` and `add_quantization` shall quantise."""
+    """Returns how a command with the arguments of `add_form` and `add_quantization` shall quantize."""
     form = {name: getattr(args, name) for name in ('weights', 'calibration', 'equalize', 'target')}
     return _options(args, **form)
 

@@ -39,7 +39,7 @@ def compare_int8(
     class_map: str = '',
     targets: Sequence[str] = ('ort',),
 ) -> dict[str, Any]:
-    """Quantises models in all ways, and measures each on the same images.
+    """Quantizes models in all ways, and measures each on the same images.
 
     Args:
         models: Label to `.onnx` file, or to what `load_model` takes.
@@ -61,7 +61,7 @@ def compare_int8(
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
-        ValueError: If an image does not decode, a model has other classes than the folder, or cannot be quantised.
+        ValueError: If an image does not decode, a model has other classes than the folder, or cannot be quantized.
         ImportError: If the `[deploy]` extra is not installed.
     """
     options = options or QuantizationOptions()

@@ -92,7 +92,7 @@ def keep_in_float(
     if not drop <= max_drop:
         raise ValueError(
             f'At most {max_drop} points lost cannot be reached: with all {len(ranking)} layers in float32 it is still '
-            f"{drop:.2f}, from other operators that are quantised. Take the target 'tensorrt', which rounds the inputs "
+            f"{drop:.2f}, from other operators that are quantized. Take the target 'tensorrt', which rounds the inputs "
             f'of layers only, or exclude such operators.'
         )
     return chosen, {'kept': kept, 'drop': drop, **_times(done, chosen)}
@@ -166,7 +166,7 @@ def _without(done: Quantization, layers: Sequence[str]) -> Any:
 
 
 def _neighbours_too(done: Quantization, layers: Sequence[str]) -> list[str]:
-    """Adds the following layer where ONNX Runtime would quantise a single one."""
+    """Adds the following layer where ONNX Runtime would quantize a single one."""
     nodes, kept = layers_of(done.model), list(layers)
     while True:
         alone = requantized_layers(_without(done, kept), {layer: nodes[layer].name for layer in kept})

@@ -22,7 +22,7 @@ __all__ = ['deployed', 'load_model', 'load_trained']
 def load_model(source: str | os.PathLike) -> nn.Module:
     """Loads a trained model, ready for deployment.
 
-    Multi-branch models become plain: `_hs`, `_csla`, and whatever timm can reparameterise, such as `repvgg_*`.
+    Multi-branch models become plain: `_hs`, `_csla`, and whatever timm can reparameterize, such as `repvgg_*`.
 
     Args:
         source: A checkpoint of a training run, a folder in timm's format, or a name for `timm.create_model`.

@@ -162,7 +162,7 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
 
 
 @pytest.mark.parametrize(
-    ('kind', 'arguments', 'message'), [('int8', '', 'quantised already'), ('float', '--exclude conv9', 'no layer')]
+    ('kind', 'arguments', 'message'), [('int8', '', 'quantized already'), ('float', '--exclude conv9', 'no layer')]
 )
 def test_what_is_known_beforehand_is_said_before_the_calibration(
     kind, arguments, message, quantization, images, tmp_path, capsys, monkeypatch
