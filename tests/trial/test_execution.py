@@ -82,6 +82,14 @@ def command(data, output, *more):
     return ['trial', TINY, '--data', str(data), '--output', str(output), *small, *more]
 
 
+def test_branches_are_not_trained_in_a_layout_that_corrupts_memory(images, tmp_path, capsys):
+    words = ['--device', 'cpu', '--channels-last', '--arms']
+    words = ['trial', 'repopt_vgg_a0', '--data', str(images), '--output', str(tmp_path / 'trial'), *words]
+    assert main([*words, 'sgd', 'branches']) == 1
+    assert '--channels-last on a CPU may corrupt memory' in capsys.readouterr().err
+    assert not (tmp_path / 'trial').exists()
+
+
 @pytest.mark.slow
 def test_a_trial_searches_trains_and_reports(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
