@@ -1,4 +1,4 @@
-"""Rewrites of a network that change no logit and make it easier to quantise: dead channels removed, layers equalized.
+"""Rewrites of a network that change no logit and make it easier to quantize: dead channels removed, layers equalized.
 
 Cross-layer equalization is that of Nagel et al., Data-Free Quantization Through Weight Equalization and Bias
 Correction, ICCV 2019: between two layers with a positively homogeneous function f, s f(x / s) = f(x), so a channel's
@@ -97,7 +97,7 @@ def equalize(model: Any, images: ImageFolder, indices: Sequence[int], others: Se
         if len(checked) == len(used) or not np.isfinite(difference):
             raise ValueError(
                 f'The equalized model differs: a logit by {difference:.1e} of the largest, expected at most '
-                f'{_TOLERANCE:.0e}. Quantise without equalizing.'
+                f'{_TOLERANCE:.0e}. Quantize without equalizing.'
             )
         used = checked
 

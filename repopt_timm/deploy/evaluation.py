@@ -55,8 +55,9 @@ def evaluate(
 
     Returns:
         `model`, `backend`, `images`, `top1` and `top5` in percent (`top5` over as many classes as there are if fewer),
-        `latency_ms` and `latency_p90_ms` of one image (of a batch, where an ONNX file has a fixed one), `throughput` in
-        images per second, whether these times are `steady`, and `bytes` on disk. The times exclude decoding.
+        `latency_ms` and `latency_p90_ms` of a batch of `latency_batch` images, which is one where the model takes one,
+        `throughput` in images per second, at `batch_size`, whether these times are `steady`, and `bytes` on disk. The
+        times exclude decoding.
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
@@ -65,7 +66,8 @@ def evaluate(
     classifier = load_classifier(source, threads, overrides)
     images = ImageFolder(data, split, classifier.config, class_map)
     top1, top5 = accuracies({'evaluation': classifier}, images, batch_size)['evaluation']
-    single = time_runs(_run(classifier, 1))
+    latency_batch, batch_size = map(classifier.images_for, (1, batch_size))
+    single = time_runs(_run(classifier, latency_batch))
     many = time_runs(_run(classifier, batch_size))
     return {
         'model': os.fspath(source),
@@ -73,6 +75,7 @@ def evaluate(
         'images': len(images),
         'top1': top1,
         'top5': top5,
+        'latency_batch': latency_batch,
         'latency_ms': 1000 * median(single),
         'latency_p90_ms': 1000 * quantiles(single, n=10)[-1],
         'throughput': batch_size / median(many),

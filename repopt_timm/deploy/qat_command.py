@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f'{own.checkpoint} -> {own.out}: {result["bytes"] / 1e6:.1f} MB, {own.weight_bits}-bit weights, {own.weights}',
         f'top-1 of {result["images"]} images, in percent',
         f'float32                    {result["float32"]:.2f}',
-        f'quantised, not trained     {result["untrained"]:.2f}',
+        f'quantized, not trained     {result["untrained"]:.2f}',
         f'trained {result["epochs"]} epochs, PyTorch  {result["fake_quantized"]:.2f}',
         f'trained, ONNX Runtime      {result["top1"]:.2f}',
     ]

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+from ..checkpoint_model import model_from_checkpoint
 from ..checkpoints.read import read_checkpoint
 from ..files import find_temporaries
 from ..names import ModelName
-from ..publish import model_from_checkpoint
 from ..scales import read_scale_file
 from ..train.parsing import write_config
 from ..train.run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, SCALES_FILE, SUMMARY_FILE, is_busy

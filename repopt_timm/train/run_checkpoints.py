@@ -20,6 +20,7 @@ from torch import nn
 from ..checkpoints.read import read_checkpoint
 from ..files import replacing, write_text
 from ..reparam import carried_scales, kind_of
+from ..reporting import package_versions
 from ..scales import Scales
 from ..scales.scale_files import CHECKPOINT_KEY, checkpoint_entry
 from ..sources import IMPLIED
@@ -321,8 +322,7 @@ def scales_fingerprint(model: Any) -> str | None:
 
 def versions() -> dict[str, str]:
     """Returns the versions of the packages that a training depends on."""
-    # As plain text, which torch.load restores without running code.
-    return {package.__name__: str(package.__version__) for package in (torch, torchvision, timm)}
+    return package_versions(torch, torchvision, timm)
 
 
 def restore(state: TrainState, checkpoint: dict[str, Any], source: str, override: bool = False) -> None:

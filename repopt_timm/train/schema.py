@@ -5,10 +5,10 @@ Names and defaults are those of timm's training script, unless the help says oth
 
 from .argument import ANY_COUNT, Argument
 
-__all__ = ['ARGUMENTS', 'SECTIONS']
+__all__ = ['ARGUMENTS', 'INTERPOLATIONS', 'SECTIONS']
 
 _POOLS = ('avg', 'max', 'avgmax', 'catavgmax')
-_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'constant', 'plateau', 'poly', 'wsd', 'rsqrt', 'none')
 _PAIR = (2,)
 _MODES = ('1', 'L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'I', 'F')
@@ -102,7 +102,7 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
         Argument('crop_pct', float, None, 'center crop percent, for validation', above=0, high=1, free=True),
         Argument('mean', float, None, 'mean pixel value', count=(1, 2, 3, 4)),
         Argument('std', float, None, 'standard deviation of pixel values', above=0, count=(1, 2, 3, 4)),
-        Argument('interpolation', str, '', 'resize interpolation', choices=('', *_INTERPOLATIONS), free=True),
+        Argument('interpolation', str, '', 'resize interpolation', choices=('', *INTERPOLATIONS), free=True),
         Argument('batch_size', int, 128, 'batch size of each process', low=1, short='-b'),
         Argument('validation_batch_size', int, None, 'batch size for validation', low=1, short='-vb', free=True),
         Argument('channels_last', bool, False, 'channels_last memory layout', free=True),
@@ -188,7 +188,7 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
             str,
             'random',
             'interpolation of training images',
-            choices=('random', *_INTERPOLATIONS),
+            choices=('random', *INTERPOLATIONS),
         ),
         Argument('drop', float, 0.0, 'dropout rate of the classifier', low=0, below=1),
     ),

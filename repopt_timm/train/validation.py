@@ -17,6 +17,7 @@ from timm.data.auto_augment import augment_and_mix_transform, auto_augment_trans
 from timm.models import parse_model_name
 from timm.optim import get_optimizer_info, list_optimizers
 
+from ..datasets import COLOR_MODES
 from ..errors import explaining
 from ..names import ModelName
 
@@ -34,7 +35,6 @@ _OPTIMIZER_FLAGS = {
     'layer_decay': 'layer-decay',
 }
 _MOST_NAMES = 20
-_COLOR_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -117,17 +117,17 @@ def _check_channels(args: argparse.Namespace) -> None:
     if size and args.img_size and size[1:] != [args.img_size] * 2:
         raise ValueError(f'--img-size is {args.img_size} and --input-size {size}: give one of them.')
     channels = channels or (size[0] if size else 3)
-    if channels not in _COLOR_MODES:
+    if channels not in COLOR_MODES:
         raise ValueError(f'--input-size has {channels} channels, expected 1 to 4, which images can have.')
     if args.input_img_mode:
         bands = len(ImageMode.getmode(args.input_img_mode).bands)
         if bands != channels:
             raise ValueError(
                 f'--input-img-mode {args.input_img_mode} has {bands} channels and the model {channels}: choose '
-                f'--input-img-mode {_COLOR_MODES[channels]} or --in-chans {bands}.'
+                f'--input-img-mode {COLOR_MODES[channels]} or --in-chans {bands}.'
             )
     elif channels in (2, 4):
-        raise ValueError(f'Images of {channels} channels need --input-img-mode, such as {_COLOR_MODES[channels]}.')
+        raise ValueError(f'Images of {channels} channels need --input-img-mode, such as {COLOR_MODES[channels]}.')
     for name in ('mean', 'std'):
         values = getattr(args, name)
         if values and len(values) not in (1, channels):
@@ -332,7 +332,7 @@ def check_images(datasets: tuple[Any, Any], input_size: tuple[int, ...]) -> None
         if len(image) != input_size[0]:
             raise ValueError(
                 f'The {split} images have {len(image)} channels and the model {input_size[0]}: give --in-chans '
-                f'{len(image)}, or --input-img-mode {_COLOR_MODES.get(input_size[0], "")}.'
+                f'{len(image)}, or --input-img-mode {COLOR_MODES.get(input_size[0], "")}.'
             )
 
 

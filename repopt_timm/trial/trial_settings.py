@@ -30,7 +30,6 @@ __all__ = [
     'SHARED_FILE',
     'TrialSettings',
     'add_trial_arguments',
-    'as_words',
     'read_report_settings',
     'read_saved_settings',
     'read_settings',
@@ -123,6 +122,11 @@ _NOT_SHARED = {
     *('log_wandb', 'debug'),
 }
 
+# What the trial sets itself, or what is not part of a search.
+_NOT_OF_SEARCHES = {
+    *('model', 'scales', 'resume', 'override', 'output', 'experiment', 'search_first', 'search_kwargs', 'debug'),
+}
+
 # A training of 300 epochs has other needs than a trial of ten.
 _DEFAULTS: dict[str, Any] = {'epochs': 10, 'sched_on_updates': True, 'workers': 0, 'checkpoint_hist': 1}
 
@@ -200,6 +204,8 @@ def read_settings(namespace: argparse.Namespace) -> tuple[TrialSettings, argpars
     own |= _own(texts)
     own['scales'] = _given_scales(own['scales'] or ())
     own['search_kwargs'] = search_arguments(_OWN_BY_NAME['search_kwargs'].default | own['search_kwargs'])
+    for name in _NOT_OF_SEARCHES & set(own['search_kwargs']):
+        raise ValueError(f"--search-kwargs has '{name}', which cannot differ in the search. Remove it.")
     shared = _shared(model, config, texts, own['data'])
     arms = arms_of(model, own['arms'], own['scales'], own['search'])
     reference = own['reference'] or ('sgd' if 'sgd' in arms else arms[0])
@@ -346,19 +352,3 @@ def _check_same(folder: Path, saved: Mapping[str, Any], values: Mapping[str, Any
             f"'{folder}' is the folder of a trial with other arguments: {differences}. Continue it with its own, or "
             f'choose another --output.'
         )
-
-
-def as_words(values: Mapping[str, Any]) -> list[str]:
-    """Returns arguments of a run as they are on a command line."""
-    words: list[str] = []
-    for name, value in values.items():
-        flag = ARGUMENTS[name].flag
-        if value is True:
-            words.append(flag)
-        elif isinstance(value, dict):
-            words += [flag, *(f'{key}={item}' for key, item in value.items())]
-        elif isinstance(value, list | tuple):
-            words += [flag, *map(str, value)]
-        elif value is not False and value is not None:
-            words += [flag, str(value)]
-    return words

@@ -51,7 +51,7 @@ def network():
     torch.manual_seed(0)
     model = Everything()
     with torch.no_grad():
-        # Scales that no quantiser likes.
+        # Scales that no quantizer likes.
         for parameter in (model.stem.weight, model.stem.bias, model.first_fc.weight):
             parameter *= torch.logspace(-2, 1, 8).view(-1, *[1] * (parameter.dim() - 1))
         # Everything else is alive.

@@ -116,7 +116,7 @@ def test_a_trained_file_runs_with_the_accuracy_that_training_saw(images, tmp_pat
     assert main([*words, '--resume', '--weight-bits', '8']) == 1
     assert "'weight_bits': 4" in capsys.readouterr().err
     assert main(['quantize', str(tmp_path / 'run' / 'last.pth.tar'), '--data', str(images), '--out', str(out)]) == 1
-    assert 'is of a fake-quantised training' in capsys.readouterr().err
+    assert 'is of a fake-quantized training' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

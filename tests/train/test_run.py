@@ -10,7 +10,7 @@ import torch
 from timm.models import resume_checkpoint
 
 from repopt_timm import Scales, save_pretrained
-from repopt_timm.publish import model_from_checkpoint
+from repopt_timm.checkpoint_model import model_from_checkpoint
 from repopt_timm.scales import read_scale_file
 from repopt_timm.train import run
 from repopt_timm.train.command import main
