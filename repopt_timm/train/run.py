@@ -40,6 +40,7 @@ from .run_checkpoints import (
 from .run_folder import ARGUMENTS_FILE, DIVERGED_FILE, LAST_CHECKPOINT, note_time, run_folder
 from .run_model import choose_scales, find_variant, is_target, make_model, scales_of_run, wrap
 from .run_report import write_report
+from .schedule import choose_warmup, replay_schedule
 from .searched_scales import note_movement, save_searched
 from .validation import check_arguments, check_classes, check_device_name, check_images, check_model
 
@@ -93,6 +94,7 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
     variant, saved_args = find_variant(args.model)
     _resolve(args, variant, saved_args)
     folder = _folder(args)
+    choose_warmup(args, folder)
     if make is None:
         choose_scales(args, variant, folder)
     datasets = make_datasets(args)
@@ -155,7 +157,7 @@ def _train_in(
     """Resumes a run in its folder, if asked to, and trains its epochs."""
     saver = CheckpointSaver(folder, args, args.checkpoint_hist)
     source = _resume(folder, args, state)
-    _replay_schedule(state, updates)
+    replay_schedule(state, updates)
     loss_fn = _make_loss(args).to(args.device)
     primary = args.rank == 0
     if primary:
@@ -361,15 +363,6 @@ def _make_loss(args: argparse.Namespace) -> nn.Module:
     if mixed:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
-
-
-def _replay_schedule(state: TrainState, updates_per_epoch: int) -> None:
-    # The schedule is a function of epochs and metrics, so going through them again restores it.
-    if state.scheduler is None:
-        return
-    for row in state.history:
-        state.scheduler.step_update((row['epoch'] + 1) * updates_per_epoch)
-        state.scheduler.step(row['epoch'] + 1, row.get('eval_top1'))
 
 
 def _start_epoch(epoch: int, loaders: Any, args: argparse.Namespace) -> None:

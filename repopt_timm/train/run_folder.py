@@ -6,7 +6,9 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import yaml
 
 try:
     import fcntl
@@ -26,6 +28,7 @@ __all__ = [
     'is_busy',
     'note_time',
     'run_folder',
+    'saved_argument',
 ]
 
 ARGUMENTS_FILE = 'args.yaml'
@@ -71,6 +74,16 @@ def is_busy(folder: Path) -> bool:
         except OSError as error:
             return isinstance(error, BlockingIOError | PermissionError)
     return False
+
+
+def saved_argument(folder: Path, name: str, kind: type) -> Any:
+    """Returns what `args.yaml` in a run's folder says of an argument; None if there is nothing of this kind."""
+    try:
+        saved = yaml.safe_load((folder / ARGUMENTS_FILE).read_text(encoding='utf-8'))
+    except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError):
+        return None
+    found = saved.get(name) if isinstance(saved, dict) else None
+    return found if isinstance(found, kind) else None
 
 
 def note_time(folder: Path, epoch: int, seconds: float) -> None:

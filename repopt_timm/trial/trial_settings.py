@@ -275,7 +275,7 @@ def _shared(model: str, config: str | None, texts: dict[str, Any], data: str | N
         given['data_dir'] = data
     values = {name: copy.deepcopy(argument.default) for name, argument in ARGUMENTS.items()}
     values |= {**_DEFAULTS, **given, 'model': model}
-    if 'warmup_epochs' not in given:
+    if values['warmup_epochs'] is None:
         values['warmup_epochs'] = min(5, math.ceil(values['epochs'] / 10))
     shared = argparse.Namespace(**values)
     # Images are prepared alike for all arms, whose models may state different defaults.
