@@ -156,9 +156,7 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
         Argument('warmup_lr', float, 1e-5, 'learning rate that the warm-up starts from', low=0),
         Argument('min_lr', float, 0.0, 'lower bound of the learning rate', low=0),
         Argument('epochs', int, 300, 'number of epochs', low=1, free=True),
-        Argument(
-            'warmup_epochs', int, None, 'epochs of warm-up. Defaults to a fifth of --epochs, 5 at most', low=0
-        ),
+        Argument('warmup_epochs', int, None, 'epochs of warm-up. Defaults to a fifth of --epochs, 5 at most', low=0),
         Argument('cooldown_epochs', int, 0, 'epochs at the lowest learning rate, after the schedule', low=0, free=True),
         Argument('decay_epochs', float, 90.0, 'interval of the step schedule', above=0),
         Argument('decay_milestones', int, [90, 180, 270], 'epochs of the multistep schedule', low=1, count=ANY_COUNT),
