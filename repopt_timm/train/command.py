@@ -11,12 +11,15 @@ from pathlib import Path
 from ..commands import PROGRAM
 from ..files import write_text
 from ..models.initial_values import initial_values
+from ..names import ModelName
 from ..plot import plot_curves, plot_scales
 from ..scales import read_scale_file
 from .interruption import InterruptedRunError
 from .parsing import parse_arguments
 from .run import Result, prepare_device, train
 from .run_folder import SCALES_FILE
+from .run_model import find_variant
+from .schema import SEARCH_DEFAULTS
 from .validation import check_arguments
 
 __all__ = ['continuation', 'main', 'set_up_logging']
@@ -84,15 +87,18 @@ def _program() -> list[str]:
 def _search_and_train(args: argparse.Namespace) -> None:
     """Searches, trains the target with what was found, and writes a report."""
     check_arguments(args)
+    # Before the search, whose error would name another model.
+    find_variant(args.model)
     experiment = args.experiment or args.model
     folder = Path(args.output) / experiment
     search_kwargs = args.search_kwargs
     args.output, args.experiment, args.search_first, args.search_kwargs = str(folder), 'target', False, {}
     search_args = copy.deepcopy(args)
-    search_args.model, search_args.experiment, search_args.opt = f'{args.model.split(".")[0]}_hs', 'search', 'sgd'
+    search_args.model = ModelName.parse(args.model).of_kind('hs')
+    search_args.experiment, search_args.opt = 'search', 'sgd'
     # These are for the target.
     search_args.pretrained, search_args.initial_checkpoint, search_args.opt_kwargs = False, '', {}
-    vars(search_args).update(search_kwargs)
+    vars(search_args).update(SEARCH_DEFAULTS | search_kwargs)
 
     results = {'search': train(search_args)}
     args.scales = str(results['search'].folder / SCALES_FILE)

@@ -5,7 +5,10 @@ Names and defaults are those of timm's training script, unless the help says oth
 
 from .argument import ANY_COUNT, Argument
 
-__all__ = ['ARGUMENTS', 'SECTIONS']
+__all__ = ['ARGUMENTS', 'SEARCH_DEFAULTS', 'SECTIONS']
+
+SEARCH_DEFAULTS = {'weight_decay': 4e-5}
+"""Of a search, unless `--search-kwargs` say otherwise: strongly decayed identities leave targets that learn slowly."""
 
 _POOLS = ('avg', 'max', 'avgmax', 'catavgmax')
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
@@ -237,7 +240,7 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
             'search_kwargs',
             dict,
             {},
-            'arguments of the search that differ, such as data_dir=... epochs=... lr=...',
+            'arguments of the search that differ, such as data_dir=... epochs=...; weight_decay defaults to 4e-5',
             metavar='K=V',
             free=True,
         ),

@@ -18,7 +18,8 @@ from timm.models import parse_model_name
 from timm.optim import get_optimizer_info, list_optimizers
 
 from ..errors import explaining
-from ..names import ModelName
+from ..models import ensure_registered
+from ..names import PREFIX, ModelName
 
 __all__ = ['check_arguments', 'check_classes', 'check_device_name', 'check_images', 'check_model']
 
@@ -291,16 +292,24 @@ def _check_search(args: argparse.Namespace) -> None:
         return
     if args.scales:
         raise ValueError('--search-first searches the scales itself, so it does not go with --scales.')
+    name = ModelName.parse(args.model)
+    if parse_model_name(args.model)[0] is not None or name.kind != 'target' or PREFIX not in name.architecture:
+        target = name.architecture if PREFIX in name.architecture else PREFIX + name.architecture
+        ensure_registered(target)
+        raise ValueError(
+            f"--model is '{args.model}', which --search-first has no search for, expected the name of a target, such "
+            f'as {target if timm.is_model(target) else "repopt_vgg_a0"}.'
+        )
     if args.resume and args.resume != 'auto':
         raise ValueError('--search-first is continued with --resume alone: it finds out itself how far it got.')
     for key in ('search_first', 'search_kwargs', 'model', 'scales', 'resume', 'output', 'experiment', 'debug'):
         if key in args.search_kwargs:
             raise ValueError(f"--search-kwargs: '{key}' cannot differ in the search; remove it.")
     sgd = any(name in (args.opt or 'sgd').lower() for name in ('sgd', 'momentum', 'nesterov'))
-    if not sgd and 'opt' not in args.search_kwargs and not {'lr', 'weight_decay'} <= set(args.search_kwargs):
+    if not sgd and not {'opt', 'lr'} & set(args.search_kwargs):
         raise ValueError(
-            f'The search uses SGD, which the learning rate and weight decay of {args.opt} do not suit. Give it its '
-            f'own, such as --search-kwargs lr=0.1 weight_decay=4e-5.'
+            f'The search uses SGD, which the learning rate of {args.opt} does not suit. Give it its own, such as '
+            f'--search-kwargs lr=0.1.'
         )
 
 

@@ -22,7 +22,7 @@ from ..train.parsing import (
     search_arguments,
     write_config,
 )
-from ..train.schema import ARGUMENTS, SECTIONS
+from ..train.schema import ARGUMENTS, SEARCH_DEFAULTS, SECTIONS
 from .arms import ARMS, GIVEN, arm_of, arms_of, in_order, target_name
 
 __all__ = [
@@ -82,7 +82,7 @@ _OWN: tuple[Argument, ...] = (
     Argument(
         'search_kwargs',
         dict,
-        {'weight_decay': 4e-5},
+        SEARCH_DEFAULTS,
         'arguments of the search that differ, such as lr=...',
         metavar='K=V',
     ),
@@ -199,7 +199,7 @@ def read_settings(namespace: argparse.Namespace) -> tuple[TrialSettings, argpars
     own = {name: copy.deepcopy(argument.default) for name, argument in _OWN_BY_NAME.items()}
     own |= _own(texts)
     own['scales'] = _given_scales(own['scales'] or ())
-    own['search_kwargs'] = search_arguments(_OWN_BY_NAME['search_kwargs'].default | own['search_kwargs'])
+    own['search_kwargs'] = search_arguments(SEARCH_DEFAULTS | own['search_kwargs'])
     shared = _shared(model, config, texts, own['data'])
     arms = arms_of(model, own['arms'], own['scales'], own['search'])
     reference = own['reference'] or ('sgd' if 'sgd' in arms else arms[0])

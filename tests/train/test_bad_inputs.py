@@ -176,6 +176,10 @@ ROWS = [
     ('weights from nowhere', '--initial-checkpoint nowhere', "there is no checkpoint file 'nowhere'"),
     ('weights from a picture', '--initial-checkpoint DATA/train/dark/0.png', '0.png'),
     ('search with scales', '--search-first', '--search-first searches the scales itself'),
+    ('search of a search', f'--search-first --model {TINY}_hs --scales=', f"'{TINY}_hs', which --search-first has no"),
+    ('search of a timm model', '--search-first --model resnet18 --scales=', 'a target, such as repopt_resnet18.'),
+    ('search of a folder', '--search-first --model local-dir:DATA --scales=', 'a target, such as repopt_vgg_a0.'),
+    ('search of an unknown model', '--search-first --model repopt_vgg_z9 --scales=', "knows no model 'repopt_vgg_z9'."),
     ('search model with scales', f'--model {TINY}_hs', 'searches scales, so it does not take --scales'),
     ('branches with scales', f'--model {TINY}_branches', 'has branches instead of scales'),
     ('search arguments alone', '--search-kwargs epochs=2', '--search-kwargs are for --search-first'),
@@ -293,10 +297,6 @@ def test_a_bad_config_is_refused_in_one_line_and_leaves_no_folder(tmp_path, caps
     config.write_text(text)
     where = ['--output', str(tmp_path / 'output'), '--experiment', 'run']
     refuse(capsys, tmp_path / 'output', message, ['-c', str(config), *where])
-
-
-def test_there_are_enough_rows():
-    assert len(ROWS) + len(CONFIGS) >= 150
 
 
 @pytest.mark.slow
