@@ -35,6 +35,7 @@ class Argument:
         const: Value of the flag without one.
         optional: Whether a config may set it to null although that is not the default.
         free: Whether a resumed run may change it without `--override`.
+        any_case: Whether a text may be in capitals; it is kept in small letters.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Argument:
     const: str | None = None
     optional: bool = False
     free: bool = False
+    any_case: bool = False
 
     @property
     def flag(self) -> str:
@@ -127,6 +129,8 @@ class Argument:
 
     def _one(self, item: Any, value: Any, where: str) -> Any:
         kind: Any = self.kind
+        if self.any_case and isinstance(item, str):
+            item = item.lower()
         if self.kind is float and isinstance(item, str):
             # YAML takes 4e-5 for text.
             item = self._number(item)

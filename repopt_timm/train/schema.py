@@ -120,7 +120,9 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
         Argument('amp_dtype', str, 'float16', 'lower precision of --amp', choices=('float16', 'bfloat16')),
     ),
     'Optimizer': (
-        Argument('opt', str, None, 'optimizer. Defaults to repopt_sgd for a RepOpt-VGG target, else sgd'),
+        Argument(
+            'opt', str, None, 'optimizer. Defaults to repopt_sgd for a RepOpt-VGG target, else sgd', any_case=True
+        ),
         Argument('opt_eps', float, None, 'epsilon of the optimizer', low=0),
         Argument('opt_betas', float, None, 'betas of the optimizer', low=0, high=1, count=(2, 3)),
         Argument('momentum', float, 0.9, 'momentum', low=0, below=1),

@@ -235,8 +235,9 @@ def _check_model(args: argparse.Namespace) -> None:
 def _check_optimizer(args: argparse.Namespace) -> None:
     if args.opt is None:
         return
-    name = args.opt.lower().removeprefix('lookahead_')
-    known = {*map(str, list_optimizers()), *_REPOPT}
+    name = args.opt.removeprefix('lookahead_')
+    # One name each, of the two that the factory knows.
+    known = {*map(str, list_optimizers()), *_REPOPT} - {each.replace('_', '') for each in _REPOPT}
     if name not in known:
         raise _unknown('--opt', args.opt, known)
     opt_class: Any = get_optimizer_info(name.replace('_', '')).opt_class
@@ -249,7 +250,7 @@ def _check_optimizer(args: argparse.Namespace) -> None:
     accepted = {*_parameters(opt_class), *_parameters(timm.optim.create_optimizer_v2)} - {'self', 'kwargs'}
     for key in args.opt_kwargs:
         if key not in accepted and key != 'grad_mults':
-            raise _unknown(f'--opt-kwargs: {args.opt} has no argument', key, accepted - {'model_or_params', 'params'})
+            raise _unknown(f'--opt-kwargs of {args.opt}:', key, accepted - {'model_or_params', 'params'})
         if key in _OPTIMIZER_FLAGS:
             raise ValueError(f'--opt-kwargs has {key}, which has a flag of its own: --{_OPTIMIZER_FLAGS[key]}.')
         if key in ('params', 'model_or_params', 'opt'):
@@ -305,7 +306,7 @@ def _check_search(args: argparse.Namespace) -> None:
     for key in ('search_first', 'search_kwargs', 'model', 'scales', 'resume', 'output', 'experiment', 'debug'):
         if key in args.search_kwargs:
             raise ValueError(f"--search-kwargs: '{key}' cannot differ in the search; remove it.")
-    sgd = any(name in (args.opt or 'sgd').lower() for name in ('sgd', 'momentum', 'nesterov'))
+    sgd = any(name in (args.opt or 'sgd') for name in ('sgd', 'momentum', 'nesterov'))
     if not sgd and not {'opt', 'lr'} & set(args.search_kwargs):
         raise ValueError(
             f'The search uses SGD, which the learning rate of {args.opt} does not suit. Give it its own, such as '

@@ -75,6 +75,13 @@ def test_a_config_gives_defaults_that_the_command_line_overrides(tmp_path):
     assert (args.search_kwargs, args.color_jitter) == ({'weight_decay': 0.00004}, None)
 
 
+def test_capitals_in_the_name_of_an_optimizer_do_not_matter(tmp_path):
+    (tmp_path / 'config.yaml').write_text('opt: RepOpt_AdamW\nsearch_kwargs: {opt: AdamW}\n')
+    args = parse_arguments(['-c', str(tmp_path / 'config.yaml')])
+    assert (args.opt, args.search_kwargs['opt']) == ('repopt_adamw', 'adamw')
+    assert parse_arguments(['--opt', 'AdamW']).opt == 'adamw'
+
+
 def test_the_folder_of_the_command_line_goes_before_that_of_the_config(tmp_path):
     (tmp_path / 'config.yaml').write_text('data: configured\n')
     for words in (['given'], ['--data-dir', 'given']):
