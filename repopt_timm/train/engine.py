@@ -225,9 +225,10 @@ def _check_finite(
 ) -> None:
     if math.isfinite(sums[0].item()):
         return
+    steps = f'between steps {first + 1} and {last + 1}' if first < last else f'at step {last + 1}'
     raise DivergedError(
-        f'The training loss of epoch {epoch + 1} of {args.total_epochs} is not finite since one of the steps '
-        f'{first + 1} to {last + 1}, at learning rate {optimizer.param_groups[0]["lr"]:g}.'
+        f'The training loss of epoch {epoch + 1} of {args.total_epochs} became non-finite {steps}, at learning rate '
+        f'{optimizer.param_groups[0]["lr"]:g}.'
     )
 
 

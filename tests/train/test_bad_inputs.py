@@ -18,9 +18,9 @@ from ..helpers import TINY
 
 ROWS = [
     # Counts.
-    ('no epochs', '--epochs 0', '--epochs is 0, expected a whole number at least 1'),
+    ('no epochs', '--epochs 0', '--epochs is 0, expected an integer at least 1'),
     ('negative epochs', '--epochs -3', '--epochs is -3'),
-    ('half an epoch', '--epochs 1.5', "--epochs is '1.5', expected a whole number"),
+    ('half an epoch', '--epochs 1.5', "--epochs is '1.5', expected an integer"),
     ('epochs in words', '--epochs three', "--epochs is 'three'"),
     ('too many epochs', '--epochs 99999999999', '--epochs is 99999999999'),
     ('no batch', '--batch-size 0', '--batch-size is 0'),
@@ -44,7 +44,7 @@ ROWS = [
     ('training samples', '--train-num-samples 0', '--train-num-samples is 0'),
     ('validation samples', '--val-num-samples -5', '--val-num-samples is -5'),
     ('negative seed', '--seed -1', '--seed is -1'),
-    ('huge seed', '--seed 4294967296', '--seed is 4294967296'),
+    ('huge seed', '--seed 4294967296', '--seed is 4294967296, expected an integer from 0 to 1000000000'),
     # Numbers.
     ('NaN learning rate', '--lr nan', '--lr is nan, expected a finite number at least 0'),
     ('infinite learning rate', '--lr inf', '--lr is inf'),
@@ -235,9 +235,9 @@ CONFIGS = [
     ('deep', 'opt_kwargs: ' + '[' * 3000, 'is not a YAML file'),
     ('text for a boolean', 'model_ema: "false"', "'model_ema' is 'false', expected true or false"),
     ('number for a boolean', 'amp: 1', "'amp' is 1, expected true or false"),
-    ('boolean for a count', 'epochs: true', "'epochs' is True, expected a whole number"),
-    ('fraction for a count', 'epochs: 2.0', "'epochs' is 2.0, expected a whole number"),
-    ('text for a count', 'epochs: "3"', "'epochs' is '3', expected a whole number"),
+    ('boolean for a count', 'epochs: true', "'epochs' is True, expected an integer"),
+    ('fraction for a count', 'epochs: 2.0', "'epochs' is 2.0, expected an integer"),
+    ('text for a count', 'epochs: "3"', "'epochs' is '3', expected an integer"),
     ('boolean for a number', 'lr: true', "'lr' is True, expected a finite number"),
     ('list for a number', 'lr: [1]', "'lr' is [1], expected a finite number"),
     ('infinity', 'lr: .inf', "'lr' is inf, expected a finite number"),

@@ -63,7 +63,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(arguments, tmp_path):
     with pytest.raises(ValueError) as error:
         main(arguments(*TARGET, '--epochs', '4', '--lr', '1e20', '--resume', '--override', '--log-interval', '1'))
     text = str(error.value)
-    assert 'of epoch 2 of 4 is not finite' in text
+    assert 'of epoch 2 of 4 became non-finite at step ' in text
     assert 'learning rate' in text
     assert f"The checkpoint of epoch 1 is '{tmp_path}/run/last.pth.tar'. Try a lower --lr" in text
     assert_same_bits(before['state_dict'], read(tmp_path / 'run')['state_dict'])
@@ -77,7 +77,7 @@ def test_the_steps_between_which_the_loss_became_nan_are_named(arguments, tmp_pa
             return output.mean() * 0 + next(losses)
 
     monkeypatch.setattr(run, '_make_loss', lambda args: Loss())
-    with pytest.raises(ValueError, match='of epoch 1 of 3 is not finite since one of the steps 3 to 4, at'):
+    with pytest.raises(ValueError, match='of epoch 1 of 3 became non-finite between steps 3 and 4, at'):
         main(arguments(*TARGET, '--log-interval', '2'))
     assert not (tmp_path / 'run').exists()
 
