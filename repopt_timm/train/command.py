@@ -17,7 +17,7 @@ from ..scales import read_scale_file
 from .interruption import InterruptedRunError
 from .parsing import parse_arguments
 from .run import Result, prepare_device, train
-from .run_folder import SCALES_FILE
+from .run_folder import LAST_CHECKPOINT, SCALES_FILE
 from .run_model import find_variant
 from .schema import SEARCH_DEFAULTS
 from .validation import check_arguments
@@ -74,10 +74,17 @@ def continuation(program: Sequence[str], argv: Sequence[str], args: argparse.Nam
         args: The same, parsed.
         experiment: Name of the run's folder; empty if the arguments imply it.
     """
-    extra = [] if args.resume else ['--resume']
-    if experiment and args.resume in (None, 'auto') and not any(word.startswith('--exp') for word in argv):
-        extra += ['--experiment', experiment]
-    return shlex.join([*program, *argv, *extra])
+    words = [*program, *argv, *([] if args.resume else ['--resume'])]
+    if args.resume in (None, 'auto'):
+        if experiment and not any(word.startswith('--exp') for word in argv):
+            words += ['--experiment', experiment]
+    else:
+        # Not from where this call began.
+        last = str(Path(args.resume).with_name(LAST_CHECKPOINT))
+        for index, word in enumerate(words):
+            if word == args.resume or (word.startswith('--res') and word.endswith(f'={args.resume}')):
+                words[index] = word.removesuffix(args.resume) + last
+    return shlex.join(words)
 
 
 def _program() -> list[str]:

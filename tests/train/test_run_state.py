@@ -134,6 +134,29 @@ def test_a_signal_ends_a_run_after_the_batch_and_the_named_command_continues_it(
     same_run(tmp_path / 'whole', tmp_path / 'run')
 
 
+@pytest.mark.parametrize(('stopped', 'joint'), [(1, ' '), (2, '=')])
+def test_a_run_that_went_back_is_continued_from_where_it_was_stopped(
+    arguments, tmp_path, monkeypatch, capsys, stopped, joint
+):
+    main(arguments(*TARGET))
+    begun = []
+
+    def start_epoch(epoch, loaders, args):
+        original(epoch, loaders, args)
+        begun.append(epoch)
+        if begun == list(range(1, stopped + 1)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    original = run._start_epoch
+    monkeypatch.setattr(run, '_start_epoch', start_epoch)
+    back = f'--resume{joint}{tmp_path}/run/checkpoint-0.pth.tar --override --momentum 0.5'
+    with pytest.raises(SystemExit):
+        main(arguments(*TARGET, *back.split()))
+    main(capsys.readouterr().err.strip().splitlines()[-1].split('repopt-timm train ')[1].split())
+    assert begun == [*range(1, stopped + 1), *range(stopped, 3)]
+    assert read(tmp_path / 'run')['args'].momentum == 0.5
+
+
 def test_a_search_that_was_stopped_goes_on_with_its_target(images, tmp_path, monkeypatch, capsys):
     def start_epoch(epoch, loaders, args):
         original(epoch, loaders, args)
