@@ -5,7 +5,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .interruption import raise_if_interrupted
 from .loaders import Loaders
 
-__all__ = ['DivergedError', 'TrainState', 'evaluate', 'train_one_epoch', 'validate']
+__all__ = ['DivergedError', 'TrainState', 'evaluate', 'ranked', 'train_one_epoch', 'validate']
 
 _logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ class TrainState:
         scheduler: timm scheduler of the learning rate; a function of epoch and history.
         ema: Moving average of the weights.
         scaler: Scaler of float16 gradients.
-        history: A row for each finished epoch: `epoch`, `lr`, `train_loss`, `eval_loss`, `eval_top1`, `eval_top5`.
+        history: A row for each finished epoch: `epoch`, `lr`, `train_loss`, `train_accuracy` of unmixed labels; if it
+            was validated `eval_loss`, `eval_top1`, `eval_top5`, and with a moving average the model's own `eval_raw_*`.
         start: When this process began to train, by `time.perf_counter`.
         first_epoch: Index of the epoch that it began with.
     """
@@ -62,6 +63,12 @@ class TrainState:
             total: Epochs that it has.
         """
         return (time.perf_counter() - self.start) / (done - self.first_epoch) * (total - done)
+
+
+def ranked(history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows of validated epochs, the best first; those that are not finite are left out."""
+    rows = [row for row in history if 'eval_top1' in row and all(map(math.isfinite, row.values()))]
+    return sorted(rows, key=lambda row: (-row['eval_top1'], row['epoch']))
 
 
 class _Progress:

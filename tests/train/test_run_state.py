@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from repopt_timm.doctor import check_run
 from repopt_timm.train import engine, run
 from repopt_timm.train.command import main
 from repopt_timm.train.parsing import parse_arguments
@@ -32,6 +33,11 @@ def same_run(first, second):
         assert read(first, name)['epoch'] == read(second, name)['epoch']
         assert_same_bits(read(first, name)['state_dict'], read(second, name)['state_dict'])
     assert (first / 'summary.csv').read_text() == (second / 'summary.csv').read_text()
+
+
+def best_epoch(folder):
+    (found,) = [each for each in check_run(folder) if each.what == 'best epoch']
+    return found.status, found.detail
 
 
 def damage(path, position=0.5):
@@ -108,6 +114,24 @@ def test_a_metric_that_is_nan_is_never_the_best(arguments, tmp_path, monkeypatch
     main(arguments(*TARGET))
     assert read(tmp_path / 'run', 'model_best.pth.tar')['epoch'] == 0
     assert [name for name in names_in(tmp_path / 'run') if name.startswith('checkpoint')] == ['checkpoint-0.pth.tar']
+    assert best_epoch(tmp_path / 'run') == ('ok', 'epoch 1, top-1 50.00 %')
+
+
+@pytest.mark.parametrize('place', ['run', 'other'])
+def test_the_best_checkpoint_is_one_that_is_there(arguments, tmp_path, monkeypatch, place):
+    tops = iter([60.0, 50.0, 90.0, 55.0])
+    monkeypatch.setattr(engine, 'validate', lambda *args: {'loss': 1.0, 'top1': next(tops), 'top5': 100.0})
+    extra = [*TARGET, '--checkpoint-hist', '1']
+    main(arguments(*extra, '--epochs', '2'))
+    copy = tmp_path / place / 'mine.pth.tar'
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_bytes((tmp_path / 'run/last.pth.tar').read_bytes())
+    main(arguments(*extra, '--resume'))
+    assert best_epoch(tmp_path / 'run') == ('ok', 'epoch 3, top-1 90.00 %')
+    main(arguments(*extra, '--resume', str(copy), '--override', '--epochs', '2'))
+    assert best_epoch(copy.parent) == ('ok', 'epoch 2, top-1 50.00 %')
+    main(arguments(*extra, '--resume', str(copy), '--override'))
+    assert best_epoch(copy.parent) == ('ok', 'epoch 3, top-1 55.00 %')
 
 
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
@@ -412,6 +436,14 @@ def test_another_optimizer_is_refused_even_with_override(finished):
     words, _ = finished
     with pytest.raises(ValueError, match='with the optimizer repopt_sgd, whose state adamw cannot go on from'):
         main([*words, '--epochs', '2', '--resume', '--override', '--opt', 'adamw'])
+
+
+def test_a_state_of_other_parameter_groups_is_refused_with_the_next_step(finished):
+    words, _ = finished
+    with pytest.raises(
+        ValueError, match=r"last\.pth\.tar' has the state of another .* Resume with the arguments of that"
+    ):
+        main([*words, '--epochs', '2', '--resume', '--override', '--weight-decay', '0'])
 
 
 def test_an_old_checkpoint_does_not_truncate_a_finished_run_unasked(arguments, tmp_path):
