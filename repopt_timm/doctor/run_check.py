@@ -169,6 +169,8 @@ def _scales(what: str, folder: Path, contents: dict[str, Any]) -> Finding:
         return _finding(
             what, f'those in {SCALES_FILE} and {LAST_CHECKPOINT} differ' * (not same), f'as in {SCALES_FILE}'
         )
+    if hasattr(checkpoint.get('args'), 'quantization'):
+        return Finding(what, 'note', 'of a fake-quantised training, whose checkpoints do not have them')
     fingerprint = checkpoint.get('scales_fingerprint')
     groups = {group.get('scales_fingerprint') for group in checkpoint['optimizer']['param_groups']} - {None}
     if groups - {fingerprint}:

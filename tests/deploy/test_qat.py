@@ -107,6 +107,8 @@ def test_a_trained_file_runs_with_the_accuracy_that_training_saw(images, tmp_pat
     assert found['top1'] > 90
     assert evaluate(out, images)['top1'] == found['top1']
     assert read(tmp_path / 'run')['optimizer']['param_groups'][0]['scales_fingerprint'] == scales.fingerprint
+    assert main(['doctor', str(tmp_path / 'run')]) == 0
+    capsys.readouterr()
     # Once more, from the end of the run.
     first = out.read_bytes()
     out.unlink()
