@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import safe_model_name
+from timm.models import model_parameters, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, init_distributed_device, random_seed, unwrap_model
@@ -339,12 +339,13 @@ def _make_clip(args: argparse.Namespace, model: nn.Module, optimizer: torch.opti
     if args.clip_grad is None:
         return None
     base = getattr(optimizer, '_base_optimizer', optimizer)
-    parameters = list(model.parameters())
     if not isinstance(base, (RepOptSGD, RepOptAdamW)):
+        # Adaptive clipping is not for the classifier (arXiv 2102.06171).
+        parameters = list(model_parameters(model, exclude_head=args.clip_mode == 'agc'))
         return partial(dispatch_clip_grad, parameters, args.clip_grad, mode=args.clip_mode)
     # The CSLA norm is that of SGD's Grad Mults, whatever the optimizer.
     mults = base.grad_mults if isinstance(base, RepOptSGD) else make_grad_mults(model)
-    return partial(clip_grad_norm_, parameters, args.clip_grad, mults)
+    return partial(clip_grad_norm_, list(model.parameters()), args.clip_grad, mults)
 
 
 def _precision(

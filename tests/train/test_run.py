@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from argparse import Namespace
 
 import pytest
 import timm
@@ -119,6 +120,16 @@ def test_csla_validation_and_ordinary_models_train_too(arguments, tmp_path):
     main(arguments('--epochs', '1', model='test_byobnet', experiment='other'))
     assert (tmp_path / 'csla/last.pth.tar').exists()
     assert read(tmp_path / 'other')['args'].opt == 'sgd'
+
+
+@pytest.mark.parametrize(('mode', 'classifier'), [('agc', 100.0), ('value', 0.01)])
+def test_adaptive_clipping_leaves_the_classifier_out(mode, classifier):
+    model = timm.create_model('test_byobnet', num_classes=5)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    run._make_clip(Namespace(clip_grad=0.01, clip_mode=mode), model, torch.optim.SGD(model.parameters()))()
+    assert model.get_classifier().weight.grad.max() == pytest.approx(classifier)
+    assert all(conv.weight.grad.max() < 1 for conv in model.modules() if isinstance(conv, torch.nn.Conv2d))
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
