@@ -66,13 +66,15 @@ def run_folder(folder: Path) -> Iterator[None]:
 
 def is_busy(folder: Path) -> bool:
     """Returns whether another process trains in a run's folder."""
-    if fcntl is None or not (folder / _LOCK_FILE).exists():
+    if fcntl is None:
         return False
-    with open(folder / _LOCK_FILE, 'a+') as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return isinstance(error, BlockingIOError | PermissionError)
+    try:
+        with open(folder / _LOCK_FILE) as lock:
+            # Shared, for which one need not be allowed to write the file.
+            fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        # Either is a lock of another process, but with its name it is a file that may not be read.
+        return isinstance(error, BlockingIOError | PermissionError) and error.filename is None
     return False
 
 

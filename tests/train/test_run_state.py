@@ -1,6 +1,7 @@
 """What a run leaves after errors, signals and kills, and what it goes on from."""
 
 import csv
+import errno
 import os
 import resource
 import signal
@@ -16,6 +17,7 @@ from repopt_timm.train import engine, run
 from repopt_timm.train.command import main
 from repopt_timm.train.parsing import parse_arguments
 from repopt_timm.train.run_checkpoints import find_checkpoint
+from repopt_timm.train.run_folder import is_busy
 
 from ..helpers import TINY
 from .runs import ENVIRONMENT, assert_same_bits, read
@@ -310,10 +312,23 @@ def test_one_process_trains_in_a_folder_and_a_dead_one_does_not_keep_it(argument
     code = f"import fcntl; f = open('{tmp_path}/run/.lock', 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
     with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
+        assert is_busy(tmp_path / 'run')
         with pytest.raises(ValueError, match=r"Another process trains in '.*run' already \(process \d+ on "):
             main(arguments(*TARGET, '--epochs', '2', '--resume'))
         other.kill()
     main(arguments(*TARGET, '--epochs', '2', '--resume'))
+
+
+@pytest.mark.parametrize('allowed', ['r', ''])
+def test_whether_a_process_trains_is_asked_without_writing(tmp_path, monkeypatch, allowed):
+    def open_allowed(path, mode='r'):
+        if mode != allowed:
+            raise PermissionError(errno.EACCES, 'Permission denied', path)
+        return open(path, mode)
+
+    monkeypatch.setattr('repopt_timm.train.run_folder.open', open_allowed, raising=False)
+    (tmp_path / '.lock').touch()
+    assert not is_busy(tmp_path)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_newest_good_one_and_says_so(arguments, tmp_path, capsys):
