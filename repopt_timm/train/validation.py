@@ -183,23 +183,23 @@ def _check_device(args: argparse.Namespace) -> None:
 
 
 def check_device_name(name: str | None) -> None:
-    """Checks that a device exists.
+    """Checks that a device exists and has float64.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If not.
     """
     if name is None:
         return
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device is '{name}', expected cpu, cuda, cuda:1, mps and the like.") from None
+        raise ValueError(f"--device is '{name}', expected cpu, cuda, cuda:1 and the like.") from None
+    if device.type == 'mps':
+        raise ValueError(f"--device is '{name}', which has no float64 to sum in. Try --device cpu.")
     if device.type == 'cpu':
         available = (device.index or 0) == 0
     elif device.type == 'cuda':
         available = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    elif device.type == 'mps':
-        available = torch.backends.mps.is_available()
     else:
         available = getattr(getattr(torch, device.type, None), 'is_available', lambda: False)()
     if not available:

@@ -135,6 +135,7 @@ ROWS = [
     ('device', '--device bogus', "--device is 'bogus', expected cpu, cuda"),
     ('second CPU', '--device cpu:1', "--device is 'cpu:1', which this machine does not have"),
     ('meta', '--device meta', "--device is 'meta', which this machine does not have. Try --device cpu"),
+    ('device without float64', '--device mps', "--device is 'mps', which has no float64"),
     ('GPU that is not there', '--device cuda:99', "--device is 'cuda:99', which this machine does not have"),
     ('synchronized BatchNorm', '--sync-bn --device cpu', '--sync-bn works on GPUs, not on cpu'),
     # Data.
