@@ -59,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: If arguments do not go together, or the training diverges.
         FileNotFoundError: If a file that they name does not exist.
+        ImportError: If they need a package that is not installed.
+        OSError: If a checkpoint or the file cannot be written.
         SystemExit: With 128 plus the signal's number if Ctrl-C or SIGTERM ended the run.
     """
     set_up_logging()

@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None, command: str = 'train') -> None:
     Raises:
         ValueError: If arguments do not go together, or the training diverges.
         FileNotFoundError: If a file that they name does not exist.
+        ImportError: If they need a package that is not installed.
+        OSError: If a checkpoint cannot be written.
         SystemExit: With 128 plus the signal's number if Ctrl-C or SIGTERM ended the run.
     """
     set_up_logging()

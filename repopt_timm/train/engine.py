@@ -205,8 +205,18 @@ def validate(
 ) -> dict[str, float]:
     """Evaluates a model.
 
+    Args:
+        model: The model.
+        loader: Where batches of images and labels come from.
+        autocast: Makes the context of the forward pass.
+        title: What the progress is called.
+        args: Arguments of the run.
+
     Returns:
         `loss` (cross entropy), `top1` and `top5` in percent; `top5` is over as many classes as there are if fewer.
+
+    Raises:
+        InterruptedRunError: If a signal asked the run to end; after a whole batch.
     """
     model.eval()
     progress = _Progress(title, len(loader), args)
@@ -265,7 +275,23 @@ def _reduce(sums: Tensor, args: argparse.Namespace) -> Tensor:
 def evaluate(
     state: TrainState, loader: Any, autocast: Callable, epoch: int, updates: int, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Evaluates the model; if the run averages its weights the average, and the model as `eval_raw_*`."""
+    """Evaluates the model of a run after an epoch.
+
+    Args:
+        state: State of the run.
+        loader: Where batches of images and labels come from.
+        autocast: Makes the context of the forward pass.
+        epoch: Index of the epoch.
+        updates: Steps of the optimizer in an epoch.
+        args: Arguments of the run.
+
+    Returns:
+        What `validate` returns, as `eval_*`: of the average of the weights if the run keeps one, and then of the model
+        itself as `eval_raw_*`.
+
+    Raises:
+        InterruptedRunError: If a signal asked the run to end; after a whole batch.
+    """
     title = f'epoch {epoch + 1}/{args.total_epochs} validation'
     if args.distributed and args.dist_bn:
         distribute_bn(state.model, args.world_size, args.dist_bn == 'reduce')

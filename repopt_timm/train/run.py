@@ -85,6 +85,7 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
     Raises:
         ValueError: If arguments do not go together.
         FileNotFoundError: If a file that they name does not exist.
+        ImportError: If they need a package that is not installed.
         OSError: If a checkpoint cannot be written.
         InterruptedRunError: If Ctrl-C or SIGTERM ended it.
     """
