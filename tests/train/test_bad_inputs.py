@@ -172,6 +172,7 @@ ROWS = [
     # Combinations.
     ('mixup of an odd batch', '--mixup 0.2 -b 7', '--batch-size is 7, expected an even number'),
     ('cutmix of an odd batch', '--cutmix 1 -b 5', '--batch-size is 5, expected an even number'),
+    ('plateau on updates', '--sched plateau --sched-on-updates', 'remove --sched-on-updates'),
     ('agc', '--clip-grad 1 --clip-mode agc', 'breaks the equivalence'),
     ('resume without a name', '--resume --experiment=', '--resume without a file needs --experiment'),
     ('resume from nowhere', '--resume nowhere.pth.tar', "there is no checkpoint file 'nowhere.pth.tar'"),
