@@ -19,8 +19,14 @@ from .qat import WEIGHT_BITS, train_quantized
 
 __all__ = ['main']
 
-# A fine-tuning: the weights are to move to nearby ones that rounding leaves alone.
-_DEFAULTS = {'epochs': 3, 'warmup_epochs': 0, 'lr_base': 0.01, 'weight_decay': 4e-5}
+_OWN_SCHEDULE = ('cooldown_epochs', 'lr', 'lr_base_size', 'lr_base_scale', 'warmup_lr', 'min_lr')
+
+# A fine-tuning: the weights are to move to nearby ones that rounding leaves alone. A config, which may be that of the
+# training before it, does not change them.
+_DEFAULTS = {
+    **{name: ARGUMENTS[name].default for name in _OWN_SCHEDULE},
+    **{'epochs': 3, 'warmup_epochs': 0, 'lr_base': 0.01, 'weight_decay': 4e-5},
+}
 
 _FOREIGN = (
     'data',
@@ -53,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: If arguments do not go together, or the training diverges.
         FileNotFoundError: If a file that they name does not exist.
+        ImportError: If they need a package that is not installed.
+        OSError: If a checkpoint or the file cannot be written.
         SystemExit: With 128 plus the signal's number if Ctrl-C or SIGTERM ended the run.
     """
     set_up_logging()

@@ -22,7 +22,7 @@ from ..train.parsing import (
     search_arguments,
     write_config,
 )
-from ..train.schema import ARGUMENTS, SECTIONS
+from ..train.schema import ARGUMENTS, SEARCH_DEFAULTS, SECTIONS
 from .arms import ARMS, GIVEN, arm_of, arms_of, in_order, target_name
 
 __all__ = [
@@ -81,7 +81,7 @@ _OWN: tuple[Argument, ...] = (
     Argument(
         'search_kwargs',
         dict,
-        {'weight_decay': 4e-5},
+        SEARCH_DEFAULTS,
         'arguments of the search that differ, such as lr=...',
         metavar='K=V',
     ),
@@ -203,7 +203,7 @@ def read_settings(namespace: argparse.Namespace) -> tuple[TrialSettings, argpars
     own = {name: copy.deepcopy(argument.default) for name, argument in _OWN_BY_NAME.items()}
     own |= _own(texts)
     own['scales'] = _given_scales(own['scales'] or ())
-    own['search_kwargs'] = search_arguments(_OWN_BY_NAME['search_kwargs'].default | own['search_kwargs'])
+    own['search_kwargs'] = search_arguments(SEARCH_DEFAULTS | own['search_kwargs'])
     for name in _NOT_OF_SEARCHES & set(own['search_kwargs']):
         raise ValueError(f"--search-kwargs has '{name}', which cannot differ in the search. Remove it.")
     shared = _shared(model, config, texts, own['data'])
@@ -281,7 +281,7 @@ def _shared(model: str, config: str | None, texts: dict[str, Any], data: str | N
         given['data_dir'] = data
     values = {name: copy.deepcopy(argument.default) for name, argument in ARGUMENTS.items()}
     values |= {**_DEFAULTS, **given, 'model': model}
-    if 'warmup_epochs' not in given:
+    if values['warmup_epochs'] is None:
         values['warmup_epochs'] = min(5, math.ceil(values['epochs'] / 10))
     shared = argparse.Namespace(**values)
     # Images are prepared alike for all arms, whose models may state different defaults.

@@ -8,7 +8,7 @@ from torch import nn
 
 from repopt_timm import RepOptAdamW, RepOptSGD, Scales, attach_scales, csla, make_grad_mults, to_plain
 from repopt_timm.cli import main
-from repopt_timm.deploy import evaluate, qat
+from repopt_timm.deploy import evaluate, qat, qat_command
 from repopt_timm.deploy.onnx_network import OnnxNetwork
 from repopt_timm.deploy.qat import folded_grad_mults
 from repopt_timm.deploy.trained_model import load_trained
@@ -107,6 +107,8 @@ def test_a_trained_file_runs_with_the_accuracy_that_training_saw(images, tmp_pat
     assert found['top1'] > 90
     assert evaluate(out, images)['top1'] == found['top1']
     assert read(tmp_path / 'run')['optimizer']['param_groups'][0]['scales_fingerprint'] == scales.fingerprint
+    assert main(['doctor', str(tmp_path / 'run')]) == 0
+    capsys.readouterr()
     # Once more, from the end of the run.
     first = out.read_bytes()
     out.unlink()
@@ -145,3 +147,13 @@ def test_bad_input_is_said_before_the_calibration(
     assert main(['qat', *words]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / 'runs').exists()
+
+
+def test_a_config_of_the_training_before_it_does_not_change_the_fine_tuning(tmp_path):
+    config = tmp_path / 'args.yaml'
+    config.write_text('lr: 0.1\nmin_lr: 0.02\nepochs: 90\ncooldown_epochs: 9\nweight_decay: 0.5\nreprob: 0.25\n')
+    words = ['-c', str(config), '--data-dir', 'photos']
+    args = qat_command._training_arguments(words, 'qat')
+    assert (args.lr, args.lr_base, args.lr_base_size, args.min_lr, args.warmup_epochs) == (None, 0.01, 256, 0.0, 0)
+    assert (args.epochs, args.cooldown_epochs, args.weight_decay, args.reprob) == (3, 0, 4e-5, 0.25)
+    assert qat_command._training_arguments([*words, '--lr', '0.2'], 'qat').lr == 0.2
