@@ -6,7 +6,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from huggingface_hub import EvalResult
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
@@ -56,7 +55,6 @@ class _Publication(NamedTuple):
     metrics: Mapping[str, float | str]
     training: Mapping[str, Any]
     curves: str | os.PathLike | None
-    precision: str
     history: Sequence[Mapping[str, Any]]
 
 
@@ -114,6 +112,8 @@ def save_pretrained(
             if (folder / file).is_file():
                 with replacing(directory / file) as temporary:
                     os.replace(folder / file, temporary)
+            elif file == CURVES_FILE:
+                (directory / file).unlink(missing_ok=True)
 
 
 def push_to_hub(
@@ -224,7 +224,7 @@ def _prepare(
     if found is not None:
         # What no card can hold is an error before anything is written or uploaded.
         encode_scales(found, training)
-    return _Publication(model, pack(weights, precision), found, metrics, training, curves, precision, history)
+    return _Publication(model, pack(weights, precision), found, metrics, training, curves, history)
 
 
 def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
@@ -252,7 +252,7 @@ def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
 
 
 def _write(publication: _Publication, folder: Path, repo_id: str, published: frozenset[str], scales_file: bool) -> None:
-    model, weights, scales, metrics, training, curves, precision, history = publication
+    model, weights, scales, metrics, training, curves, history = publication
     with naming_write_errors(folder.parent / WEIGHTS_FILE):
         save_file(dict(weights), folder / WEIGHTS_FILE, {'format': 'pt'})
     config_file: Any = folder / CONFIG_FILE  # timm before 1.0.31 opens it as a path
@@ -261,10 +261,9 @@ def _write(publication: _Publication, folder: Path, repo_id: str, published: fro
         (folder / CURVES_FILE).write_bytes(Path(curves).read_bytes())
     elif history:
         draw(plot_curves, {_timm_name(model): history}, folder / CURVES_FILE)
-    results: Sequence[EvalResult] | None = eval_results(metrics) if metrics else []
-    if precision == 'int8' and not results:
-        # Rounded weights do not have the accuracy that the card may state of exact ones.
-        results = None
+    # An accuracy that the card may state already is of other weights, and so is a picture of their training.
+    results = eval_results(metrics) if metrics else None
+    published -= {CURVES_FILE}
     license_name = origin_of(model).get('license', '')
     write_card(folder, repo_id, _timm_name(model), scales, results, training, published, scales_file, license_name)
 
