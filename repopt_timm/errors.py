@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ['explaining', 'naming']
+__all__ = ['explaining', 'naming', 'reason_of']
 
 
 @contextmanager
@@ -25,6 +25,11 @@ def explaining(what: str) -> Iterator[None]:
     ) as error:
         text = ' '.join(str(error).split()) or type(error).__name__
         raise ValueError(f'{what}: {text}') from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns what a library's error says, on one line of at most 300 characters; its type if it says nothing."""
+    return ' '.join(str(error).split())[:300].rstrip('.') or type(error).__name__
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 
 from .cards.transfer import HUB_PREFIX
 from .cards.writing import push_scales, save_scales_card
@@ -88,7 +89,9 @@ def _load(args: argparse.Namespace) -> Scales:
     name = ModelName.parse(args.architecture)
     if not timm.is_model(name.variant):
         raise ValueError(f"timm does not know a model '{args.architecture}'; expected a name such as repopt_vgg_a0.")
-    return load_scales(args.source, timm.create_model(name.of_kind('target')))
+    with torch.device('meta'):
+        model = timm.create_model(name.of_kind('target'))
+    return load_scales(args.source, model)
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_token, validate_repo_id
 
-from ..errors import naming
+from ..errors import naming, reason_of
 from ..files import replacing
 from ..tokens import scrub
 from .document import CARD_FILE, read_metadata
@@ -343,10 +343,10 @@ def _explain_status(status: int, error: Exception, source: HubSource, file: str 
             f'text, or its provenance.'
         )
     if status == 429:
-        return f'the Hub takes no more requests from you for now (429): {_reason(error)}. Wait a while, then try again.'
+        return f'the Hub takes no more requests from you for now (429): {reason_of(error)}. Wait, then try again.'
     if status >= 500:
-        return f'the Hub answers {status}: {_reason(error)}. That is a problem of the Hub: try again later.'
-    return f'the Hub refuses that ({status}): {_reason(error)}. Mend what it names, then try again.'
+        return f'the Hub answers {status}: {reason_of(error)}. That is a problem of the Hub: try again later.'
+    return f'the Hub refuses that ({status}): {reason_of(error)}. Mend what it names, then try again.'
 
 
 def _offline(source: HubSource, file: str | None) -> str:
@@ -364,14 +364,10 @@ def _no_such_file(source: HubSource, file: str | None) -> str:
 
 def _unreachable(source: HubSource, file: str | None, error: BaseException) -> str:
     return (
-        f'{_wanted(source, file)}: the connection to {constants.ENDPOINT} failed: {_reason(error)}. No half file was '
+        f'{_wanted(source, file)}: the connection to {constants.ENDPOINT} failed: {reason_of(error)}. No half file was '
         f'kept; check the network (and HF_ENDPOINT), then try again.'
     )
 
 
 def _wanted(source: HubSource, file: str | None) -> str:
     return f'{source}, file {file}' if file else str(source)
-
-
-def _reason(error: BaseException) -> str:
-    return ' '.join(f'{error}'.split())[:300].rstrip('.') or type(error).__name__

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from timm.models import clean_state_dict
 from torch import Tensor
 
+from ..errors import reason_of
 from .bounds import check_archive, check_content, check_header, check_pickle
 from .packing import unpack
 
@@ -65,17 +66,13 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise
     except Exception as error:
         # Damaged bytes provoke whatever they like in an unpickler.
-        raise ValueError(f"'{path}' is not a readable checkpoint: {_reason(error)}.") from None
+        raise ValueError(f"'{path}' is not a readable checkpoint: {reason_of(error)}.") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(
             f"'{path}' holds a {type(checkpoint).__name__}, expected a dict of tensors or of a training run."
         )
     check_content(checkpoint, path)
     return checkpoint
-
-
-def _reason(error: Exception) -> str:
-    return ' '.join(str(error).split())[:300].rstrip('.') or type(error).__name__
 
 
 def _check_pickled(path: Path) -> None:

@@ -37,12 +37,14 @@ def model_from_reference(path: str | os.PathLike) -> Any:
         raise ValueError(f'{source}: {error}') from None
     classifier = state.get('classifier.weight' if is_ghost_net(state) else 'head.fc.weight')
     name = _ghost_net_of(state) if is_ghost_net(state) else _vgg_of(state)
-    if name is None or classifier is None:
+    if name is None:
         number = sum(tensor.ndim == 4 for tensor in state.values())
         raise ValueError(
-            f'{source}: its {number} convolutions{"" if number else " (none)"} fit no known architecture, or the '
-            f'classifier is missing.'
+            f'{source}: its {number} convolutions fit no known architecture, expected a RepOpt-VGG or RepOpt-GhostNet '
+            f'of the reference repository. Name the file of such a target.'
         )
+    if classifier is None:
+        raise ValueError(f'{source}: the classifier of {name} is not in it, expected all weights. Get the file again.')
     num_classes = len(classifier)
     model: Any = timm.create_model(name, num_classes=num_classes)
     model.load_state_dict(state)

@@ -110,7 +110,7 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
             if not self.state[param]:
                 self._init_state(param, settings)
         plain = [param for param in params if param not in self.grad_mults]
-        moments = [[local(self._state_of(param, name)) for param in plain] for name in self._moments(settings)]
+        moments = [[self._state_of(param, name) for param in plain] for name in self._moments(settings)]
         steps = [self.state[param]['step'] for param in plain]
         grads = gradients(plain, settings['fused'])
         updates: list[Update] = [(_update, (settings, list(map(local, plain)), grads, moments, steps))]

@@ -40,8 +40,8 @@ class RepOptSGD(GradMultOptimizer, SGD):
         maximize: Maximize instead of minimize.
         foreach: Use torch's multi-tensor implementation.
         differentiable: Let autograd record the step.
-        fused: Use torch's fused implementation; the default on devices that have one, unless `foreach` is given. Never
-            for half-precision parameters on a CPU, which that of torch before 2.14 leaves as they are.
+        fused: Use torch's fused implementation; the default on devices that have one, unless `foreach` is given. On a
+            CPU half-precision parameters go without: torch's before 2.14 does not update them.
         compiled: Update kernels with code that `torch.compile` makes at the first step: one graph, one pass over
             memory, at the price of about half a minute and of the compiler that it needs.
         dense: Keep Grad Mults as masks of the kernels' size: as much memory as the kernels, and few launches on CUDA.

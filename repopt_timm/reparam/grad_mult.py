@@ -104,7 +104,7 @@ class GradMult:
         return mask + torch.where(on_diagonal, F.pad(self.diagonal, (left, left, top, top)), 0.0)
 
     def multiply(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
-        """Returns `M * grad` in `grad`'s dtype, computed in float32 or better, without making M.
+        """Returns `M * grad` in `grad`'s dtype, computed in float32 or better; where it can, without making M.
 
         Args:
             grad: Tensor of the kernel's shape.

@@ -1,4 +1,4 @@
-"""Searched scales: the type that holds them, the files they come from, a table and a picture of them."""
+"""Searched scales: the type that holds them, the files they come from, a table of them."""
 
 from .scale_files import read_scale_file
 from .scales import Scales

@@ -17,6 +17,7 @@ from huggingface_hub import cached_assets_path, constants
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.file_download import http_get
 
+from ..errors import reason_of
 from ..files import replacing
 from ..names import ModelName
 from .scale_files import read_scale_file
@@ -150,10 +151,9 @@ def _download(row: PublishedScales) -> None:
                     f'or get {row.page} yourself and name the file.'
                 ) from None
             except (HTTPError, ConnectionError, TimeoutError, OSError) as error:
-                reason = ' '.join(str(error).split())[:300].rstrip('.') or type(error).__name__
                 raise OSError(
-                    f'{row.name}: the download of {url} failed: {reason}. No half file was kept; check the network, '
-                    f'then try again.'
+                    f'{row.name}: the download of {url} failed: {reason_of(error)}. No half file was kept; check the '
+                    f'network, then try again.'
                 ) from None
         found = _digest(temporary)
         if found != row.sha256:

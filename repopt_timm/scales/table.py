@@ -1,7 +1,7 @@
 """Tables about scales, for cards and terminals."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -37,8 +37,7 @@ def scales_table(modules: Mapping[str, Mapping[str, Tensor]]) -> list[dict[str, 
 
 def _stages(modules: Mapping[str, Mapping[str, Tensor]]) -> dict[str, list[Mapping[str, Tensor]]]:
     stages: dict[str, list[Mapping[str, Tensor]]] = {}
-    names: Iterable[str] = modules
-    for module in names:
+    for module in modules:
         match = re.match(r'stages[._](\d+)', module)
         name = f'stage {int(match[1]) + 1}' if match else module.split('.')[0]
         stages.setdefault(name, []).append(modules[module])
