@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..datasets import class_names, count_classes
 from ..reparam import GradMults, carried_scales, make_grad_mults, network_name
 from ..scales import Scales
 from ..train.run import train
+from ..train.run_checkpoints import find_checkpoint
 from .classifier import image_input, onnx_classifier, preprocessing, torch_classifier
 from .equalization import equalize
 from .evaluation import accuracies, random_images
@@ -204,8 +206,8 @@ def train_quantized(
     if rule == 'adamw' and args.clip_grad is not None:
         raise ValueError('--clip-grad measures the CSLA norm with the Grad Mults of --opt repopt_sgd: take that.')
     args.model = network_name(model)
-    # For a resumed run to be compared with.
     args.quantization = {**asdict(options), 'weight_bits': weight_bits, 'weights_before': _digest(model)}
+    _check_resumed(args)
     config = preprocessing(vars(args), model=model)
     args.input_size = list(config['input_size'])
     made: list[FakeQuantized] = []
@@ -240,6 +242,26 @@ def train_quantized(
         'images': len(images),
         **{name: top1 for name, (top1, _) in found.items()},
     }
+
+
+def _check_resumed(args: argparse.Namespace) -> None:
+    """Raises a ValueError if the run to be resumed was quantised otherwise: its weights are trained for that file."""
+    folder = Path(args.output, args.experiment or '')
+    found = find_checkpoint(folder, args.resume, override=True) if args.resume else None
+    if found is None:
+        return
+    path, checkpoint = found
+    saved = getattr(checkpoint.get('args'), 'quantization', args.quantization)
+    changes = [
+        'other weights' if name == 'weights_before' else f'{name} {saved.get(name)!r} -> {value!r}'
+        for name, value in args.quantization.items()
+        if saved.get(name) != value
+    ]
+    if changes:
+        raise ValueError(
+            f"'{path}' was quantised otherwise: {', '.join(changes)}. Its weights fit no other file: resume with the "
+            f'arguments of that run, or start a new one in another --experiment.'
+        )
 
 
 def _digest(model: nn.Module) -> str:

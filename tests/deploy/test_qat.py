@@ -1,5 +1,7 @@
 import copy
 import json
+from argparse import Namespace
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 
 from repopt_timm import RepOptAdamW, RepOptSGD, Scales, attach_scales, csla, make_grad_mults, to_plain
 from repopt_timm.cli import main
-from repopt_timm.deploy import evaluate, qat
+from repopt_timm.deploy import QuantizationOptions, evaluate, qat
 from repopt_timm.deploy.onnx_network import OnnxNetwork
 from repopt_timm.deploy.qat import folded_grad_mults
 from repopt_timm.deploy.trained_model import load_trained
@@ -107,14 +109,15 @@ def test_a_trained_file_runs_with_the_accuracy_that_training_saw(images, tmp_pat
     assert found['top1'] > 90
     assert evaluate(out, images)['top1'] == found['top1']
     assert read(tmp_path / 'run')['optimizer']['param_groups'][0]['scales_fingerprint'] == scales.fingerprint
+    assert not [name for name in read(tmp_path / 'run')['state_dict'] if 'activation' in name]
     # Once more, from the end of the run.
     first = out.read_bytes()
     out.unlink()
     assert main([*words, '--resume']) == 0
     assert out.read_bytes() == first
     capsys.readouterr()
-    assert main([*words, '--resume', '--weight-bits', '8']) == 1
-    assert "'weight_bits': 4" in capsys.readouterr().err
+    assert main([*words, '--resume', '--override', '--weight-bits', '8']) == 1
+    assert 'was quantised otherwise: weight_bits 4 -> 8. Its weights' in capsys.readouterr().err
     assert main(['quantize', str(tmp_path / 'run' / 'last.pth.tar'), '--data', str(images), '--out', str(out)]) == 1
     assert 'is of a fake-quantised training' in capsys.readouterr().err
 
@@ -131,6 +134,10 @@ def test_a_trained_file_runs_with_the_accuracy_that_training_saw(images, tmp_pat
         ('{checkpoint} --data {images} --out {tmp}/new.onnx --opt repopt_sgd', 'carries no scales'),
         ('{checkpoint} --data {images} --out {tmp}/new.onnx --scales {scales} --equalize', 'has no Grad Mults'),
         ('{five} --data {images} --out {tmp}/new.onnx', 'The model has 5 classes'),
+        (
+            '{checkpoint} --data {images} --out {tmp}/new.onnx --resume {old} --override --percentile 80',
+            'was quantised otherwise: percentile 99.99 -> 80.0, other weights.',
+        ),
     ],
 )
 def test_bad_input_is_said_before_the_calibration(
@@ -139,8 +146,10 @@ def test_bad_input_is_said_before_the_calibration(
     monkeypatch.setattr(qat, 'fake_quantize', lambda *args: pytest.fail('the work began'))
     write_checkpoint(tiny_model(), tmp_path / 'five.pth.tar')
     random_scales(num_classes=3).save(tmp_path / 'scales.safetensors')
+    saved = {**asdict(QuantizationOptions()), 'weight_bits': 8, 'weights_before': 'of another model'}
+    torch.save({'history': [{'epoch': 0}], 'args': Namespace(quantization=saved)}, tmp_path / 'old.pth.tar')
     places = {'tmp': tmp_path, 'checkpoint': checkpoint, 'images': images, 'five': tmp_path / 'five.pth.tar'}
-    places['scales'] = tmp_path / 'scales.safetensors'
+    places |= {'scales': tmp_path / 'scales.safetensors', 'old': tmp_path / 'old.pth.tar'}
     words = [*arguments.format(**places).split(), '--output', str(tmp_path / 'runs')]
     assert main(['qat', *words]) == 1
     assert message in capsys.readouterr().err
