@@ -39,6 +39,7 @@ class Classifier:
         config: Preprocessing, as `timm.data.resolve_data_config` gives it.
         size: Bytes on disk: of the ONNX file, or of the parameters and buffers of a PyTorch model.
         class_names: Names of the classes in the order of the logits, if known.
+        batch: Images that it takes at once, filled up if fewer are given; 0 for any number.
     """
 
     backend: str
@@ -46,6 +47,7 @@ class Classifier:
     config: dict[str, Any]
     size: int
     class_names: Sequence[str] = ()
+    batch: int = 0
 
 
 def is_onnx(source: str | os.PathLike) -> bool:
@@ -112,7 +114,7 @@ def onnx_classifier(
             logits = torch.cat([torch.from_numpy(session.run(None, {images_name: part.numpy()})[0]) for part in parts])
         return logits[: len(images)]
 
-    return Classifier('onnxruntime', run, config, model.ByteSize(), _metadata(model).get('label_names', ()))
+    return Classifier('onnxruntime', run, config, model.ByteSize(), _metadata(model).get('label_names', ()), batch)
 
 
 def preprocessing(overrides: Mapping[str, Any] | None = None, **model: Any) -> dict[str, Any]:

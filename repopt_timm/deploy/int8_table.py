@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import compress, product
+from itertools import chain, compress, product
 from statistics import median
 from typing import Any, TypeAlias
 
@@ -13,7 +13,7 @@ import torch
 from ..reporting import cpu_name, markdown_table
 from .classifier import Classifier, data_config, is_onnx, onnx_classifier, torch_classifier
 from .equalization import describe, equalize
-from .evaluation import UNSTEADY, accuracies, alternate, check_classes, is_steady, random_images
+from .evaluation import UNSTEADY, accuracies, alternate, check_classes, is_steady, random_images, whole_batches
 from .image_folder import ImageFolder
 from .onnx_export import float_onnx
 from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, calibrate, equalization_images, quantize
@@ -48,7 +48,7 @@ def compare_int8(
         weights: Granularities to try.
         calibrations: Calibrations to try.
         options: Everything else; with `equalize` each model is measured as it is, and equalized too.
-        latency_batches: Batch sizes to time.
+        latency_batches: Batch sizes to time; in whole batches of a file with a fixed one.
         threads: Number of threads. Defaults to all cores.
         overrides: Preprocessing that differs from the models' own, by timm's names.
         class_map: See `ImageFolder`; the one that the models were trained with.
@@ -98,7 +98,8 @@ def compare_int8(
         timed['float32'] = classifiers['float32', '', '', False]
         # Calibration and equalizing change values, not the work.
         timed |= {kind: classifiers[kind, calibrations[0], targets[0], False] for kind in weights}
-        latency += [_latency_row(label, timed, config, batch) for batch in latency_batches]
+        sizes = dict.fromkeys(whole_batches(timed['float32'], batch) for batch in latency_batches)
+        latency += [_latency_row(label, timed, config, batch) for batch in sizes]
     # The others are counted, or varied.
     fixed = {name: getattr(options, name) for name in ('percentile', 'seed', 'reduce_range', 'exclude')}
     settings = {**fixed, **counted, **_machine(threads)}
@@ -125,8 +126,9 @@ def _latency_row(
 ) -> dict[str, Any]:
     images = random_images(config, batch)
     runs = {name: (lambda classifier=classifier: classifier.run(images)) for name, classifier in classifiers.items()}
-    times = alternate(runs)
-    steady = {name: is_steady(values) for name, values in times.items()}
+    turns = alternate(runs)
+    times = {name: [median(turn) for turn in found] for name, found in turns.items()}
+    steady = {name: is_steady([*chain.from_iterable(found)]) for name, found in turns.items()}
     speedups = {
         kind: {
             base: median(slow / fast for slow, fast in zip(times[base], times[kind]))

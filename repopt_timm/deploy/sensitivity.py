@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from statistics import median
 from typing import Any
 
@@ -182,7 +182,8 @@ def _times(done: Quantization, chosen: Quantization) -> dict[str, Any]:
     classifiers = {name: onnx_classifier(model) for name, model in models.items()}
     batch = image_input(done.model)[1][0] or 1
     images = random_images(classifiers['ms'].config, batch)
-    times = alternate({name: partial(classifier.run, images) for name, classifier in classifiers.items()})
+    turns = alternate({name: partial(classifier.run, images) for name, classifier in classifiers.items()})
+    times = {name: [*chain.from_iterable(found)] for name, found in turns.items()}
     steady = all(map(is_steady, times.values()))
     return {name: 1000 * median(values) / batch if steady else None for name, values in times.items()}
 

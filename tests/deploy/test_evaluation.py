@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from repopt_timm.deploy import Classifier, evaluate, export_onnx, save_onnx
+from repopt_timm.deploy import Classifier, ExportOptions, evaluate, evaluation, export_onnx, save_onnx
 from repopt_timm.deploy.classifier import data_config, load_classifier, onnx_classifier
 from repopt_timm.deploy.evaluation import accuracies, alternate, is_steady
 from repopt_timm.deploy.image_folder import ImageFolder
@@ -23,6 +23,15 @@ def test_pytorch_and_onnx_are_equally_accurate_and_int8_nearly(checkpoint, onnx_
         assert row['throughput'] > 0
     assert found[1]['bytes'] == onnx_file.stat().st_size
     assert found[2]['bytes'] < 0.3 * found[0]['bytes']
+
+
+def test_a_file_with_a_fixed_batch_is_measured_in_whole_batches(checkpoint, images, tmp_path, monkeypatch):
+    export_onnx(checkpoint, tmp_path / 'model.onnx', options=ExportOptions(batch=4))
+    batches = []
+    monkeypatch.setattr(evaluation, '_run', lambda classifier, size: lambda: batches.append(size))
+    found = evaluate(tmp_path / 'model.onnx', images, batch_size=11)
+    assert set(batches) == {4, 8}
+    assert (found['latency_batch'], found['batch_size']) == (4, 8)
 
 
 def classifier(scores, num_classes=3):
@@ -72,7 +81,7 @@ def test_another_number_of_classes_is_an_error(images):
 def test_models_are_timed_in_turn():
     calls = []
     times = alternate({'a': lambda: calls.append('a'), 'b': lambda: calls.append('b')}, rounds=5, seconds=0)
-    assert {name: len(values) for name, values in times.items()} == {'a': 5, 'b': 5}
+    assert {name: [len(turn) for turn in turns] for name, turns in times.items()} == {'a': [3] * 5, 'b': [3] * 5}
     turns = [name for name, before in zip(calls, ['', *calls]) if name != before]
     # The order rotates, so that a turn at the end of a round and one at the start of the next look like one.
     assert turns == ['a', 'b'] * 4
