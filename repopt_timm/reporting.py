@@ -10,7 +10,16 @@ from typing import Any, TypeVar
 
 from .commands import COMMANDS
 
-__all__ = ['add_command', 'cpu_name', 'markdown_table', 'positive', 'print_result', 'take_turns', 'time_call']
+__all__ = [
+    'add_command',
+    'amount',
+    'cpu_name',
+    'markdown_table',
+    'positive',
+    'print_result',
+    'take_turns',
+    'time_call',
+]
 
 _T = TypeVar('_T')
 
@@ -67,6 +76,11 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], align: bo
         lines = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
         lines.insert(1, ['-' * width for width in widths])
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def amount(number: int, noun: str) -> str:
+    """Returns a number and what it counts, such as `1 layer` or `2 layers`."""
+    return f'{number} {noun}{"" if number == 1 else "s"}'
 
 
 def cpu_name() -> tuple[str, bool]:

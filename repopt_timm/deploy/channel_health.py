@@ -89,8 +89,8 @@ def health_warnings(dead: Mapping[str, int], outliers: Mapping[str, int], images
     lines = []
     if dead:
         lines.append(
-            f'{sum(dead.values())} input channels never changed on {images} images, their weights do nothing: '
-            f'{_counts(dead)}.'
+            f'{sum(dead.values())} input channels never changed on these {images} images: {_counts(dead)}. '
+            f'`quantize --equalize` removes those that never change on others either.'
         )
     if outliers:
         lines.append(

@@ -17,6 +17,7 @@ __all__ = [
     'accuracies',
     'alternate',
     'check_classes',
+    'check_labels',
     'check_logits',
     'evaluate',
     'is_steady',
@@ -145,6 +146,17 @@ def check_classes(classifier: Classifier, images: ImageFolder) -> None:
                 f"Class {index} of the model is '{other}', but that of the folder '{images.folder}' is '{name}'. Give "
                 f'the --class-map that the model was trained with.'
             )
+
+
+def check_labels(classifier: Classifier, images: ImageFolder) -> None:
+    """Raises a ValueError if images have no labels that a drop in accuracy can be measured with."""
+    try:
+        check_classes(classifier, images)
+    except ValueError:
+        raise ValueError(
+            f"A largest drop in accuracy needs labels: the folders of '{images.folder}' are not the classes of the "
+            f'model. Name its training images, or --exclude layers by the ranking of --sensitivity.'
+        ) from None
 
 
 def random_images(config: Mapping[str, Any], batch_size: int) -> Tensor:

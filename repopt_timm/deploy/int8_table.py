@@ -16,7 +16,7 @@ from .equalization import describe, equalize
 from .evaluation import UNSTEADY, accuracies, alternate, check_classes, is_steady, random_images, whole_batches
 from .image_folder import ImageFolder
 from .onnx_export import float_onnx
-from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, calibrate, equalization_images, quantize
+from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, calibrate, equalization_images, naming, quantize
 from .runtime import require
 from .trained_model import load_model
 
@@ -80,7 +80,8 @@ def compare_int8(
         check_classes(onnx_classifier(model, threads, overrides), images)
         forms = {False: model}
         if options.equalize:
-            done = equalize(model, pool, *equalization_images(pool, options))
+            with naming(source):
+                done = equalize(model, pool, *equalization_images(pool, options))
             forms[True], equalization[label] = done.model, done.counts
         classifiers: dict[_Way, Classifier] = {}
         for equalized, form in forms.items():

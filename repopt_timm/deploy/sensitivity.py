@@ -15,7 +15,7 @@ from torch import Tensor
 from ..files import replacing
 from ..reporting import markdown_table
 from .classifier import image_input, onnx_classifier
-from .evaluation import alternate, check_classes, is_steady, random_images
+from .evaluation import alternate, check_classes, check_labels, is_steady, random_images
 from .onnx_graph import layers_of, next_layer
 from .quantization import Quantization, excluded_nodes, quantize_nodes, requantized_layers
 from .runtime import require
@@ -70,11 +70,7 @@ def keep_in_float(
         ValueError: If the images have no labels, one does not decode, or float32 in all layers still loses more.
     """
     judge = _Judge(done)
-    if not judge.labelled:
-        raise ValueError(
-            f"A largest drop in accuracy needs labels: the folders of '{done.images.folder}' are not the classes of "
-            f'the model. Name its training images, or exclude layers by the ranking.'
-        )
+    check_labels(judge.reference, done.images)
     ranking = [row['layer'] for row in report['layers']]
     kept: list[str] = []
     chosen, drop = done, report['int8']['drop']
@@ -106,9 +102,9 @@ class _Judge:
     done: Quantization
 
     def __post_init__(self) -> None:
-        self._float = onnx_classifier(self.done.model)
+        self.reference = onnx_classifier(self.done.model)
         try:
-            check_classes(self._float, self.done.images)
+            check_classes(self.reference, self.done.images)
             self.labelled = True
         except ValueError:
             self.labelled = False
@@ -126,7 +122,7 @@ class _Judge:
         divergence, lost = np.zeros(len(models)), np.zeros(len(models))
         indices = self.done.indices
         for batch, targets in self.done.images.batches(indices, _BATCH, 'sensitivity'):
-            expected = self._float.run(batch)
+            expected = self.reference.run(batch)
             for number, classifier in enumerate(classifiers):
                 found = classifier.run(batch)
                 divergence[number] += _divergence(expected, found)

@@ -20,6 +20,7 @@ def test_weights_that_are_far_too_large_are_counted(exported, broken_by_int8):
 
 def test_warnings_state_layers_and_numbers():
     dead, outliers = health_warnings({'a': 2, 'b': 1}, {'c': 4}, 12)
-    assert '3 input channels' in dead and '12 images' in dead and 'a 2, b 1' in dead
+    assert '3 input channels never changed on these 12 images: a 2, b 1.' in dead
     assert '4 weights' in outliers and 'c 4' in outliers
+    assert '--equalize' in dead and '--equalize' in outliers
     assert health_warnings({}, {}) == []

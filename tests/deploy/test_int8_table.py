@@ -73,7 +73,7 @@ def test_what_equalizing_and_other_forms_do_is_a_row_each(damaged, images):
     assert [row[1:3] for row in rows] == [['', 'ort'], ['', 'tensorrt'], ['yes', 'ort'], ['yes', 'tensorrt']]
     drops = [float(row[5].split('(')[1].strip(') |')) for row in rows]
     assert max(drops[:2]) < -20 < -10 < min(drops[2:])
-    assert any(line.startswith('A: ') and 'dead input channels' in line for line in lines)
+    assert any(line.startswith('A: ') and 'dead input channel' in line for line in lines)
 
 
 @pytest.mark.parametrize(('spike', 'speedup', 'cell'), [(1.2, 1.0, '1.00x'), (1.3, None, '-')])
