@@ -39,7 +39,9 @@ def add_commands(commands: Any) -> None:
     export = add_command(commands, 'export', _export)
     export.add_argument('model', help=_MODEL)
     export.add_argument('--onnx', metavar='FILE', required=True, help='file to write')
-    export.add_argument('--opset', type=positive(int), default=OPSET, metavar='N', help="version of ONNX's operators")
+    export.add_argument(
+        '--opset', type=positive(int), default=OPSET, metavar='N', help=f"version of ONNX's operators, {OPSET} or later"
+    )
     export.add_argument(
         '--fixed-batch', type=positive(int), metavar='N', help='take N images at a time, no other number'
     )
