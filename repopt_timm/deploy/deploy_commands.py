@@ -166,7 +166,7 @@ def _export(args: argparse.Namespace) -> None:
     path = check_output(args.onnx, args.model)
     options = ExportOptions(args.opset, args.fixed_batch or 0, args.fp16)
     result = {**export_onnx(args.model, path, _overrides(args), options), 'out': args.onnx}
-    _warn(health_warnings({}, result['outliers']))
+    _warn(health_warnings({}, result['outliers'], still=result['still_channels']))
     left = f', {result["batchnorms"]} BatchNorms without a convolution before them' if result['batchnorms'] else ''
     text = (
         f'{args.model} -> {args.onnx}: {_megabytes(result["bytes"])}, opset {result["opset"]}{left}; logits within '

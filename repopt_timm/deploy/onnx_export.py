@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .channel_health import kernel_outliers
+from .channel_health import kernel_outliers, still_channels
 from .classifier import is_onnx, label_names, onnx_classifier, preprocessing
 from .runtime import load_onnx, quiet, require, save_onnx
-from .trained_model import load_model
+from .trained_model import deployed, load_model, load_trained
 
 __all__ = ['OPSET', 'ExportOptions', 'export_onnx', 'float_onnx', 'to_onnx']
 
@@ -60,7 +60,8 @@ def export_onnx(
 
     Returns:
         `out`, `opset`, `bytes`, `batchnorms` (the number that follow no convolution and stay), `difference`, the
-        largest difference between a logit and PyTorch's, of the largest logit, and `outliers`, see `kernel_outliers`.
+        largest difference between a logit and PyTorch's, of the largest logit, and `outliers` and `still_channels`, see
+        `kernel_outliers` and `still_channels`.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -70,7 +71,9 @@ def export_onnx(
     """
     require('onnxscript')
     options = options or ExportOptions()
-    model = load_model(source)
+    model = load_trained(source)
+    still = still_channels(model)
+    model = deployed(model)
     proto, difference = to_onnx(model, preprocessing(overrides, model=model), options)
     save_onnx(proto, path)
     batchnorms = sum(node.op_type == 'BatchNormalization' for node in proto.graph.node)
@@ -81,6 +84,7 @@ def export_onnx(
         'batchnorms': batchnorms,
         'difference': difference,
         'outliers': kernel_outliers(proto),
+        'still_channels': still,
     }
 
 

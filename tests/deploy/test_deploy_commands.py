@@ -84,15 +84,19 @@ def test_remedies_and_rankings_are_reported(damaged, images, tmp_path, capsys, c
     assert not found['outliers']
 
 
-def test_export_warns_of_outliers_and_takes_the_form_of_the_file(checkpoint, tmp_path, capsys, caplog):
+def test_export_warns_of_outliers_and_still_channels_and_takes_the_form_of_the_file(
+    checkpoint, tmp_path, capsys, caplog
+):
     state = torch.load(checkpoint, weights_only=False)
     state['state_dict']['stages.1.1.conv.weight'][0, 0, 0, 0] = 1e4
+    state['state_dict']['stages.2.0.bn.running_var'][:3] = 0
     torch.save(state, tmp_path / 'last.pth.tar')
     arguments = ['--onnx', str(tmp_path / 'out.onnx'), '--fixed-batch', '2', '--opset', '20', '--json']
     assert main(['export', str(tmp_path / 'last.pth.tar'), *arguments]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found['opset'], found['outliers']) == (20, {'stages.1.1.conv': 1})
-    assert 'stages.1.1.conv 1' in caplog.text
+    assert found['still_channels'] == {'stages.2.0.bn': 3}
+    assert 'stages.1.1.conv 1' in caplog.text and 'stages.2.0.bn 3' in caplog.text
 
 
 @pytest.fixture
@@ -103,6 +107,7 @@ def five_classes(tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
+        ('export runs/nowhere --onnx {tmp}/new.onnx', "There is no folder 'runs/nowhere'"),
         ('export {tmp}/nowhere.pth.tar --onnx {tmp}/new.onnx', 'There is no checkpoint'),
         ('export {five} --onnx {five}/new.onnx', 'cannot be written'),
         ('quantize {model} --data {tmp}/nowhere --out {tmp}/new.onnx', 'There is no image folder'),
