@@ -79,9 +79,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f'{error}: continue with  {command}', file=sys.stderr)
         raise SystemExit(128 + error.signum) from None
     result['out'] = own.out
-    kept = 'float32' if own.target == 'tensorrt' else '8 bits'
+    kept = ' kept in float32' if own.target == 'tensorrt' else ' kept in 8 bits' if own.weight_bits < 8 else ''
     lines = [
-        f'{own.checkpoint} -> {own.out}: {result["bytes"] / 1e6:.1f} MB, {own.weight_bits}-bit weights kept in {kept}, '
+        f'{own.checkpoint} -> {own.out}: {result["bytes"] / 1e6:.1f} MB, {own.weight_bits}-bit weights{kept}, '
         f'{own.weights}',
         f'trained for {amount(result["epochs"], "epoch")}{", average of weights written" if args.model_ema else ""}',
         f'top-1 of {amount(result["images"], "image")}, in percent',
