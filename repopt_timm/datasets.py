@@ -17,7 +17,19 @@ from timm.utils.misc import natural_key
 
 from .checkpoints.bounds import check_pickle
 
-__all__ = ['check_same_classes', 'class_names', 'class_numbers', 'count_classes', 'open_folder', 'read_class_map']
+__all__ = [
+    'COLOR_MODES',
+    'check_same_classes',
+    'class_names',
+    'class_numbers',
+    'count_classes',
+    'data_config_of',
+    'open_folder',
+    'read_class_map',
+]
+
+COLOR_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
+"""Number of channels to Pillow's mode."""
 
 _logger = logging.getLogger(__name__)
 

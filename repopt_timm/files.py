@@ -21,6 +21,10 @@ __all__ = [
 # In the name of a file that is being written.
 _MARK = '.tmp'
 
+# Only by setting it can it be read, which is not safe while other threads write.
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
 
 @contextmanager
 def naming_write_errors(path: str | os.PathLike) -> Iterator[None]:
@@ -58,9 +62,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         with naming_write_errors(path):
             yield temporary
         # `mkstemp` makes private files; give this one what a plain open() would.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
+        temporary.chmod(0o666 & ~_UMASK)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

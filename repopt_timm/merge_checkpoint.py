@@ -11,12 +11,12 @@ from torch import nn
 
 from .architectures import ARCHITECTURES
 from .blocks import implied_scales, plain_twin, recalibrate
+from .checkpoint_model import model_from_checkpoint
 from .checkpoints.read import read_checkpoint
 from .deploy.image_folder import ImageFolder
 from .models import ensure_registered
 from .models.timm_twins import plain_first_conv
 from .names import PREFIX, ModelName
-from .publish import model_from_checkpoint
 from .reparam import prepare
 from .reparam.convolutions import multi_branch_blocks
 from .weights_origin import note_merged

@@ -1,14 +1,11 @@
 """Models with their scales as repositories in timm's format: local folders, and the Hugging Face Hub."""
 
-import argparse
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-import timm
-from huggingface_hub import EvalResult
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
@@ -18,24 +15,23 @@ from .cards.format import SCALES_FILE, encode_scales
 from .cards.text import CURVES_FILE, SCALES_PICTURE, WEIGHTS_FILE
 from .cards.transfer import push_folder
 from .cards.writing import draw, write_card
+from .checkpoint_model import model_of
 from .checkpoints.packing import PRECISIONS, pack
-from .checkpoints.read import read_checkpoint, select_state_dict
-from .datasets import data_config_of
+from .checkpoints.read import read_checkpoint
 from .errors import explaining, naming
 from .files import check_output, check_output_folder, naming_write_errors, replacing
 from .model_size import size_of
-from .models import RepOptVgg, ensure_registered
+from .models import RepOptVgg
 from .models.strided_byobnet import stated_arguments
-from .names import ModelName
 from .plot import plot_curves
-from .reparam import attach_scales, kind_of
-from .reparam.initialization import unwrap
-from .scales import Scales, read_scale_file
+from .reparam import kind_of
+from .reparam.modules import uncompiled_name, unwrap
+from .scales import Scales
 from .sources import ScalesSource, load_scales
-from .trained_scales import check_trained_with, find_scales
-from .weights_origin import merged_from, origin_of, restore_origin
+from .trained_scales import arguments_of
+from .weights_origin import merged_from, origin_of
 
-__all__ = ['model_from_checkpoint', 'push_to_hub', 'save_pretrained']
+__all__ = ['push_to_hub', 'save_pretrained']
 
 CONFIG_FILE = 'config.json'
 
@@ -59,7 +55,6 @@ class _Publication(NamedTuple):
     metrics: Mapping[str, float | str]
     training: Mapping[str, Any]
     curves: str | os.PathLike | None
-    precision: str
     history: Sequence[Mapping[str, Any]]
 
 
@@ -117,6 +112,8 @@ def save_pretrained(
             if (folder / file).is_file():
                 with replacing(directory / file) as temporary:
                     os.replace(folder / file, temporary)
+            elif file == CURVES_FILE:
+                (directory / file).unlink(missing_ok=True)
 
 
 def push_to_hub(
@@ -172,26 +169,6 @@ def push_to_hub(
     return push_folder(repo_id, write, commit_message, private, revision, create_pr, token)
 
 
-def model_from_checkpoint(
-    path: str | os.PathLike, scales: ScalesSource | None = None, need_scales: bool = True, architecture: str = ''
-) -> nn.Module:
-    """Creates the model of a run's checkpoint, with its weights, and its data configuration in `pretrained_cfg`.
-
-    Args:
-        path: A checkpoint that the training command, or timm's script, wrote.
-        scales: Scales for a target model to carry; those of an `_hs` or `_csla` model are in its checkpoint.
-        need_scales: Refuse a target trained with scales if none are given or found, as it cannot be trained on.
-        architecture: timm's name of the model, for a file that does not state it.
-
-    Raises:
-        FileNotFoundError: If there is no such checkpoint or source of scales.
-        ValueError: If the checkpoint does not name its model, or its weights are not that model's.
-    """
-    checkpoint = {**read_checkpoint(path), **({'arch': architecture} if architecture else {})}
-    with explaining(f"'{os.fspath(path)}' does not hold the model of a run"):
-        return _model_of(checkpoint, os.fspath(path), scales, need_scales)
-
-
 def _prepare(
     model: nn.Module | str | os.PathLike,
     scales: ScalesSource | None,
@@ -206,7 +183,7 @@ def _prepare(
     if not isinstance(model, nn.Module):
         source, checkpoint = os.fspath(model), read_checkpoint(model)
         with explaining(f"'{source}' does not hold the model of a run"):
-            model = _model_of(checkpoint, source, scales)
+            model = model_of(checkpoint, source, scales)
             training = _training_of(checkpoint) if training is None else training
             measured = _metrics_of(checkpoint)
             history = [row for row in checkpoint.get('history') or [] if 'train_loss' in row]
@@ -247,7 +224,7 @@ def _prepare(
     if found is not None:
         # What no card can hold is an error before anything is written or uploaded.
         encode_scales(found, training)
-    return _Publication(model, pack(weights, precision), found, metrics, training, curves, precision, history)
+    return _Publication(model, pack(weights, precision), found, metrics, training, curves, history)
 
 
 def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
@@ -259,8 +236,7 @@ def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     memory = set()
     for key, tensor in model.state_dict().items():
-        # Of parts that were compiled.
-        name = '.'.join(part for part in key.split('.') if part != '_orig_mod')
+        name = uncompiled_name(key)
         if not tensor.isfinite().all():
             raise ValueError(
                 f"{source}: '{name}' has values that are not finite, as after a training that diverged. Publish an "
@@ -276,7 +252,7 @@ def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
 
 
 def _write(publication: _Publication, folder: Path, repo_id: str, published: frozenset[str], scales_file: bool) -> None:
-    model, weights, scales, metrics, training, curves, precision, history = publication
+    model, weights, scales, metrics, training, curves, history = publication
     with naming_write_errors(folder.parent / WEIGHTS_FILE):
         save_file(dict(weights), folder / WEIGHTS_FILE, {'format': 'pt'})
     config_file: Any = folder / CONFIG_FILE  # timm before 1.0.31 opens it as a path
@@ -285,10 +261,9 @@ def _write(publication: _Publication, folder: Path, repo_id: str, published: fro
         (folder / CURVES_FILE).write_bytes(Path(curves).read_bytes())
     elif history:
         draw(plot_curves, {_timm_name(model): history}, folder / CURVES_FILE)
-    results: Sequence[EvalResult] | None = eval_results(metrics) if metrics else []
-    if precision == 'int8' and not results:
-        # Rounded weights do not have the accuracy that the card may state of exact ones.
-        results = None
+    # An accuracy that the card may state already is of other weights, and so is a picture of their training.
+    results = eval_results(metrics) if metrics else None
+    published -= {CURVES_FILE}
     license_name = origin_of(model).get('license', '')
     write_card(folder, repo_id, _timm_name(model), scales, results, training, published, scales_file, license_name)
 
@@ -311,68 +286,8 @@ def _scales_of(model: nn.Module) -> Scales | None:
         raise
 
 
-def _model_of(
-    checkpoint: Mapping[str, Any], source: str, scales: ScalesSource | None, need_scales: bool = True
-) -> nn.Module:
-    if 'quantization' in _args_of(checkpoint):
-        raise ValueError(
-            f'{source} is of a fake-quantised training, with BatchNorm folded: its result is the ONNX file that '
-            f'repopt-timm qat writes. Name the checkpoint that it started from.'
-        )
-    name = checkpoint.get('arch')
-    if not isinstance(name, str):
-        raise ValueError(
-            f"{source}: the checkpoint does not name its model (no 'arch', as the training command writes it). Create "
-            f'the model with timm.create_model, load the weights into it, and give that.'
-        )
-    ensure_registered(name)
-    if not timm.is_model(name):
-        raise ValueError(
-            f"{source}: its model '{name}' is unknown to timm. Import the package that registers it first."
-        )
-    args = _args_of(checkpoint)
-    state = select_state_dict(dict(checkpoint))
-    # The file itself holds them; a path in its arguments could name anything.
-    kwargs = {key: value for key, value in (args.get('model_kwargs') or {}).items() if key != 'scales'}
-    if ModelName.parse(name).kind == 'hs':
-        kwargs['scales'] = read_scale_file(source)
-    classifier = timm.get_pretrained_cfg_value(name, 'classifier')
-    if isinstance(classifier, tuple | list):  # of a distilled network
-        classifier = classifier[0]
-    if isinstance(classifier, str) and f'{classifier}.weight' in state:
-        kwargs['num_classes'] = len(state[f'{classifier}.weight'])
-    if args.get('gp'):
-        kwargs['global_pool'] = args['gp']
-    if args.get('in_chans') or args.get('input_size'):
-        kwargs['in_chans'] = args.get('in_chans') or args['input_size'][0]
-    model: Any = timm.create_model(name, **kwargs)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f'{source}: its weights are not those of {name}: {error}') from None
-    if kind_of(model) == 'target' and (need_scales or scales is not None):
-        given = find_scales(checkpoint, model, source) if scales is None else load_scales(scales, model)
-        if given is not None:
-            check_trained_with(given, checkpoint, source)
-            attach_scales(model, given)
-            model.scales_provenance = given.provenance
-    data = data_config_of(args, model)
-    names = checkpoint.get('label_names')
-    model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
-    model.pretrained_cfg.pop('tag', None)  # that of the weights which timm knows for this model
-    if 'origin' in checkpoint or not args.get('pretrained'):
-        # timm's script does not state it; it fine-tunes what timm knows for the model.
-        restore_origin(model, checkpoint.get('origin'))
-    return model.eval()
-
-
-def _args_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    args = checkpoint.get('args')
-    return dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
-
-
 def _training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    args = _args_of(checkpoint)
+    args = arguments_of(checkpoint)
     training: dict[str, Any] = {}
     if data := args.get('dataset') or args.get('data_dir') or args.get('data'):
         # A name, not a path of the machine that it was trained on.

@@ -6,6 +6,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from .commands import COMMANDS
@@ -15,6 +16,7 @@ __all__ = [
     'amount',
     'cpu_name',
     'markdown_table',
+    'package_versions',
     'positive',
     'print_result',
     'take_turns',
@@ -91,6 +93,12 @@ def cpu_name() -> tuple[str, bool]:
         text = ''
     names = [line.partition(':')[2].strip() for line in text.splitlines() if line.startswith('model name')]
     return names[0] if names else platform.processor() or platform.machine(), 'vnni' in text
+
+
+def package_versions(*packages: ModuleType) -> dict[str, str]:
+    """Returns the versions of packages by name."""
+    # As plain text, which torch.load restores without running code.
+    return {package.__name__: str(package.__version__) for package in packages}
 
 
 def time_call(call: Callable[[], Any]) -> float:

@@ -87,7 +87,7 @@ def _load(args: argparse.Namespace) -> Scales:
     ensure_registered(args.architecture)
     name = ModelName.parse(args.architecture)
     if not timm.is_model(name.variant):
-        raise ValueError(f"timm does not know a model '{args.architecture}', expected such as repopt_vgg_a0.")
+        raise ValueError(f"timm does not know a model '{args.architecture}'; expected a name such as repopt_vgg_a0.")
     return load_scales(args.source, timm.create_model(name.of_kind('target')))
 
 

@@ -34,7 +34,9 @@ def run_script(argv: Sequence[str]) -> None:
         print(_HELP)
         return
     if not argv:
-        raise ValueError(f'No script is named, expected such as {PROGRAM} run validate.py DATA --model repopt_vgg_b1.')
+        raise ValueError(
+            f'No script is named, expected one as in {PROGRAM} run validate.py DATA --model repopt_vgg_b1.'
+        )
     path = Path(argv[0])
     if not path.is_file():
         raise FileNotFoundError(

@@ -15,7 +15,8 @@ from .cards.transfer import HUB_PREFIX, HubFileNotFoundError, cached_files, down
 from .errors import explaining
 from .names import ModelName
 from .reparam import network_name
-from .reparam.initialization import ScalesMapping, branch_counts, unwrap
+from .reparam.initialization import ScalesMapping, branch_counts
+from .reparam.modules import modules_of, unwrap
 from .resources import shipped_repositories
 from .scales import Scales, read_scale_file
 from .scales.published import PUBLISHED, find_published, published_table, read_published
@@ -89,7 +90,7 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
 
 def _scales_of_mapping(mapping: ScalesMapping, model: nn.Module) -> Scales:
     found = Scales(network_name(model), mapping)
-    modules = dict(unwrap(model).named_modules())
+    modules = modules_of(unwrap(model))
     counts = {name: branch_counts(mapping, name, modules.get(name)) for name in found}
     return Scales(found.architecture, found, counts=counts)
 

@@ -10,7 +10,7 @@ from .reparam import geometry_of, network_name
 from .scales import Scales
 from .sources import default_scales, load_scales
 
-__all__ = ['IMPLIED_KEY', 'check_trained_with', 'find_scales', 'named_scales', 'trained_with']
+__all__ = ['IMPLIED_KEY', 'arguments_of', 'check_trained_with', 'find_scales', 'named_scales', 'trained_with']
 
 
 IMPLIED_KEY = 'implied_scales'
@@ -64,7 +64,7 @@ def find_scales(checkpoint: Mapping[str, Any], model: nn.Module, source: str) ->
         check_trained_with(scales, checkpoint, source)
         return scales
     given = _given_scales(checkpoint)
-    key, name = ('model', _arguments(checkpoint).get('model')) if given is None else ('scales', given)
+    key, name = ('model', arguments_of(checkpoint).get('model')) if given is None else ('scales', given)
     problem = ''
     if isinstance(name, str):
         try:
@@ -92,7 +92,7 @@ def named_scales(checkpoint: Mapping[str, Any], source: str) -> str:
     """
     if not trained_with(checkpoint):
         return 'initial'
-    name, model = _given_scales(checkpoint), _arguments(checkpoint).get('model')
+    name, model = _given_scales(checkpoint), arguments_of(checkpoint).get('model')
     if name is None and isinstance(model, str):
         name = default_scales(model).source
     if not isinstance(name, str):
@@ -101,10 +101,11 @@ def named_scales(checkpoint: Mapping[str, Any], source: str) -> str:
 
 
 def _given_scales(checkpoint: Mapping[str, Any]) -> Any:
-    values = _arguments(checkpoint)
+    values = arguments_of(checkpoint)
     return values.get('scales') or (values.get('model_kwargs') or {}).get('scales')
 
 
-def _arguments(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def arguments_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a checkpoint's run; none if it does not have them."""
     args = checkpoint.get('args')
     return vars(args) if isinstance(args, argparse.Namespace) else {}

@@ -25,6 +25,6 @@ def tiny_model(kind: str = '', **kwargs) -> torch.nn.Module:
 
 
 def relative_difference(first: torch.nn.Module, second: torch.nn.Module) -> float:
-    """Largest relative difference of a parameter, in the 2-norm."""
+    """Largest relative difference of a parameter or buffer, in the 2-norm; NaN if one is."""
     pairs = zip(first.state_dict().values(), second.state_dict().values())
-    return max(((a - b).norm() / b.norm()).item() for a, b in pairs if a.is_floating_point())
+    return torch.stack([(a - b).norm() / b.norm() for a, b in pairs if a.is_floating_point()]).max().item()

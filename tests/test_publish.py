@@ -1,6 +1,7 @@
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard
 from PIL import Image
 from timm.models import save_for_hf
 
-from repopt_timm import Scales, load_scales, push_scales
+from repopt_timm import Scales, attach_scales, load_scales, prepare, push_scales
 from repopt_timm.cards.document import read_card_scales
 from repopt_timm.cards.text import render_body
 from repopt_timm.cards.writing import save_scales_card
@@ -138,10 +139,16 @@ def test_a_card_leads_with_nothing_that_is_not_a_size_or_an_accuracy():
     assert body.partition('## Usage')[0].count('|') == 0
 
 
-def test_other_weights_do_not_take_over_the_accuracy_at_the_top(tmp_path):
-    save_pretrained(trained(), tmp_path, metrics={'dataset': 'digits', 'top1': 97.5})
-    save_pretrained(trained(), tmp_path)
-    assert '97.50 %' not in (tmp_path / 'README.md').read_text()
+def test_other_weights_do_not_take_over_accuracy_and_curves(tmp_path):
+    curves = tmp_path / 'mine.png'
+    curves.write_bytes(b'picture')
+    folder = tmp_path / 'saved'
+    save_pretrained(trained(), folder, metrics={'dataset': 'digits', 'top1': 97.5}, curves=curves)
+    assert '97.5' in (folder / 'README.md').read_text()
+    save_pretrained(trained(), folder)
+    card = (folder / 'README.md').read_text()
+    assert '97.5' not in card and 'curves.png' not in card
+    assert not (folder / 'curves.png').exists()
 
 
 @pytest.mark.parametrize('channels', [1, 3])
@@ -371,6 +378,15 @@ def test_tied_tensors_and_compiled_parts_have_the_names_that_timm_loads(tmp_path
     assert torch.equal(loaded(images), expected)
 
 
+def test_scales_of_compiled_parts_have_the_names_of_the_plain_network(tmp_path):
+    model = trained()
+    scales = Scales.from_model(model)
+    model.stages = torch.compile(model.stages)
+    attach_scales(model, scales)
+    save_pretrained(model, tmp_path)
+    assert Scales.from_model(timm.create_model(f'local-dir:{tmp_path}', pretrained=True)) == scales
+
+
 def test_what_is_not_finite_is_not_published(hub, client, tmp_path):
     model = trained()
     with pytest.raises(ValueError, match="'top1' is nan, expected a finite number"):
@@ -418,3 +434,31 @@ def test_no_error_names_a_temporary_folder(tmp_path):
         card.write('<!-- repopt-timm: end -->')
     with pytest.raises(ValueError, match=f'^{tmp_path}/README.md: expected one begin mark'):
         save_pretrained(model, tmp_path)
+
+
+def snippets(folder):
+    """The Python blocks of a card, with the repository read from its folder."""
+    text = (folder / 'README.md').read_text().replace(f'hf-hub:USER/{folder.name}', f'local-dir:{folder}')
+    return re.findall(r'```python\n(.+?)```', text, re.S)
+
+
+def test_snippets_of_a_network_of_timms_own_run(tmp_path):
+    model = timm.create_model('test_resnet', num_classes=5)
+    save_pretrained(prepare(model, Scales.initial(model)), tmp_path)
+    _, train, tune = snippets(tmp_path)
+    for snippet in (train.replace('local-dir:', ''), tune):
+        names = {}
+        exec(snippet.replace("load_scales('local-dir:", "load_scales('"), names)
+        assert type(names['optimizer']).__name__ == 'RepOptSGD'
+
+
+def test_snippets_of_a_network_unknown_to_timm_run(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1))
+    save_scales_card(Scales.initial(model), tmp_path)
+    _, train, search = snippets(tmp_path)
+    for snippet in (train, search):
+        assert 'model = ...  # your Sequential' in snippet
+        names = {'given': model}
+        exec(snippet.replace('local-dir:', '').replace('= ...', '= given'), names)
+        model = names.get('search', model)
+    assert kind_of(model) == 'hs'

@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
     """A folder with photos of two kinds, for all blocks."""
     folder = tmp_path_factory.mktemp('readme')
     generator = torch.Generator().manual_seed(0)
-    for split, count in (('train', 32), ('validation', 8)):
+    for split, count in (('train', 16), ('validation', 8)):
         for name, brightness in (('day', 0.6), ('night', 0.2)):
             target = folder / 'photos' / split / name
             target.mkdir(parents=True)

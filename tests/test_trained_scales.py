@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from repopt_timm.cards.writing import save_scales_card
+from repopt_timm.checkpoint_model import model_from_checkpoint
 from repopt_timm.optim import build_repopt_sgd
-from repopt_timm.publish import model_from_checkpoint
 
 from .helpers import TINY, random_scales, tiny_model
 

@@ -10,7 +10,8 @@ import timm
 import torch
 
 from .. import __version__
-from ..reporting import cpu_name
+from ..reporting import cpu_name, package_versions
+from ..train.validation import check_device_name
 
 __all__ = ['PRECISIONS', 'Settings', 'choose_device', 'describe_environment', 'versions']
 
@@ -59,11 +60,9 @@ def choose_device(name: str | None) -> torch.device:
     """
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     if name.split(':')[0] not in ('cpu', 'cuda'):
-        raise ValueError(f"--device {name}: expected 'cpu', 'cuda' or 'cuda:N', whose memory can be measured.")
-    device = torch.device(name)
-    if device.type == 'cuda' and not torch.cuda.is_available():
-        raise ValueError(f'--device {name}: torch {torch.__version__} finds no CUDA device here. Use --device cpu.')
-    return device
+        raise ValueError(f"--device is '{name}', expected cpu, cuda or cuda:N, whose memory can be measured.")
+    check_device_name(name)
+    return torch.device(name)
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -91,7 +90,6 @@ def versions() -> dict[str, Any]:
     """Returns the versions that results depend on."""
     return {
         'python': platform.python_version(),
-        'torch': torch.__version__,
-        'timm': timm.__version__,
+        **package_versions(torch, timm),
         'repopt_timm': __version__,
     }

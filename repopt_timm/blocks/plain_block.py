@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..reparam import CSLAConv2d
+from ..reparam.initialization import drop_scales
 
 __all__ = ['PlainBlock', 'fold']
 
@@ -40,10 +41,12 @@ class PlainBlock(nn.Sequential):
 
 
 def fold(block: Any) -> None:
-    """Folds `block.bn` into `block.conv`, in place; a CSLA convolution's branches are merged first."""
+    """Folds `block.bn` into `block.conv`, in place: branches are merged first, and scales are dropped."""
     if isinstance(block.conv, CSLAConv2d):
         block.conv = block.conv.to_conv()
     conv, norm = block.conv, block.bn
+    # Their Grad Mult is of the kernel without the normalization.
+    drop_scales(conv)
     if isinstance(norm, nn.BatchNorm2d):
         statistics: Any = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
         conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)

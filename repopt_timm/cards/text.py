@@ -3,17 +3,18 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import timm
 from huggingface_hub import EvalResult
 from torch import Tensor
 
 from ..architectures import ARCHITECTURES
-from ..names import ModelName
+from ..names import PREFIX, ModelName
 from ..reparam import Geometry
 from ..scales import Scales, scales_table
 from .document import METRICS
 from .format import SCALES_FILE
 
-__all__ = ['CURVES_FILE', 'SCALES_PICTURE', 'WEIGHTS_FILE', 'render_body']
+__all__ = ['CURVES_FILE', 'SCALES_PICTURE', 'WEIGHTS_FILE', 'model_for', 'render_body']
 
 SCALES_PICTURE = 'scales.png'
 CURVES_FILE = 'curves.png'
@@ -167,21 +168,45 @@ def _usage(repo_id: str, model_name: str, weights: bool, scales: Scales | None, 
             f'```python\nfrom repopt_timm import load_scales\n\nscales = load_scales({hub})\n```',
         ]
     if scales is not None:
-        name = ModelName.parse(model_name)
-        size = f'num_classes=100{_numbers(scales)}'
-        make = _create(f"'{name.architecture}'", size, f'scales={hub}')
-        snippets += ['Train a new model with these scales:', _python(*register, make, _optimizer('repopt_sgd', 0.1))]
+        snippets += [
+            'Train a new model with these scales:',
+            _python(*_scaled(hub, model_name, scales), _optimizer('repopt_sgd', 0.1)),
+        ]
     if weights:
+        lines = [*register, _create(hub, 'pretrained=True, num_classes=10')]
         plain_with_scales = scales is not None and ModelName.parse(model_name).kind == 'target'
+        if plain_with_scales and not _takes_scales(model_name):
+            lines.append(f'repopt_timm.attach_scales(model, repopt_timm.load_scales({hub}, model))')
         rule = _optimizer('repopt_sgd' if plain_with_scales else 'sgd', 0.01)
-        snippets += ['Fine-tune:', _python(*register, _create(hub, 'pretrained=True, num_classes=10'), rule)]
+        snippets += ['Fine-tune:', _python(*lines, rule)]
     elif scales is not None:
-        search = _create(f"'{name.of_kind('hs')}'", size, f'scales={hub}')
         snippets += [
             'Fine-tune the scales, in a search on other data that starts from them:',
-            _python(*register, search),
+            _python(*_scaled(hub, model_name, scales, 'hs')),
         ]
     return snippets
+
+
+def model_for(network: str) -> str:
+    """Returns timm's name of the model that takes a network's scales; of a network unknown to timm its own name."""
+    return network if network in ARCHITECTURES or not timm.is_model(network) else PREFIX + network
+
+
+def _takes_scales(model_name: str) -> bool:
+    architecture = ModelName.parse(model_name).architecture
+    return architecture in ARCHITECTURES or architecture.startswith(PREFIX)
+
+
+def _scaled(hub: str, model_name: str, scales: Scales, kind: str = 'target') -> list[str]:
+    """Returns lines that make the plain network with its scales, or a search that starts from them."""
+    name = ModelName.parse(model_for(ModelName.parse(model_name).network))
+    if _takes_scales(name.architecture):
+        size = f'num_classes=100{_numbers(scales)}'
+        return [*_registration(name.architecture), _create(f"'{name.of_kind(kind)}'", size, f'scales={hub}')]
+    use = (
+        'repopt_timm.prepare(model, scales)' if kind == 'target' else 'search = repopt_timm.hyper_search(model, scales)'
+    )
+    return [f'model = ...  # your {name.architecture}', f'scales = repopt_timm.load_scales({hub}, model)', use]
 
 
 def _numbers(scales: Scales) -> str:

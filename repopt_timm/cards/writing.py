@@ -7,17 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 from huggingface_hub import EvalResult
 
-from ..architectures import ARCHITECTURES
 from ..files import write_text
-from ..names import PREFIX
 from ..plot import plot_scales
 from ..scales import Scales
 from .document import CARD_FILE, DEFAULT_LICENSE, beside, read_metadata, results_in, update_card
 from .format import METADATA_KEY, SCALES_FILE, decode_scales, encode_scales, has_scales_file
-from .text import SCALES_PICTURE, WEIGHTS_FILE, render_body
+from .text import SCALES_PICTURE, WEIGHTS_FILE, model_for, render_body
 from .transfer import push_folder
 
 __all__ = ['draw', 'push_scales', 'save_scales_card', 'write_card']
@@ -104,7 +101,7 @@ def save_scales_card(
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_card(directory, repo_id, card_model_name(scales), scales, scales_file=scales_file)
+    write_card(directory, repo_id, model_for(scales.architecture), scales, scales_file=scales_file)
 
 
 def push_scales(
@@ -141,16 +138,10 @@ def push_scales(
     encode_scales(scales)
 
     def write(folder: Path, name: str, published: frozenset[str], too_large: bool) -> None:
-        model_name = card_model_name(scales)
+        model_name = model_for(scales.architecture)
         write_card(folder, name, model_name, scales, published=published, scales_file=scales_file or too_large)
 
     return push_folder(repo_id, write, commit_message, private, revision, create_pr, token)
-
-
-def card_model_name(scales: Scales) -> str:
-    """Returns the name of the model that scales are for, as timm's registry has it."""
-    name = scales.architecture
-    return name if name in ARCHITECTURES or not timm.is_model(name) else PREFIX + name
 
 
 def draw(plot: Callable[..., None], content: Any, path: Path, *args: Any) -> bool:

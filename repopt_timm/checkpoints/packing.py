@@ -9,7 +9,7 @@ __all__ = ['PRECISIONS', 'pack', 'unpack']
 
 PRECISIONS = ('float32', 'float16', 'int8')
 
-# As compressed-tensors, the format of quantised weights on the Hub, calls what an 8-bit weight is multiplied with.
+# As compressed-tensors, the format of quantized weights on the Hub, calls what an 8-bit weight is multiplied with.
 _SCALE = '_scale'
 _LARGEST = 127
 

@@ -1,4 +1,4 @@
-"""What makes a network hard to quantise: channels that never change, and kernels with a few values far too large."""
+"""What makes a network hard to quantize: channels that never change, and kernels with a few values far too large."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

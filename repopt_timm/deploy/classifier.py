@@ -39,7 +39,7 @@ class Classifier:
         config: Preprocessing, as `timm.data.resolve_data_config` gives it.
         size: Bytes on disk: of the ONNX file, or of the parameters and buffers of a PyTorch model.
         class_names: Names of the classes in the order of the logits, if known.
-        batch: Images that it takes at once, filled up if fewer are given; 0 for any number.
+        fixed_batch: Images that the model takes at a time; 0 if any number.
     """
 
     backend: str
@@ -47,7 +47,11 @@ class Classifier:
     config: dict[str, Any]
     size: int
     class_names: Sequence[str] = ()
-    batch: int = 0
+    fixed_batch: int = 0
+
+    def images_for(self, count: int) -> int:
+        """Returns the number of images that the model computes for `count` of them, the last batch being filled."""
+        return count + -count % self.fixed_batch if self.fixed_batch else count
 
 
 def is_onnx(source: str | os.PathLike) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..files import check_output, write_text
 from ..reporting import add_command, positive, print_result
+from ..train.schema import INTERPOLATIONS
 from .channel_health import health_warnings, kernel_outliers
 from .equalization import describe
 from .evaluation import UNSTEADY, evaluate
@@ -25,7 +26,6 @@ __all__ = ['add_class_map', 'add_commands', 'add_form', 'add_quantization', 'for
 _logger = logging.getLogger(__name__)
 
 _MODEL = 'checkpoint, folder in the format of timm, or name for timm.create_model'
-_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _EQUALIZE = 'remove dead channels and equalize layers, which changes no logit'
 _DATA = 'folder of images, <class>/..., or one with a folder for each split'
 
@@ -104,7 +104,7 @@ def add_class_map(parser: argparse.ArgumentParser) -> None:
 
 
 def add_form(parser: argparse.ArgumentParser) -> None:
-    """Adds what a command takes that quantises one way."""
+    """Adds what a command takes that quantizes one way."""
     add = parser.add_argument
     add('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale each')
     add('--calibration', choices=CALIBRATIONS, default=CALIBRATIONS[0])
@@ -113,7 +113,7 @@ def add_form(parser: argparse.ArgumentParser) -> None:
 
 
 def add_quantization(parser: argparse.ArgumentParser) -> None:
-    """Adds what all commands that quantise take."""
+    """Adds what all commands that quantize take."""
     defaults = QuantizationOptions()
     add = parser.add_argument
     add('--percentile', type=float, default=defaults.percentile, help='values that a range covers, in percent')
@@ -133,7 +133,7 @@ def _add_preprocessing(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--input-size', nargs=3, type=positive(int), metavar=('C', 'H', 'W'))
     group.add_argument('--mean', nargs='+', type=float)
     group.add_argument('--std', nargs='+', type=float)
-    group.add_argument('--interpolation', choices=_INTERPOLATIONS)
+    group.add_argument('--interpolation', choices=INTERPOLATIONS)
     group.add_argument('--crop-pct', type=positive(float))
     group.add_argument('--crop-mode', choices=('center', 'squash', 'border'))
 
@@ -149,7 +149,7 @@ def _options(args: argparse.Namespace, **more: Any) -> QuantizationOptions:
 
 
 def form_options(args: argparse.Namespace) -> QuantizationOptions:
-    """Returns how a command with the arguments of `add_form` and `add_quantization` shall quantise."""
+    """Returns how a command with the arguments of `add_form` and `add_quantization` shall quantize."""
     form = {name: getattr(args, name) for name in ('weights', 'calibration', 'equalize', 'target')}
     return _options(args, **form)
 
@@ -279,7 +279,8 @@ def _evaluate(args: argparse.Namespace) -> None:
     lines = [
         f'top-1       {result["top1"]:.2f} %',
         f'top-5       {result["top5"]:.2f} %  of {result["images"]} images',
-        f'latency     {result["latency_ms"]:.2f} ms median, {result["latency_p90_ms"]:.2f} ms p90 at batch 1',
+        f'latency     {result["latency_ms"]:.2f} ms median, {result["latency_p90_ms"]:.2f} ms p90 at batch '
+        f'{result["latency_batch"]}',
         f'throughput  {result["throughput"]:.0f} images/s at batch {result["batch_size"]}',
         f'size        {_megabytes(result["bytes"])}, {result["backend"]}',
     ]

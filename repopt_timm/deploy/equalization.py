@@ -1,4 +1,4 @@
-"""Rewrites of a network that change no logit and make it easier to quantise: dead channels removed, layers equalized.
+"""Rewrites of a network that change no logit and make it easier to quantize: dead channels removed, layers equalized.
 
 Cross-layer equalization is that of Nagel et al., Data-Free Quantization Through Weight Equalization and Bias
 Correction, ICCV 2019: between two layers with a positively homogeneous function f, s f(x / s) = f(x), so a channel's

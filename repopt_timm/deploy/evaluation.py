@@ -23,7 +23,6 @@ __all__ = [
     'is_steady',
     'random_images',
     'time_runs',
-    'whole_batches',
 ]
 
 # The 90th percentile of times, of their median. With twice as many busy processes as cores it is 1.2 to 3.2.
@@ -50,16 +49,16 @@ def evaluate(
         source: An `.onnx` file, or what `load_model` takes.
         data: Image folder, see `ImageFolder`.
         split: Its split.
-        batch_size: Images in a batch, for accuracy and throughput; in whole batches of a file with a fixed one.
+        batch_size: Images in a batch, for accuracy and throughput.
         threads: Number of threads of the model. Defaults to all cores.
         overrides: Preprocessing that differs from the model's own, by timm's names.
         class_map: See `ImageFolder`; the one that the model was trained with.
 
     Returns:
         `model`, `backend`, `images`, `top1` and `top5` in percent (`top5` over as many classes as there are if fewer),
-        `latency_ms` and `latency_p90_ms` of a batch of `latency_batch` images, which is 1 or the file's fixed batch,
-        `throughput` in images per second in batches of `batch_size`, whether these times are `steady`, and `bytes` on
-        disk. The times exclude decoding.
+        `latency_ms` and `latency_p90_ms` of a batch of `latency_batch` images, which is one where the model takes one,
+        `throughput` in images per second, at `batch_size`, whether these times are `steady`, and `bytes` on disk. The
+        times exclude decoding.
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
@@ -67,9 +66,9 @@ def evaluate(
     """
     classifier = load_classifier(source, threads, overrides)
     images = ImageFolder(data, split, classifier.config, class_map)
-    least, batch_size = whole_batches(classifier, 1), whole_batches(classifier, batch_size)
     top1, top5 = accuracies({'evaluation': classifier}, images, batch_size)['evaluation']
-    single = time_runs(_run(classifier, least))
+    latency_batch, batch_size = map(classifier.images_for, (1, batch_size))
+    single = time_runs(_run(classifier, latency_batch))
     many = time_runs(_run(classifier, batch_size))
     return {
         'model': os.fspath(source),
@@ -77,9 +76,9 @@ def evaluate(
         'images': len(images),
         'top1': top1,
         'top5': top5,
+        'latency_batch': latency_batch,
         'latency_ms': 1000 * median(single),
         'latency_p90_ms': 1000 * quantiles(single, n=10)[-1],
-        'latency_batch': least,
         'throughput': batch_size / median(many),
         'steady': is_steady(single) and is_steady(many),
         'batch_size': batch_size,
@@ -162,12 +161,6 @@ def check_labels(classifier: Classifier, images: ImageFolder) -> None:
 def random_images(config: Mapping[str, Any], batch_size: int) -> Tensor:
     """Makes a batch like preprocessed images, float32 of shape (N, C, H, W); a run's time does not depend on values."""
     return torch.randn(batch_size, *config['input_size'], generator=torch.Generator().manual_seed(0))
-
-
-def whole_batches(classifier: Classifier, batch_size: int) -> int:
-    """Returns as many images as a model runs at once without padding: at most `batch_size`, but at least one batch."""
-    least = classifier.batch or 1
-    return max(1, batch_size // least) * least
 
 
 def time_runs(run: Callable[[], Any], seconds: float = 1.0, least: int = 20) -> list[float]:

@@ -14,11 +14,26 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
-from ..datasets import class_names, count_classes, open_folder
+from ..datasets import COLOR_MODES, class_names, count_classes, open_folder
 
-__all__ = ['ImageFolder', 'read_image']
+__all__ = ['ImageFolder', 'color_mode', 'read_image']
 
 _WORKERS = min(8, os.cpu_count() or 1)
+
+
+def color_mode(config: Mapping[str, Any]) -> str:
+    """Returns Pillow's mode of the images that a model takes.
+
+    Args:
+        config: Preprocessing, as `timm.data.resolve_data_config` gives it.
+
+    Raises:
+        ValueError: If images cannot have as many channels.
+    """
+    channels = config['input_size'][0]
+    if channels not in COLOR_MODES:
+        raise ValueError(f'The model takes {channels} channels, expected 1 to 4, which images can have.')
+    return COLOR_MODES[channels]
 
 
 def read_image(file: Any, mode: str, name: str) -> Image.Image:
@@ -60,7 +75,8 @@ class ImageFolder:
 
     Raises:
         FileNotFoundError: If there is no such folder or class map.
-        ValueError: If there are no images in it, it has other splits, or the class map cannot be read.
+        ValueError: If there are no images in it, it has other splits, the class map cannot be read, or images cannot
+            have as many channels as the model takes.
     """
 
     def __init__(self, root: str | os.PathLike, split: str, config: Mapping[str, Any], class_map: str = ''):
@@ -69,7 +85,7 @@ class ImageFolder:
         self.num_classes = count_classes(dataset)
         self.class_names = class_names(dataset)
         self._reader = dataset.reader
-        self._mode = 'L' if config['input_size'][0] == 1 else 'RGB'
+        self._mode = color_mode(config)
         self._transform = create_transform(**config)
 
     def __len__(self) -> int:

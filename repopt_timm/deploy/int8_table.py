@@ -10,10 +10,10 @@ from typing import Any, TypeAlias
 import timm
 import torch
 
-from ..reporting import cpu_name, markdown_table
+from ..reporting import cpu_name, markdown_table, package_versions
 from .classifier import Classifier, data_config, is_onnx, onnx_classifier, torch_classifier
 from .equalization import describe, equalize
-from .evaluation import UNSTEADY, accuracies, alternate, check_classes, is_steady, random_images, whole_batches
+from .evaluation import UNSTEADY, accuracies, alternate, check_classes, is_steady, random_images
 from .image_folder import ImageFolder
 from .onnx_export import float_onnx
 from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, calibrate, equalization_images, naming, quantize
@@ -39,7 +39,7 @@ def compare_int8(
     class_map: str = '',
     targets: Sequence[str] = ('ort',),
 ) -> dict[str, Any]:
-    """Quantises models in all ways, and measures each on the same images.
+    """Quantizes models in all ways, and measures each on the same images.
 
     Args:
         models: Label to `.onnx` file, or to what `load_model` takes.
@@ -48,7 +48,7 @@ def compare_int8(
         weights: Granularities to try.
         calibrations: Calibrations to try.
         options: Everything else; with `equalize` each model is measured as it is, and equalized too.
-        latency_batches: Batch sizes to time; in whole batches of a file with a fixed one.
+        latency_batches: Batch sizes to time; those of a fixed-batch ONNX file are multiples of its own.
         threads: Number of threads. Defaults to all cores.
         overrides: Preprocessing that differs from the models' own, by timm's names.
         class_map: See `ImageFolder`; the one that the models were trained with.
@@ -61,7 +61,7 @@ def compare_int8(
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
-        ValueError: If an image does not decode, a model has other classes than the folder, or cannot be quantised.
+        ValueError: If an image does not decode, a model has other classes than the folder, or cannot be quantized.
         ImportError: If the `[deploy]` extra is not installed.
     """
     options = options or QuantizationOptions()
@@ -99,8 +99,8 @@ def compare_int8(
         timed['float32'] = classifiers['float32', '', '', False]
         # Calibration and equalizing change values, not the work.
         timed |= {kind: classifiers[kind, calibrations[0], targets[0], False] for kind in weights}
-        sizes = dict.fromkeys(whole_batches(timed['float32'], batch) for batch in latency_batches)
-        latency += [_latency_row(label, timed, config, batch) for batch in sizes]
+        batches = dict.fromkeys(map(timed['float32'].images_for, latency_batches))
+        latency += [_latency_row(label, timed, config, batch) for batch in batches]
     # The others are counted, or varied.
     fixed = {name: getattr(options, name) for name in ('percentile', 'seed', 'reduce_range', 'exclude')}
     settings = {**fixed, **counted, **_machine(threads)}
@@ -151,11 +151,7 @@ def _machine(threads: int | None) -> dict[str, Any]:
     return {
         'threads': threads or os.cpu_count(),
         'cpu': f'{cpu} {"with" if vnni else "without"} VNNI',
-        'versions': {
-            'onnxruntime': require('onnxruntime').__version__,
-            'torch': torch.__version__,
-            'timm': timm.__version__,
-        },
+        'versions': package_versions(require('onnxruntime'), torch, timm),
     }
 
 

@@ -1,4 +1,4 @@
-"""`quantize --report`: distribution of the weights and quantisation noise, layer by layer."""
+"""`quantize --report`: distribution of the weights and quantization noise, layer by layer."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from ..files import replacing
+from ..plot import save_figure, subplots
 from .classifier import image_input
 from .onnx_graph import constants_of, layers_of, with_outputs
 from .quantization import Quantization
-from .runtime import open_session, require
+from .runtime import open_session
 
 __all__ = ['layer_report', 'plot_layers']
 
@@ -19,10 +19,10 @@ _BATCH = 8
 
 
 def layer_report(quantization: Quantization, images: int = 64) -> dict[str, Any]:
-    """Compares a model with its quantised form, layer by layer.
+    """Compares a model with its quantized form, layer by layer.
 
     The signal-to-noise ratios are `20 log10(|x| / |x - x'|)` in dB, x being float32 values and x' their
-    quantised form. Higher is better; a bit is worth 6 dB.
+    quantized form. Higher is better; a bit is worth 6 dB.
 
     Args:
         quantization: What `quantize_onnx` returned.
@@ -34,7 +34,7 @@ def layer_report(quantization: Quantization, images: int = 64) -> dict[str, Any]
         `min`, `max`, `std` and `kurtosis` (3 for a normal distribution) of its weights, BatchNorm folded in;
         `weight_snr_db`, and `weak_channels_snr_db`, which 5 % of the output channels are below;
         `input_snr_db`, for the noise that rounding this layer's input makes by itself;
-        `accumulated_snr_db`, for the noise in this input with everything before quantised too.
+        `accumulated_snr_db`, for the noise in this input with everything before quantized too.
         Layers that stayed in float32 have no ratios.
     """
     model, graph = quantization.model, _QuantizedGraph(quantization.quantized)
@@ -81,11 +81,11 @@ class _QuantizedGraph:
         self._producers = {node.output[0]: node for node in quantized.graph.node}
 
     def input(self, node: str) -> _Quantizer | None:
-        """Returns the quantiser of a node's input, or None if it is float32."""
+        """Returns the quantizer of a node's input, or None if it is float32."""
         return self._quantizer(self._nodes[node].input[0])
 
     def weight(self, node: str) -> np.ndarray | None:
-        """Returns the values that a node's quantised weights stand for, or None if they are float32."""
+        """Returns the values that a node's quantized weights stand for, or None if they are float32."""
         name = self._nodes[node].input[1]
         quantizer = self._quantizer(name)
         if quantizer is None:
@@ -189,16 +189,15 @@ def plot_layers(reports: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
         ImportError: If matplotlib is not installed.
         OSError: If the picture cannot be written.
     """
-    figure = require('matplotlib.figure').Figure(figsize=(6.5 * len(reports) + 1.5, 9.5), layout='constrained')
-    grid = figure.subplots(3, len(reports), sharey='row', sharex='col', squeeze=False)
+    size = 6.5 * len(reports) + 1.5, 9.5
+    figure, grid = subplots(3, len(reports), size, layout='constrained', sharey='row', sharex='col', squeeze=False)
     for column, (title, report) in zip(grid.T, reports.items()):
         _draw(column, title, report)
     for axes, label in zip(grid[:, 0], ('size of weights', 'kurtosis of weights', 'signal to noise (dB)')):
         axes.set_ylabel(label)
     for row in grid:
         row[-1].legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5), fontsize=9)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, path)
 
 
 def _draw(axes: Sequence[Any], title: str, report: Mapping[str, Any]) -> None:

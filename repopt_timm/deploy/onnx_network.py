@@ -1,4 +1,4 @@
-"""An ONNX classifier as a PyTorch module: its weights train, and round wherever the file quantises."""
+"""An ONNX classifier as a PyTorch module: its weights train, and round wherever the file quantizes."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -36,7 +36,7 @@ class OnnxNetwork(nn.Module):
 
     Args:
         model: An `onnx.ModelProto`, in QDQ format or without any rounding.
-        floats: The constants of the model before it was quantised, see `onnx_graph.constants_of`. Defaults to its own.
+        floats: The constants of the model before it was quantized, see `onnx_graph.constants_of`. Defaults to its own.
         weight_bits: Width of the weights of layers, 8 as in the file, or fewer.
 
     Raises:

@@ -128,7 +128,7 @@ def read_plan(model: Any, floats: Mapping[str, np.ndarray] | None = None, weight
 
     Args:
         model: An `onnx.ModelProto`.
-        floats: The constants of the model before it was quantised. Defaults to its own.
+        floats: The constants of the model before it was quantized. Defaults to its own.
         weight_bits: Width of the weights of layers, 8 as in the file, or fewer.
 
     Raises:
@@ -158,7 +158,7 @@ class _Reader:
         unknown = sorted({node.op_type for node in self.nodes} - {*OPERATORS, 'QuantizeLinear', 'DequantizeLinear'})
         if unknown:
             raise ValueError(
-                f'Fake-quantised training lacks the operators {", ".join(unknown)} of this model: quantize it without '
+                f'Fake-quantized training lacks the operators {", ".join(unknown)} of this model: quantize it without '
                 f'training, or train another one.'
             )
         for node in self.nodes:
@@ -183,7 +183,7 @@ class _Reader:
                 # A bias that several layers share has a scale, and so a name, for each.
                 name = name.rstrip('0123456789')
             if name not in self.floats:
-                raise ValueError(f"'{codes}' of the quantised model is not the form of a weight of the float one.")
+                raise ValueError(f"'{codes}' of the quantized model is not the form of a weight of the float one.")
             return self._rounded_constant(name, codes, node)
         attributes = {**OPERATORS[node.op_type][1], **_attributes(node)}
         return Operation(node.op_type, tuple(node.input), tuple(node.output), attributes)

@@ -14,7 +14,7 @@ from torch import nn
 from ..reporting import add_command, positive, print_result
 from .classifier import Classifier, is_onnx, load_classifier, torch_classifier
 from .evaluation import check_logits
-from .image_folder import read_image
+from .image_folder import color_mode, read_image
 from .trained_model import load_model
 
 __all__ = ['add_commands', 'predict']
@@ -53,7 +53,7 @@ def predict(
             raise FileNotFoundError(f"There is no image '{image}'.")
     classifier, names = _load(source, threads, overrides)
     transform: Any = create_transform(**classifier.config)
-    mode = 'L' if classifier.config['input_size'][0] == 1 else 'RGB'
+    mode = color_mode(classifier.config)
     results: list[list[dict[str, Any]]] = []
     for start in range(0, len(images), _BATCH_SIZE):
         files = images[start : start + _BATCH_SIZE]

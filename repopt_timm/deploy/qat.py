@@ -1,4 +1,4 @@
-"""Quantisation-aware training (QAT): what the INT8 file computes is trained, and its weights go back into the file."""
+"""Quantization-aware training (QAT): what the INT8 file computes is trained, and its weights go back into the file."""
 
 import argparse
 import copy
@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..datasets import class_names, count_classes
 from ..reparam import GradMults, carried_scales, make_grad_mults, network_name
 from ..scales import Scales
 from ..train.run import train
 from ..train.run_checkpoints import find_checkpoint
 from .classifier import image_input, onnx_classifier, preprocessing, torch_classifier
-from .evaluation import accuracies, random_images
+from .evaluation import accuracies, check_classes, random_images
 from .image_folder import ImageFolder
 from .onnx_export import to_onnx
 from .onnx_graph import constants_of
@@ -66,17 +65,17 @@ def fake_quantize(
     """Makes the network that a model's INT8 file computes.
 
     BatchNorm is folded with its statistics as they are, and is not a layer any more: the folded kernels and biases are
-    trained. Activations are quantised where `quantize` does, with the ranges that it calibrates.
+    trained. Activations are quantized where `quantize` does, with the ranges that it calibrates.
 
     Args:
         model: As `load_trained` returns it; stays as it is.
         images: Images to calibrate on.
         config: Preprocessing, as `timm.data.resolve_data_config` gives it.
-        options: How to quantise.
+        options: How to quantize.
         weight_bits: 8, or 4 for codes of -7 to 7, which the file keeps in 8 bits.
 
     Raises:
-        ValueError: If the model cannot be exported or quantised, or has an operator that cannot be trained.
+        ValueError: If the model cannot be exported or quantized, or has an operator that cannot be trained.
         ImportError: If the `[deploy]` extra is not installed.
     """
     options = options or QuantizationOptions()
@@ -101,7 +100,7 @@ def _check_agreement(network: nn.Module, file: Any, config: Mapping[str, Any]) -
     try:
         trained = network(images)
     except NotImplementedError as error:
-        raise ValueError(f'Fake-quantised training lacks {error}: quantize this model without training.') from None
+        raise ValueError(f'Fake-quantized training lacks {error}: quantize this model without training.') from None
     name = image_input(file)[0]
     run = torch.from_numpy(open_session(file, optimize=False).run(None, {name: images.numpy()})[0])
     difference = ((trained - run).norm() / run.norm().clamp(min=1e-6)).item()
@@ -171,17 +170,17 @@ def train_quantized(
         out: File to write.
         args: Arguments of the training, as `parse_arguments` returns them, after `prepare_device`; `data_dir` is an
             image folder. `opt` defaults to `repopt_sgd` for a model with scales, else to `sgd`.
-        options: How to quantise; its images come from the training split.
+        options: How to quantize; its images come from the training split.
         weight_bits: See `fake_quantize`.
 
     Returns:
         `out`, `bytes`, `run`, `epochs`, `images`, and top-1 accuracy in percent on the validation split: `float32`;
-        `untrained`, quantised without training; `fake_quantized`, trained, in PyTorch; `top1`, the file's in ONNX
+        `untrained`, quantized without training; `fake_quantized`, trained, in PyTorch; `top1`, the file's in ONNX
         Runtime.
 
     Raises:
         FileNotFoundError: If there is no such model, folder or file.
-        ValueError: If arguments do not go together, the model cannot be quantised or trained, or training diverges.
+        ValueError: If arguments do not go together, the model cannot be quantized or trained, or training diverges.
         OSError: If a checkpoint or the file cannot be written.
         InterruptedRunError: If Ctrl-C or SIGTERM ended it.
         ImportError: If the `[deploy]` extra is not installed.
@@ -211,8 +210,8 @@ def train_quantized(
     made: list[FakeQuantized] = []
 
     def make(args: argparse.Namespace, dataset: Any, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-        _check_classes(model, dataset, args.data_dir)
         images = ImageFolder(args.data_dir, args.train_split, config, args.class_map)
+        check_classes(torch_classifier(model.eval(), overrides=config), images)
         made.append(fake_quantize(model, images, config, options, weight_bits))
         for line in made[0].quantization.warnings():
             _logger.warning(line)
@@ -245,7 +244,7 @@ def train_quantized(
 
 
 def _check_resumed(args: argparse.Namespace) -> None:
-    """Raises a ValueError if the run to be resumed was quantised otherwise: its weights are trained for that file."""
+    """Raises a ValueError if the run to be resumed was quantized otherwise: its weights are trained for that file."""
     folder = Path(args.output, args.experiment or '')
     found = find_checkpoint(folder, args.resume, override=True) if args.resume else None
     if found is None:
@@ -259,7 +258,7 @@ def _check_resumed(args: argparse.Namespace) -> None:
     ]
     if changes:
         raise ValueError(
-            f"'{path}' was quantised otherwise: {', '.join(changes)}. Its weights fit no other file: resume with the "
+            f"'{path}' was quantized otherwise: {', '.join(changes)}. Its weights fit no other file: resume with the "
             f'arguments of that run, or start a new one in another --experiment.'
         )
 
@@ -269,19 +268,3 @@ def _digest(model: nn.Module) -> str:
     for tensor in model.state_dict().values():
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:12]
-
-
-def _check_classes(model: nn.Module, dataset: Any, folder: str) -> None:
-    trained: Any = model
-    names = trained.pretrained_cfg.get('label_names')
-    found = class_names(dataset)
-    if trained.num_classes != count_classes(dataset):
-        raise ValueError(
-            f"The model has {trained.num_classes} classes, but the folder '{folder}' has {count_classes(dataset)}. "
-            f'Name the folder of the data set that it was trained on.'
-        )
-    if names and found and sorted(names) == sorted(found) and list(names) != list(found):
-        raise ValueError(
-            f"The classes of the model and of the folder '{folder}' are the same in another order. Give the "
-            f'--class-map that the model was trained with.'
-        )

@@ -21,8 +21,14 @@ from .qat import WEIGHT_BITS, train_quantized
 
 __all__ = ['main']
 
-# A fine-tuning: the weights are to move to nearby ones that rounding leaves alone.
-_DEFAULTS = {'epochs': 3, 'warmup_epochs': 0, 'lr_base': 0.01, 'weight_decay': 4e-5}
+_OWN_SCHEDULE = ('cooldown_epochs', 'lr', 'lr_base_size', 'lr_base_scale', 'warmup_lr', 'min_lr')
+
+# A fine-tuning: the weights are to move to nearby ones that rounding leaves alone. A config, which may be that of the
+# training before it, does not change them.
+_DEFAULTS = {
+    **{name: ARGUMENTS[name].default for name in _OWN_SCHEDULE},
+    **{'epochs': 3, 'warmup_epochs': 0, 'lr_base': 0.01, 'weight_decay': 4e-5},
+}
 
 _FOREIGN = (
     'data',
@@ -55,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: If arguments do not go together, or the training diverges.
         FileNotFoundError: If a file that they name does not exist.
+        ImportError: If they need a package that is not installed.
+        OSError: If a checkpoint or the file cannot be written.
         SystemExit: With 128 plus the signal's number if Ctrl-C or SIGTERM ended the run.
     """
     set_up_logging()
@@ -86,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         f'trained for {amount(result["epochs"], "epoch")}{", average of weights written" if args.model_ema else ""}',
         f'top-1 of {amount(result["images"], "image")}, in percent',
         f'float32                 {result["float32"]:.2f}',
-        f'quantised, not trained  {result["untrained"]:.2f}',
+        f'quantized, not trained  {result["untrained"]:.2f}',
         f'trained, PyTorch        {result["fake_quantized"]:.2f}',
         f'trained, ONNX Runtime   {result["top1"]:.2f}',
     ]

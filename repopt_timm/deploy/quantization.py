@@ -1,4 +1,4 @@
-"""Static 8-bit quantisation with ONNX Runtime: calibration on images, then a model in QDQ format."""
+"""Static 8-bit quantization with ONNX Runtime: calibration on images, then a model in QDQ format."""
 
 import fnmatch
 import os
@@ -60,7 +60,7 @@ _TENSORRT = {
 
 @dataclass(frozen=True)
 class QuantizationOptions:
-    """How to quantise.
+    """How to quantize.
 
     Weights become signed 8-bit integers. For `ort` activations become unsigned ones, the pair that x86 has dot-product
     instructions for (VNNI). For `tensorrt` they are signed, with zero points of 0, rounded before each layer by a pair
@@ -103,14 +103,14 @@ class QuantizationOptions:
 
 @dataclass(frozen=True)
 class Quantization:
-    """A model before and after quantising, and what it was calibrated on.
+    """A model before and after quantizing, and what it was calibrated on.
 
     Attributes:
         model: The float `onnx.ModelProto`.
         quantized: The same in QDQ format.
         images: Where calibration images came from.
         indices: Which these were.
-        options: How it was quantised.
+        options: How it was quantized.
         ranges: What `calibrate` found on them.
         dead: Layer to the number of its input channels that never changed on these images.
         equalization: What equalizing did to the float model, if it was asked for.
@@ -147,7 +147,7 @@ def quantize_onnx(
     overrides: Mapping[str, Any] | None = None,
     labelled: bool = False,
 ) -> Quantization:
-    """Quantises a trained model; `save_onnx` writes the result.
+    """Quantizes a trained model; `save_onnx` writes the result.
 
     Args:
         source: An `.onnx` file, or what `load_model` takes.
@@ -159,7 +159,7 @@ def quantize_onnx(
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
-        ValueError: If the folder has no images, one does not decode, or the model cannot be quantised.
+        ValueError: If the folder has no images, one does not decode, or the model cannot be quantized.
         ImportError: If the `[deploy]` extra is not installed.
     """
     model = float_onnx(source, overrides)
@@ -171,7 +171,7 @@ def quantize_onnx(
 
 
 def quantize_calibrated(model: Any, images: ImageFolder, options: QuantizationOptions) -> Quantization:
-    """Quantises a float `onnx.ModelProto` as `quantize_onnx` does."""
+    """Quantizes a float `onnx.ModelProto` as `quantize_onnx` does."""
     indices = images.sample(options.images, options.seed)
     # Before the work.
     excluded_nodes(model, options.exclude)
@@ -194,7 +194,7 @@ def naming(source: str | os.PathLike) -> Iterator[None]:
     except ValueError as error:
         if not str(error).startswith(('ONNX Runtime', 'The equalized model')):
             raise
-        raise ValueError(f"'{os.fspath(source)}' cannot be quantised: {error}") from None
+        raise ValueError(f"'{os.fspath(source)}' cannot be quantized: {error}") from None
 
 
 def equalization_images(images: ImageFolder, options: QuantizationOptions) -> tuple[list[int], list[int]]:
@@ -217,7 +217,7 @@ def calibrate(model: Any, images: ImageFolder, indices: Sequence[int], options: 
         ONNX Runtime's `TensorsData`: the lowest and highest value of each tensor.
 
     Raises:
-        ValueError: If an image does not decode, ONNX Runtime cannot run the model, the model is quantised already, or
+        ValueError: If an image does not decode, ONNX Runtime cannot run the model, the model is quantized already, or
             `exclude` matches none of its layers.
         OSError: If there is no room for temporary files.
     """
@@ -267,7 +267,7 @@ class _Reader:
 
 
 def quantize(model: Any, ranges: Any, options: QuantizationOptions) -> Any:
-    """Quantises a model.
+    """Quantizes a model.
 
     Args:
         model: A float `onnx.ModelProto`, which stays as it is.
@@ -278,7 +278,7 @@ def quantize(model: Any, ranges: Any, options: QuantizationOptions) -> Any:
         An `onnx.ModelProto` in QDQ format.
 
     Raises:
-        ValueError: If the model is quantised already, `exclude` matches none of its layers, or names a single one
+        ValueError: If the model is quantized already, `exclude` matches none of its layers, or names a single one
             between others.
     """
     excluded = excluded_nodes(model, options.exclude)
@@ -287,7 +287,7 @@ def quantize(model: Any, ranges: Any, options: QuantizationOptions) -> Any:
     if refused:
         other = next_layer(model, refused[0])
         raise ValueError(
-            f"'{refused[0]}' alone cannot stay in float32: ONNX Runtime quantises a layer between two quantised ones, "
+            f"'{refused[0]}' alone cannot stay in float32: ONNX Runtime quantizes a layer between two quantized ones, "
             f'one scale for all channels, when it loads the file. '
             + (f"Exclude '{refused[0]}' and '{other}'." if other else 'Exclude a layer next to it too.')
         )
@@ -297,7 +297,7 @@ def quantize(model: Any, ranges: Any, options: QuantizationOptions) -> Any:
 def quantize_nodes(
     model: Any, ranges: Any, options: QuantizationOptions, only: Iterable[str] = (), exclude: Iterable[str] = ()
 ) -> Any:
-    """Quantises nodes by name, whether or not ONNX Runtime will leave the others in float32.
+    """Quantizes nodes by name, whether or not ONNX Runtime will leave the others in float32.
 
     Args:
         model: A float `onnx.ModelProto`, which stays as it is.
@@ -311,7 +311,7 @@ def quantize_nodes(
     copy.CopyFrom(model)
     signed, unsigned = quantization.QuantType.QInt8, quantization.QuantType.QUInt8
     tensorrt = options.target == 'tensorrt'
-    with quiet(), explained('ONNX Runtime cannot quantise the model'):
+    with quiet(), explained('ONNX Runtime cannot quantize the model'):
         quantizer = quantization.QDQQuantizer(
             copy,
             options.weights == 'per-channel',
@@ -345,7 +345,7 @@ def _leave_to_layers(model: Any) -> None:
 def excluded_nodes(model: Any, patterns: Iterable[str]) -> dict[str, str]:
     """Maps excluded layers, and other nodes, to names of nodes; refuses a model that is not in float32."""
     if any(node.op_type in ('QuantizeLinear', 'DequantizeLinear') for node in model.graph.node):
-        raise ValueError('The model is quantised already; name the float32 one.')
+        raise ValueError('The model is quantized already; name the float32 one.')
     if any(tensor.data_type == tensor.FLOAT16 for tensor in model.graph.initializer):
         raise ValueError('The model is in float16, expected float32; name the file of an export without --fp16.')
     layers = layers_of(model)
@@ -365,7 +365,7 @@ def _shown(layers: Iterable[str], most: int = 8) -> str:
 
 
 def requantized_layers(quantized: Any, excluded: Mapping[str, str]) -> list[str]:
-    """Returns the layers that ONNX Runtime quantises when it loads the file: those between two quantised tensors.
+    """Returns the layers that ONNX Runtime quantizes when it loads the file: those between two quantized tensors.
 
     Args:
         quantized: What `quantize_nodes` returned.

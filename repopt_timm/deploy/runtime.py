@@ -56,7 +56,7 @@ def load_onnx(path: str | os.PathLike) -> Any:
     except (require('google.protobuf.message').DecodeError, onnx.checker.ValidationError) as error:
         raise ValueError(f"'{path}' is not a readable ONNX model: {_first_line(error)}.") from None
     graph = model.graph
-    # Names of nodes are optional in ONNX, but are what ONNX Runtime quantises by.
+    # Names of nodes are optional in ONNX, but are what ONNX Runtime quantizes by.
     for number, node in enumerate(graph.node):
         node.name = node.name or f'{node.op_type}.{number}'
     constants = {tensor.name for tensor in graph.initializer}

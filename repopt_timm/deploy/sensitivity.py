@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import replacing
+from ..plot import save_figure, subplots
 from ..reporting import markdown_table
 from .classifier import image_input, onnx_classifier
 from .evaluation import alternate, check_classes, check_labels, is_steady, random_images
 from .onnx_graph import layers_of, next_layer
 from .quantization import Quantization, excluded_nodes, quantize_nodes, requantized_layers
-from .runtime import require
 
 __all__ = ['keep_in_float', 'layer_sensitivity', 'plot_sensitivity', 'sensitivity_table']
 
@@ -89,7 +88,7 @@ def keep_in_float(
     if not drop <= max_drop:
         raise ValueError(
             f'At most {max_drop} points lost cannot be reached: with all {len(ranking)} layers in float32 it is still '
-            f"{drop:.2f}, from other operators that are quantised. Take the target 'tensorrt', which rounds the inputs "
+            f"{drop:.2f}, from other operators that are quantized. Take the target 'tensorrt', which rounds the inputs "
             f'of layers only, or exclude such operators.'
         )
     return chosen, {'kept': kept, 'drop': drop, **_times(done, chosen)}
@@ -163,7 +162,7 @@ def _without(done: Quantization, layers: Sequence[str]) -> Any:
 
 
 def _neighbours_too(done: Quantization, layers: Sequence[str]) -> list[str]:
-    """Adds the following layer where ONNX Runtime would quantise a single one."""
+    """Adds the following layer where ONNX Runtime would quantize a single one."""
     nodes, kept = layers_of(done.model), list(layers)
     while True:
         alone = requantized_layers(_without(done, kept), {layer: nodes[layer].name for layer in kept})
@@ -206,8 +205,8 @@ def plot_sensitivity(report: Mapping[str, Any], path: str | os.PathLike) -> None
     rows = report['layers']
     measures = [('drop', 'drop in top-1 (points)'), ('kl', 'KL from float32 (nats)')][0 if report['labelled'] else 1 :]
     height = 1.5 + 0.2 * max(len(rows), 5)
-    figure = require('matplotlib.figure').Figure(figsize=(3 + 4 * len(measures), height), layout='constrained')
-    panels = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+    size = 3 + 4 * len(measures), height
+    figure, (panels,) = subplots(1, len(measures), size, layout='constrained', sharey=True, squeeze=False)
     for axes, (name, label) in zip(panels, measures):
         axes.barh(range(len(rows)), [row[name] for row in rows], color='tab:blue', height=0.7)
         axes.axvline(report['int8'][name], color='tab:red', lw=1, label='all layers')
@@ -221,5 +220,4 @@ def plot_sensitivity(report: Mapping[str, Any], path: str | os.PathLike) -> None
     panels[0].margins(y=0.01)
     panels[0].invert_yaxis()
     figure.suptitle(f'One layer in INT8 at a time, {report["images"]} calibration images', fontsize=11)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=120)
+    save_figure(figure, path)

@@ -10,9 +10,9 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..checkpoint_model import model_from_checkpoint
 from ..errors import explaining
 from ..models import ensure_registered, to_plain
-from ..publish import model_from_checkpoint
 from ..reparam import attach_scales, kind_of
 from ..sources import ScalesSource, load_scales
 
@@ -22,7 +22,7 @@ __all__ = ['deployed', 'load_model', 'load_trained']
 def load_model(source: str | os.PathLike) -> nn.Module:
     """Loads a trained model, ready for deployment.
 
-    Multi-branch models become plain: `_hs`, `_csla`, and whatever timm can reparameterise, such as `repvgg_*`.
+    Multi-branch models become plain: `_hs`, `_csla`, and whatever timm can reparameterize, such as `repvgg_*`.
 
     Args:
         source: A checkpoint of a training run, a folder in timm's format, or a name for `timm.create_model`.

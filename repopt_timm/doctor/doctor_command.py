@@ -44,8 +44,6 @@ def _doctor(args: argparse.Namespace) -> None:
         return
     check_device_name(args.device)
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    if device.startswith('mps'):
-        raise ValueError("--device mps has no float64, which the check is made in, expected 'cpu' or 'cuda'.")
     kwargs = ARGUMENTS['model_kwargs'].parse(args.model_kwargs, '--model-kwargs')
     machine = _environment()
     found = check_equivalence(args.model, args.scales, args.steps, args.img_size, device, kwargs)

@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 import torch
 import yaml
 
+from ..checkpoint_model import model_from_checkpoint
 from ..checkpoints.read import read_checkpoint
 from ..files import find_temporaries
 from ..names import ModelName
-from ..publish import model_from_checkpoint
 from ..scales import read_scale_file
+from ..train.engine import ranked
 from ..train.parsing import write_config
 from ..train.run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, SCALES_FILE, SUMMARY_FILE, is_busy
 
@@ -134,14 +135,15 @@ def _summary(what: str, folder: Path, contents: dict[str, Any]) -> Finding:
 
 
 def _best(what: str, folder: Path, contents: dict[str, Any]) -> Finding:
-    history = contents[LAST_CHECKPOINT]['history']
-    tops = {row['epoch']: row['eval_top1'] for row in history if 'eval_top1' in row}
+    # A run that went back, or on in another folder, lacks the checkpoints of some epochs.
+    there = {content['epoch'] for content in contents.values() if content is not None}
+    rows = [row for row in ranked(contents[LAST_CHECKPOINT]['history']) if row['epoch'] in there]
     best = contents.get(BEST_CHECKPOINT)
-    if not tops or best is None:
-        return Finding(what, 'note', f'there is no {BEST_CHECKPOINT} to compare' if tops else 'no epoch was evaluated')
-    wanted = max(tops, key=lambda epoch: tops[epoch])
+    if not rows or best is None:
+        return Finding(what, 'note', f'there is no {BEST_CHECKPOINT} to compare' if rows else 'no epoch was evaluated')
+    wanted, top1 = rows[0]['epoch'], rows[0]['eval_top1']
     problem = f'{BEST_CHECKPOINT} is of epoch {best["epoch"] + 1}, and epoch {wanted + 1} was better'
-    return _finding(what, problem * (best['epoch'] != wanted), f'epoch {wanted + 1}, top-1 {tops[wanted]:.2f} %')
+    return _finding(what, problem * (best['epoch'] != wanted), f'epoch {wanted + 1}, top-1 {top1:.2f} %')
 
 
 def _arguments(what: str, folder: Path, contents: dict[str, Any]) -> Finding:
@@ -167,6 +169,8 @@ def _scales(what: str, folder: Path, contents: dict[str, Any]) -> Finding:
         return _finding(
             what, f'those in {SCALES_FILE} and {LAST_CHECKPOINT} differ' * (not same), f'as in {SCALES_FILE}'
         )
+    if hasattr(checkpoint.get('args'), 'quantization'):
+        return Finding(what, 'note', 'of a fake-quantized training, whose checkpoints do not have them')
     fingerprint = checkpoint.get('scales_fingerprint')
     groups = {group.get('scales_fingerprint') for group in checkpoint['optimizer']['param_groups']} - {None}
     if groups - {fingerprint}:

@@ -21,7 +21,7 @@ def initial_values(scales: Scales) -> Scales | None:
     name = scales.architecture
     kwargs: dict[str, Any] = {}
     if name in ARCHITECTURES:
-        kwargs = _numbers(scales)
+        kwargs = _numbers(scales) if 'stem.conv' in scales else {}
     else:
         name = PREFIX + name
         ensure_registered(name)

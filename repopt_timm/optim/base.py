@@ -84,10 +84,13 @@ class GradMultOptimizer(torch.optim.Optimizer):
         self._prepare()
 
     def _prepare(self) -> None:
-        self._rows: dict[Tensor, list[Rows]] = {}
-        self._parts: dict[Tensor, MaskParts] = {}
-        # GradScaler leaves unscaling and skipping to fused kernels, without waiting for the device.
-        self._step_supports_amp_scaling = not self._compiled and all(map(self._use_fused, self.param_groups))
+        # A parameter may move to another device.
+        self._rows: dict[tuple[Tensor, torch.device], list[Rows]] = {}
+        self._parts: dict[tuple[Tensor, torch.device], MaskParts] = {}
+        # GradScaler then leaves unscaling and skipping to fused kernels, without waiting for the device. Like torch's
+        # own optimizers only on demand: whoever clips gradients needs them unscaled before the step.
+        asked = all(group['fused'] and self._use_fused(group) for group in self.param_groups)
+        self._step_supports_amp_scaling = asked and not self._compiled
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, which are multiplied if they have Grad Mults; warns of kernels without one."""
@@ -139,9 +142,10 @@ class GradMultOptimizer(torch.optim.Optimizer):
         return updates
 
     def _parts_of(self, param: Tensor) -> MaskParts:
-        if param not in self._parts:
-            self._parts[param] = mask_parts(self.grad_mults[param].rows(*local_rows(param)), local(param))
-        return self._parts[param]
+        key = param, param.device
+        if key not in self._parts:
+            self._parts[key] = mask_parts(self.grad_mults[param].rows(*local_rows(param)), local(param))
+        return self._parts[key]
 
     def _chunks(self, params: Iterable[Tensor], whole: bool) -> list[Chunk]:
         """Puts the kernels among parameters into chunks, for a compiler whole and without memory to work in."""
@@ -152,14 +156,15 @@ class GradMultOptimizer(torch.optim.Optimizer):
     def _rows_of(self, param: Tensor, whole: bool) -> list[Rows]:
         if whole:
             return rows_of(param, self.grad_mults[param], places=0)
-        if param not in self._rows:
+        key = param, param.device
+        if key not in self._rows:
             mult = self.grad_mults[param]
             if self._dense:
                 mult = mult.filled(param)
             elif param.device.type == 'cpu' and local(param).is_contiguous():
                 mult = mult.tiled()
-            self._rows[param] = rows_of(param, mult, self._places)
-        return self._rows[param]
+            self._rows[key] = rows_of(param, mult, self._places)
+        return self._rows[key]
 
     def _state_of(self, param: Tensor, name: str) -> Tensor | None:
         """Returns a parameter's state, laid out in memory like the parameter, which may have changed since."""

@@ -38,6 +38,7 @@ def clip_grad_norm_(
 
     Raises:
         ValueError: If the Grad Mults are those of another update rule.
+        RuntimeError: If a gradient is sparse, or the norm is not finite and `error_if_nonfinite` is set.
     """
     if grad_mults.update_rule != 'sgd':
         raise ValueError(
@@ -53,8 +54,9 @@ def clip_grad_norm_(
     for param in parameters:
         if param in grad_mults:
             grad = gradient(param)
-            for rows in rows_of(param, grad_mults[param]):
-                squares.append((param, _square(rows.of(grad), rows.mult)))
+            of_rows = [_square(rows.of(grad), rows.mult) for rows in rows_of(param, grad_mults[param])]
+            # This process may hold none of a kernel's rows.
+            squares += [(param, square) for square in of_rows or [grad.new_zeros((), dtype=torch.float32)]]
     total_norm = sum_over_shards(*zip(*squares)).sqrt()
     if error_if_nonfinite and not torch.isfinite(total_norm):
         raise RuntimeError(f'The CSLA norm of the gradients is {total_norm.item()}, so they cannot be clipped.')

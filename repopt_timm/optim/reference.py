@@ -19,10 +19,12 @@ class ReferenceRepOptSGD(SGD):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        loss = _evaluate(closure)
         for param, mask in self.masks.items():
             if param.grad is not None:
                 param.grad *= mask
-        return super().step(closure)
+        super().step()
+        return loss
 
 
 class ReferenceRepOptAdamW(AdamW):
@@ -34,14 +36,22 @@ class ReferenceRepOptAdamW(AdamW):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
+        loss = _evaluate(closure)
         decay = {p: 1 - group['lr'] * group['weight_decay'] for group in self.param_groups for p in group['params']}
         before = {param: param.clone() for param in self.masks}
         for param, mask in self.masks.items():
             if param.grad is not None:
                 param.grad *= mask
-        loss = super().step(closure)
+        super().step()
         for param, mask in self.masks.items():
             if param.grad is not None:
                 decayed = before[param] * decay[param]
                 param.copy_(decayed + mask * (param - decayed))
         return loss
+
+
+def _evaluate(closure: Any) -> Any:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

@@ -1,7 +1,7 @@
 """Gradient re-parameterization (RepOptimizer, arXiv 2205.15242) in plain PyTorch."""
 
 from .branches import Branch, embed, merge
-from .convolutions import ConvPrior, Geometry, RefusedConv
+from .convolutions import ConvPrior, Geometry, RefusedConv, keep_branches
 from .csla import CSLAConv2d
 from .grad_mult import GradMult, GradMults, make_grad_mults
 from .initialization import attach_scales, carried_scales, geometry_of, initialize, kind_of, network_name, prepare
@@ -25,6 +25,7 @@ __all__ = [
     'hyper_search',
     'initial_scales',
     'initialize',
+    'keep_branches',
     'kind_of',
     'make_grad_mults',
     'merge',

@@ -45,7 +45,8 @@ class Branch:
             count: Number of equal branches.
 
         Raises:
-            ValueError: If the name is unknown, or the window does not fit the centre of the kernel.
+            ValueError: If the name is unknown, the count is not one of 1 to 1000, or 1 for an identity, or the window
+                does not fit the centre of the kernel.
         """
         height, width = kernel_size
         if type(count) is not int or not 1 <= count <= _MAX_COUNT:
@@ -54,6 +55,8 @@ class Branch:
             )
         if name == 'kxk':
             return cls(name, (height, width), count=count)
+        if height % 2 == 0 or width % 2 == 0:
+            raise ValueError(f"A branch '{name}' needs a centre, which a {height}x{width} kernel does not have.")
         if name == 'identity':
             if count > 1:
                 raise ValueError(f'{count} identity branches are refused: give one, or 1x1 branches with a scale.')
@@ -89,7 +92,7 @@ def counted(branches: BranchCounts) -> dict[str, int]:
     """Returns branch name to count, sorted by name.
 
     Raises:
-        ValueError: If a name stands there twice, or the branches are empty.
+        ValueError: If a name is listed twice, or the branches are empty.
     """
     if isinstance(branches, str):
         raise ValueError(f"The branches are the text '{branches}', expected a list such as ['{branches}'].")
@@ -97,7 +100,7 @@ def counted(branches: BranchCounts) -> dict[str, int]:
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
-                f"The branch '{name}' stands there {names.count(name)} times. Write {{'{name}': {names.count(name)}}} "
+                f"The branch '{name}' is listed {names.count(name)} times. Write {{'{name}': {names.count(name)}}} "
                 f'for equal branches that share a scale.'
             )
     if not names:

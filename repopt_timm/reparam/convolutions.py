@@ -207,7 +207,10 @@ def multi_branch_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def keep_branches(block: nn.Module) -> None:
-    """Marks a block whose branches are meant to stay in a network that is plain otherwise."""
+    """Marks a block as plain, or as one whose branches are meant to stay: its convolutions may get branches.
+
+    Without it a module that has convolutions and a method `reparameterize` or `fuse` counts as a multi-branch block.
+    """
     setattr(block, _KEPT_ATTRIBUTE, True)
 
 
@@ -226,6 +229,7 @@ def check_no_branches(model: nn.Module) -> None:
     """Raises a ValueError if the model has multi-branch blocks: branches inside of branches help no one."""
     for name, block in multi_branch_blocks(model):
         raise ValueError(
-            f"'{name}' of {type(model).__name__} is a {type(block).__name__} with branches of its own. Make its plain "
-            f'twin first, plain_twin(model), which has one convolution in the place of each such block.'
+            f"'{name}' of {type(model).__name__} is a {type(block).__name__} with branches of its own, to judge by its "
+            f'method `reparameterize` or `fuse`. Make its plain twin first, plain_twin(model), which has one '
+            f'convolution in the place of each such block; if it has none, mark it: repopt_timm.keep_branches(block).'
         )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .branches import Branch, BranchCounts, make_branches, merge, merge_backward
 from .convolutions import refusal
@@ -61,6 +62,10 @@ def _by_name(branches: Sequence[Branch], tensors: Sequence[Tensor]) -> tuple[dic
     return operators, {branch.name: tensor for branch, tensor in zip(scaled, tensors[len(branches) :])}
 
 
+def _fake_quantized(conv: nn.Module) -> str | None:
+    return 'its weight is fake-quantized, which branches would not be' if is_parametrized(conv) else None
+
+
 class _Operator(nn.Module):
     """The trainable tensor of a branch, beside its scale."""
 
@@ -100,7 +105,7 @@ class CSLAConv2d(nn.Module):
         trainable_scales: bool = False,
     ):
         super().__init__()
-        if reason := refusal(conv):
+        if reason := refusal(conv) or _fake_quantized(conv):
             raise ValueError(f'{type(conv).__name__} cannot have branches: {reason}.')
         self.in_channels = conv.in_channels
         self.out_channels = conv.out_channels
@@ -237,6 +242,9 @@ class CSLAConv2d(nn.Module):
         # Autocast leaves float64 as it is.
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
             x = x.to(torch.get_autocast_dtype(device))
+        elif x.dtype != self._tensors()[0].dtype:
+            # Raises as a plain convolution does.
+            return F.conv2d(x, self.kernel(), self.bias, *geometry)
         return _MergedConv2d.apply(x, self.bias, self._branches, self._shape, geometry, *self._tensors())
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -257,6 +265,8 @@ class CSLAConv2d(nn.Module):
             # A cast would round the constants; leaving `meta` has no values to keep.
             operator.scale = operator.scale.float() if scale.is_meta else scale.to(operator.scale.device)
             if scale.is_meta and not operator.scale.is_meta:
+                # Memory as it was found would pass for scales.
+                operator.scale.fill_(float('nan'))
                 self.has_scales = False
         return self
 

@@ -18,9 +18,11 @@ from .initialization import (
     branch_counts,
     carried_scales,
     check_network,
+    geometry_of,
+    network_name,
     scaled_conv,
-    unwrap,
 )
+from .modules import modules_of, uncompiled_name, unwrap
 from .vectors import check_vectors
 from .vectors import fingerprint as fingerprint_of
 
@@ -77,6 +79,11 @@ class GradMult:
         """Returns the same Grad Mult as a mask of the kernel's size, which lies in memory like the kernel."""
         mask = torch.empty_like(kernel, dtype=self.taps.dtype, requires_grad=False).copy_(self.dense())
         return GradMult(mask, None, self.channels, self.first_row)
+
+    def to(self, device: torch.device) -> 'GradMult':
+        """Returns the same Grad Mult on a device."""
+        diagonal = None if self.diagonal is None else self.diagonal.to(device)
+        return replace(self, taps=self.taps.to(device), diagonal=diagonal)
 
     @property
     def nbytes(self) -> int:
@@ -157,7 +164,7 @@ def _margins(kernel: Tensor, window: Tensor) -> tuple[int, int]:
 
 
 class GradMults(Mapping[Tensor, GradMult]):
-    """Parameter to Grad Mult for one update rule, and where the scales come from.
+    """Parameter to Grad Mult, on the parameter's device, for one update rule, and where the scales come from.
 
     Attributes:
         update_rule: `sgd` or `adamw`.
@@ -177,7 +184,11 @@ class GradMults(Mapping[Tensor, GradMult]):
         self.fingerprint = fingerprint
 
     def __getitem__(self, parameter: Tensor) -> GradMult:
-        return self._mults[parameter]
+        mult = self._mults[parameter]
+        if mult.taps.device != parameter.device:
+            # The model has moved since.
+            mult = self._mults[parameter] = mult.to(parameter.device)
+        return mult
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self._mults)
@@ -244,11 +255,11 @@ def make_grad_mults(model: nn.Module, scales: ScalesMapping | None = None, updat
         carried = carried_scales(model)
         _check_complete(model, carried)
         fingerprint = '+'.join(sorted({each.fingerprint for each in carried.values()}))
-        kernels = [_carrying_kernel(model, name, each) for name, each in carried.items()]
+        modules = modules_of(model)
+        kernels = [_carrying_kernel(model, name, modules[name], each) for name, each in carried.items()]
     else:
         kernels = _named_kernels(model, scales)
-        counts = {each.name: {branch.name: branch.count for branch in each.branches} for each in kernels}
-        fingerprint = getattr(scales, 'fingerprint', None) or fingerprint_of(scales, counts=counts)
+        fingerprint = _fingerprint_on(model, scales, kernels)
     if not kernels:
         raise ValueError(
             f'No convolution of {type(model).__name__} carries scales, so there is nothing to multiply its gradients '
@@ -270,8 +281,16 @@ def _check_no_twin(model: nn.Module) -> None:
             )
 
 
-def _carrying_kernel(model: nn.Module, name: str, carried: CarriedScales) -> _Kernel:
-    conv: Any = model.get_submodule(name)
+def _fingerprint_on(model: nn.Module, scales: ScalesMapping, kernels: Sequence[_Kernel]) -> str:
+    """Returns the fingerprint that scales have once a model carries them; on a graph, their own."""
+    counts = {each.name: {branch.name: branch.count for branch in each.branches} for each in kernels}
+    geometry = geometry_of(unwrap(model), scales)
+    if len(geometry) == len(scales):
+        return fingerprint_of(scales, getattr(scales, 'architecture', '') or network_name(model), geometry, counts)
+    return getattr(scales, 'fingerprint', None) or fingerprint_of(scales, counts=counts)
+
+
+def _carrying_kernel(model: nn.Module, name: str, conv: Any, carried: CarriedScales) -> _Kernel:
     if reason := refusal(conv):
         raise ValueError(
             f"'{name}' of {type(model).__name__} carries scales, but {reason}. Its Grad Mult would be lost: undo that, "
@@ -282,16 +301,17 @@ def _carrying_kernel(model: nn.Module, name: str, carried: CarriedScales) -> _Ke
 
 def _check_complete(model: nn.Module, carried: Mapping[str, CarriedScales]) -> None:
     """Raises a ValueError if a convolution got scales, and another module has taken its place since."""
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
+    # Names of what carries scales, and of what contains that.
+    covered = {name.rsplit('.', end)[0] for name in carried for end in range(name.count('.') + 1)}
     for name, each in carried.items():
         prefix = name.removesuffix(each.module)
         if prefix + each.module != name:
             continue
         for sibling in each.siblings:
-            replaced = modules.get(prefix + sibling)
             # A part of the network, such as a backbone without its last stage, may lack some.
-            inside = any(found == prefix + sibling or found.startswith(f'{prefix}{sibling}.') for found in carried)
-            if replaced is not None and not inside:
+            replaced = modules.get(prefix + sibling)
+            if replaced is not None and prefix + sibling not in covered:
                 raise ValueError(
                     f"'{prefix + sibling}' of {type(model).__name__} got scales, but a {type(replaced).__name__} "
                     f'without them has taken its place. Attach the scales after replacing modules.'
@@ -302,8 +322,8 @@ def _named_kernels(model: nn.Module, scales: ScalesMapping) -> list[_Kernel]:
     inner = unwrap(model)
     if not isinstance(inner, torch.fx.GraphModule):
         check_network(inner, scales)
-    modules = {_uncompiled(name): module for name, module in inner.named_modules()}
-    params = {_uncompiled(name): param for name, param in inner.named_parameters()}
+    modules = modules_of(inner)
+    params = {uncompiled_name(name): param for name, param in inner.named_parameters()}
     source = getattr(scales, 'source', '') or 'The scales'
     geometry = getattr(scales, 'geometry', {})
     kernels = []
@@ -317,24 +337,29 @@ def _named_kernels(model: nn.Module, scales: ScalesMapping) -> list[_Kernel]:
         known = type(modules.get(name, nn.Module())) is nn.Module
         if weight is None or weight.ndim != 4 or not known:
             raise ValueError(
-                f"{source} name a convolution '{name}', but {type(model).__name__} has neither such a convolution nor "
-                f"a parameter '{name}.weight' of four dimensions. Scales go by module name: use those of this network."
+                f"{source}: there are scales for a convolution '{name}', but {type(model).__name__} has neither such "
+                f"a convolution nor a parameter '{name}.weight' of four dimensions. Scales go by module name: use this "
+                f"network's."
             )
         if name in geometry and not geometry[name].has_kernel(weight.shape):
             raise ValueError(
-                f"{source} were searched with '{name}' of {geometry[name]}, but its kernel here has the shape "
-                f'{tuple(weight.shape)}. Use the scales of this network.'
+                f"{source}: the scales were searched with '{name}' of {geometry[name]}, but its kernel here has the "
+                f'shape {tuple(weight.shape)}. Use the scales of this network.'
             )
         check_vectors(name, vectors, len(weight), source=source)
         counts = branch_counts(scales, name)
-        branches = tuple(Branch.of(branch, weight.shape[2:], count) for branch, count in counts.items())
+        try:
+            branches = tuple(Branch.of(branch, weight.shape[2:], count) for branch, count in counts.items())
+        except ValueError as error:
+            raise ValueError(f"{source}: module '{name}': {error}") from None
+        if 'identity' in counts and name not in geometry and weight.shape[0] != weight.shape[1]:
+            raise ValueError(
+                f"{source}: module '{name}' has an identity branch, but its kernel of shape {tuple(weight.shape)} does "
+                f'not show whether it has as many input as output channels. Give scales.for_model(model), made with '
+                f'the plain model.'
+            )
         kernels.append(_Kernel(name, weight, branches, vectors))
     return kernels
-
-
-def _uncompiled(name: str) -> str:
-    # A part of a model may be compiled.
-    return '.'.join(part for part in name.split('.') if part != '_orig_mod')
 
 
 def _check_tied(kernels: Sequence[_Kernel]) -> None:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from .branches import Branch, make_branches, merge
-from .convolutions import Geometry, conv_prior, refusal
+from .convolutions import Geometry, conv_prior, kernel_of, refusal
 from .csla import CSLAConv2d
+from .modules import modules_of, unwrap
 from .vectors import check_vectors, fingerprint
 
 __all__ = [
@@ -18,12 +19,12 @@ __all__ = [
     'attach_scales',
     'branch_counts',
     'carried_scales',
+    'drop_scales',
     'geometry_of',
     'initialize',
     'network_name',
     'prepare',
     'scaled_convs',
-    'unwrap',
 ]
 
 ScalesMapping = Mapping[str, Mapping[str, Tensor]]
@@ -64,14 +65,6 @@ class ScaledConv(NamedTuple):
     branches: tuple[Branch, ...]
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the network inside of wrappers for compilation and parallel training."""
-    inner: Any = model
-    while hasattr(inner, '_orig_mod') or isinstance(inner, nn.parallel.DistributedDataParallel | nn.DataParallel):
-        inner = inner._orig_mod if hasattr(inner, '_orig_mod') else inner.module
-    return inner
-
-
 def network_name(model: nn.Module) -> str:
     """Returns the name of a network: that of its architecture in timm, else its class's."""
     inner: Any = unwrap(model)
@@ -84,7 +77,7 @@ def network_name(model: nn.Module) -> str:
 
 def geometry_of(model: nn.Module, names: Mapping[str, object]) -> dict[str, Geometry]:
     """Reads the geometry of the named convolutions, plain or CSLA, in the order of the model's modules."""
-    convs = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d | CSLAConv2d)]
+    convs = [(name, each) for name, each in modules_of(model).items() if isinstance(each, nn.Conv2d | CSLAConv2d)]
     return {name: Geometry.of(conv, first=index == 0) for index, (name, conv) in enumerate(convs) if name in names}
 
 
@@ -109,7 +102,7 @@ def scaled_convs(model: nn.Module, scales: ScalesMapping) -> list[ScaledConv]:
             f'The scales are a {type(scales).__name__}, expected Scales or a mapping of module names to branch names '
             f'to vectors. Scales go by module name, never by position.'
         )
-    modules = dict(model.named_modules())
+    modules = modules_of(model)
     return [scaled_conv(model, name, modules.get(name), scales) for name in scales]
 
 
@@ -120,11 +113,11 @@ def scaled_conv(model: nn.Module, name: str, conv: nn.Module | None, scales: Sca
     if not isinstance(conv, nn.Conv2d):
         kind = 'has no such module' if conv is None else f'has a {type(conv).__name__} there'
         raise ValueError(
-            f"{source} name a convolution '{name}', but {owner} {kind}. Scales go by module name: use those that were "
-            f'searched for this architecture.'
+            f"{source}: there are scales for a convolution '{name}', but {owner} {kind}. Scales go by module name: use "
+            f'those of this network.'
         )
     if reason := refusal(conv):
-        raise ValueError(f"{source} are for '{name}' of {owner} too, but {reason}. Search anew without it.")
+        raise ValueError(f"{source}: there are scales for '{name}' of {owner}, but {reason}. Search anew without it.")
     geometry = getattr(scales, 'geometry', {})
     if name in geometry:
         check_geometry(name, geometry[name], conv, source)
@@ -145,8 +138,8 @@ def check_geometry(name: str, searched: Geometry, conv: nn.Module, source: str =
     found = Geometry.of(conv, first=searched.in_channels is None)
     if found != searched:
         raise ValueError(
-            f"{source or 'The scales'} were searched with '{name}' of {searched}, but the model has {found} there. A "
-            f'search and its target need the same convolutions: make the model alike (strides, widths), or search anew.'
+            f"{source or 'Scales'}: searched with '{name}' of {searched}, but the model has {found} there. Search "
+            f'and target need the same convolutions: make the model alike (strides, widths), or search anew.'
         )
 
 
@@ -160,8 +153,8 @@ def check_network(model: nn.Module, scales: ScalesMapping) -> None:
     if searched and searched != found:
         source = getattr(scales, 'source', '') or 'The scales'
         raise ValueError(
-            f'{source} are scales of {searched}, but the model is a {found}. Scales belong to one network: search some '
-            f"for {found}, or, if both are the same under two names, use scales.renamed('{found}')."
+            f'{source}: these are scales of {searched}, but the model is a {found}. Scales belong to one network: '
+            f"search some for {found}, or, if both are the same under two names, use scales.renamed('{found}')."
         )
 
 
@@ -186,9 +179,15 @@ def attach_scales(model: nn.Module, scales: ScalesMapping, initialized: bool = F
         setattr(conv, _ATTRIBUTE, carried)
 
 
+def drop_scales(conv: nn.Module) -> None:
+    """Takes the scales off a convolution, whose weight is another one from now on."""
+    if hasattr(conv, _ATTRIBUTE):
+        delattr(conv, _ATTRIBUTE)
+
+
 def carried_scales(model: nn.Module) -> dict[str, CarriedScales]:
     """Collects the scales that the convolutions of a model carry, by module name."""
-    return {name: getattr(module, _ATTRIBUTE) for name, module in model.named_modules() if hasattr(module, _ATTRIBUTE)}
+    return {name: getattr(each, _ATTRIBUTE) for name, each in modules_of(model).items() if hasattr(each, _ATTRIBUTE)}
 
 
 @torch.no_grad()
@@ -207,13 +206,15 @@ def initialize(model: nn.Module, scales: ScalesMapping) -> None:
     """
     check_network(model, scales)
     for name, conv, branches in scaled_convs(model, scales):
+        # Under a fake quantization `weight` is computed anew at each access.
+        kernel = kernel_of(conv)
         operators = {}
         for branch in branches:
-            operator = branch.draw_(conv.weight.new_empty(branch.operator_shape(conv.weight.shape)))
+            operator = branch.draw_(kernel.new_empty(branch.operator_shape(kernel.shape)))
             if not branch.scaled:
                 operator.copy_(scales[name][branch.name].view(-1, 1, 1, 1))
             operators[branch.name] = operator
-        conv.weight.copy_(merge(branches, operators, scales[name], conv.weight.shape))
+        kernel.copy_(merge(branches, operators, scales[name], kernel.shape))
 
 
 def prepare(model: nn.Module, scales: ScalesMapping, init: bool = True) -> nn.Module:

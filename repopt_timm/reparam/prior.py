@@ -7,12 +7,15 @@ depth (section 4.1 of arXiv 2205.15242).
 import logging
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .branches import BranchCounts, counted, make_branches
 from .convolutions import ConvPrior, RefusedConv, check_no_branches, conv_prior, refusal
+from .modules import modules_of, uncompiled_name
 
 __all__ = [
     'Prior',
@@ -70,17 +73,17 @@ def repvgg_prior(model: nn.Module) -> dict[str, ConvPrior]:
     """
     refused = refused_convs(model)
     refused_names = {each.name for each in refused}
-    names = [name for name, conv in _convs(model) if name not in refused_names]
+    convs = {name: conv for name, conv in _convs(model) if name not in refused_names}
     if refused:
         listed = '; '.join(f"'{name}' ({kind}): {reason}" for name, kind, reason in refused)
         _logger.info(f'{type(model).__name__}: {len(refused)} convolutions stay as they are: {listed}')
-    if not names:
+    if not convs:
         raise ValueError(
             f'{type(model).__name__} has no convolution that can be converted'
             + (f": '{refused[0].name}' is refused, as {refused[0].reason}." if refused else '.')
         )
-    carried = {name: prior for name in names if (prior := conv_prior(_conv(model, name))) is not None}
-    return resolve_prior(model, carried or {name: repvgg_branches(_conv(model, name)) for name in names})
+    carried = {name: prior for name, conv in convs.items() if (prior := conv_prior(conv)) is not None}
+    return resolve_prior(model, carried or {name: repvgg_branches(conv) for name, conv in convs.items()})
 
 
 def refused_convs(model: nn.Module) -> list[RefusedConv]:
@@ -126,8 +129,10 @@ def resolve_prior(model: nn.Module, prior: Prior | None = None) -> dict[str, Con
     for name, conv in convs:
         same = conv.in_channels == conv.out_channels == channels and tuple(conv.stride) == (1, 1)
         position, channels = (position + 1 if same else 1), conv.out_channels
-        given = mapping[name]
-        made = given if isinstance(given, ConvPrior) else ConvPrior(_counted(given, name), run_scale(position))
+        given: Any = mapping[name]
+        own = isinstance(given, ConvPrior)
+        branches = _counted(given.branches if own else given, name)
+        made = replace(given, branches=branches) if own else ConvPrior(branches, run_scale(position))
         try:
             make_branches(made.branches, conv)
         except ValueError as error:
@@ -143,8 +148,9 @@ def initial_scales(model: nn.Module, prior: Mapping[str, ConvPrior]) -> dict[str
         Module name to branch name to vector of shape (O,), float32.
     """
     scales: dict[str, dict[str, Tensor]] = {}
+    convs = dict(_convs(model))
     for name, each in prior.items():
-        channels = (_conv(model, name).out_channels,)
+        channels = (convs[name].out_channels,)
         values = {branch: 1.0 if branch == 'identity' else each.initial for branch in each.branches}
         scales[name] = {branch: torch.full(channels, value, device='cpu') for branch, value in values.items()}
     return scales
@@ -160,17 +166,11 @@ def _counted(branches: BranchCounts, name: str) -> dict[str, int]:
 
 
 def _convs(model: nn.Module) -> list[tuple[str, nn.Conv2d]]:
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-
-
-def _conv(model: nn.Module, name: str) -> nn.Conv2d:
-    conv = model.get_submodule(name)
-    assert isinstance(conv, nn.Conv2d)
-    return conv
+    return [(name, module) for name, module in modules_of(model).items() if isinstance(module, nn.Conv2d)]
 
 
 def _check_convertible(model: nn.Module, name: str) -> None:
-    modules = dict(model.named_modules(remove_duplicate=False))
+    modules = {uncompiled_name(each): module for each, module in model.named_modules(remove_duplicate=False)}
     if name not in modules:
         raise ValueError(f"The prior names '{name}', but {type(model).__name__} has no such module.")
     if reason := refusal(modules[name]):

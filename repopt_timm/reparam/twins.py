@@ -6,7 +6,7 @@ twin   --to_plain-->      plain              same function, one convolution each
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from .initialization import (
     check_network,
     kind_of,
     scaled_convs,
-    unwrap,
 )
+from .modules import modules_of, unwrap
 from .prior import Prior, resolve_prior
 
 __all__ = ['convert_', 'csla', 'hyper_search', 'replace_modules', 'take_over_hooks', 'to_plain', 'twin_vectors']
@@ -118,7 +118,7 @@ def to_plain(twin: nn.Module) -> nn.Module:
     converted: dict[nn.Module, nn.Module] = {
         module: _take_over(module, module.to_conv()) for module in plain.modules() if isinstance(module, CSLAConv2d)
     }
-    counts = {name: module.branch_counts for name, module in twin.named_modules() if isinstance(module, CSLAConv2d)}
+    counts = {name: each.branch_counts for name, each in modules_of(twin).items() if isinstance(each, CSLAConv2d)}
     plain = replace_modules(plain, converted)
     attach_scales(plain, _Counted(vectors, counts), initialized=True)
     return plain
@@ -126,7 +126,7 @@ def to_plain(twin: nn.Module) -> nn.Module:
 
 def twin_vectors(twin: nn.Module) -> dict[str, dict[str, Tensor]]:
     """Returns the scales of a twin, module name to branch name to vector; empty for a plain network."""
-    return {name: module.vectors() for name, module in twin.named_modules() if isinstance(module, CSLAConv2d)}
+    return {name: each.vectors() for name, each in modules_of(twin).items() if isinstance(each, CSLAConv2d)}
 
 
 def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, trainable_scales: bool) -> nn.Module:
@@ -142,8 +142,8 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
         prior = {name: ConvPrior(branch_counts(scales, name, conv)) for name, conv, _ in found}
     else:
         prior = resolve_prior(model, given)
-    modules = dict(model.named_modules())
-    _check_not_tied({name: modules[name] for name in prior})
+    modules = modules_of(model)
+    _check_not_tied(modules, prior)
     converted: dict[nn.Module, nn.Module] = {}
     for name, each in prior.items():
         conv: Any = modules[name]
@@ -156,13 +156,19 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
     return replace_modules(model, converted)
 
 
-def _check_not_tied(convs: Mapping[str, Any]) -> None:
-    owners: dict[Tensor, str] = {}
-    for name, conv in convs.items():
-        if (other := owners.setdefault(conv.weight, name)) != name:
+def _check_not_tied(modules: Mapping[str, nn.Module], converted: Iterable[str]) -> None:
+    owners: dict[Tensor, list[str]] = {}
+    for name, module in modules.items():
+        for kernel in module._parameters.values():
+            if kernel is not None:
+                owners.setdefault(kernel, []).append(name)
+    for name in converted:
+        conv: Any = modules[name]
+        others = [owner for owner in owners.get(conv.weight, ()) if owner != name]
+        if others:
             raise ValueError(
-                f"'{other}' and '{name}' share one kernel, but their branches would be separate. Leave one of them out "
-                f'of the prior, or use one module in both places.'
+                f"'{name}' and '{others[0]}' share one kernel, which branches would separate. Use one module in both "
+                f'places.'
             )
 
 

@@ -29,8 +29,8 @@ def check_vectors(
         source: File or repository that the vectors come from, for the error.
 
     Raises:
-        ValueError: If a branch is missing or left over, or a vector has a wrong shape, a NaN or infinite entry, or
-            only zeros.
+        ValueError: If a branch is missing or left over, or a vector has a wrong shape or a length of its own, a NaN or
+            infinite entry, or, unless it is an identity's, only zeros.
     """
     where = f"{source}: module '{module}'" if source else f"Module '{module}'"
     if expected is not None and set(vectors) != set(expected):
@@ -44,13 +44,14 @@ def check_vectors(
         if vector.ndim != 1 or (channels is not None and shape != (channels,)):
             wanted = f'({channels},)' if channels is not None else 'one dimension'
             raise ValueError(f"{where}: the scale of branch '{name}' has shape {shape}, expected {wanted}.")
+        channels = len(vector)
         # As they are kept.
         vector = vector.float()
         finite = torch.isfinite(vector)
         if not finite.all():
             bad = int((~finite).nonzero()[0])
             raise ValueError(f"{where}: the scale of branch '{name}' is {vector[bad].item()} at channel {bad}.")
-        if not vector.any():
+        if name != 'identity' and not vector.any():
             raise ValueError(f"{where}: the scale of branch '{name}' is all zeros: its weights would never train.")
 
 

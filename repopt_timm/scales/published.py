@@ -73,7 +73,11 @@ class PublishedScales:
     @property
     def is_cached(self) -> bool:
         """Whether it is in the cache, whole and unchanged."""
-        return self.path.is_file() and _digest(self.path) == self.sha256
+        try:
+            return self.path.is_file() and _digest(self.path) == self.sha256
+        except OSError:
+            # `cached_assets_path` makes folders.
+            return False
 
     @property
     def provenance(self) -> dict[str, Any]:

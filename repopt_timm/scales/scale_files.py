@@ -63,7 +63,8 @@ def read_scale_file(path: str | os.PathLike, architecture: str | None = None) ->
     order = list(geometry) if set(geometry) == set(modules) else sorted(modules, key=_depth_key)
     modules = {name: modules[name] for name in order}
     name = _network_of(checkpoint) or _infer(modules, architecture)
-    return Scales(name, modules, geometry, _counts_of(state_dict), provenance, source)
+    counts = {module: each for module, each in _counts_of(state_dict).items() if module in modules}
+    return Scales(name, modules, geometry, counts, provenance, source)
 
 
 def checkpoint_entry(scales: Scales) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from ..reparam import (
 )
 from ..reparam.branches import Branch
 from ..reparam.convolutions import conv_prior
-from ..reparam.initialization import check_network, scaled_convs, unwrap
+from ..reparam.initialization import check_geometry, check_network, scaled_convs
+from ..reparam.modules import modules_of, unwrap
 from ..reparam.prior import Prior
 from ..reparam.vectors import check_vectors, fingerprint
 
@@ -50,8 +51,8 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         source: File or repository that they were read from, for errors.
 
     Raises:
-        ValueError: If there are no scales, a vector is not finite or does not fit its geometry, a branch is unknown, or
-            geometry or counts belong to other modules.
+        ValueError: If there are no scales, a vector is not finite or does not fit its geometry, a branch is unknown,
+            geometry or counts belong to other modules, or the provenance is not JSON-serializable.
 
     Example:
         >>> scales = Scales.initial(timm.create_model('repopt_vgg_a0'))
@@ -76,7 +77,12 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         if geometry and set(geometry) != set(modules):
             odd = sorted(set(geometry) ^ set(modules))[0]
             raise ValueError(f"{where}: '{odd}' has scales or a geometry, expected both for each module, or none.")
-        self._provenance = json.dumps(dict(provenance or {}))
+        try:
+            self._provenance = json.dumps(dict(provenance or {}))
+        except TypeError as error:
+            raise ValueError(
+                f'{where}: the provenance cannot be stored: {error}. Give plain numbers and text.'
+            ) from None
         self._source = source
         self._modules = {
             module: {
@@ -84,6 +90,9 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
             }
             for module, vectors in _checked(modules, source)
         }
+        for module, branches in (counts or {}).items():
+            if not isinstance(branches, Mapping):
+                raise ValueError(f"{where}: the counts of '{module}' are {branches!r:.80}, expected {{branch: count}}.")
         self._counts = {
             module: {branch: (counts or {}).get(module, {}).get(branch, 1) for branch in vectors}
             for module, vectors in self._modules.items()
@@ -171,12 +180,8 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         """
         inner = unwrap(model)
         check_network(inner, self)
-        if twin_modules := {name: m for name, m in inner.named_modules() if isinstance(m, CSLAConv2d)}:
-            for name in {**twin_modules, **self}:
-                if name not in self or name not in twin_modules:
-                    raise ValueError(
-                        f"{self._source or 'The scales'} and the model differ: '{name}' is in one of them."
-                    )
+        if twin_modules := {name: m for name, m in modules_of(inner).items() if isinstance(m, CSLAConv2d)}:
+            self._check_twin(network_name(inner), twin_modules)
         else:
             scaled_convs(inner, self)
             self._check_complete(inner)
@@ -184,9 +189,21 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         modules = {module: self._modules[module] for module in geometry}
         return Scales(name, modules, geometry, self._counts, self.provenance, self._source)
 
+    def _check_twin(self, network: str, convs: Mapping[str, CSLAConv2d]) -> None:
+        source = self._source or 'The scales'
+        for name in {**convs, **self}:
+            if name not in convs:
+                raise ValueError(f"{source}: there are scales for '{name}', which {network} has no branches at.")
+            if name not in self:
+                raise ValueError(f"{source}: module '{name}' of {network} has no scales. Search it anew.")
+            if name in self._geometry:
+                check_geometry(name, self._geometry[name], convs[name], source)
+            conv = convs[name]
+            check_vectors(name, self._modules[name], conv.out_channels, conv.branch_counts, self._source)
+
     def _check_complete(self, model: nn.Module) -> None:
         """Checks scales that do not state their geometry against the prior that the model's convolutions carry."""
-        for name, module in model.named_modules():
+        for name, module in modules_of(model).items():
             prior = None if self._geometry else conv_prior(module)
             if prior is None:
                 continue
@@ -233,7 +250,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         """
         model = unwrap(model)
         modules: Mapping[str, Mapping[str, Tensor]] = twin_vectors(model)
-        counts = {name: m.branch_counts for name, m in model.named_modules() if isinstance(m, CSLAConv2d)}
+        counts = {name: m.branch_counts for name, m in modules_of(model).items() if isinstance(m, CSLAConv2d)}
         if not modules:
             carried = carried_scales(model)
             modules = {name: each.vectors for name, each in carried.items()}
@@ -296,8 +313,14 @@ def _check_branch(branch: str, count: int, shape: Geometry | None, where: str) -
         made = Branch.of(branch, shape.kernel_size if shape else (2**31 - 1, 2**31 - 1), count)
     except ValueError as error:
         raise ValueError(f'{where}: {error}') from None
-    if made.diagonal and shape is not None and shape.stride != (1, 1):
-        raise ValueError(f'{where}: an identity branch needs stride 1, but the convolution has {shape}.')
+    if made.diagonal and shape is not None:
+        # Any images may enter a network's first convolution.
+        alike = shape.in_channels in (None, shape.out_channels)
+        if shape.stride != (1, 1) or not alike:
+            raise ValueError(
+                f'{where}: an identity branch needs stride 1 and as many input as output channels, but the '
+                f'convolution has {shape}.'
+            )
 
 
 def _checked(modules: Mapping[str, Any], source: str) -> list[tuple[str, Mapping[str, Tensor]]]:

@@ -35,6 +35,7 @@ class Argument:
         const: Value of the flag without one.
         optional: Whether a config may set it to null although that is not the default.
         free: Whether a resumed run may change it without `--override`.
+        any_case: Whether capitals do not matter in a text, which is kept in lower case.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Argument:
     const: str | None = None
     optional: bool = False
     free: bool = False
+    any_case: bool = False
 
     @property
     def flag(self) -> str:
@@ -69,12 +71,14 @@ class Argument:
         if self.kind is str:
             return 'text'
         limits = [('at least', self.low), ('above', self.above), ('at most', self.high), ('below', self.below)]
-        limits_text = ' and '.join(f'{word} {limit:g}' for word, limit in limits if limit is not None)
-        what = 'whole number' if self.kind is int else 'finite number'
+        limits_text = ' and '.join(f'{word} {limit:.10g}' for word, limit in limits if limit is not None)
+        if self.low is not None and self.high is not None:
+            limits_text = f'from {self.low:.10g} to {self.high:.10g}'
+        article, what = ('an', 'integer') if self.kind is int else ('a', 'finite number')
         if self.count:
             counts = ' or '.join(str(count) for count in self.count) + ' ' if self.count != ANY_COUNT else ''
             return f'{counts}{what}s {limits_text}'.rstrip()
-        return f'a {what} {limits_text}'.rstrip()
+        return f'{article} {what} {limits_text}'.rstrip()
 
     def parse(self, text: Any, where: str) -> Any:
         """Converts what the command line gives: text, a list of texts, or the default of a flag.
@@ -83,7 +87,7 @@ class Argument:
             ValueError: If it is not a value of this argument.
         """
         if self.kind is dict:
-            return _pairs(text, self.expected, where)
+            return _pairs(text, where)
         if self.count:
             values = text if isinstance(text, list) else text.strip('()[] ').replace(',', ' ').split()
             return self.check([self._number(value) for value in values], where)
@@ -110,7 +114,7 @@ class Argument:
             where: What an error calls the argument.
 
         Returns:
-            The value; whole numbers as floats where those are asked for.
+            The value; integers as floats where those are asked for.
 
         Raises:
             ValueError: If it is not a value of this argument.
@@ -127,6 +131,8 @@ class Argument:
 
     def _one(self, item: Any, value: Any, where: str) -> Any:
         kind: Any = self.kind
+        if self.any_case and isinstance(item, str):
+            item = item.lower()
         if self.kind is float and isinstance(item, str):
             # YAML takes 4e-5 for text.
             item = self._number(item)
@@ -160,7 +166,7 @@ class Argument:
         return ValueError(f'{where} is {found if len(found) < 80 else found[:77] + "..."}, expected {self.expected}.')
 
 
-def _pairs(texts: Sequence[str] | dict[str, Any], expected: str, where: str) -> dict[str, Any]:
+def _pairs(texts: Sequence[str] | dict[str, Any], where: str) -> dict[str, Any]:
     if isinstance(texts, dict):
         return texts
     pairs: dict[str, Any] = {}

@@ -11,12 +11,15 @@ from pathlib import Path
 from ..commands import PROGRAM
 from ..files import write_text
 from ..models.initial_values import initial_values
+from ..names import ModelName
 from ..plot import plot_curves, plot_scales
 from ..scales import read_scale_file
 from .interruption import InterruptedRunError
 from .parsing import parse_arguments
 from .run import Result, prepare_device, train
-from .run_folder import SCALES_FILE
+from .run_folder import LAST_CHECKPOINT, SCALES_FILE
+from .run_model import find_variant
+from .schema import SEARCH_DEFAULTS
 from .validation import check_arguments
 
 __all__ = ['continuation', 'main', 'set_up_logging']
@@ -34,6 +37,8 @@ def main(argv: Sequence[str] | None = None, command: str = 'train') -> None:
     Raises:
         ValueError: If arguments do not go together, or the training diverges.
         FileNotFoundError: If a file that they name does not exist.
+        ImportError: If they need a package that is not installed.
+        OSError: If a checkpoint cannot be written.
         SystemExit: With 128 plus the signal's number if Ctrl-C or SIGTERM ended the run.
     """
     set_up_logging()
@@ -71,10 +76,17 @@ def continuation(program: Sequence[str], argv: Sequence[str], args: argparse.Nam
         args: The same, parsed.
         experiment: Name of the run's folder; empty if the arguments imply it.
     """
-    extra = [] if args.resume else ['--resume']
-    if experiment and args.resume in (None, 'auto') and not any(word.startswith('--exp') for word in argv):
-        extra += ['--experiment', experiment]
-    return shlex.join([*program, *argv, *extra])
+    words = [*program, *argv, *([] if args.resume else ['--resume'])]
+    if args.resume in (None, 'auto'):
+        if experiment and not any(word.startswith('--exp') for word in argv):
+            words += ['--experiment', experiment]
+    else:
+        # Not from where this call began.
+        last = str(Path(args.resume).with_name(LAST_CHECKPOINT))
+        for index, word in enumerate(words):
+            if word == args.resume or (word.startswith('--res') and word.endswith(f'={args.resume}')):
+                words[index] = word.removesuffix(args.resume) + last
+    return shlex.join(words)
 
 
 def _program() -> list[str]:
@@ -84,15 +96,18 @@ def _program() -> list[str]:
 def _search_and_train(args: argparse.Namespace) -> None:
     """Searches, trains the target with what was found, and writes a report."""
     check_arguments(args)
+    # Before the search, whose error would name another model.
+    find_variant(args.model)
     experiment = args.experiment or args.model
     folder = Path(args.output) / experiment
     search_kwargs = args.search_kwargs
     args.output, args.experiment, args.search_first, args.search_kwargs = str(folder), 'target', False, {}
     search_args = copy.deepcopy(args)
-    search_args.model, search_args.experiment, search_args.opt = f'{args.model.split(".")[0]}_hs', 'search', 'sgd'
+    search_args.model = ModelName.parse(args.model).of_kind('hs')
+    search_args.experiment, search_args.opt = 'search', 'sgd'
     # These are for the target.
     search_args.pretrained, search_args.initial_checkpoint, search_args.opt_kwargs = False, '', {}
-    vars(search_args).update(search_kwargs)
+    vars(search_args).update(SEARCH_DEFAULTS | search_kwargs)
 
     results = {'search': train(search_args)}
     args.scales = str(results['search'].folder / SCALES_FILE)

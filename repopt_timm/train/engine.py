@@ -5,7 +5,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .interruption import raise_if_interrupted
 from .loaders import Loaders
 
-__all__ = ['DivergedError', 'TrainState', 'evaluate', 'train_one_epoch', 'validate']
+__all__ = ['DivergedError', 'TrainState', 'evaluate', 'ranked', 'train_one_epoch', 'validate']
 
 _logger = logging.getLogger(__name__)
 
@@ -40,7 +40,8 @@ class TrainState:
         scheduler: timm scheduler of the learning rate; a function of epoch and history.
         ema: Moving average of the weights.
         scaler: Scaler of float16 gradients.
-        history: A row for each finished epoch: `epoch`, `lr`, `train_loss`, `eval_loss`, `eval_top1`, `eval_top5`.
+        history: A row for each finished epoch: `epoch`, `lr`, `train_loss`, `train_accuracy` of unmixed labels; if it
+            was validated `eval_loss`, `eval_top1`, `eval_top5`, and with a moving average the model's own `eval_raw_*`.
         start: When this process began to train, by `time.perf_counter`.
         first_epoch: Index of the epoch that it began with.
     """
@@ -62,6 +63,12 @@ class TrainState:
             total: Epochs that it has.
         """
         return (time.perf_counter() - self.start) / (done - self.first_epoch) * (total - done)
+
+
+def ranked(history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the rows of validated epochs, the best first; those that are not finite are left out."""
+    rows = [row for row in history if 'eval_top1' in row and all(map(math.isfinite, row.values()))]
+    return sorted(rows, key=lambda row: (-row['eval_top1'], row['epoch']))
 
 
 class _Progress:
@@ -198,8 +205,18 @@ def validate(
 ) -> dict[str, float]:
     """Evaluates a model.
 
+    Args:
+        model: The model.
+        loader: Where batches of images and labels come from.
+        autocast: Makes the context of the forward pass.
+        title: What the progress is called.
+        args: Arguments of the run.
+
     Returns:
         `loss` (cross entropy), `top1` and `top5` in percent; `top5` is over as many classes as there are if fewer.
+
+    Raises:
+        InterruptedRunError: If a signal asked the run to end; after a whole batch.
     """
     model.eval()
     progress = _Progress(title, len(loader), args)
@@ -225,9 +242,10 @@ def _check_finite(
 ) -> None:
     if math.isfinite(sums[0].item()):
         return
+    steps = f'between steps {first + 1} and {last + 1}' if first < last else f'at step {last + 1}'
     raise DivergedError(
-        f'The training loss of epoch {epoch + 1} of {args.total_epochs} is not finite since one of the steps '
-        f'{first + 1} to {last + 1}, at learning rate {optimizer.param_groups[0]["lr"]:g}.'
+        f'The training loss of epoch {epoch + 1} of {args.total_epochs} became non-finite {steps}, at learning rate '
+        f'{optimizer.param_groups[0]["lr"]:g}.'
     )
 
 
@@ -257,7 +275,23 @@ def _reduce(sums: Tensor, args: argparse.Namespace) -> Tensor:
 def evaluate(
     state: TrainState, loader: Any, autocast: Callable, epoch: int, updates: int, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Evaluates the model; if the run averages its weights the average, and the model as `eval_raw_*`."""
+    """Evaluates the model of a run after an epoch.
+
+    Args:
+        state: State of the run.
+        loader: Where batches of images and labels come from.
+        autocast: Makes the context of the forward pass.
+        epoch: Index of the epoch.
+        updates: Steps of the optimizer in an epoch.
+        args: Arguments of the run.
+
+    Returns:
+        What `validate` returns, as `eval_*`: of the average of the weights if the run keeps one, and then of the model
+        itself as `eval_raw_*`.
+
+    Raises:
+        InterruptedRunError: If a signal asked the run to end; after a whole batch.
+    """
     title = f'epoch {epoch + 1}/{args.total_epochs} validation'
     if args.distributed and args.dist_bn:
         distribute_bn(state.model, args.world_size, args.dist_bn == 'reduce')

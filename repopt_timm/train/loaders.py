@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 
-from ..datasets import check_same_classes, open_folder, read_class_map
+from ..datasets import COLOR_MODES, check_same_classes, open_folder, read_class_map
 from ..errors import explaining
 from ..files import replacing
 from .selection import select_images
 
-__all__ = ['Loaders', 'make_datasets', 'make_loaders', 'write_digits']
+__all__ = ['Loaders', 'image_folder', 'make_datasets', 'make_loaders', 'write_digits']
 
 _DIGITS = 'digits'
+_DIGITS_FOLDER = 'output/digits'
 _DONE = 'complete'
 
 
@@ -36,6 +37,13 @@ class Loaders:
     collate_mixup: FastCollateMixup | None
 
 
+def image_folder(args: argparse.Namespace) -> str | None:
+    """Returns the folder of images that a run reads; None if its dataset is of another kind."""
+    if args.dataset == _DIGITS:
+        return args.data_dir or _DIGITS_FOLDER
+    return None if args.dataset else args.data_dir
+
+
 def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
     """Makes training and validation set.
 
@@ -45,7 +53,7 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
     """
     name, root = args.dataset, args.data_dir
     if name == _DIGITS:
-        name, root = '', root or 'output/digits'
+        name, root = '', root or _DIGITS_FOLDER
         write_digits(root)
     channels = args.in_chans or (args.input_size[0] if args.input_size else 3)
     common = {
@@ -53,7 +61,7 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
         'download': args.dataset_download,
         'batch_size': args.batch_size,
         'seed': args.seed,
-        'input_img_mode': args.input_img_mode or ('L' if channels == 1 else 'RGB'),
+        'input_img_mode': args.input_img_mode or COLOR_MODES[channels],
         'input_key': args.input_key,
         'target_key': args.target_key,
     }

@@ -4,7 +4,12 @@ import argparse
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from ..files import write_text
+
 __all__ = ['make_loggers']
+
+# The id of the run there, for a resumed run to go on with.
+_WANDB_FILE = 'wandb_id.txt'
 
 Logger = Callable[[Mapping[str, float]], None]
 
@@ -47,5 +52,10 @@ def _wandb(args: argparse.Namespace, folder: Path) -> Logger:
     if wandb.run is not None:
         # Of a search before this training, into which its numbers would go.
         wandb.finish()
-    run = wandb.init(project='repopt-timm', name=folder.name, dir=str(folder), config=vars(args), resume='allow')
+    path = folder / _WANDB_FILE
+    known = path.read_text(encoding='utf-8').strip() if path.is_file() else None
+    run = wandb.init(
+        project='repopt-timm', name=folder.name, dir=str(folder), config=vars(args), id=known, resume='allow'
+    )
+    write_text(path, f'{run.id}\n')
     return lambda row: run.log(dict(row), step=row['epoch'])

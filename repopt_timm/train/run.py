@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import safe_model_name
+from timm.models import model_parameters, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, init_distributed_device, random_seed, unwrap_model
@@ -40,6 +40,7 @@ from .run_checkpoints import (
 from .run_folder import ARGUMENTS_FILE, DIVERGED_FILE, LAST_CHECKPOINT, note_time, run_folder
 from .run_model import choose_scales, find_variant, is_target, make_model, scales_of_run, wrap
 from .run_report import write_report
+from .schedule import choose_warmup, replay_schedule
 from .searched_scales import note_movement, save_searched
 from .validation import check_arguments, check_classes, check_device_name, check_images, check_model
 
@@ -84,6 +85,7 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
     Raises:
         ValueError: If arguments do not go together.
         FileNotFoundError: If a file that they name does not exist.
+        ImportError: If they need a package that is not installed.
         OSError: If a checkpoint cannot be written.
         InterruptedRunError: If Ctrl-C or SIGTERM ended it.
     """
@@ -93,6 +95,7 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
     variant, saved_args = find_variant(args.model)
     _resolve(args, variant, saved_args)
     folder = _folder(args)
+    choose_warmup(args, folder)
     if make is None:
         choose_scales(args, variant, folder)
     datasets = make_datasets(args)
@@ -155,7 +158,7 @@ def _train_in(
     """Resumes a run in its folder, if asked to, and trains its epochs."""
     saver = CheckpointSaver(folder, args, args.checkpoint_hist)
     source = _resume(folder, args, state)
-    _replay_schedule(state, updates)
+    replay_schedule(state, updates)
     loss_fn = _make_loss(args).to(args.device)
     primary = args.rank == 0
     if primary:
@@ -337,12 +340,13 @@ def _make_clip(args: argparse.Namespace, model: nn.Module, optimizer: torch.opti
     if args.clip_grad is None:
         return None
     base = getattr(optimizer, '_base_optimizer', optimizer)
-    parameters = list(model.parameters())
     if not isinstance(base, (RepOptSGD, RepOptAdamW)):
+        # Adaptive clipping is not for the classifier (arXiv 2102.06171).
+        parameters = list(model_parameters(model, exclude_head=args.clip_mode == 'agc'))
         return partial(dispatch_clip_grad, parameters, args.clip_grad, mode=args.clip_mode)
     # The CSLA norm is that of SGD's Grad Mults, whatever the optimizer.
     mults = base.grad_mults if isinstance(base, RepOptSGD) else make_grad_mults(model)
-    return partial(clip_grad_norm_, parameters, args.clip_grad, mults)
+    return partial(clip_grad_norm_, list(model.parameters()), args.clip_grad, mults)
 
 
 def _precision(
@@ -361,15 +365,6 @@ def _make_loss(args: argparse.Namespace) -> nn.Module:
     if mixed:
         return SoftTargetCrossEntropy()
     return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
-
-
-def _replay_schedule(state: TrainState, updates_per_epoch: int) -> None:
-    # The schedule is a function of epochs and metrics, so going through them again restores it.
-    if state.scheduler is None:
-        return
-    for row in state.history:
-        state.scheduler.step_update((row['epoch'] + 1) * updates_per_epoch)
-        state.scheduler.step(row['epoch'] + 1, row.get('eval_top1'))
 
 
 def _start_epoch(epoch: int, loaders: Any, args: argparse.Namespace) -> None:

@@ -4,7 +4,6 @@ import argparse
 import csv
 import io
 import logging
-import math
 import os
 import shutil
 from collections.abc import Iterable
@@ -20,12 +19,13 @@ from torch import nn
 from ..checkpoints.read import read_checkpoint
 from ..files import replacing, write_text
 from ..reparam import carried_scales, kind_of
+from ..reporting import package_versions
 from ..scales import Scales
 from ..scales.scale_files import CHECKPOINT_KEY, checkpoint_entry
 from ..sources import IMPLIED
 from ..trained_scales import IMPLIED_KEY
 from ..weights_origin import origin_of
-from .engine import TrainState
+from .engine import TrainState, ranked
 from .run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, SUMMARY_FILE
 from .schema import ARGUMENTS
 
@@ -103,19 +103,18 @@ class CheckpointSaver:
         if epoch in kept:
             _duplicate(source, self._path(epoch))
         best = self.folder / BEST_CHECKPOINT
-        if not kept:
-            best.unlink(missing_ok=True)
-        elif self._path(kept[0]).exists():
+        if kept:
             _duplicate(self._path(kept[0]), best)
+        else:
+            best.unlink(missing_ok=True)
         self._write_summary(history)
         self._remove_others(kept)
 
     def _kept(self, history: list[dict[str, Any]]) -> list[int]:
-        """Returns the epochs of the best checkpoints, the best first; what is not finite is not among them."""
-        rows = [row for row in history if 'eval_top1' in row and _is_finite(row)]
-        return [row['epoch'] for row in sorted(rows, key=lambda row: (-row['eval_top1'], row['epoch']))][
-            : self.max_history
-        ]
+        """Returns the epochs of the best checkpoints, the best first: of those in the folder, and of the last epoch."""
+        epochs = [row['epoch'] for row in ranked(history)]
+        last = history[-1]['epoch']
+        return [epoch for epoch in epochs if epoch == last or self._path(epoch).exists()][: self.max_history]
 
     def _write_summary(self, history: list[dict[str, Any]]) -> None:
         columns = list(dict.fromkeys(name for row in history for name in row))
@@ -133,10 +132,6 @@ class CheckpointSaver:
 
     def _path(self, epoch: int) -> Path:
         return self.folder / f'checkpoint-{epoch}.pth.tar'
-
-
-def _is_finite(row: dict[str, Any]) -> bool:
-    return all(math.isfinite(value) for value in row.values())
 
 
 class _RecordingFile:
@@ -321,8 +316,7 @@ def scales_fingerprint(model: Any) -> str | None:
 
 def versions() -> dict[str, str]:
     """Returns the versions of the packages that a training depends on."""
-    # As plain text, which torch.load restores without running code.
-    return {package.__name__: str(package.__version__) for package in (torch, torchvision, timm)}
+    return package_versions(torch, torchvision, timm)
 
 
 def restore(state: TrainState, checkpoint: dict[str, Any], source: str, override: bool = False) -> None:
@@ -368,8 +362,11 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], 
         )
     try:
         optimizer.load_state_dict(saved)
-    except (KeyError, RuntimeError, TypeError) as error:
-        raise ValueError(f"'{source}' has the state of another optimizer: {error}.") from None
+    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"'{source}' has the state of another optimizer: {error}. Resume with the arguments of that run, or start "
+            f'a new one with --initial-checkpoint.'
+        ) from None
     if override:
         for group, values in zip(optimizer.param_groups, wanted):
             group.update(values)

@@ -6,7 +6,9 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+import yaml
 
 try:
     import fcntl
@@ -26,6 +28,7 @@ __all__ = [
     'is_busy',
     'note_time',
     'run_folder',
+    'saved_argument',
 ]
 
 ARGUMENTS_FILE = 'args.yaml'
@@ -63,14 +66,26 @@ def run_folder(folder: Path) -> Iterator[None]:
 
 def is_busy(folder: Path) -> bool:
     """Returns whether another process trains in a run's folder."""
-    if fcntl is None or not (folder / _LOCK_FILE).exists():
+    if fcntl is None:
         return False
-    with open(folder / _LOCK_FILE, 'a+') as lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            return isinstance(error, BlockingIOError | PermissionError)
+    try:
+        with open(folder / _LOCK_FILE) as lock:
+            # Shared, for which one need not be allowed to write the file.
+            fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        # Either is a lock of another process, but with its name it is a file that may not be read.
+        return isinstance(error, BlockingIOError | PermissionError) and error.filename is None
     return False
+
+
+def saved_argument(folder: Path, name: str, kind: type) -> Any:
+    """Returns what `args.yaml` in a run's folder says of an argument; None if there is nothing of this kind."""
+    try:
+        saved = yaml.safe_load((folder / ARGUMENTS_FILE).read_text(encoding='utf-8'))
+    except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError):
+        return None
+    found = saved.get(name) if isinstance(saved, dict) else None
+    return found if isinstance(found, kind) else None
 
 
 def note_time(folder: Path, epoch: int, seconds: float) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import timm
 import torch
-import yaml
 from timm.models import parse_model_name
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
@@ -25,7 +24,7 @@ from ..sources import ScalesSource, default_scales
 from ..trained_scales import named_scales, trained_with
 from ..weights_origin import forget_origin, merged_from, restore_origin
 from .run_checkpoints import load_weights
-from .run_folder import ARGUMENTS_FILE
+from .run_folder import ARGUMENTS_FILE, saved_argument
 
 __all__ = ['choose_scales', 'find_variant', 'is_target', 'make_model', 'scales_of_run', 'wrap']
 
@@ -72,7 +71,7 @@ def choose_scales(args: argparse.Namespace, variant: str, folder: Path) -> None:
     if args.scales or not is_target(variant) or not _multiplies(args):
         return
     if args.resume and (folder / ARGUMENTS_FILE).is_file():
-        args.scales = _saved_scales(folder / ARGUMENTS_FILE)
+        args.scales = saved_argument(folder, 'scales', str)
         return
     if args.initial_checkpoint:
         with explaining(f"'{args.initial_checkpoint}' does not hold weights"):
@@ -82,15 +81,6 @@ def choose_scales(args: argparse.Namespace, variant: str, folder: Path) -> None:
     if args.scales and args.rank == 0:
         what = 'the unsearched values, ' if args.scales == 'initial' else ''
         _logger.info(f'Without --scales this run uses {what}--scales {args.scales}.')
-
-
-def _saved_scales(path: Path) -> str | None:
-    try:
-        saved = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (yaml.YAMLError, UnicodeDecodeError):
-        return None
-    found = saved.get('scales') if isinstance(saved, dict) else None
-    return found if isinstance(found, str) else None
 
 
 def _multiplies(args: argparse.Namespace) -> bool:

@@ -17,8 +17,10 @@ from ..plot import plot_curves, plot_scales
 from ..reparam import kind_of
 from ..reporting import markdown_table
 from ..scales import Scales, scales_table
+from .engine import ranked
+from .loaders import image_folder
 from .run_checkpoints import versions
-from .run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, SCALES_FILE
+from .run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, SCALES_FILE
 
 __all__ = ['write_report']
 
@@ -42,15 +44,17 @@ def write_report(
     """
     scales, started = _scales_of(model)
     drawn = _draw(folder, args.model, history, scales, started)
-    best = max((row for row in history if 'eval_top1' in row), key=lambda row: row['eval_top1'])
+    best = ''.join(f', at best {row["eval_top1"]:.2f} % after epoch {row["epoch"] + 1}' for row in ranked(history)[:1])
+    # `train` does not repeat a run of `qat`, and the other commands take no quantized network.
+    quantized = hasattr(args, 'quantization')
+    again = f'{PROGRAM} train -c {shlex.quote(str(folder / ARGUMENTS_FILE))} --experiment again'
     sections = [
         f'# {folder.name}',
         f'`{args.model}` with `{args.opt}` on {args.dataset or Path(args.data_dir).name}: top-1 '
-        f'{history[-1]["eval_top1"]:.2f} % after {len(history)} epochs, at best {best["eval_top1"]:.2f} % after epoch '
-        f'{best["epoch"] + 1}; the last call took {seconds:.0f} s.',
-        '## Command',
-        _shell(f'{PROGRAM} train -c {shlex.quote(str(folder / ARGUMENTS_FILE))} --experiment again'),
-        f'`{ARGUMENTS_FILE}` holds all arguments. Versions: {", ".join(f"{k} {v}" for k, v in versions().items())}.',
+        f'{history[-1]["eval_top1"]:.2f} % after {len(history)} epochs{best}; the last call took {seconds:.0f} s.',
+        *([] if quantized else ['## Command', _shell(again)]),
+        f'`{ARGUMENTS_FILE}` holds all arguments{" of the training" * quantized}. Versions: '
+        f'{", ".join(f"{k} {v}" for k, v in versions().items())}.',
         '## Curves',
         *(['![Training loss and accuracy against epochs](curves.png)'] if drawn else []),
         _rows(history),
@@ -58,7 +62,7 @@ def write_report(
     if scales is not None:
         sections += ['## Scales', f'Fingerprint `{scales.fingerprint}`.', _compared(scales, started)]
         sections += ['![Scales against depth, and what they start from](scales.png)'] if drawn else []
-    sections += ['## Next', _shell(*_next(folder, args, kind_of(model)))]
+    sections += ['## Next', _shell(*_next(folder, args, 'quantized' if quantized else kind_of(model)))]
     write_text(folder / _REPORT_FILE, '\n\n'.join(sections) + '\n')
     _logger.info(f'Report: {folder / _REPORT_FILE}')
 
@@ -113,20 +117,23 @@ def _compared(scales: Scales, started: Scales | None) -> str:
 
 
 def _next(folder: Path, args: argparse.Namespace, kind: str) -> list[str]:
-    checkpoint = shlex.quote(str(folder / BEST_CHECKPOINT))
-    data = shlex.quote(args.data_dir or 'DIR')
+    best = folder / BEST_CHECKPOINT
+    checkpoint = shlex.quote(str(best if best.exists() else folder / LAST_CHECKPOINT))
     check = f'{PROGRAM} doctor {shlex.quote(str(folder))}'
+    if kind == 'quantized':
+        return [check]
     if kind == 'hs':
         target = ModelName.parse(args.model).of_kind('target')
         scales = shlex.quote(str(folder / SCALES_FILE))
-        where = f'--dataset {shlex.quote(args.dataset)}' if args.dataset else data
+        given = {'--dataset': args.dataset, '--data-dir': args.data_dir}
+        where = ' '.join(f'{flag} {shlex.quote(value)}' for flag, value in given.items() if value)
         return [f'{PROGRAM} train {where} --model {target} --scales {scales}', f'{PROGRAM} scales show {scales}', check]
-    return [
-        f'{PROGRAM} predict IMAGE --model {checkpoint}',
-        f'{PROGRAM} quantize {checkpoint} --data {data} --out {shlex.quote(str(folder / "int8.onnx"))}',
-        f'{PROGRAM} push {checkpoint} USER/REPO',
-        check,
-    ]
+    lines = [f'{PROGRAM} predict IMAGE --model {checkpoint}', f'{PROGRAM} push {checkpoint} USER/REPO', check]
+    if (images := image_folder(args)) is not None:
+        out = shlex.quote(str(folder / 'int8.onnx'))
+        split = '' if args.train_split == 'train' else f' --split {shlex.quote(args.train_split)}'
+        lines.insert(1, f'{PROGRAM} quantize {checkpoint} --data {shlex.quote(images)}{split} --out {out}')
+    return lines
 
 
 def _shell(*lines: str) -> str:

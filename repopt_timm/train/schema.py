@@ -5,10 +5,13 @@ Names and defaults are those of timm's training script, unless the help says oth
 
 from .argument import ANY_COUNT, Argument
 
-__all__ = ['ARGUMENTS', 'SECTIONS']
+__all__ = ['ARGUMENTS', 'INTERPOLATIONS', 'SEARCH_DEFAULTS', 'SECTIONS']
+
+SEARCH_DEFAULTS = {'weight_decay': 4e-5}
+"""Of a search, unless `--search-kwargs` say otherwise: strongly decayed identities leave targets that learn slowly."""
 
 _POOLS = ('avg', 'max', 'avgmax', 'catavgmax')
-_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
 _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'constant', 'plateau', 'poly', 'wsd', 'rsqrt', 'none')
 _PAIR = (2,)
 _MODES = ('1', 'L', 'LA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'I', 'F')
@@ -102,7 +105,7 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
         Argument('crop_pct', float, None, 'center crop percent, for validation', above=0, high=1, free=True),
         Argument('mean', float, None, 'mean pixel value', count=(1, 2, 3, 4)),
         Argument('std', float, None, 'standard deviation of pixel values', above=0, count=(1, 2, 3, 4)),
-        Argument('interpolation', str, '', 'resize interpolation', choices=('', *_INTERPOLATIONS), free=True),
+        Argument('interpolation', str, '', 'resize interpolation', choices=('', *INTERPOLATIONS), free=True),
         Argument('batch_size', int, 128, 'batch size of each process', low=1, short='-b'),
         Argument('validation_batch_size', int, None, 'batch size for validation', low=1, short='-vb', free=True),
         Argument('channels_last', bool, False, 'channels_last memory layout', free=True),
@@ -117,7 +120,9 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
         Argument('amp_dtype', str, 'float16', 'lower precision of --amp', choices=('float16', 'bfloat16')),
     ),
     'Optimizer': (
-        Argument('opt', str, None, 'optimizer. Defaults to repopt_sgd for a RepOpt-VGG target, else sgd'),
+        Argument(
+            'opt', str, None, 'optimizer. Defaults to repopt_sgd for a RepOpt-VGG target, else sgd', any_case=True
+        ),
         Argument('opt_eps', float, None, 'epsilon of the optimizer', low=0),
         Argument('opt_betas', float, None, 'betas of the optimizer', low=0, high=1, count=(2, 3)),
         Argument('momentum', float, 0.9, 'momentum', low=0, below=1),
@@ -156,7 +161,7 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
         Argument('warmup_lr', float, 1e-5, 'learning rate that the warm-up starts from', low=0),
         Argument('min_lr', float, 0.0, 'lower bound of the learning rate', low=0),
         Argument('epochs', int, 300, 'number of epochs', low=1, free=True),
-        Argument('warmup_epochs', int, 5, 'epochs of warm-up', low=0),
+        Argument('warmup_epochs', int, None, 'epochs of warm-up. Defaults to a fifth of --epochs, 5 at most', low=0),
         Argument('cooldown_epochs', int, 0, 'epochs at the lowest learning rate, after the schedule', low=0, free=True),
         Argument('decay_epochs', float, 90.0, 'interval of the step schedule', above=0),
         Argument('decay_milestones', int, [90, 180, 270], 'epochs of the multistep schedule', low=1, count=ANY_COUNT),
@@ -188,7 +193,7 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
             str,
             'random',
             'interpolation of training images',
-            choices=('random', *_INTERPOLATIONS),
+            choices=('random', *INTERPOLATIONS),
         ),
         Argument('drop', float, 0.0, 'dropout rate of the classifier', low=0, below=1),
     ),
@@ -237,7 +242,7 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
             'search_kwargs',
             dict,
             {},
-            'arguments of the search that differ, such as data_dir=... epochs=... lr=...',
+            'arguments of the search that differ, such as data_dir=... epochs=...; weight_decay defaults to 4e-5',
             metavar='K=V',
             free=True,
         ),

@@ -63,7 +63,7 @@ def save_searched(
 
 
 def note_movement(model: nn.Module) -> None:
-    """Says if the scales that a plain network carries are about the initial values."""
+    """Says if the scales that a plain network carries are close to the initial values."""
     try:
         used = Scales.from_model(model)
         moved = movement([used], Scales.initial(model))
@@ -72,5 +72,6 @@ def note_movement(model: nn.Module) -> None:
         return
     if moved.hardly:
         _logger.info(
-            f'These scales are about where a search starts: {moved}. Expect what --scales initial gives ({WORTH}).'
+            f'These scales are close to the values that a search starts from: {moved}. Expect what --scales initial '
+            f'gives ({WORTH}).'
         )

@@ -78,15 +78,19 @@ def select_images(train: Any, validation: Any, held_out_from: Any, args: argpars
     if isinstance(train, IterableDataset):
         raise ValueError('--train-images, --holdout and --cache-images need images that are not streamed. Remove them.')
     count = len(train)
-    if args.train_images and args.train_images > count:
-        raise ValueError(f'--train-images is {args.train_images}, but there are {count} training images.')
     order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED)).tolist()
     held_out = round(args.holdout * count)
     if args.holdout and not 0 < held_out < count:
         raise ValueError(f'--holdout is {args.holdout:g} of {count} training images, which leaves one part empty.')
-    chosen = order[: min(args.train_images or count, count - held_out)]
+    left = count - held_out
+    if args.train_images and args.train_images > left:
+        beside = f' beside the {held_out} of --holdout' if held_out else ''
+        raise ValueError(
+            f'--train-images is {args.train_images}, but there are {left} training images{beside}: lower it.'
+        )
+    chosen = order[: args.train_images or left]
     if held_out:
-        validation = SelectedImages(held_out_from, sorted(order[count - held_out :]), args.cache_images)
+        validation = SelectedImages(held_out_from, sorted(order[left:]), args.cache_images)
     elif args.cache_images:
         validation = SelectedImages(validation, range(len(validation)), True)
     return SelectedImages(train, sorted(chosen), args.cache_images), validation

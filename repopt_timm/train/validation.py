@@ -17,8 +17,10 @@ from timm.data.auto_augment import augment_and_mix_transform, auto_augment_trans
 from timm.models import parse_model_name
 from timm.optim import get_optimizer_info, list_optimizers
 
+from ..datasets import COLOR_MODES
 from ..errors import explaining
-from ..names import ModelName
+from ..models import ensure_registered
+from ..names import PREFIX, ModelName
 
 __all__ = ['check_arguments', 'check_classes', 'check_device_name', 'check_images', 'check_model']
 
@@ -34,7 +36,6 @@ _OPTIMIZER_FLAGS = {
     'layer_decay': 'layer-decay',
 }
 _MOST_NAMES = 20
-_COLOR_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -117,17 +118,17 @@ def _check_channels(args: argparse.Namespace) -> None:
     if size and args.img_size and size[1:] != [args.img_size] * 2:
         raise ValueError(f'--img-size is {args.img_size} and --input-size {size}: give one of them.')
     channels = channels or (size[0] if size else 3)
-    if channels not in _COLOR_MODES:
+    if channels not in COLOR_MODES:
         raise ValueError(f'--input-size has {channels} channels, expected 1 to 4, which images can have.')
     if args.input_img_mode:
         bands = len(ImageMode.getmode(args.input_img_mode).bands)
         if bands != channels:
             raise ValueError(
                 f'--input-img-mode {args.input_img_mode} has {bands} channels and the model {channels}: choose '
-                f'--input-img-mode {_COLOR_MODES[channels]} or --in-chans {bands}.'
+                f'--input-img-mode {COLOR_MODES[channels]} or --in-chans {bands}.'
             )
     elif channels in (2, 4):
-        raise ValueError(f'Images of {channels} channels need --input-img-mode, such as {_COLOR_MODES[channels]}.')
+        raise ValueError(f'Images of {channels} channels need --input-img-mode, such as {COLOR_MODES[channels]}.')
     for name in ('mean', 'std'):
         values = getattr(args, name)
         if values and len(values) not in (1, channels):
@@ -182,23 +183,23 @@ def _check_device(args: argparse.Namespace) -> None:
 
 
 def check_device_name(name: str | None) -> None:
-    """Checks that a device exists.
+    """Checks that a device exists and has float64.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If not.
     """
     if name is None:
         return
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device is '{name}', expected cpu, cuda, cuda:1, mps and the like.") from None
+        raise ValueError(f"--device is '{name}', expected cpu, cuda, cuda:1 and the like.") from None
+    if device.type == 'mps':
+        raise ValueError(f"--device is '{name}', which has no float64 to sum in. Try --device cpu.")
     if device.type == 'cpu':
         available = (device.index or 0) == 0
     elif device.type == 'cuda':
         available = torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()
-    elif device.type == 'mps':
-        available = torch.backends.mps.is_available()
     else:
         available = getattr(getattr(torch, device.type, None), 'is_available', lambda: False)()
     if not available:
@@ -234,8 +235,9 @@ def _check_model(args: argparse.Namespace) -> None:
 def _check_optimizer(args: argparse.Namespace) -> None:
     if args.opt is None:
         return
-    name = args.opt.lower().removeprefix('lookahead_')
-    known = {*map(str, list_optimizers()), *_REPOPT}
+    name = args.opt.removeprefix('lookahead_')
+    # One name each, of the two that the factory knows.
+    known = {*map(str, list_optimizers()), *_REPOPT} - {each.replace('_', '') for each in _REPOPT}
     if name not in known:
         raise _unknown('--opt', args.opt, known)
     opt_class: Any = get_optimizer_info(name.replace('_', '')).opt_class
@@ -248,7 +250,7 @@ def _check_optimizer(args: argparse.Namespace) -> None:
     accepted = {*_parameters(opt_class), *_parameters(timm.optim.create_optimizer_v2)} - {'self', 'kwargs'}
     for key in args.opt_kwargs:
         if key not in accepted and key != 'grad_mults':
-            raise _unknown(f'--opt-kwargs: {args.opt} has no argument', key, accepted - {'model_or_params', 'params'})
+            raise _unknown(f'--opt-kwargs of {args.opt}:', key, accepted - {'model_or_params', 'params'})
         if key in _OPTIMIZER_FLAGS:
             raise ValueError(f'--opt-kwargs has {key}, which has a flag of its own: --{_OPTIMIZER_FLAGS[key]}.')
         if key in ('params', 'model_or_params', 'opt'):
@@ -263,6 +265,8 @@ def _check_optimizer(args: argparse.Namespace) -> None:
 def _check_schedule(args: argparse.Namespace) -> None:
     if args.decay_milestones != sorted(set(args.decay_milestones)):
         raise ValueError(f'--decay-milestones are {args.decay_milestones}, expected rising epochs.')
+    if args.sched == 'plateau' and args.sched_on_updates:
+        raise ValueError('--sched plateau waits for the accuracy of an epoch: remove --sched-on-updates.')
     if args.lr is not None and args.min_lr > args.lr:
         raise ValueError(f'--min-lr is {args.min_lr} and --lr {args.lr}, expected a lower bound: lower --min-lr.')
 
@@ -291,16 +295,24 @@ def _check_search(args: argparse.Namespace) -> None:
         return
     if args.scales:
         raise ValueError('--search-first searches the scales itself, so it does not go with --scales.')
+    name = ModelName.parse(args.model)
+    if parse_model_name(args.model)[0] is not None or name.kind != 'target' or PREFIX not in name.architecture:
+        target = name.architecture if PREFIX in name.architecture else PREFIX + name.architecture
+        ensure_registered(target)
+        raise ValueError(
+            f"--model is '{args.model}', which --search-first has no search for, expected the name of a target, such "
+            f'as {target if timm.is_model(target) else "repopt_vgg_a0"}.'
+        )
     if args.resume and args.resume != 'auto':
         raise ValueError('--search-first is continued with --resume alone: it finds out itself how far it got.')
     for key in ('search_first', 'search_kwargs', 'model', 'scales', 'resume', 'output', 'experiment', 'debug'):
         if key in args.search_kwargs:
             raise ValueError(f"--search-kwargs: '{key}' cannot differ in the search; remove it.")
-    sgd = any(name in (args.opt or 'sgd').lower() for name in ('sgd', 'momentum', 'nesterov'))
-    if not sgd and 'opt' not in args.search_kwargs and not {'lr', 'weight_decay'} <= set(args.search_kwargs):
+    sgd = any(name in (args.opt or 'sgd') for name in ('sgd', 'momentum', 'nesterov'))
+    if not sgd and not {'opt', 'lr'} & set(args.search_kwargs):
         raise ValueError(
-            f'The search uses SGD, which the learning rate and weight decay of {args.opt} do not suit. Give it its '
-            f'own, such as --search-kwargs lr=0.1 weight_decay=4e-5.'
+            f'The search uses SGD, which the learning rate of {args.opt} does not suit. Give it its own, such as '
+            f'--search-kwargs lr=0.1.'
         )
 
 
@@ -332,7 +344,7 @@ def check_images(datasets: tuple[Any, Any], input_size: tuple[int, ...]) -> None
         if len(image) != input_size[0]:
             raise ValueError(
                 f'The {split} images have {len(image)} channels and the model {input_size[0]}: give --in-chans '
-                f'{len(image)}, or --input-img-mode {_COLOR_MODES.get(input_size[0], "")}.'
+                f'{len(image)}, or --input-img-mode {COLOR_MODES.get(input_size[0], "")}.'
             )
 
 

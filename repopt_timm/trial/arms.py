@@ -73,7 +73,7 @@ def target_name(model: str) -> str:
     full = model if PREFIX in model else PREFIX + model
     ensure_registered(full)
     if not timm.is_model(full):
-        raise ValueError(f"timm does not know a model '{full}', expected such as repopt_vgg_a0 or resnet18.")
+        raise ValueError(f"timm does not know a model '{full}'; expected a name such as repopt_vgg_a0 or resnet18.")
     return full
 
 

@@ -9,13 +9,11 @@ from ..plot import save_figure, subplots
 from ..reporting import markdown_table
 from .arms import in_order
 from .intervals import Interval
-from .results import ArmResult, TrialResult, paired
+from .results import SAME_TIME, ArmResult, TrialResult, paired
 from .trial_pictures import colors_of
-from .verdict import interval_text, verdict
+from .verdict import accuracy_text, interval_text, verdict
 
 __all__ = ['combined_report', 'draw_trials']
-
-_SAME_TIME = 1.05
 
 # A marker and a line for each number of epochs.
 _STYLES = ('o-', 's--', '^:', 'D-.')
@@ -74,9 +72,6 @@ def _rows(trials: Sequence[TrialResult]) -> list[_Row]:
 
 def _cells(row: _Row) -> list[str]:
     trial, arm = row
-    accuracy = interval_text(row.mean, sign=False)
-    if arm.hopeless or arm.diverged:
-        accuracy += ', diverged: ' + ('all' if arm.hopeless else str(len(arm.diverged)))
     return [
         trial.folder.name,
         str(trial.convolutions or '-'),
@@ -84,7 +79,7 @@ def _cells(row: _Row) -> list[str]:
         arm.name,
         '-' if arm.choice.best is None else f'{arm.choice.best:g}',
         str(len(arm.top1)),
-        accuracy,
+        accuracy_text(arm),
         '' if arm is trial.reference else interval_text(trial.difference(arm.name)),
         '-' if math.isnan(row.seconds) else f'{row.seconds:.0f} s',
     ]
@@ -105,7 +100,7 @@ def _equal_times(trials: Sequence[TrialResult]) -> Iterator[str]:
                 if row.arm.name == name != slowest.arm.name
                 and row.trial.convolutions == trial.convolutions
                 and row.epochs > slowest.epochs
-                and row.seconds <= slowest.seconds * _SAME_TIME
+                and row.seconds <= slowest.seconds * SAME_TIME
             ]
             if rivals:
                 yield _comparison(max(rivals, key=lambda row: row.seconds), slowest)

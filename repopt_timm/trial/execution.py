@@ -1,5 +1,6 @@
 """Runs side by side, each a process of the training command that goes on where it stopped."""
 
+import argparse
 import logging
 import os
 import subprocess
@@ -8,12 +9,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ..files import write_text
 from ..train.interruption import InterruptedRunError, postponed_signals, raise_if_interrupted
+from ..train.parsing import write_config
 from ..train.run_folder import is_busy
-from .trial_runs import LOG_FILE, Run
-from .trial_settings import as_words
+from .trial_runs import CONFIG_FILE, LOG_FILE, Run
 
-__all__ = ['run_all', 'threads_of', 'training_command']
+__all__ = ['prepare', 'run_all', 'threads_of']
 
 _logger = logging.getLogger(__name__)
 
@@ -23,18 +25,22 @@ _STOP_SECONDS = 120.0
 _PACKAGE_PARENT = Path(__file__).resolve().parents[2]
 
 
-def training_command(run: Run, config: Path) -> list[str]:
-    """Returns the command of a run; `config` is a file of the arguments that all runs share."""
+def prepare(run: Run, shared: argparse.Namespace) -> list[str]:
+    """Writes the arguments of a run into its folder, and returns its command; `shared` is what all runs share."""
+    # A command line cannot turn a flag off, nor give null.
+    arguments = argparse.Namespace(**{**vars(shared), **run.arguments})
+    write_text(run.folder / CONFIG_FILE, write_config(arguments))
+    config = ['-c', str(run.folder / CONFIG_FILE)]
     where = ['--output', str(run.folder.parent), '--experiment', run.folder.name, '--resume']
-    return [sys.executable, '-m', 'repopt_timm.cli', 'train', '-c', str(config), *as_words(run.arguments), *where]
+    return [sys.executable, '-m', 'repopt_timm.cli', 'train', *config, *where]
 
 
-def run_all(next_runs: Callable[[], Sequence[Run]], config: Path, jobs: int, threads: int) -> list[Run]:
+def run_all(next_runs: Callable[[], Sequence[Run]], shared: argparse.Namespace, jobs: int, threads: int) -> list[Run]:
     """Runs what there is to run until nothing is left.
 
     Args:
         next_runs: Returns the runs that can start, the most urgent first; called again whenever one has ended.
-        config: File of the arguments that all runs share.
+        shared: The arguments that all runs share.
         jobs: Number of processes.
         threads: Threads of each.
 
@@ -54,7 +60,7 @@ def run_all(next_runs: Callable[[], Sequence[Run]], config: Path, jobs: int, thr
                 ready = [run for run in next_runs() if run not in running and run not in failed]
                 free = [run for run in ready if not is_busy(run.folder)]
                 for run in free[: jobs - len(running)]:
-                    running[run] = _start(run, config, environment)
+                    running[run] = _start(run, shared, environment)
                 if not running and not ready:
                     return failed
                 _wait(running)
@@ -84,13 +90,14 @@ def _environment(threads: int) -> dict[str, str]:
     return {**os.environ, 'OMP_NUM_THREADS': str(threads), 'PYTHONPATH': path}
 
 
-def _start(run: Run, config: Path, environment: dict[str, str]) -> subprocess.Popen:
+def _start(run: Run, shared: argparse.Namespace, environment: dict[str, str]) -> subprocess.Popen:
     run.folder.mkdir(parents=True, exist_ok=True)
+    command = prepare(run, shared)
     _logger.info(f'{run.folder} starts.')
     with open(run.folder / LOG_FILE, 'a', encoding='utf-8') as log:
         # In a session of its own, as Ctrl-C would reach it twice.
         return subprocess.Popen(
-            training_command(run, config),
+            command,
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import statistics
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ..bench.allocation import saved_bytes
-from ..bench.bench_models import forward_pass, time_in_turns, training_step
+from ..bench.bench_models import forward_pass, memory_format, time_in_turns, training_step
 from ..errors import explaining
 from ..files import write_text
 from ..model_size import count_parameters
@@ -23,6 +24,8 @@ __all__ = ['NETWORKS_FILE', 'measure_networks', 'plain_network', 'read_networks'
 NETWORKS_FILE = 'networks.json'
 _ROUNDS = 5
 
+_logger = logging.getLogger(__name__)
+
 
 def read_networks(folder: Path) -> dict[str, dict[str, float]]:
     """Reads what `measure_networks` wrote; nothing if it did not."""
@@ -30,7 +33,9 @@ def read_networks(folder: Path) -> dict[str, dict[str, float]]:
     return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
 
 
-def measure_networks(runs: TrialRuns, num_classes: int | None, threads: int | None = None) -> None:
+def measure_networks(
+    runs: TrialRuns, num_classes: int | None, device: torch.device, threads: int | None = None
+) -> None:
     """Measures the network of each arm, and writes `networks.json`: arm to numbers.
 
     `parameters` in training, `convolutions`, `activations` (bytes that a forward pass saves for each image, in the
@@ -40,6 +45,7 @@ def measure_networks(runs: TrialRuns, num_classes: int | None, threads: int | No
     Args:
         runs: The trial.
         num_classes: Number of classes.
+        device: Device of the runs.
         threads: Threads of a run.
 
     Raises:
@@ -48,27 +54,38 @@ def measure_networks(runs: TrialRuns, num_classes: int | None, threads: int | No
     known = read_networks(runs.folder)
     if set(runs.settings.arms) <= set(known):
         return
-    shared = runs.shared
-    size = tuple(shared.input_size)
-    precision = shared.amp_dtype if shared.amp else 'float32'
-    images = torch.randn(shared.batch_size, *size)
-    labels = torch.randint(0, shared.num_classes or num_classes or 1000, (shared.batch_size,))
-    models = {name: _network(runs, name, num_classes) for name in _distinct(runs.settings.arms)}
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)
     try:
-        found, steps = {}, {}
-        for name, model in models.items():
-            with explaining(f'The network of arm {name} does not train on images of {size}'):
-                found[name] = _size(model, images, labels, precision)
-                steps[name] = training_step(model, images, labels, precision)
-        seconds = time_in_turns(steps, torch.device('cpu'), _ROUNDS)
+        found = _measured(runs, num_classes, device)
     finally:
         torch.set_num_threads(before)
-    for name, values in seconds.items():
-        found[name]['step_seconds'] = statistics.median(values)
-    arms = {arm: found[_distinct(runs.settings.arms, arm)[0]] for arm in runs.settings.arms}
+    if device.type == 'cuda':
+        # The runs are other processes.
+        torch.cuda.empty_cache()
+    arms = {arm: found[_network_key(arm)] for arm in runs.settings.arms}
     write_text(runs.folder / NETWORKS_FILE, json.dumps({**known, **arms}, indent=2) + '\n')
+
+
+def _measured(runs: TrialRuns, num_classes: int | None, device: torch.device) -> dict[str, dict[str, float]]:
+    """Returns key of a network to its numbers."""
+    shared = runs.shared
+    size = tuple(shared.input_size)
+    precision = shared.amp_dtype if shared.amp else 'float32'
+    layout = memory_format(device) if shared.channels_last else torch.contiguous_format
+    images = torch.randn(shared.batch_size, *size, device=device).to(memory_format=layout)
+    labels = torch.randint(0, shared.num_classes or num_classes or 1000, (shared.batch_size,), device=device)
+    arms = {_network_key(arm): arm for arm in runs.settings.arms}
+    _logger.info(f'Measures training steps on {device}, {shared.batch_size} images of {size} each.')
+    found, steps = {}, {}
+    for key, arm in arms.items():
+        model = _network(runs, arm, num_classes).to(device).to(memory_format=layout)
+        with explaining(f'The network of arm {arm} does not train on images of {size}'):
+            found[key] = _size(model, images, labels, precision)
+            steps[key] = training_step(model, images, labels, precision)
+    for key, values in time_in_turns(steps, device, _ROUNDS).items():
+        found[key]['step_seconds'] = statistics.median(values)
+    return found
 
 
 def plain_network(runs: TrialRuns, num_classes: int | None = 1000) -> nn.Module:
@@ -76,18 +93,9 @@ def plain_network(runs: TrialRuns, num_classes: int | None = 1000) -> nn.Module:
     return _make(runs.settings.model, runs.shared, num_classes, runs.shared.model_kwargs)
 
 
-def _distinct(arms: tuple[str, ...], only: str | None = None) -> list[str]:
-    """Returns one arm for each network; with `only` that which has the network of this arm."""
-    networks: dict[Any, str] = {}
-    for name in arms:
-        networks.setdefault(_network_key(name), name)
-    if only is not None:
-        return [networks[_network_key(only)]]
-    return list(networks.values())
-
-
-def _network_key(arm: str) -> tuple[str, str]:
-    return arm_of(arm).kind, str(arm_of(arm).model_kwargs)
+def _network_key(arm: str) -> str:
+    """Returns what the network of an arm has in common with those of other arms."""
+    return f'{arm_of(arm).kind} {arm_of(arm).model_kwargs}'
 
 
 def _network(runs: TrialRuns, arm: str, num_classes: int | None) -> nn.Module:
@@ -104,7 +112,7 @@ def _make(name: str, shared: argparse.Namespace, num_classes: int | None, kwargs
             global_pool=shared.gp,
             **kwargs,
         )
-    return model.to(memory_format=torch.channels_last) if shared.channels_last else model
+    return model
 
 
 def _size(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str) -> dict[str, float]:

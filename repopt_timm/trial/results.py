@@ -19,11 +19,10 @@ from .trial_runs import Outcome, TrialRuns, outcome_of
 from .trial_settings import SETTINGS_FILE, SHARED_FILE, TrialSettings, read_saved_settings
 from .tuning import Choice
 
-__all__ = ['ArmResult', 'TrialResult', 'open_trial', 'paired', 'read_results']
+__all__ = ['SAME_TIME', 'ArmResult', 'TrialResult', 'open_trial', 'paired', 'read_results']
 
-
-# Times vary from run to run.
-_SAME_TIME = 1.05
+SAME_TIME = 1.05
+"""Times that differ by this factor at most count as equal: they vary from run to run."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class ArmResult:
             rows = [
                 row
                 for row in each.history
-                if 'eval_top1' in row and row['epoch'] * self.epoch_seconds <= seconds * _SAME_TIME
+                if 'eval_top1' in row and row['epoch'] * self.epoch_seconds <= seconds * SAME_TIME
             ]
             if each.finished and rows:
                 found[seed] = int(rows[-1]['epoch']), rows[-1]['eval_top1']

@@ -5,7 +5,8 @@
     searches/tuning/, searches/seed-<n>/   hyper-searches
     runs/<arm>/seed-<n>/                   what the trial is for
 
-Each holds `train.log` beside the files of a run. All that a trial knows of its progress is read from there.
+Each holds `config.yaml` and `train.log` beside the files of a run. All that a trial knows of its progress is read from
+there.
 """
 
 import argparse
@@ -21,8 +22,9 @@ from ..train.run_folder import DIVERGED_FILE, SCALES_FILE, SUMMARY_FILE, TIMES_F
 from .arms import GIVEN, SEARCHED, arm_of
 from .trial_settings import TrialSettings
 
-__all__ = ['LOG_FILE', 'Outcome', 'Run', 'TrialRuns', 'outcome_of']
+__all__ = ['CONFIG_FILE', 'LOG_FILE', 'Outcome', 'Run', 'TrialRuns', 'outcome_of']
 
+CONFIG_FILE = 'config.yaml'
 LOG_FILE = 'train.log'
 
 
@@ -162,7 +164,11 @@ class TrialRuns:
         after: Run | None = None,
         keep_checkpoints: bool = True,
     ) -> Run:
+        epochs = arguments.get('epochs', epochs)
         # A shorter schedule has the same shape.
         warmup = round(self.shared.warmup_epochs * epochs / self.shared.epochs)
+        if self.shared.warmup_epochs and epochs > 1:
+            warmup = max(1, warmup)
         arguments = {'epochs': epochs, 'warmup_epochs': warmup, **arguments}
-        return Run(folder, arguments['epochs'] + self.shared.cooldown_epochs, arguments, after, keep_checkpoints)
+        epochs += arguments.get('cooldown_epochs', self.shared.cooldown_epochs)
+        return Run(folder, epochs, arguments, after, keep_checkpoints)

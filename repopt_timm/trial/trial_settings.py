@@ -22,7 +22,7 @@ from ..train.parsing import (
     search_arguments,
     write_config,
 )
-from ..train.schema import ARGUMENTS, SECTIONS
+from ..train.schema import ARGUMENTS, SEARCH_DEFAULTS, SECTIONS
 from .arms import ARMS, GIVEN, arm_of, arms_of, in_order, target_name
 
 __all__ = [
@@ -30,7 +30,6 @@ __all__ = [
     'SHARED_FILE',
     'TrialSettings',
     'add_trial_arguments',
-    'as_words',
     'read_report_settings',
     'read_saved_settings',
     'read_settings',
@@ -82,7 +81,7 @@ _OWN: tuple[Argument, ...] = (
     Argument(
         'search_kwargs',
         dict,
-        {'weight_decay': 4e-5},
+        SEARCH_DEFAULTS,
         'arguments of the search that differ, such as lr=...',
         metavar='K=V',
     ),
@@ -121,6 +120,11 @@ _NOT_SHARED = {
     *('data_dir', 'model', 'scales', 'pretrained', 'initial_checkpoint', 'resume', 'override', 'opt', 'lr', 'lr_base'),
     *('lr_base_size', 'lr_base_scale', 'seed', 'output', 'experiment', 'search_first', 'search_kwargs', 'holdout'),
     *('log_wandb', 'debug'),
+}
+
+# What the trial sets itself, or what is not part of a search.
+_NOT_OF_SEARCHES = {
+    *('model', 'scales', 'resume', 'override', 'output', 'experiment', 'search_first', 'search_kwargs', 'debug'),
 }
 
 # A training of 300 epochs has other needs than a trial of ten.
@@ -199,7 +203,9 @@ def read_settings(namespace: argparse.Namespace) -> tuple[TrialSettings, argpars
     own = {name: copy.deepcopy(argument.default) for name, argument in _OWN_BY_NAME.items()}
     own |= _own(texts)
     own['scales'] = _given_scales(own['scales'] or ())
-    own['search_kwargs'] = search_arguments(_OWN_BY_NAME['search_kwargs'].default | own['search_kwargs'])
+    own['search_kwargs'] = search_arguments(SEARCH_DEFAULTS | own['search_kwargs'])
+    for name in _NOT_OF_SEARCHES & set(own['search_kwargs']):
+        raise ValueError(f"--search-kwargs has '{name}', which cannot differ in the search. Remove it.")
     shared = _shared(model, config, texts, own['data'])
     arms = arms_of(model, own['arms'], own['scales'], own['search'])
     reference = own['reference'] or ('sgd' if 'sgd' in arms else arms[0])
@@ -275,7 +281,7 @@ def _shared(model: str, config: str | None, texts: dict[str, Any], data: str | N
         given['data_dir'] = data
     values = {name: copy.deepcopy(argument.default) for name, argument in ARGUMENTS.items()}
     values |= {**_DEFAULTS, **given, 'model': model}
-    if 'warmup_epochs' not in given:
+    if values['warmup_epochs'] is None:
         values['warmup_epochs'] = min(5, math.ceil(values['epochs'] / 10))
     shared = argparse.Namespace(**values)
     # Images are prepared alike for all arms, whose models may state different defaults.
@@ -346,19 +352,3 @@ def _check_same(folder: Path, saved: Mapping[str, Any], values: Mapping[str, Any
             f"'{folder}' is the folder of a trial with other arguments: {differences}. Continue it with its own, or "
             f'choose another --output.'
         )
-
-
-def as_words(values: Mapping[str, Any]) -> list[str]:
-    """Returns arguments of a run as they are on a command line."""
-    words: list[str] = []
-    for name, value in values.items():
-        flag = ARGUMENTS[name].flag
-        if value is True:
-            words.append(flag)
-        elif isinstance(value, dict):
-            words += [flag, *(f'{key}={item}' for key, item in value.items())]
-        elif isinstance(value, list | tuple):
-            words += [flag, *map(str, value)]
-        elif value is not False and value is not None:
-            words += [flag, str(value)]
-    return words

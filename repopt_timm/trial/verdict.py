@@ -4,7 +4,7 @@ from ..reporting import markdown_table
 from .intervals import Interval
 from .results import ArmResult, TrialResult
 
-__all__ = ['arms_table', 'interval_text', 'time_table', 'verdict']
+__all__ = ['accuracy_text', 'arms_table', 'interval_text', 'time_table', 'verdict']
 
 
 # On a busy machine less is chance.
@@ -17,6 +17,14 @@ def interval_text(interval: Interval, sign: bool = True) -> str:
         return '-'
     mean = f'{interval.mean:+.2f}' if sign else f'{interval.mean:.2f}'
     return mean if interval.count == 1 else f'{mean} ({interval.lower:.2f} to {interval.upper:.2f})'
+
+
+def accuracy_text(arm: ArmResult) -> str:
+    """Formats the mean accuracy of an arm, and how many of its runs diverged."""
+    text = interval_text(Interval.of(list(arm.top1.values())), sign=False)
+    if arm.hopeless or arm.diverged:
+        text += ', diverged: ' + ('all' if arm.hopeless else str(len(arm.diverged)))
+    return text
 
 
 def verdict(trial: TrialResult) -> list[str]:
@@ -74,10 +82,6 @@ def arms_table(trial: TrialResult) -> str:
 
 
 def _row(trial: TrialResult, arm: ArmResult) -> list[str]:
-    mean = Interval.of(list(arm.top1.values()))
-    accuracy = interval_text(mean, sign=False)
-    if arm.hopeless or arm.diverged:
-        accuracy += ', diverged: ' + ('all' if arm.hopeless else str(len(arm.diverged)))
     difference = '' if arm.name == trial.settings.reference else interval_text(trial.difference(arm.name))
     network, base = arm.network, trial.reference.network
     step = network['step_seconds'] / base['step_seconds'] if network and base else None
@@ -85,7 +89,7 @@ def _row(trial: TrialResult, arm: ArmResult) -> list[str]:
         f'{arm.name}: {arm.title}',
         '-' if arm.choice.best is None else f'{arm.choice.best:g}',
         str(len(arm.top1)),
-        accuracy,
+        accuracy_text(arm),
         difference,
         '-' if arm.epoch_seconds != arm.epoch_seconds else f'{arm.epoch_seconds:.1f}',
         '-' if step is None else f'{step:.2f} x',

@@ -53,7 +53,9 @@ def test_train_compares_training_and_inference(bench):
     assert saved['reached'] == (saved['ratio']['median'] <= 0.6)
     # Autocast keeps copies of the kernels, which are no activations.
     assert saved['value'] < 0.5 * rows[f'saved in all, {cell}', 'test_repopt_vgg']['value']
-    assert rows[f'inference, {cell}', 'test_repopt_vgg, BatchNorm folded']['reached'] in (True, False)
+    folded = rows[f'inference, {cell}', 'test_repopt_vgg, BatchNorm folded']
+    assert folded['baseline'] == 'test_repvgg, reparameterized'
+    assert folded['goal'].startswith('1 ± ')
 
 
 @pytest.mark.slow
@@ -94,8 +96,11 @@ def test_memory_tells_the_largest_batch_that_fits_gpus(bench):
     ('arguments', 'message'),
     [
         (['train', '--model', 'resnet18', '--device', 'cpu'], 'expected a RepOpt-VGG target'),
-        (['train', '--device', 'mps'], '--device mps: expected'),
-        (['train', '--device', 'nowhere'], '--device nowhere: expected'),
+        (['train', '--device', 'mps'], "--device is 'mps', expected cpu, cuda or cuda:N"),
+        (['train', '--device', 'nowhere'], "--device is 'nowhere', expected cpu, cuda or cuda:N"),
+        (['train', '--device', 'cuda:x'], "--device is 'cuda:x', expected cpu, cuda, cuda:1"),
+        (['train', '--device', 'cpu:3'], "--device is 'cpu:3', which this machine does not have"),
+        (['train', '--device', 'cuda:99'], "--device is 'cuda:99', which this machine does not have"),
     ],
 )
 def test_an_error_is_one_clear_line(arguments, message, capsys):

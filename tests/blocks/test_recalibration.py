@@ -1,7 +1,9 @@
 import copy
 
 import pytest
+import timm
 import torch
+from timm.utils import reparameterize_model
 from torch import nn
 
 from repopt_timm import plain_twin, recalibrate
@@ -47,6 +49,12 @@ def test_statistics_are_those_of_all_batches_together():
     recalibrate(other, [x[:3], x[3:]])
     torch.testing.assert_close(twin.state_dict(), other.state_dict())
     torch.testing.assert_close(twin.bn.running_var, twin.conv(x).var((0, 2, 3)))
+
+
+def test_a_folded_twin_is_not_recalibrated():
+    twin = reparameterize_model(plain_twin(timm.create_model('repvgg_a0').eval()))
+    with pytest.raises(ValueError, match='is folded already: recalibrate it before'):
+        recalibrate(twin, [images()])
 
 
 def test_there_has_to_be_something_to_recalibrate_with():

@@ -95,7 +95,7 @@ def onnx_file(exported, tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def quantization(onnx_file, images):
-    """Quantises that model; each way once."""
+    """Quantizes that model; each way once."""
     done = {}
 
     def make(**options):

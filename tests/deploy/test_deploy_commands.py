@@ -99,6 +99,19 @@ def test_export_warns_of_outliers_and_still_channels_and_takes_the_form_of_the_f
     assert 'stages.1.1.conv 1' in caplog.text and 'stages.2.0.bn 3' in caplog.text
 
 
+def test_times_are_of_the_batch_that_a_file_takes(checkpoint, images, tmp_path, capsys):
+    fixed = str(tmp_path / 'fixed.onnx')
+    assert main(['export', str(checkpoint), '--onnx', fixed, '--fixed-batch', '8']) == 0
+    assert main(['evaluate', fixed, '--data', str(images), '--batch-size', '20']) == 0
+    out = capsys.readouterr().out
+    assert 'ms p90 at batch 8\n' in out and 'images/s at batch 24\n' in out
+    assert (
+        main(['compare-int8', fixed, '--data', str(images), '--images', '8', '--latency-batches', '1', '9', '--json'])
+        == 0
+    )
+    assert [row['batch'] for row in json.loads(capsys.readouterr().out)['latency']] == [8, 16]
+
+
 @pytest.fixture
 def five_classes(tmp_path):
     return write_checkpoint(tiny_model(), tmp_path / 'five.pth.tar')
@@ -160,7 +173,7 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
 @pytest.mark.parametrize(
     ('kind', 'arguments', 'message'),
     [
-        ('int8', '', 'quantised already'),
+        ('int8', '', 'quantized already'),
         ('float', '--exclude conv9', 'no layer'),
         ('unlabelled', '--max-drop 1', 'A largest drop in accuracy needs labels'),
     ],

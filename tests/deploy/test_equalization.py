@@ -53,7 +53,7 @@ def network():
     torch.manual_seed(0)
     model = Everything()
     with torch.no_grad():
-        # Scales that no quantiser likes.
+        # Scales that no quantizer likes.
         for parameter in (model.stem.weight, model.stem.bias, model.first_fc.weight):
             parameter *= torch.logspace(-2, 1, 8).view(-1, *[1] * (parameter.dim() - 1))
         # Everything else is alive.
@@ -173,7 +173,7 @@ def test_a_rewrite_that_changes_logits_is_refused(network, monkeypatch):
 
 def test_a_refusal_names_the_model(onnx_file, images, monkeypatch):
     monkeypatch.setattr(equalization_module, '_TOLERANCE', 0)
-    with pytest.raises(ValueError, match=r"'.*model\.onnx' cannot be quantised: The equalized model differs"):
+    with pytest.raises(ValueError, match=r"'.*model\.onnx' cannot be quantized: The equalized model differs"):
         quantize_onnx(onnx_file, images, QuantizationOptions(images=4, equalize=True))
 
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from repopt_timm.deploy import Classifier, ExportOptions, evaluate, evaluation, export_onnx, save_onnx
+from repopt_timm.deploy import Classifier, evaluate, export_onnx, save_onnx
 from repopt_timm.deploy.classifier import data_config, load_classifier, onnx_classifier
 from repopt_timm.deploy.evaluation import accuracies, alternate, is_steady
 from repopt_timm.deploy.image_folder import ImageFolder
@@ -23,15 +23,6 @@ def test_pytorch_and_onnx_are_equally_accurate_and_int8_nearly(checkpoint, onnx_
         assert row['throughput'] > 0
     assert found[1]['bytes'] == onnx_file.stat().st_size
     assert found[2]['bytes'] < 0.3 * found[0]['bytes']
-
-
-def test_a_file_with_a_fixed_batch_is_measured_in_whole_batches(checkpoint, images, tmp_path, monkeypatch):
-    export_onnx(checkpoint, tmp_path / 'model.onnx', options=ExportOptions(batch=4))
-    batches = []
-    monkeypatch.setattr(evaluation, '_run', lambda classifier, size: lambda: batches.append(size))
-    found = evaluate(tmp_path / 'model.onnx', images, batch_size=11)
-    assert set(batches) == {4, 8}
-    assert (found['latency_batch'], found['batch_size']) == (4, 8)
 
 
 def classifier(scores, num_classes=3):

@@ -63,3 +63,14 @@ def test_another_split_is_not_taken_for_the_one_asked_for(images, tmp_path):
 
 def test_a_folder_without_splits_is_taken_whole(images):
     assert len(ImageFolder(images / 'train', 'validation', CONFIG)) == 60
+
+
+@pytest.mark.parametrize('channels', [1, 2, 3, 4])
+def test_images_have_the_channels_of_the_model(images, channels):
+    config = {**CONFIG, 'input_size': (channels, 24, 24), 'mean': [0.5] * channels, 'std': [0.2] * channels}
+    assert ImageFolder(images, 'train', config)[0][0].shape == (channels, 24, 24)
+
+
+def test_channels_that_images_cannot_have_are_refused(images):
+    with pytest.raises(ValueError, match='The model takes 5 channels, expected 1 to 4'):
+        ImageFolder(images, 'train', {**CONFIG, 'input_size': (5, 24, 24)})

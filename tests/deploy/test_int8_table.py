@@ -4,12 +4,10 @@ import pytest
 
 from repopt_timm.deploy import (
     Classifier,
-    ExportOptions,
     QuantizationOptions,
     compare_int8,
     comparison_table,
     evaluation,
-    export_onnx,
     int8_table,
 )
 
@@ -85,12 +83,3 @@ def test_no_speed_up_is_stated_if_runs_spike_within_a_turn(spike, speedup, cell,
     table = comparison_table({**results, 'latency': [row]})
     assert f'| A | 1 | per-tensor |  | 1000.00 | 1000.00 |  | {cell} |' in table
     assert ('speed-ups are not stated' in table) is (speedup is None)
-
-
-def test_a_file_with_a_fixed_batch_is_timed_in_whole_batches(checkpoint, images, tmp_path):
-    export_onnx(checkpoint, tmp_path / 'model.onnx', options=ExportOptions(batch=4))
-    options = QuantizationOptions(images=12)
-    results = compare_int8(
-        {'A': tmp_path / 'model.onnx'}, images, None, ('per-tensor',), ('minmax',), options, (1, 2, 9)
-    )
-    assert [row['batch'] for row in results['latency']] == [4, 8]

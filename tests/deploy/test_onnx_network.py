@@ -47,7 +47,7 @@ def test_a_float_graph_computes_what_onnx_runtime_does(exported):
     ],
     ids=str,
 )
-def test_a_quantised_graph_rounds_where_the_file_does(options, quantization):
+def test_a_quantized_graph_rounds_where_the_file_does(options, quantization):
     done = quantization(**options)
     assert difference(network_of(done)(BATCH), onnx_logits(done.quantized)) < 1e-5
 

@@ -1,4 +1,5 @@
 import json
+from argparse import Namespace
 
 import pytest
 import timm
@@ -8,7 +9,8 @@ from repopt_timm.cli import main
 from repopt_timm.deploy import load_model, predict
 from repopt_timm.deploy.prediction import _imagenet_names
 
-from .conftest import CLASSES
+from ..helpers import TINY
+from .conftest import ARGS, CLASSES, write_checkpoint
 
 
 @pytest.fixture(scope='module')
@@ -46,6 +48,12 @@ def test_onnx_files_predict_the_same(checkpoint, onnx_file, images):
         assert [row['class'] for row in first] == [row['class'] for row in second]
         assert [row['name'] for row in first] == [None] * 3
         torch.testing.assert_close(*([row['probability'] for row in rows] for rows in (first, second)))
+
+
+def test_images_are_read_with_the_channels_of_the_model(images, tmp_path):
+    args = Namespace(**{**vars(ARGS), 'input_size': [4, 32, 32], 'mean': [0.5] * 4, 'std': [0.2] * 4})
+    path = write_checkpoint(timm.create_model(TINY, num_classes=3, in_chans=4), tmp_path / 'rgba.pth.tar', args=args)
+    assert len(predict(path, [images / 'validation/grey/0.png'])[0]) == 3
 
 
 @pytest.mark.parametrize(('tag', 'named'), [('a1_in1k', True), ('in1k', True), ('cifar10', False), ('mine1k', False)])

@@ -114,6 +114,8 @@ def test_a_trained_file_runs_with_the_accuracy_that_training_saw(images, tmp_pat
     assert evaluate(out, images)['top1'] == found['top1']
     assert read(tmp_path / 'run')['optimizer']['param_groups'][0]['scales_fingerprint'] == scales.fingerprint
     assert not [name for name in read(tmp_path / 'run')['state_dict'] if 'activation' in name]
+    assert main(['doctor', str(tmp_path / 'run')]) == 0
+    capsys.readouterr()
     # Once more, from the end of the run.
     first = out.read_bytes()
     out.unlink()
@@ -121,9 +123,9 @@ def test_a_trained_file_runs_with_the_accuracy_that_training_saw(images, tmp_pat
     assert out.read_bytes() == first
     capsys.readouterr()
     assert main([*words, '--resume', '--override', '--weight-bits', '8']) == 1
-    assert 'was quantised otherwise: weight_bits 4 -> 8. Its weights' in capsys.readouterr().err
+    assert 'was quantized otherwise: weight_bits 4 -> 8. Its weights' in capsys.readouterr().err
     assert main(['quantize', str(tmp_path / 'run' / 'last.pth.tar'), '--data', str(images), '--out', str(out)]) == 1
-    assert 'is of a fake-quantised training' in capsys.readouterr().err
+    assert 'is of a fake-quantized training' in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -164,7 +166,7 @@ def test_so_it_does_for_other_optimizers_averages_and_networks(name, kwargs, arg
         ('{five} --data {images} --out {tmp}/new.onnx', 'The model has 5 classes'),
         (
             '{checkpoint} --data {images} --out {tmp}/new.onnx --resume {old} --override --percentile 80',
-            'was quantised otherwise: percentile 99.99 -> 80.0, other weights.',
+            'was quantized otherwise: percentile 99.99 -> 80.0, other weights.',
         ),
     ],
 )
@@ -214,3 +216,13 @@ def test_a_result_says_what_was_written_and_why_accuracies_differ(
     )
     out = capsys.readouterr().out
     assert all(text in out for text in expected)
+
+
+def test_a_config_of_the_training_before_it_does_not_change_the_fine_tuning(tmp_path):
+    config = tmp_path / 'args.yaml'
+    config.write_text('lr: 0.1\nmin_lr: 0.02\nepochs: 90\ncooldown_epochs: 9\nweight_decay: 0.5\nreprob: 0.25\n')
+    words = ['-c', str(config), '--data-dir', 'photos']
+    args = qat_command._training_arguments(words, 'qat')
+    assert (args.lr, args.lr_base, args.lr_base_size, args.min_lr, args.warmup_epochs) == (None, 0.01, 256, 0.0, 0)
+    assert (args.epochs, args.cooldown_epochs, args.weight_decay, args.reprob) == (3, 0, 4e-5, 0.25)
+    assert qat_command._training_arguments([*words, '--lr', '0.2'], 'qat').lr == 0.2

@@ -22,7 +22,7 @@ def constants(model):
 
 
 def weight_scales(quantization):
-    """Layer to the scales of its weights in the quantised model."""
+    """Layer to the scales of its weights in the quantized model."""
     quantized = quantization.quantized
     producers = {node.output[0]: node for node in quantized.graph.node}
     nodes = {node.name: node for node in quantized.graph.node}
@@ -139,9 +139,9 @@ def test_the_float_model_is_left_alone(quantization, exported):
     assert quantization().model.SerializeToString() == exported.SerializeToString()
 
 
-def test_a_quantised_model_is_not_quantised_again(quantization):
+def test_a_quantized_model_is_not_quantized_again(quantization):
     done = quantization()
-    with pytest.raises(ValueError, match='quantised already'):
+    with pytest.raises(ValueError, match='quantized already'):
         quantize(done.quantized, None, done.options)
 
 
@@ -169,7 +169,7 @@ def test_onnx_runtime_leaves_excluded_layers_in_float_too(exclude, quantization)
     assert np.linalg.norm(found - exact) < 0.02 * np.linalg.norm(exact)
 
 
-def test_a_layer_that_onnx_runtime_would_quantise_itself_is_refused(quantization):
+def test_a_layer_that_onnx_runtime_would_quantize_itself_is_refused(quantization):
     with pytest.raises(ValueError, match=r"'stages\.1\.0\.conv' alone cannot stay in float32"):
         quantization(exclude=('stages.1.0.conv',))
 
@@ -210,7 +210,7 @@ def test_the_form_for_tensorrt_is_symmetric_with_a_pair_for_each_layer(weights, 
     assert all(row['weight_snr_db'] > 15 and row['input_snr_db'] > 15 for row in report['layers'])
 
 
-def test_a_model_in_float16_is_not_quantised(exported):
+def test_a_model_in_float16_is_not_quantized(exported):
     model = type(exported)()
     model.CopyFrom(exported)
     model.graph.initializer[0].data_type = onnx.TensorProto.FLOAT16

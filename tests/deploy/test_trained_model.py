@@ -27,7 +27,7 @@ def test_every_kind_of_repopt_vgg_becomes_plain_convolutions(kind, tmp_path):
     assert not any('scale' in name for name in loaded.state_dict())
 
 
-def test_a_repvgg_is_reparameterised(tmp_path):
+def test_a_repvgg_is_reparameterized(tmp_path):
     model = timm.create_model('repvgg_a0', num_classes=3).eval()
     model.stem.conv_kxk.bn.running_mean.normal_()
     loaded = load_model(write_checkpoint(model, tmp_path / 'last.pth.tar'))

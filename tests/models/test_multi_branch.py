@@ -86,7 +86,7 @@ def test_a_mobileone_and_its_branches_are_one_network_once_merged(strides):
     firsts = [plain.stem, *(stage[0] for stage in plain.stages)]
     assert tuple(block.conv.stride[0] for block in firsts) == strides
     for model in (plain, branches):
-        assert [feature['reduction'] for feature in model.feature_info][-1] == 32 if strides[0] == 2 else 8
+        assert [feature['reduction'] for feature in model.feature_info][-1] == (32 if strides[0] == 2 else 8)
     if strides == (2, 2, 2, 2, 2):
         assert convs(timm.create_model('mobileone_s0')) == convs(branches)
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from repopt_timm.reparam import GradMult, GradMults
+from repopt_timm.reparam import GradMults
 
 _LIBRARY = torch.library.Library('aten', 'IMPL')
 for _name in ('_fused_sgd_', '_fused_sgd_.tensor_lr', '_fused_adamw_.tensor_lr'):
@@ -44,16 +44,11 @@ class Dispatched(TorchDispatchMode):
 
 @contextmanager
 def fake_cuda(model, grad_mults):
-    """Yields a model's parameters as fake CUDA tensors with gradients, and its Grad Mults for them."""
+    """Yields a model's parameters as fake CUDA tensors with gradients, and its Grad Mults, still on the CPU."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = {}
         for param in model.parameters():
             fakes[param] = nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device='cuda'))
             fakes[param].grad = torch.empty_like(fakes[param])
-        mults = {fakes[param]: _on_cuda(mult) for param, mult in grad_mults.items()}
+        mults = {fakes[param]: mult for param, mult in grad_mults.items()}
         yield list(fakes.values()), GradMults(mults, grad_mults.update_rule, grad_mults.fingerprint)
-
-
-def _on_cuda(mult):
-    diagonal = None if mult.diagonal is None else torch.empty(mult.diagonal.shape, device='cuda')
-    return GradMult(torch.empty(mult.taps.shape, device='cuda'), diagonal, mult.channels)

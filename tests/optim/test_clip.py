@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from repopt_timm import clip_grad_norm_, make_grad_mults
+from repopt_timm.reparam import GradMult, GradMults
 
 from ..helpers import random_scales, tiny_model
 
@@ -50,3 +51,10 @@ def test_a_norm_that_is_not_finite_can_be_an_error():
     model.stem.conv.weight.grad = torch.full_like(model.stem.conv.weight, float('inf'))
     with pytest.raises(RuntimeError, match='is inf'):
         clip_grad_norm_(model.parameters(), 1.0, make_grad_mults(model), error_if_nonfinite=True)
+
+
+def test_a_process_may_hold_no_row_of_a_kernel():
+    shard = torch.nn.Parameter(torch.empty(0, 4, 3, 3))
+    shard.grad = torch.empty_like(shard)
+    mults = GradMults({shard: GradMult(torch.empty(0, 1, 3, 3), None, 4)}, 'sgd', '')
+    assert clip_grad_norm_([shard], 1.0, mults) == 0

@@ -77,7 +77,7 @@ def test_a_resumed_step_stays_on_the_device(rule, kwargs):
 def test_a_grad_scaler_does_not_make_the_host_wait(rule):
     model = with_scales('repopt_vgg_b1')
     with fake_cuda(model, make_grad_mults(model, update_rule=rule)) as (params, mults):
-        optimizer = OURS[rule](params, grad_mults=mults, **SETTINGS[rule])
+        optimizer = OURS[rule](params, grad_mults=mults, fused=True, **SETTINGS[rule])
         assert optimizer._step_supports_amp_scaling
         optimizer.grad_scale = torch.ones((), device='cuda')
         optimizer.found_inf = torch.zeros((), device='cuda')

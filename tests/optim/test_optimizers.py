@@ -8,10 +8,11 @@ from torch import nn
 from repopt_timm import (
     RepOptAdamW,
     RepOptSGD,
-    attach_scales,
+    Scales,
     build_repopt_sgd,
     clip_grad_norm_,
     make_grad_mults,
+    prepare,
 )
 from repopt_timm.optim import chunks
 from repopt_timm.optim.reference import ReferenceRepOptAdamW, ReferenceRepOptSGD
@@ -143,17 +144,19 @@ def test_adamw_refuses_sparse_gradients():
 
 @pytest.mark.parametrize('rule', CLASSES)
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
-def test_a_grad_scaler_unscales_inside_of_the_step(rule, dtype):
+@pytest.mark.parametrize('fused', [None, True])
+def test_a_grad_scaler_leaves_unscaling_to_fused_kernels_that_were_asked_for(rule, dtype, fused):
     model = scaled_model(dtype)
     twin = copy.deepcopy(model)
-    optimizer, reference = make(model, rule, lr=0.1), make(twin, rule, lr=0.1)
+    optimizer, reference = make(model, rule, lr=0.1, fused=fused), make(twin, rule, lr=0.1)
     scaler = torch.amp.GradScaler('cpu', init_scale=4.0)
     scaler.scale(torch.ones(()))
     gradients(model)
     gradients(twin)
     for param in model.parameters():
         param.grad *= 4.0
-    assert optimizer._step_supports_amp_scaling
+    # By it Lightning decides whether gradients can be clipped.
+    assert optimizer._step_supports_amp_scaling is bool(fused)
     scaler.step(optimizer)
     reference.step()
     same(model, twin, rtol=1e-6, atol=1e-7)
@@ -241,6 +244,14 @@ def test_plain_vectors_have_a_fingerprint_too():
         build_repopt_sgd(model, {'0': {'kxk': torch.full((8,), 2.0)}}, lr=0.1).load_state_dict(first.state_dict())
 
 
+@pytest.mark.parametrize('name', ['', 'Sequential'])
+def test_given_scales_have_the_fingerprint_of_carried_ones(name):
+    model, vectors = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)), {'0': {'kxk': torch.rand(8)}}
+    for scales in (vectors, Scales(name, vectors)):
+        given = make_grad_mults(model, scales).fingerprint
+        assert given == make_grad_mults(prepare(model, scales)).fingerprint
+
+
 def test_a_state_that_was_saved_with_other_scales_is_refused():
     first, second = scaled_model(), scaled_model()
     with pytest.raises(ValueError, match='saved with the scales'):
@@ -271,6 +282,17 @@ def test_a_closure_is_called_with_gradients_enabled():
         return loss
 
     assert make(model, 'sgd', lr=0.01).step(closure).requires_grad
+
+
+@pytest.mark.parametrize('rule', CLASSES)
+def test_the_readable_optimizers_multiply_the_gradients_of_a_closure(rule):
+    model = scaled_model()
+    models = model, copy.deepcopy(model)
+    for model, each in zip(models, CLASSES[rule]):
+        mults = make_grad_mults(model, update_rule=rule)
+        optimizer = each(model.parameters(), grad_mults=mults, lr=0.01)
+        optimizer.step(lambda model=model: gradients(model))
+    same(*models, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize('rule', CLASSES)
@@ -353,4 +375,3 @@ def test_without_initialization_the_weights_stay():
     before = model[0].weight.detach().clone()
     build_repopt_sgd(model, {'0': {'kxk': torch.ones(8)}}, lr=0.1, init=False)
     assert torch.equal(model[0].weight, before)
-    attach_scales(model, {'0': {'kxk': torch.ones(8)}})

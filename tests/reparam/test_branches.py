@@ -136,7 +136,7 @@ def test_a_branch_that_cannot_be_embedded_is_refused(arguments, branch, message)
 
 
 def test_two_branches_of_one_name_are_refused_in_favour_of_a_count():
-    with pytest.raises(ValueError, match=r"'kxk' stands there 2 times. Write \{'kxk': 2\}"):
+    with pytest.raises(ValueError, match=r"'kxk' is listed 2 times. Write \{'kxk': 2\}"):
         make_branches(['kxk', '1x1', 'kxk'], nn.Conv2d(4, 4, 3, padding=1))
 
 

@@ -164,3 +164,9 @@ def replaced_forward(conv):
 def test_what_does_not_compute_the_convolution_of_its_weight_is_refused(conv, reason):
     with pytest.raises(ValueError, match=reason):
         CSLAConv2d(conv, ['kxk'])
+
+
+def test_images_of_another_dtype_are_an_error_as_in_a_plain_convolution():
+    module = CSLAConv2d(CONV, BRANCHES, trainable_scales=True).to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match=r'expected scalar type|should be the same'):
+        module(torch.randn(1, 6, 4, 4))

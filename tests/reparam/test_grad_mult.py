@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 from torch.nn.utils.parametrizations import weight_norm
 
-from repopt_timm import Scales, make_grad_mults, prepare
+from repopt_timm import Scales, csla, make_grad_mults, prepare
 from repopt_timm.optim import RepOptSGD
 
 from ..helpers import random_scales, spread, tiny_model
@@ -68,6 +68,28 @@ def test_a_fake_quantized_kernel_keeps_its_grad_mult():
     assert model.stem.conv.parametrizations.weight.original in make_grad_mults(model)
 
 
+def test_a_fake_quantized_kernel_is_initialized_and_not_converted():
+    model, plain = (nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)) for _ in range(2))
+    parametrize.register_parametrization(model[0], 'weight', FakeQuantize())
+    for each in (model, plain):
+        torch.manual_seed(0)
+        prepare(each, {'0': {'kxk': torch.ones(8)}})
+    assert torch.equal(model[0].parametrizations.weight.original, plain[0].weight)
+    with pytest.raises(ValueError, match='its weight is fake-quantized'):
+        csla(model)
+
+
+@pytest.mark.parametrize(
+    ('kernel', 'branch', 'message'),
+    [((8, 4, 3, 3), 'identity', 'does not show whether'), ((4, 4, 4, 4), '1x1', 'needs a centre, which a 4x4 kernel')],
+)
+def test_a_graph_has_no_branch_that_its_kernel_does_not_prove(kernel, branch, message):
+    conv = nn.Conv2d(kernel[1], kernel[0], kernel[2:], padding=1)
+    graph = torch.export.export(nn.Sequential(conv), (torch.randn(2, 4, 8, 8),)).module()
+    with pytest.raises(ValueError, match=f"module '0'.* {message}"):
+        make_grad_mults(graph, {'0': {'kxk': torch.ones(len(conv.weight)), branch: torch.ones(len(conv.weight))}})
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
@@ -77,19 +99,12 @@ def test_a_fake_quantized_kernel_keeps_its_grad_mult():
             lambda m: setattr(m.stem, 'conv', nn.Conv2d(3, 16, 3, 2, 1, bias=False)),
             "'stem.conv' of RepOptVgg got scales, but a Conv2d without them has taken its place",
         ),
-        (
-            lambda m: setattr(m.stages[1][1].conv, 'weight', m.stages[1][1].conv.weight),
-            None,
-        ),
     ],
-    ids=['pruned', 'weight norm', 'replaced', 'same'],
+    ids=['pruned', 'weight norm', 'replaced'],
 )
 def test_a_kernel_whose_grad_mult_would_be_lost_is_named(change, message):
     model = tiny_model(scales=random_scales())
     change(model)
-    if message is None:
-        make_grad_mults(model)
-        return
     with pytest.raises(ValueError, match=message):
         make_grad_mults(model)
 

@@ -73,7 +73,7 @@ def test_initialization_leaves_other_modules_alone():
 
 @pytest.mark.parametrize('name', ['1', '7'])
 def test_scales_of_a_module_that_is_no_convolution_are_refused(name):
-    with pytest.raises(ValueError, match=f"name a convolution '{name}'"):
+    with pytest.raises(ValueError, match=f"scales for a convolution '{name}'"):
         initialize(net(), {name: vectors()})
 
 

@@ -6,7 +6,7 @@ import timm
 from timm.layers import StdConv2d
 from torch import nn
 
-from repopt_timm import ConvPrior, Scales, hyper_search, refused_convs, repvgg_prior
+from repopt_timm import ConvPrior, Scales, hyper_search, keep_branches, refused_convs, repvgg_prior
 from repopt_timm.reparam import resolve_prior, stage_scale
 
 
@@ -43,7 +43,7 @@ def test_squeeze_and_excitation_of_a_rep_opt_vgg_has_no_branches():
     [
         {'layer1.0.conv1': ['kxk', '1x3']},
         {'layer1.0.conv1': {'kxk': 1, '1x3': 1}},
-        {'layer1.0.conv1': ConvPrior({'kxk': 1, '1x3': 1}, math.sqrt(2 / 2))},
+        {'layer1.0.conv1': ConvPrior(['kxk', '1x3'], math.sqrt(2 / 2))},
         lambda model: {'layer1.0.conv1': ('1x3', 'kxk')},
     ],
     ids=['names', 'counts', 'prior', 'function'],
@@ -59,6 +59,7 @@ def test_a_prior_of_ones_own_may_have_any_form(prior):
         ({'layer9': ['kxk']}, "names 'layer9', but ResNet has no such module"),
         ({'bn1': ['kxk']}, "'bn1' of ResNet cannot have branches: BatchNorm2d is not exactly nn.Conv2d"),
         ({'conv1': ['identity']}, "'conv1': An identity branch needs"),
+        ({'conv1': ConvPrior(['kxk', 'kxk'])}, "'conv1': The branch 'kxk' is listed 2 times"),
         ({'conv1': []}, "'conv1': A CSLA convolution needs at least one branch"),
         ({}, 'expected a mapping of module names'),
     ],
@@ -86,13 +87,27 @@ def test_what_cannot_be_converted_is_listed_and_logged(caplog):
 def test_a_network_with_branches_of_its_own_is_pointed_to_its_plain_twin(name):
     if not timm.is_model(name):
         pytest.skip('needs a later timm')
-    with pytest.raises(ValueError, match=r'with branches of its own\. Make its plain twin first, plain_twin\(model\)'):
+    with pytest.raises(
+        ValueError, match=r'with branches of its own, .* Make its plain twin first, plain_twin\(model\)'
+    ):
         hyper_search(timm.create_model(name, device='meta'))
 
 
 @pytest.mark.parametrize('name', ['levit_128s', 'tiny_vit_5m_224', 'nextvit_small', 'efficientnet_b0'])
 def test_a_network_that_only_folds_its_normalization_is_converted(name):
     assert repvgg_prior(timm.create_model(name, device='meta'))
+
+
+def test_a_network_whose_method_merges_no_branches_can_be_marked_as_plain():
+    class Net(nn.Sequential):
+        def fuse(self):
+            """Folds BatchNorm, say."""
+
+    model = Net(nn.Conv2d(4, 4, 3, padding=1))
+    with pytest.raises(ValueError, match=r'repopt_timm\.keep_branches\(block\)'):
+        Scales.initial(model)
+    keep_branches(model)
+    assert list(Scales.initial(model)) == ['0']
 
 
 def test_a_network_whose_branches_are_merged_is_plain():

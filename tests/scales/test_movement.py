@@ -67,3 +67,9 @@ def test_initial_values_are_found_by_the_name_of_the_network(name, kwargs):
 
 def test_a_network_that_timm_does_not_know_has_none(initial):
     assert initial_values(Scales('nonesuch', initial)) is None
+
+
+def test_scales_of_a_part_of_a_network_have_initial_values_too():
+    model = timm.create_model('repopt_vgg_a0', device='meta')
+    part = Scales.initial(model, {'stages.0.1.conv': ['kxk', '1x1']})
+    assert 'stages.0.1.conv' in initial_values(part)

@@ -11,8 +11,10 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from repopt_timm import Scales, hyper_search, load_scales, save_scales_card
+from repopt_timm.reparam import Geometry
 from repopt_timm.scales import read_scale_file
 from repopt_timm.scales.scale_files import checkpoint_entry
 
@@ -97,6 +99,21 @@ def test_counts_survive_file_card_and_checkpoint(tmp_path):
     torch.save({'state_dict': search.state_dict(), 'arch': f'{TINY}_hs'}, tmp_path / 'last.pth.tar')
     assert load_scales(tmp_path / 'scales.safetensors') == load_scales(tmp_path / 'card') == scales
     assert load_scales(tmp_path / 'last.pth.tar').counts == scales.counts
+
+
+@pytest.mark.parametrize(
+    ('scales', 'message'),
+    [
+        (lambda: Scales.initial(nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1))), "searched with '0' of .*stride 2x2"),
+        (lambda: Scales('', {'0': {'kxk': torch.ones(4)}}), r"expected \['1x1', 'kxk'\]"),
+        (lambda: Scales('', {'1': {'kxk': torch.ones(4)}}), "module '0' of Sequential has no scales"),
+    ],
+    ids=['stride', 'branch', 'module'],
+)
+def test_scales_fit_a_twin_as_they_fit_its_plain_network(scales, message):
+    twin = hyper_search(nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1)), {'0': ['kxk', '1x1']})
+    with pytest.raises(ValueError, match=message):
+        scales().for_model(twin)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +220,27 @@ def test_wrong_vectors_are_refused(vectors, message):
         changed(random_scales(), **vectors)
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ({'modules': {'0': {'kxk': torch.ones(8), '1x1': torch.ones(4)}}}, r"'1x1' has shape \(4,\), expected \(8,\)"),
+        ({'counts': {'0': ['kxk']}}, "the counts of '0' are .*expected {branch: count}"),
+        ({'provenance': {'lr': torch.ones(1)}}, 'the provenance cannot be stored'),
+        (
+            {'geometry': {'0': Geometry(4, 8, (3, 3), (1, 1), 1)}, 'modules': {'0': {'identity': torch.ones(8)}}},
+            'as many input as output channels',
+        ),
+    ],
+)
+def test_what_does_not_make_scales_is_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Scales(**{'architecture': '', 'modules': {'0': {'kxk': torch.ones(8)}}, **arguments})
+
+
+def test_an_identity_may_have_learned_nothing():
+    assert not Scales('', {'0': {'identity': torch.zeros(4), 'kxk': torch.ones(4)}})['0']['identity'].any()
+
+
 def test_a_missing_or_left_over_block_is_named_with_its_file(tmp_path):
     state = tiny_model('_hs').state_dict()
     short = {key: value for key, value in state.items() if not key.startswith('stages.3')}
@@ -213,7 +251,7 @@ def test_a_missing_or_left_over_block_is_named_with_its_file(tmp_path):
         tiny_model(scales=tmp_path / 'short.pth.tar')
     extra = {**state, 'stages.4.0.conv.branches.kxk.scale': torch.ones(8)}
     torch.save({'state_dict': extra, 'arch': TINY + '_hs'}, tmp_path / 'long.pth.tar')
-    with pytest.raises(ValueError, match=r"long\.pth\.tar name a convolution 'stages\.4\.0\.conv'"):
+    with pytest.raises(ValueError, match=r"long\.pth\.tar: there are scales for a convolution 'stages\.4\.0\.conv'"):
         tiny_model(scales=tmp_path / 'long.pth.tar')
     bare = {key: value for key, value in state.items() if 'stem.conv.branches.1x1' not in key}
     torch.save(bare, tmp_path / 'bare.pth')

@@ -67,7 +67,8 @@ def test_a_run_with_cached_images_ends_with_the_same_bits(arguments, tmp_path):
 @pytest.mark.parametrize(
     ('extra', 'words'),
     [
-        (['--train-images', '99'], 'there are 48 training images'),
+        (['--train-images', '99'], 'there are 48 training images: lower it'),
+        (['--train-images', '40', '--holdout', '0.25'], 'there are 36 training images beside the 12 of --holdout'),
         (['--holdout', '0.001'], 'leaves one part empty'),
         (['--cache-images', '--workers', '2'], 'needs --workers 0'),
     ],

@@ -3,6 +3,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from argparse import Namespace
 
 import pytest
 import timm
@@ -10,7 +11,7 @@ import torch
 from timm.models import resume_checkpoint
 
 from repopt_timm import Scales, save_pretrained
-from repopt_timm.publish import model_from_checkpoint
+from repopt_timm.checkpoint_model import model_from_checkpoint
 from repopt_timm.scales import read_scale_file
 from repopt_timm.train import run
 from repopt_timm.train.command import main
@@ -121,6 +122,16 @@ def test_csla_validation_and_ordinary_models_train_too(arguments, tmp_path):
     assert read(tmp_path / 'other')['args'].opt == 'sgd'
 
 
+@pytest.mark.parametrize(('mode', 'classifier'), [('agc', 100.0), ('value', 0.01)])
+def test_adaptive_clipping_leaves_the_classifier_out(mode, classifier):
+    model = timm.create_model('test_byobnet', num_classes=5)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 100.0)
+    run._make_clip(Namespace(clip_grad=0.01, clip_mode=mode), model, torch.optim.SGD(model.parameters()))()
+    assert model.get_classifier().weight.grad.max() == pytest.approx(classifier)
+    assert all(conv.weight.grad.max() < 1 for conv in model.modules() if isinstance(conv, torch.nn.Conv2d))
+
+
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
 def test_lower_precision_trains(arguments, tmp_path, dtype):
     main(arguments('--scales', 'initial', '--amp', '--amp-dtype', dtype, '--epochs', '1', '--channels-last'))
@@ -179,14 +190,18 @@ def test_only_the_best_checkpoints_are_kept(arguments, tmp_path):
 
 
 def test_the_whole_way_in_one_call(arguments, tmp_path, capsys):
-    main(arguments('--search-first', '--opt-kwargs', 'grad_mults=None', '--search-kwargs', 'epochs=2', 'lr=0.01'))
-    assert len(read(tmp_path / 'run/search')['history']) == 2
+    extra = ['--weight-decay', '5e-4']
+    main(
+        arguments('--search-first', *extra, '--opt-kwargs', 'grad_mults=None', '--search-kwargs', 'epochs=2', 'lr=0.01')
+    )
+    search = read(tmp_path / 'run/search')
+    assert (len(search['history']), search['args'].weight_decay) == (2, 4e-5)
     assert len(read(tmp_path / 'run/target')['history']) == 3
     table = (tmp_path / 'run/report.md').read_text()
     assert f'| target | `{TINY}` | `repopt_sgd` | 3 |' in table
     assert table in capsys.readouterr().out
     assert (tmp_path / 'run/curves.png').exists()
-    main(arguments('--search-first', '--search-kwargs', 'epochs=2', 'lr=0.01', '--resume'))
+    main(arguments('--search-first', *extra, '--search-kwargs', 'epochs=2', 'lr=0.01', '--resume'))
 
 
 def test_a_published_model_is_fine_tuned_with_its_own_scales(arguments, tmp_path):
@@ -239,7 +254,10 @@ def test_an_averaged_search_leaves_the_averaged_scales(arguments, tmp_path):
         (['--scales', 'initial', '--sync-bn'], '--sync-bn works on GPUs'),
         (['--scales', 'nowhere.safetensors'], 'No scales found'),
         (['--search-first', '--scales', 'initial'], 'does not go with --scales'),
-        (['--search-first', '--opt', 'repopt_adamw', '--lr', '0.001'], r'The search uses SGD.*--search-kwargs lr=0\.1'),
+        (
+            ['--search-first', '--opt', 'repopt_adamw', '--lr', '0.001'],
+            r'The search uses SGD.*--search-kwargs lr=0\.1\.',
+        ),
         (['--scales', 'initial', '--batch-size', '999'], 'do not fill one batch of 999'),
         (['--model', 'repopt_vgg_a00'], "timm knows no model 'repopt_vgg_a00'. Did you mean repopt_vgg_a0"),
         (['--val-split', 'test'], "has no split 'test', but train, validation"),

@@ -1,6 +1,7 @@
 """What a run leaves after errors, signals and kills, and what it goes on from."""
 
 import csv
+import errno
 import os
 import resource
 import signal
@@ -11,10 +12,12 @@ import time
 import pytest
 import torch
 
+from repopt_timm.doctor import check_run
 from repopt_timm.train import engine, run
 from repopt_timm.train.command import main
 from repopt_timm.train.parsing import parse_arguments
 from repopt_timm.train.run_checkpoints import find_checkpoint
+from repopt_timm.train.run_folder import is_busy
 
 from ..helpers import TINY
 from .runs import ENVIRONMENT, assert_same_bits, read
@@ -32,6 +35,11 @@ def same_run(first, second):
         assert read(first, name)['epoch'] == read(second, name)['epoch']
         assert_same_bits(read(first, name)['state_dict'], read(second, name)['state_dict'])
     assert (first / 'summary.csv').read_text() == (second / 'summary.csv').read_text()
+
+
+def best_epoch(folder):
+    (found,) = [each for each in check_run(folder) if each.what == 'best epoch']
+    return found.status, found.detail
 
 
 def damage(path, position=0.5):
@@ -63,7 +71,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once(arguments, tmp_path):
     with pytest.raises(ValueError) as error:
         main(arguments(*TARGET, '--epochs', '4', '--lr', '1e20', '--resume', '--override', '--log-interval', '1'))
     text = str(error.value)
-    assert 'of epoch 2 of 4 is not finite' in text
+    assert 'of epoch 2 of 4 became non-finite at step ' in text
     assert 'learning rate' in text
     assert f"The checkpoint of epoch 1 is '{tmp_path}/run/last.pth.tar'. Try a lower --lr" in text
     assert_same_bits(before['state_dict'], read(tmp_path / 'run')['state_dict'])
@@ -77,7 +85,7 @@ def test_the_steps_between_which_the_loss_became_nan_are_named(arguments, tmp_pa
             return output.mean() * 0 + next(losses)
 
     monkeypatch.setattr(run, '_make_loss', lambda args: Loss())
-    with pytest.raises(ValueError, match='of epoch 1 of 3 is not finite since one of the steps 3 to 4, at'):
+    with pytest.raises(ValueError, match='of epoch 1 of 3 became non-finite between steps 3 and 4, at'):
         main(arguments(*TARGET, '--log-interval', '2'))
     assert not (tmp_path / 'run').exists()
 
@@ -108,6 +116,24 @@ def test_a_metric_that_is_nan_is_never_the_best(arguments, tmp_path, monkeypatch
     main(arguments(*TARGET))
     assert read(tmp_path / 'run', 'model_best.pth.tar')['epoch'] == 0
     assert [name for name in names_in(tmp_path / 'run') if name.startswith('checkpoint')] == ['checkpoint-0.pth.tar']
+    assert best_epoch(tmp_path / 'run') == ('ok', 'epoch 1, top-1 50.00 %')
+
+
+@pytest.mark.parametrize('place', ['run', 'other'])
+def test_the_best_checkpoint_is_one_that_is_there(arguments, tmp_path, monkeypatch, place):
+    tops = iter([60.0, 50.0, 90.0, 55.0])
+    monkeypatch.setattr(engine, 'validate', lambda *args: {'loss': 1.0, 'top1': next(tops), 'top5': 100.0})
+    extra = [*TARGET, '--checkpoint-hist', '1']
+    main(arguments(*extra, '--epochs', '2'))
+    copy = tmp_path / place / 'mine.pth.tar'
+    copy.parent.mkdir(exist_ok=True)
+    copy.write_bytes((tmp_path / 'run/last.pth.tar').read_bytes())
+    main(arguments(*extra, '--resume'))
+    assert best_epoch(tmp_path / 'run') == ('ok', 'epoch 3, top-1 90.00 %')
+    main(arguments(*extra, '--resume', str(copy), '--override', '--epochs', '2'))
+    assert best_epoch(copy.parent) == ('ok', 'epoch 2, top-1 50.00 %')
+    main(arguments(*extra, '--resume', str(copy), '--override'))
+    assert best_epoch(copy.parent) == ('ok', 'epoch 3, top-1 55.00 %')
 
 
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
@@ -132,6 +158,29 @@ def test_a_signal_ends_a_run_after_the_batch_and_the_named_command_continues_it(
     command = told[-1].split('repopt-timm train ')[1].split()
     main(command)
     same_run(tmp_path / 'whole', tmp_path / 'run')
+
+
+@pytest.mark.parametrize(('stopped', 'joint'), [(1, ' '), (2, '=')])
+def test_a_run_that_went_back_is_continued_from_where_it_was_stopped(
+    arguments, tmp_path, monkeypatch, capsys, stopped, joint
+):
+    main(arguments(*TARGET))
+    begun = []
+
+    def start_epoch(epoch, loaders, args):
+        original(epoch, loaders, args)
+        begun.append(epoch)
+        if begun == list(range(1, stopped + 1)):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    original = run._start_epoch
+    monkeypatch.setattr(run, '_start_epoch', start_epoch)
+    back = f'--resume{joint}{tmp_path}/run/checkpoint-0.pth.tar --override --momentum 0.5'
+    with pytest.raises(SystemExit):
+        main(arguments(*TARGET, *back.split()))
+    main(capsys.readouterr().err.strip().splitlines()[-1].split('repopt-timm train ')[1].split())
+    assert begun == [*range(1, stopped + 1), *range(stopped, 3)]
+    assert read(tmp_path / 'run')['args'].momentum == 0.5
 
 
 def test_a_search_that_was_stopped_goes_on_with_its_target(images, tmp_path, monkeypatch, capsys):
@@ -263,10 +312,23 @@ def test_one_process_trains_in_a_folder_and_a_dead_one_does_not_keep_it(argument
     code = f"import fcntl; f = open('{tmp_path}/run/.lock', 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
     with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
+        assert is_busy(tmp_path / 'run')
         with pytest.raises(ValueError, match=r"Another process trains in '.*run' already \(process \d+ on "):
             main(arguments(*TARGET, '--epochs', '2', '--resume'))
         other.kill()
     main(arguments(*TARGET, '--epochs', '2', '--resume'))
+
+
+@pytest.mark.parametrize('allowed', ['r', ''])
+def test_whether_a_process_trains_is_asked_without_writing(tmp_path, monkeypatch, allowed):
+    def open_allowed(path, mode='r'):
+        if mode != allowed:
+            raise PermissionError(errno.EACCES, 'Permission denied', path)
+        return open(path, mode)
+
+    monkeypatch.setattr('repopt_timm.train.run_folder.open', open_allowed, raising=False)
+    (tmp_path / '.lock').touch()
+    assert not is_busy(tmp_path)
 
 
 def test_a_damaged_checkpoint_falls_back_to_the_newest_good_one_and_says_so(arguments, tmp_path, capsys):
@@ -389,6 +451,14 @@ def test_another_optimizer_is_refused_even_with_override(finished):
     words, _ = finished
     with pytest.raises(ValueError, match='with the optimizer repopt_sgd, whose state adamw cannot go on from'):
         main([*words, '--epochs', '2', '--resume', '--override', '--opt', 'adamw'])
+
+
+def test_a_state_of_other_parameter_groups_is_refused_with_the_next_step(finished):
+    words, _ = finished
+    with pytest.raises(
+        ValueError, match=r"last\.pth\.tar' has the state of another .* Resume with the arguments of that"
+    ):
+        main([*words, '--epochs', '2', '--resume', '--override', '--weight-decay', '0'])
 
 
 def test_an_old_checkpoint_does_not_truncate_a_finished_run_unasked(arguments, tmp_path):

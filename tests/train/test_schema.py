@@ -14,7 +14,7 @@ gp None img_size None in_chans None input_size None crop_pct None mean None std 
 validation_batch_size None channels_last False grad_accum_steps 1 grad_checkpointing False model_kwargs {}
 torchcompile None amp False amp_dtype 'float16' opt_eps None opt_betas None momentum 0.9 weight_decay 2e-5
 clip_grad None clip_mode 'norm' layer_decay None opt_kwargs {} sched 'cosine' sched_on_updates False lr None lr_base 0.1
-lr_base_size 256 lr_base_scale '' warmup_lr 1e-5 min_lr 0 epochs 300 warmup_epochs 5 cooldown_epochs 0 decay_epochs 90
+lr_base_size 256 lr_base_scale '' warmup_lr 1e-5 min_lr 0 epochs 300 cooldown_epochs 0 decay_epochs 90
 decay_milestones [90,180,270] decay_rate 0.1 patience_epochs 10 no_aug False train_crop_mode None scale [0.08,1.0]
 hflip 0.5 vflip 0 color_jitter 0.4 aa None reprob 0 remode 'pixel' recount 1 mixup 0 cutmix 0
 mixup_prob 1 mixup_switch_prob 0.5 mixup_mode 'batch' mixup_off_epoch 0 bce_loss False smoothing 0.1
@@ -22,8 +22,8 @@ train_interpolation 'random' drop 0 sync_bn False dist_bn 'reduce' model_ema Fal
 model_ema_warmup False seed 42 log_interval 50 val_interval 1 workers 4 pin_mem False no_prefetcher False experiment ''
 log_wandb False
 """
-# On purpose: our models, the fastest device, a folder that always is, and few files.
-OURS = {'model', 'device', 'opt', 'output', 'checkpoint_hist', 'resume', 'data_dir', 'ratio'}
+# On purpose: our models, the fastest device, a folder that always is, few files, and a warm-up that ends.
+OURS = {'model', 'device', 'opt', 'output', 'checkpoint_hist', 'resume', 'data_dir', 'ratio', 'warmup_epochs'}
 NEW = {
     'scales',
     'override',
@@ -73,6 +73,13 @@ def test_a_config_gives_defaults_that_the_command_line_overrides(tmp_path):
     config.write_text('search_kwargs: {weight_decay: 4e-5}\ncolor_jitter: null\n')
     args = parse_arguments(['-c', str(config)])
     assert (args.search_kwargs, args.color_jitter) == ({'weight_decay': 0.00004}, None)
+
+
+def test_capitals_in_the_name_of_an_optimizer_do_not_matter(tmp_path):
+    (tmp_path / 'config.yaml').write_text('opt: RepOpt_AdamW\nsearch_kwargs: {opt: AdamW}\n')
+    args = parse_arguments(['-c', str(tmp_path / 'config.yaml')])
+    assert (args.opt, args.search_kwargs['opt']) == ('repopt_adamw', 'adamw')
+    assert parse_arguments(['--opt', 'AdamW']).opt == 'adamw'
 
 
 def test_the_folder_of_the_command_line_goes_before_that_of_the_config(tmp_path):

@@ -15,7 +15,7 @@ def test_a_search_says_how_far_the_scales_moved(arguments, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(('scales', 'said'), [('near', True), ('far', False), ('initial', False)])
-def test_a_training_says_if_its_scales_are_about_the_initial_values(arguments, tmp_path, capsys, scales, said):
+def test_a_training_says_if_its_scales_are_close_to_the_initial_values(arguments, tmp_path, capsys, scales, said):
     source = scales
     if scales != 'initial':
         near = Scales.initial(tiny_model())
@@ -24,7 +24,9 @@ def test_a_training_says_if_its_scales_are_about_the_initial_values(arguments, t
         source = str(tmp_path / 'scales.safetensors')
         made.save(source)
     main(arguments('--scales', source, '--epochs', '1'))
-    assert ('about where a search starts: layer means moved by 1.0%' in capsys.readouterr().err) == said
+    assert (
+        'close to the values that a search starts from: layer means moved by 1.0%' in capsys.readouterr().err
+    ) == said
 
 
 def test_the_times_of_epochs_are_beside_the_table_that_a_run_repeats(arguments, tmp_path):
@@ -37,8 +39,8 @@ def test_the_times_of_epochs_are_beside_the_table_that_a_run_repeats(arguments, 
 def test_a_run_that_diverged_leaves_its_reason_until_it_goes_on(arguments, tmp_path):
     main(arguments('--scales', 'initial', '--epochs', '1'))
     changed = ['--scales', 'initial', '--epochs', '2', '--resume', '--override', '--log-interval', '1']
-    with pytest.raises(ValueError, match='is not finite'):
+    with pytest.raises(ValueError, match='became non-finite'):
         main(arguments(*changed, '--lr', '1e20'))
-    assert 'epoch 2 of 2 is not finite' in (tmp_path / 'run/diverged.txt').read_text()
+    assert 'epoch 2 of 2 became non-finite' in (tmp_path / 'run/diverged.txt').read_text()
     main(arguments(*changed))
     assert not (tmp_path / 'run/diverged.txt').exists()

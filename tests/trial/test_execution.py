@@ -30,9 +30,7 @@ def children(monkeypatch):
     """Replaces the training command."""
 
     def replace(code=CHILD):
-        monkeypatch.setattr(
-            execution, 'training_command', lambda run, config: [sys.executable, '-c', code, str(run.folder)]
-        )
+        monkeypatch.setattr(execution, 'prepare', lambda run, shared: [sys.executable, '-c', code, str(run.folder)])
 
     return replace
 
@@ -40,7 +38,7 @@ def children(monkeypatch):
 def test_the_others_go_on_when_a_run_ends_with_an_error(trial, children):
     children()
     runs = trial('--arms', 'sgd', '--lr', '0.1', '--seeds', '3', '--epochs', '1')
-    failed = execution.run_all(lambda: open_runs(runs), runs.folder / 'shared.yaml', 2, 1)
+    failed = execution.run_all(lambda: open_runs(runs), runs.shared, 2, 1)
     assert [run.folder.name for run in failed] == ['seed-1']
     assert [runs.training('sgd', seed, 0.1).outcome.finished for seed in range(3)] == [True, False, True]
     assert 'no memory' in (runs.folder / 'runs/sgd/seed-1/train.log').read_text()
@@ -49,7 +47,7 @@ def test_the_others_go_on_when_a_run_ends_with_an_error(trial, children):
 def test_checkpoints_of_tuning_runs_are_not_kept(trial, children):
     children(CHILD + "(folder / 'last.pth.tar').write_text('x')")
     runs = trial('--arms', 'sgd', '--seeds', '1', '--epochs', '1')
-    execution.run_all(lambda: open_runs(runs), runs.folder / 'shared.yaml', 2, 1)
+    execution.run_all(lambda: open_runs(runs), runs.shared, 2, 1)
     assert len(list(runs.folder.glob('tuning/*/*/summary.csv'))) > 3
     assert [path.parent.name for path in runs.folder.rglob('last.pth.tar')] == ['seed-0']
 
@@ -69,7 +67,7 @@ def test_an_interrupted_trial_ends_its_runs(trial, children, ending):
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(execution, '_start', start)
-        execution.run_all(lambda: open_runs(runs), runs.folder / 'shared.yaml', 2, 1)
+        execution.run_all(lambda: open_runs(runs), runs.shared, 2, 1)
     assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
 
 
@@ -82,6 +80,14 @@ def test_threads_are_given_or_shared_by_the_runs(monkeypatch, given, variable, t
 def command(data, output, *more):
     small = ['--input-size', '3', '32', '32', '--batch-size', '8', '--log-interval', '1', '--num-classes', '2']
     return ['trial', TINY, '--data', str(data), '--output', str(output), *small, *more]
+
+
+def test_branches_are_not_trained_in_a_layout_that_corrupts_memory(images, tmp_path, capsys):
+    words = ['--device', 'cpu', '--channels-last', '--arms']
+    words = ['trial', 'repopt_vgg_a0', '--data', str(images), '--output', str(tmp_path / 'trial'), *words]
+    assert main([*words, 'sgd', 'branches']) == 1
+    assert '--channels-last on a CPU may corrupt memory' in capsys.readouterr().err
+    assert not (tmp_path / 'trial').exists()
 
 
 @pytest.mark.slow

@@ -5,11 +5,17 @@ import timm
 import torch
 
 from repopt_timm.train.parsing import parse_arguments
-from repopt_timm.trial.execution import training_command
+from repopt_timm.trial.execution import prepare
 from repopt_timm.trial.results import read_results
-from repopt_timm.trial.trial_settings import as_words, read_settings
+from repopt_timm.trial.trial_settings import read_settings
 
 from .conftest import parse, settings_of
+
+
+def arguments_of(runs, run):
+    """What the training command makes of a run."""
+    command = prepare(run, runs.shared)
+    return parse_arguments(command[command.index('train') + 1 :])
 
 
 def test_arms_are_those_that_the_model_and_the_arguments_allow():
@@ -32,6 +38,7 @@ def test_arms_are_those_that_the_model_and_the_arguments_allow():
         (['--opt', 'adamw'], "unknown argument '--opt'"),
         (['--seed', '3'], "unknown argument '--seed'"),
         (['--lrs', '0'], 'expected finite numbers above 0'),
+        (['--search-kwargs', 'resume=auto'], "--search-kwargs has 'resume', which cannot differ in the search"),
         (['--seeds', '9', '--tuning-seed', '3'], 'a seed of its own'),
     ],
 )
@@ -51,8 +58,7 @@ def test_branches_are_trained_from_timms_batchnorms_and_from_neutral_ones(trial)
     runs = trial('--arms', 'branches', 'unit_branches', *words)
     norms = {}
     for arm in runs.settings.arms:
-        command = training_command(runs.training(arm, 0, 0.1), runs.folder / 'shared.yaml')
-        args = parse_arguments(command[command.index('train') + 1 :])
+        args = arguments_of(runs, runs.training(arm, 0, 0.1))
         model = timm.create_model(args.model, **args.model_kwargs)
         assert len(model.stages[0]) == 1
         norms[arm] = torch.cat([each.weight for each in model.modules() if isinstance(each, torch.nn.BatchNorm2d)])
@@ -79,8 +85,7 @@ def test_a_run_gets_the_arguments_that_all_share_and_its_own(trial, tmp_path):
         '0.1',
     ]
     runs = trial('--arms', 'repopt', *words, '--train-images', '100')
-    command = training_command(runs.training('repopt', 1, 0.1), runs.folder / 'shared.yaml')
-    args = parse_arguments(command[command.index('train') + 1 :])
+    args = arguments_of(runs, runs.training('repopt', 1, 0.1))
     assert (args.model, args.opt, args.scales, args.lr, args.seed) == (
         'test_repopt_vgg',
         'repopt_sgd',
@@ -91,8 +96,28 @@ def test_a_run_gets_the_arguments_that_all_share_and_its_own(trial, tmp_path):
     assert (args.epochs, args.warmup_epochs, args.train_images, args.no_aug) == (20, 2, 100, True)
     assert args.model_kwargs == {'strides': [1, 1, 2, 2, 2]}
     assert (args.output, args.experiment, args.resume) == (str(runs.folder / 'runs/repopt'), 'seed-1', 'auto')
-    tuned = parse_arguments(as_words(runs.tuning('repopt', 0.1).arguments))
-    assert (tuned.epochs, tuned.warmup_epochs, tuned.val_interval, tuned.seed) == (5, 0, 5, 1000)
+    tuned = arguments_of(runs, runs.tuning('repopt', 0.1))
+    assert (tuned.epochs, tuned.val_interval, tuned.seed, tuned.train_images) == (5, 5, 1000, 100)
+
+
+@pytest.mark.parametrize(
+    ('epochs', 'warmup', 'tuning', 'expected'),
+    [(20, 10, 4, 2), (10, 1, 4, 1), (20, 2, 5, 1), (10, 1, 1, 0), (10, 0, 4, 0)],
+)
+def test_a_shorter_run_warms_up_as_the_others_do(trial, epochs, warmup, tuning, expected):
+    counts = ['--epochs', str(epochs), '--warmup-epochs', str(warmup), '--tuning-epochs', str(tuning)]
+    assert trial('--arms', 'repopt', *counts).tuning('repopt', 0.1).arguments['warmup_epochs'] == expected
+
+
+def test_a_search_differs_from_the_runs_in_all_that_its_arguments_say(trial):
+    differ = ['--search-kwargs', 'amp=False', 'clip_grad=None', 'lr=0.3', 'epochs=4', 'cooldown_epochs=2']
+    runs = trial('--amp', '--clip-grad', '5', '--lr', '0.1', '--search', '2', *differ)
+    search = runs.training('search', 0, 0.1).after
+    args = arguments_of(runs, search)
+    assert (args.amp, args.clip_grad, args.lr, args.weight_decay) == (False, None, 0.3, 4e-5)
+    assert (args.epochs, args.warmup_epochs, search.epochs) == (4, 1, 6)
+    args = arguments_of(runs, runs.training('search', 0, 0.1))
+    assert (args.amp, args.clip_grad, args.lr) == (True, 5, 0.1)
 
 
 def test_a_config_gives_what_all_runs_share_and_not_what_the_arms_are(tmp_path):

@@ -1,0 +1,97 @@
+"""The model of a run's checkpoint."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+from torch import nn
+
+from .checkpoints.read import read_checkpoint, select_state_dict
+from .datasets import data_config_of
+from .errors import explaining
+from .models import ensure_registered
+from .names import ModelName
+from .reparam import attach_scales, kind_of
+from .scales import read_scale_file
+from .sources import ScalesSource, load_scales
+from .trained_scales import arguments_of, check_trained_with, find_scales
+from .weights_origin import restore_origin
+
+__all__ = ['model_from_checkpoint', 'model_of']
+
+
+def model_from_checkpoint(
+    path: str | os.PathLike, scales: ScalesSource | None = None, need_scales: bool = True, architecture: str = ''
+) -> nn.Module:
+    """Creates the model of a run's checkpoint, with its weights, and its data configuration in `pretrained_cfg`.
+
+    Args:
+        path: A checkpoint that the training command, or timm's script, wrote.
+        scales: Scales for a target model to carry; those of an `_hs` or `_csla` model are in its checkpoint.
+        need_scales: Refuse a target trained with scales if none are given or found, as it cannot be trained on.
+        architecture: timm's name of the model, for a file that does not state it.
+
+    Raises:
+        FileNotFoundError: If there is no such checkpoint or source of scales.
+        ValueError: If the checkpoint does not name its model, or its weights are not that model's.
+    """
+    checkpoint = {**read_checkpoint(path), **({'arch': architecture} if architecture else {})}
+    with explaining(f"'{os.fspath(path)}' does not hold the model of a run"):
+        return model_of(checkpoint, os.fspath(path), scales, need_scales)
+
+
+def model_of(
+    checkpoint: Mapping[str, Any], source: str, scales: ScalesSource | None, need_scales: bool = True
+) -> nn.Module:
+    """Creates the model of a checkpoint that is read already from `source`, see `model_from_checkpoint`."""
+    if 'quantization' in arguments_of(checkpoint):
+        raise ValueError(
+            f'{source} is of a fake-quantized training, with BatchNorm folded: its result is the ONNX file that '
+            f'repopt-timm qat writes. Name the checkpoint that it started from.'
+        )
+    name = checkpoint.get('arch')
+    if not isinstance(name, str):
+        raise ValueError(
+            f"{source}: the checkpoint does not name its model (no 'arch', as the training command writes it). Create "
+            f'the model with timm.create_model, load the weights into it, and give that.'
+        )
+    ensure_registered(name)
+    if not timm.is_model(name):
+        raise ValueError(
+            f"{source}: its model '{name}' is unknown to timm. Import the package that registers it first."
+        )
+    args = arguments_of(checkpoint)
+    state = select_state_dict(dict(checkpoint))
+    # The file itself holds them; a path in its arguments could name anything.
+    kwargs = {key: value for key, value in (args.get('model_kwargs') or {}).items() if key != 'scales'}
+    if ModelName.parse(name).kind == 'hs':
+        kwargs['scales'] = read_scale_file(source)
+    classifier = timm.get_pretrained_cfg_value(name, 'classifier')
+    if isinstance(classifier, tuple | list):  # of a distilled network
+        classifier = classifier[0]
+    if isinstance(classifier, str) and f'{classifier}.weight' in state:
+        kwargs['num_classes'] = len(state[f'{classifier}.weight'])
+    if args.get('gp'):
+        kwargs['global_pool'] = args['gp']
+    if args.get('in_chans') or args.get('input_size'):
+        kwargs['in_chans'] = args.get('in_chans') or args['input_size'][0]
+    model: Any = timm.create_model(name, **kwargs)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(f'{source}: its weights are not those of {name}: {error}') from None
+    if kind_of(model) == 'target' and (need_scales or scales is not None):
+        given = find_scales(checkpoint, model, source) if scales is None else load_scales(scales, model)
+        if given is not None:
+            check_trained_with(given, checkpoint, source)
+            attach_scales(model, given)
+            model.scales_provenance = given.provenance
+    data = data_config_of(args, model)
+    names = checkpoint.get('label_names')
+    model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
+    model.pretrained_cfg.pop('tag', None)  # that of the weights which timm knows for this model
+    if 'origin' in checkpoint or not args.get('pretrained'):
+        # timm's script does not state it; it fine-tunes what timm knows for the model.
+        restore_origin(model, checkpoint.get('origin'))
+    return model.eval()
