@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from .commands import COMMANDS
 
 __all__ = [
     'add_command',
+    'amount',
     'cpu_name',
     'markdown_table',
     'package_versions',
@@ -21,6 +22,8 @@ __all__ = [
     'take_turns',
     'time_call',
 ]
+
+_T = TypeVar('_T')
 
 
 def add_command(
@@ -77,6 +80,11 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], align: bo
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
+def amount(number: int, noun: str) -> str:
+    """Returns a number and what it counts, such as `1 layer` or `2 layers`."""
+    return f'{number} {noun}{"" if number == 1 else "s"}'
+
+
 def cpu_name() -> tuple[str, bool]:
     """Returns the name of the CPU, and whether it has VNNI instructions."""
     try:
@@ -100,7 +108,7 @@ def time_call(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def take_turns(turns: Mapping[str, Callable[[], float]], rounds: int, warmup: int = 0) -> dict[str, list[float]]:
+def take_turns(turns: Mapping[str, Callable[[], _T]], rounds: int, warmup: int = 0) -> dict[str, list[_T]]:
     """Measures candidates in rounds, each candidate once per round.
 
     Whatever slows down the machine for a while slows down a whole round, so ratios within a round stay meaningful. The
@@ -112,10 +120,10 @@ def take_turns(turns: Mapping[str, Callable[[], float]], rounds: int, warmup: in
         warmup: Number of rounds to discard at the start.
 
     Returns:
-        Name to the measured value of each round, in the order of `turns`.
+        Name to what it measured in each round, in the order of `turns`.
     """
     names = list(turns)
-    found: dict[str, list[float]] = {name: [] for name in names}
+    found: dict[str, list[_T]] = {name: [] for name in names}
     for index in range(warmup + rounds):
         shift = index % len(names)
         for name in names[shift:] + names[:shift]:

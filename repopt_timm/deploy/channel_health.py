@@ -4,19 +4,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from torch import nn
 
 from .classifier import image_input
 from .image_folder import ImageFolder
 from .onnx_graph import constants_of, layers_of, with_outputs
 from .runtime import open_session
 
-__all__ = ['constant_inputs', 'dead_channels', 'health_warnings', 'kernel_outliers']
+__all__ = ['constant_inputs', 'dead_channels', 'health_warnings', 'kernel_outliers', 'still_channels']
 
 # Images whose activations are in memory at a time.
 _BATCH = 8
 
 # Of the 99th percentile: one scale of 8 bits then rounds 99 % of the kernel to -1, 0 and 1.
 _OUTLIER = 100
+
+# Of the largest variance of the same BatchNorm; one whose inputs are all small is healthy.
+_STILL = 1e-3
 
 
 def constant_inputs(model: Any, images: ImageFolder, indices: Sequence[int]) -> dict[str, np.ndarray]:
@@ -78,19 +82,45 @@ def kernel_outliers(model: Any) -> dict[str, int]:
     return {layer: count for layer, count in counts.items() if count}
 
 
-def health_warnings(dead: Mapping[str, int], outliers: Mapping[str, int], images: int = 0) -> list[str]:
-    """Puts what `dead_channels` and `kernel_outliers` counted into a line each.
+def still_channels(model: nn.Module) -> dict[str, int]:
+    """Counts the channels that hardly changed in training.
+
+    Args:
+        model: As it was trained, branches not merged.
+
+    Returns:
+        BatchNorm to the number of its channels whose running variance is below its eps and next to nothing beside that
+        of others, for each that has any.
+    """
+    counts = {}
+    for name, norm in model.named_modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None:
+            variance = norm.running_var
+            counts[name] = int((variance < (_STILL * variance.max()).clamp(max=norm.eps)).sum())
+    return {name: count for name, count in counts.items() if count}
+
+
+def health_warnings(
+    dead: Mapping[str, int], outliers: Mapping[str, int], images: int = 0, still: Mapping[str, int] | None = None
+) -> list[str]:
+    """Puts what `dead_channels`, `kernel_outliers` and `still_channels` counted into a line each.
 
     Args:
         dead: Layer to number of dead input channels.
         outliers: Layer to number of outliers.
         images: Images on which the channels were constant.
+        still: BatchNorm to number of channels.
     """
     lines = []
+    if still:
+        lines.append(
+            f'{sum(still.values())} channels hardly changed in training, by the variance of their BatchNorm: '
+            f'{_counts(still)}. `quantize --equalize` removes those that are dead.'
+        )
     if dead:
         lines.append(
-            f'{sum(dead.values())} input channels never changed on {images} images, their weights do nothing: '
-            f'{_counts(dead)}.'
+            f'{sum(dead.values())} input channels never changed on these {images} images: {_counts(dead)}. '
+            f'`quantize --equalize` removes those that never change on others either.'
         )
     if outliers:
         lines.append(

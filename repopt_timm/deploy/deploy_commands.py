@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ def add_commands(commands: Any) -> None:
     export = add_command(commands, 'export', _export)
     export.add_argument('model', help=_MODEL)
     export.add_argument('--onnx', metavar='FILE', required=True, help='file to write')
-    export.add_argument('--opset', type=positive(int), default=OPSET, metavar='N', help="version of ONNX's operators")
+    export.add_argument(
+        '--opset', type=positive(int), default=OPSET, metavar='N', help=f"version of ONNX's operators, {OPSET} or later"
+    )
     export.add_argument(
         '--fixed-batch', type=positive(int), metavar='N', help='take N images at a time, no other number'
     )
@@ -56,7 +59,10 @@ def add_commands(commands: Any) -> None:
     quantized.add_argument('--versus', metavar='MODEL', help='with --report, another model to draw beside')
     sensitivity_help = 'write sensitivity.md, .png and .json: accuracy with one layer at a time in INT8'
     quantized.add_argument('--sensitivity', metavar='DIR', help=sensitivity_help)
-    drop_help = 'leave the fewest layers in float32 that lose no more than POINTS of top-1 on the calibration images'
+    drop_help = (
+        'keep the fewest layers in float32, in the order of the ranking, with which at most POINTS of top-1 are lost '
+        'on the calibration images'
+    )
     quantized.add_argument('--max-drop', type=float, metavar='POINTS', help=drop_help)
     _add_preprocessing(quantized)
 
@@ -160,7 +166,7 @@ def _export(args: argparse.Namespace) -> None:
     path = check_output(args.onnx, args.model)
     options = ExportOptions(args.opset, args.fixed_batch or 0, args.fp16)
     result = {**export_onnx(args.model, path, _overrides(args), options), 'out': args.onnx}
-    _warn(health_warnings({}, result['outliers']))
+    _warn(health_warnings({}, result['outliers'], still=result['still_channels']))
     left = f', {result["batchnorms"]} BatchNorms without a convolution before them' if result['batchnorms'] else ''
     text = (
         f'{args.model} -> {args.onnx}: {_megabytes(result["bytes"])}, opset {result["opset"]}{left}; logits within '
@@ -188,8 +194,12 @@ def _quantize(args: argparse.Namespace) -> None:
     options = form_options(args)
     name = _short if len(set(map(_short, sources))) == len(sources) else str
     reports = {}
-    done = quantize_onnx(args.model, args.data, options, args.split, _overrides(args))
-    _warn(done.warnings())
+    labelled = args.max_drop is not None
+    done = quantize_onnx(args.model, args.data, options, args.split, _overrides(args), labelled)
+    unhealthy = done.warnings()
+    _warn(unhealthy)
+    if labelled:
+        _warn(_unresolved(args.max_drop, len(done.indices)))
     if args.sensitivity or args.max_drop is not None:
         ranking = layer_sensitivity(done)
     if args.sensitivity:
@@ -221,6 +231,9 @@ def _quantize(args: argparse.Namespace) -> None:
         text += f'; {describe(done.equalization.counts)}'
     if kept:
         text += '; ' + _kept_text(kept)
+        _warn([] if kept['ms'] else [UNSTEADY])
+        if kept['kept'] and unhealthy and not options.equalize:
+            text += '; try --equalize, which costs no time'
     if args.report:
         reports[name(args.model)] = layer_report(done)
     if args.versus:
@@ -240,8 +253,18 @@ def _quantize(args: argparse.Namespace) -> None:
 
 def _kept_text(kept: Mapping[str, Any]) -> str:
     layers = ', '.join(kept['kept']) or 'no layer'
-    cost = f', {kept["int8_ms"]:.3g} -> {kept["ms"]:.3g} ms for an image' if kept['ms'] else f'. {UNSTEADY}'
+    cost = f', {kept["int8_ms"]:.3g} -> {kept["ms"]:.3g} ms for an image' if kept['ms'] else ''
     return f'{layers} in float32, {kept["drop"]:.2f} points lost on the calibration images{cost}'
+
+
+def _unresolved(max_drop: float, images: int) -> list[str]:
+    if not 0 < max_drop < 300 / images:
+        return []
+    needed = math.ceil(300 / max_drop)
+    return [
+        f'One of {images} images is {100 / images:.2g} points of accuracy, coarse for --max-drop {max_drop:g}. '
+        f'Take --images {needed} or more.'
+    ]
 
 
 def _warn(lines: Iterable[str]) -> None:

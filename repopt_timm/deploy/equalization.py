@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from ..reporting import amount
 from .channel_health import constant_inputs
 from .classifier import image_input, onnx_classifier
 from .image_folder import ImageFolder
@@ -58,14 +59,19 @@ class Equalization:
 
 def describe(counts: Mapping[str, Any]) -> str:
     """Puts the `counts` of an `Equalization` into a line."""
-    removed, pairs, left = (counts[name] for name in ('removed', 'pairs', 'left'))
-    kept = f' ({sum(counts["kept"].values())} kept)' if counts['kept'] else ''
+    removed, unread, kept, pairs, left = (counts[name] for name in ('removed', 'unread', 'kept', 'pairs', 'left'))
+    parts = ['no dead input channels']
+    if removed:
+        parts = [f'{amount(sum(removed.values()), "dead input channel")} of {amount(len(removed), "layer")} removed']
+    if kept:
+        parts[0] += f' ({sum(kept.values())} kept)'
+    if unread:
+        channels = amount(sum(unread.values()), 'output channel')
+        parts.append(f'{channels} of {amount(len(unread), "layer")} that nothing reads set to 0')
     reasons = f' ({", ".join(sorted(set(left.values())))})' if left else ''
-    return (
-        f'{sum(removed.values())} dead input channels of {len(removed)} layers removed{kept}, {len(pairs)} layers '
-        f'equalized with their readers, {len(left)} left as they are{reasons}; logits within '
-        f'{counts["difference"]:.1e} of the largest on {counts["images"]} images'
-    )
+    parts += [f'{amount(len(pairs), "layer")} equalized with readers', f'{len(left)} left as they are{reasons}']
+    images = amount(counts['images'], 'image')
+    return f'{", ".join(parts)}; logits within {counts["difference"]:.1e} of the largest on {images}'
 
 
 def equalize(model: Any, images: ImageFolder, indices: Sequence[int], others: Sequence[int] = ()) -> Equalization:
@@ -97,7 +103,8 @@ def equalize(model: Any, images: ImageFolder, indices: Sequence[int], others: Se
         if len(checked) == len(used) or not np.isfinite(difference):
             raise ValueError(
                 f'The equalized model differs: a logit by {difference:.1e} of the largest, expected at most '
-                f'{_TOLERANCE:.0e}. Quantize without equalizing.'
+                f'{_TOLERANCE:.0e}; weights that are not trained can amplify rounding that much. Quantize without '
+                f'--equalize.'
             )
         used = checked
 
@@ -158,9 +165,12 @@ def equalize_layers(graph: Graph) -> tuple[dict[str, list[str]], dict[str, str]]
     pairs, left = {}, {}
     for layer in graph.layers:
         readers, reason = graph.readers(layer)
+        columns = _read_columns(graph, layer)
         if reason:
             left[layer] = reason
-        elif _read_columns(graph, layer) is None:
+        elif columns is not None and not columns.any():
+            left[layer] = 'unread'
+        elif columns is None:
             left[layer] = next(filter(None, map(graph.obstacle, (layer, *readers))), 'shape') if readers else 'unread'
         else:
             pairs[layer] = readers

@@ -17,6 +17,7 @@ __all__ = [
     'accuracies',
     'alternate',
     'check_classes',
+    'check_labels',
     'check_logits',
     'evaluate',
     'is_steady',
@@ -24,12 +25,12 @@ __all__ = [
     'time_runs',
 ]
 
-# The 90th percentile of times, of their median.
-_STEADY = 1.5
+# The 90th percentile of times, of their median. With twice as many busy processes as cores it is 1.2 to 3.2.
+_STEADY = 1.25
 
 UNSTEADY = (
-    'The times are not steady, their 90th percentile is over 1.5 times their median: speed-ups are not stated. Repeat '
-    'it on an idle machine.'
+    f'The times are not steady, their 90th percentile is over {_STEADY} times their median: speed-ups are not stated. '
+    'Repeat it on an idle machine.'
 )
 
 
@@ -146,6 +147,17 @@ def check_classes(classifier: Classifier, images: ImageFolder) -> None:
             )
 
 
+def check_labels(classifier: Classifier, images: ImageFolder) -> None:
+    """Raises a ValueError if images have no labels that a drop in accuracy can be measured with."""
+    try:
+        check_classes(classifier, images)
+    except ValueError:
+        raise ValueError(
+            f"A largest drop in accuracy needs labels: the folders of '{images.folder}' are not the classes of the "
+            f'model. Name its training images, or --exclude layers by the ranking of --sensitivity.'
+        ) from None
+
+
 def random_images(config: Mapping[str, Any], batch_size: int) -> Tensor:
     """Makes a batch like preprocessed images, float32 of shape (N, C, H, W); a run's time does not depend on values."""
     return torch.randn(batch_size, *config['input_size'], generator=torch.Generator().manual_seed(0))
@@ -162,11 +174,13 @@ def time_runs(run: Callable[[], Any], seconds: float = 1.0, least: int = 20) -> 
 
 
 def is_steady(times: Sequence[float]) -> bool:
-    """Returns whether times are worth comparing: their 90th percentile is at most half above their median."""
+    """Returns whether times of single runs are worth comparing: their 90th percentile is close to their median."""
     return quantiles(times, n=10, method='inclusive')[-1] <= _STEADY * median(times)
 
 
-def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 15, seconds: float = 0.1) -> dict[str, list[float]]:
+def alternate(
+    runs: Mapping[str, Callable[[], Any]], rounds: int = 15, seconds: float = 0.1
+) -> dict[str, list[list[float]]]:
     """Times functions against each other, see `take_turns`.
 
     Args:
@@ -175,17 +189,17 @@ def alternate(runs: Mapping[str, Callable[[], Any]], rounds: int = 15, seconds: 
         seconds: Approximate length of a turn.
 
     Returns:
-        Name to the median seconds of a run, for each round.
+        Name to the seconds of each run, for each round.
     """
 
-    def make_turn(run: Callable[[], Any]) -> Callable[[], float]:
+    def make_turn(run: Callable[[], Any]) -> Callable[[], list[float]]:
         count = max(3, int(seconds / min(time_call(run) for _ in range(3))))
 
-        def turn() -> float:
+        def turn() -> list[float]:
             # The previous one's threads go on spinning for a while, and its weights fill the caches.
             run()
             run()
-            return median(time_call(run) for _ in range(count))
+            return [time_call(run) for _ in range(count)]
 
         return turn
 

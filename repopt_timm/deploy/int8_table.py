@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import compress, product
+from itertools import chain, compress, product
 from statistics import median
 from typing import Any, TypeAlias
 
@@ -16,7 +16,7 @@ from .equalization import describe, equalize
 from .evaluation import UNSTEADY, accuracies, alternate, check_classes, is_steady, random_images
 from .image_folder import ImageFolder
 from .onnx_export import float_onnx
-from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, calibrate, equalization_images, quantize
+from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, calibrate, equalization_images, naming, quantize
 from .runtime import require
 from .trained_model import load_model
 
@@ -80,7 +80,8 @@ def compare_int8(
         check_classes(onnx_classifier(model, threads, overrides), images)
         forms = {False: model}
         if options.equalize:
-            done = equalize(model, pool, *equalization_images(pool, options))
+            with naming(source):
+                done = equalize(model, pool, *equalization_images(pool, options))
             forms[True], equalization[label] = done.model, done.counts
         classifiers: dict[_Way, Classifier] = {}
         for equalized, form in forms.items():
@@ -126,8 +127,9 @@ def _latency_row(
 ) -> dict[str, Any]:
     images = random_images(config, batch)
     runs = {name: (lambda classifier=classifier: classifier.run(images)) for name, classifier in classifiers.items()}
-    times = alternate(runs)
-    steady = {name: is_steady(values) for name, values in times.items()}
+    turns = alternate(runs)
+    times = {name: [median(turn) for turn in found] for name, found in turns.items()}
+    steady = {name: is_steady([*chain.from_iterable(found)]) for name, found in turns.items()}
     speedups = {
         kind: {
             base: median(slow / fast for slow, fast in zip(times[base], times[kind]))

@@ -57,8 +57,9 @@ class OnnxNetwork(nn.Module):
             name: torch.tensor(values.item() if values.size == 1 and values.dtype == np.float32 else values)
             for name, values in plan.constants.items()
         }
-        self.register_buffer('activation_scales', torch.tensor(plan.scales, dtype=torch.float32))
-        self.register_buffer('activation_zeros', torch.tensor(plan.zeros, dtype=torch.int32))
+        # Not in checkpoints: a resumed run, too, trains with the ranges that its file will have.
+        self.register_buffer('activation_scales', torch.tensor(plan.scales, dtype=torch.float32), persistent=False)
+        self.register_buffer('activation_zeros', torch.tensor(plan.zeros, dtype=torch.int32), persistent=False)
         self._weights = {step.output: step for step in self._steps if isinstance(step, Weight)}
         self._biases = {step.weight: step for step in self._steps if isinstance(step, Bias)}
         for step in self._weights.values():

@@ -3,9 +3,11 @@
 import argparse
 import copy
 import hashlib
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,20 +16,22 @@ from torch import Tensor, nn
 from ..reparam import GradMults, carried_scales, make_grad_mults, network_name
 from ..scales import Scales
 from ..train.run import train
+from ..train.run_checkpoints import find_checkpoint
 from .classifier import image_input, onnx_classifier, preprocessing, torch_classifier
-from .equalization import equalize
 from .evaluation import accuracies, check_classes, random_images
 from .image_folder import ImageFolder
 from .onnx_export import to_onnx
 from .onnx_graph import constants_of
 from .onnx_network import OnnxNetwork
-from .quantization import QuantizationOptions, calibrate, equalization_images, quantize
+from .quantization import Quantization, QuantizationOptions, quantize_calibrated
 from .runtime import open_session, require, save_onnx
 from .trained_model import deployed, load_trained
 
 __all__ = ['WEIGHT_BITS', 'FakeQuantized', 'fake_quantize', 'folded_grad_mults', 'train_quantized']
 
 WEIGHT_BITS = (8, 4)
+
+_logger = logging.getLogger(__name__)
 
 # A factor of a folded kernel is exact but for the rounding of the folding.
 _TOLERANCE = 1e-4
@@ -41,14 +45,12 @@ class FakeQuantized:
     """A trained model on its way to INT8.
 
     Attributes:
-        model: The model in float, an `onnx.ModelProto`, BatchNorm folded.
-        quantized: The same in QDQ format, after calibration.
-        network: What `quantized` computes, to be trained.
-        initial: `quantized` with the network's weights before training: what INT8 costs without it.
+        quantization: The model in float, BatchNorm folded, and in QDQ format.
+        network: What the QDQ format computes, to be trained.
+        initial: The QDQ format with the network's weights before training: what INT8 costs without it.
     """
 
-    model: Any
-    quantized: Any
+    quantization: Quantization
     network: OnnxNetwork
     initial: Any
 
@@ -81,17 +83,15 @@ def fake_quantize(
         raise ValueError(f'weight_bits={weight_bits}: expected one of {", ".join(map(str, WEIGHT_BITS))}.')
     require('onnxscript')
     proto, _ = to_onnx(deployed(copy.deepcopy(model)), config)
-    if options.equalize:
-        proto = equalize(proto, images, *equalization_images(images, options)).model
-    quantized = quantize(proto, calibrate(proto, images, images.sample(options.images, options.seed), options), options)
-    network: Any = OnnxNetwork(quantized, constants_of(proto), weight_bits)
+    done = quantize_calibrated(proto, images, options)
+    network: Any = OnnxNetwork(done.quantized, constants_of(done.model), weight_bits)
     # What training, checkpoints and scales know a model by.
     trained: Any = model
     network.pretrained_cfg = {**trained.pretrained_cfg, 'architecture': network_name(model)}
     network.num_classes = trained.num_classes
-    initial = network.write_to(quantized)
+    initial = network.write_to(done.quantized)
     _check_agreement(network, initial, config)
-    return FakeQuantized(proto, quantized, network, initial)
+    return FakeQuantized(done, network, initial)
 
 
 @torch.no_grad()
@@ -203,8 +203,8 @@ def train_quantized(
     if rule == 'adamw' and args.clip_grad is not None:
         raise ValueError('--clip-grad measures the CSLA norm with the Grad Mults of --opt repopt_sgd: take that.')
     args.model = network_name(model)
-    # For a resumed run to be compared with.
     args.quantization = {**asdict(options), 'weight_bits': weight_bits, 'weights_before': _digest(model)}
+    _check_resumed(args)
     config = preprocessing(vars(args), model=model)
     args.input_size = list(config['input_size'])
     made: list[FakeQuantized] = []
@@ -213,20 +213,22 @@ def train_quantized(
         images = ImageFolder(args.data_dir, args.train_split, config, args.class_map)
         check_classes(torch_classifier(model.eval(), overrides=config), images)
         made.append(fake_quantize(model, images, config, options, weight_bits))
+        for line in made[0].quantization.warnings():
+            _logger.warning(line)
         network = made[0].network.to(device)
         mults = None if rule is None else folded_grad_mults(model, network, rule)
         return network, {} if mults is None else {'grad_mults': mults}
 
     result = train(args, make)
-    quantized = made[0]
+    done = made[0].quantization
     trained: Any = result.model
     network = trained.cpu().eval()
-    file = network.write_to(quantized.quantized)
+    file = network.write_to(done.quantized)
     save_onnx(file, out)
     images = ImageFolder(args.data_dir, args.val_split, config, args.class_map)
     classifiers = {
-        'float32': onnx_classifier(quantized.model),
-        'untrained': onnx_classifier(quantized.initial),
+        'float32': onnx_classifier(done.model),
+        'untrained': onnx_classifier(made[0].initial),
         'fake_quantized': torch_classifier(network, overrides=config),
         'top1': onnx_classifier(file),
     }
@@ -239,6 +241,26 @@ def train_quantized(
         'images': len(images),
         **{name: top1 for name, (top1, _) in found.items()},
     }
+
+
+def _check_resumed(args: argparse.Namespace) -> None:
+    """Raises a ValueError if the run to be resumed was quantized otherwise: its weights are trained for that file."""
+    folder = Path(args.output, args.experiment or '')
+    found = find_checkpoint(folder, args.resume, override=True) if args.resume else None
+    if found is None:
+        return
+    path, checkpoint = found
+    saved = getattr(checkpoint.get('args'), 'quantization', args.quantization)
+    changes = [
+        'other weights' if name == 'weights_before' else f'{name} {saved.get(name)!r} -> {value!r}'
+        for name, value in args.quantization.items()
+        if saved.get(name) != value
+    ]
+    if changes:
+        raise ValueError(
+            f"'{path}' was quantized otherwise: {', '.join(changes)}. Its weights fit no other file: resume with the "
+            f'arguments of that run, or start a new one in another --experiment.'
+        )
 
 
 def _digest(model: nn.Module) -> str:

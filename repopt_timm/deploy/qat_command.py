@@ -1,14 +1,16 @@
 """The command `repopt-timm qat`: its own arguments, and those of training."""
 
 import argparse
+import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
+from typing import Any
 
 from ..commands import PROGRAM
 from ..console import CommandParser
 from ..files import check_output
-from ..reporting import print_result
+from ..reporting import amount, cpu_name, print_result
 from ..train.command import continuation, set_up_logging
 from ..train.interruption import InterruptedRunError
 from ..train.parsing import make_parser, parse_arguments
@@ -85,17 +87,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f'{error}: continue with  {command}', file=sys.stderr)
         raise SystemExit(128 + error.signum) from None
     result['out'] = own.out
+    kept = ' kept in float32' if own.target == 'tensorrt' else ' kept in 8 bits' if own.weight_bits < 8 else ''
     lines = [
-        f'{own.checkpoint} -> {own.out}: {result["bytes"] / 1e6:.1f} MB, {own.weight_bits}-bit weights, {own.weights}',
-        f'top-1 of {result["images"]} images, in percent',
-        f'float32                    {result["float32"]:.2f}',
-        f'quantized, not trained     {result["untrained"]:.2f}',
-        f'trained {result["epochs"]} epochs, PyTorch  {result["fake_quantized"]:.2f}',
-        f'trained, ONNX Runtime      {result["top1"]:.2f}',
+        f'{own.checkpoint} -> {own.out}: {result["bytes"] / 1e6:.1f} MB, {own.weight_bits}-bit weights{kept}, '
+        f'{own.weights}',
+        f'trained for {amount(result["epochs"], "epoch")}{", average of weights written" if args.model_ema else ""}',
+        f'top-1 of {amount(result["images"], "image")}, in percent',
+        f'float32                 {result["float32"]:.2f}',
+        f'quantized, not trained  {result["untrained"]:.2f}',
+        f'trained, PyTorch        {result["fake_quantized"]:.2f}',
+        f'trained, ONNX Runtime   {result["top1"]:.2f}',
     ]
     if abs(result['top1'] - result['fake_quantized']) > 0.2:
-        lines.append('They differ. x86 without VNNI needs --reduce-range: its 8-bit products overflow.')
+        lines.append(_explain_difference(result, own.reduce_range))
     print_result(own, result, '\n'.join(lines))
+
+
+def _explain_difference(result: Mapping[str, Any], reduce_range: bool) -> str:
+    count = round(result['images'] * abs(result['top1'] - result['fake_quantized']) / 100)
+    text = f'PyTorch and ONNX Runtime differ by {count} of {amount(result["images"], "image")}: '
+    if platform.machine().lower() in ('x86_64', 'amd64') and not cpu_name()[1] and not reduce_range:
+        return text + 'this CPU has no VNNI, so that 8-bit products overflow. Repeat it with --reduce-range.'
+    return text + 'sums in another order round to other codes. `repopt-timm evaluate` the file on more images.'
 
 
 def _parser() -> CommandParser:

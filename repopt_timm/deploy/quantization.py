@@ -15,6 +15,7 @@ import numpy as np
 from .channel_health import constant_inputs, dead_channels, health_warnings, kernel_outliers
 from .classifier import data_config, image_input, onnx_classifier
 from .equalization import Equalization, equalize
+from .evaluation import check_labels
 from .image_folder import ImageFolder
 from .onnx_export import float_onnx
 from .onnx_graph import LAYERS, layers_of, next_layer
@@ -29,7 +30,9 @@ __all__ = [
     'calibrate',
     'equalization_images',
     'excluded_nodes',
+    'naming',
     'quantize',
+    'quantize_calibrated',
     'quantize_nodes',
     'quantize_onnx',
     'requantized_layers',
@@ -142,46 +145,54 @@ def quantize_onnx(
     options: QuantizationOptions | None = None,
     split: str = 'train',
     overrides: Mapping[str, Any] | None = None,
+    labelled: bool = False,
 ) -> Quantization:
     """Quantizes a trained model; `save_onnx` writes the result.
 
     Args:
         source: An `.onnx` file, or what `load_model` takes.
-        data: Image folder to calibrate on, see `ImageFolder`. Labels are not looked at.
+        data: Image folder to calibrate on, see `ImageFolder`.
         options: See there.
         split: Split of `data` to draw from: images that the model will not be judged by.
         overrides: Preprocessing that differs from the model's own, by timm's names.
+        labelled: Refuse images whose folders are not the classes of the model.
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
         ValueError: If the folder has no images, one does not decode, or the model cannot be quantized.
         ImportError: If the `[deploy]` extra is not installed.
     """
-    options = options or QuantizationOptions()
     model = float_onnx(source, overrides)
     images = ImageFolder(data, split, data_config(model, overrides))
+    with naming(source):
+        if labelled:
+            check_labels(onnx_classifier(model), images)
+        return quantize_calibrated(model, images, options or QuantizationOptions())
+
+
+def quantize_calibrated(model: Any, images: ImageFolder, options: QuantizationOptions) -> Quantization:
+    """Quantizes a float `onnx.ModelProto` as `quantize_onnx` does."""
     indices = images.sample(options.images, options.seed)
     # Before the work.
     excluded_nodes(model, options.exclude)
     dead, equalization = {}, None
-    with _naming(source):
-        if options.equalize:
-            equalization = equalize(model, images, *equalization_images(images, options))
-            model = equalization.model
-        else:
-            dead = dead_channels(constant_inputs(model, images, indices))
-        ranges = calibrate(model, images, indices, options)
+    if options.equalize:
+        equalization = equalize(model, images, *equalization_images(images, options))
+        model = equalization.model
+    else:
+        dead = dead_channels(constant_inputs(model, images, indices))
+    ranges = calibrate(model, images, indices, options)
     quantized = quantize(model, ranges, options)
     return Quantization(model, quantized, images, indices, options, ranges, dead, equalization)
 
 
 @contextmanager
-def _naming(source: str | os.PathLike) -> Iterator[None]:
-    # An `onnx.ModelProto` has no name by which its user knows it.
+def naming(source: str | os.PathLike) -> Iterator[None]:
+    """Names a model in errors about its `onnx.ModelProto`, which has no name by which its user knows it."""
     try:
         yield
     except ValueError as error:
-        if not str(error).startswith('ONNX Runtime'):
+        if not str(error).startswith(('ONNX Runtime', 'The equalized model')):
             raise
         raise ValueError(f"'{os.fspath(source)}' cannot be quantized: {error}") from None
 

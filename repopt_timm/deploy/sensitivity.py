@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from statistics import median
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..plot import save_figure, subplots
 from ..reporting import markdown_table
 from .classifier import image_input, onnx_classifier
-from .evaluation import alternate, check_classes, is_steady, random_images
+from .evaluation import alternate, check_classes, check_labels, is_steady, random_images
 from .onnx_graph import layers_of, next_layer
 from .quantization import Quantization, excluded_nodes, quantize_nodes, requantized_layers
 
@@ -69,11 +69,7 @@ def keep_in_float(
         ValueError: If the images have no labels, one does not decode, or float32 in all layers still loses more.
     """
     judge = _Judge(done)
-    if not judge.labelled:
-        raise ValueError(
-            f"A largest drop in accuracy needs labels: the folders of '{done.images.folder}' are not the classes of "
-            f'the model. Name its training images, or exclude layers by the ranking.'
-        )
+    check_labels(judge.reference, done.images)
     ranking = [row['layer'] for row in report['layers']]
     kept: list[str] = []
     chosen, drop = done, report['int8']['drop']
@@ -105,9 +101,9 @@ class _Judge:
     done: Quantization
 
     def __post_init__(self) -> None:
-        self._float = onnx_classifier(self.done.model)
+        self.reference = onnx_classifier(self.done.model)
         try:
-            check_classes(self._float, self.done.images)
+            check_classes(self.reference, self.done.images)
             self.labelled = True
         except ValueError:
             self.labelled = False
@@ -125,7 +121,7 @@ class _Judge:
         divergence, lost = np.zeros(len(models)), np.zeros(len(models))
         indices = self.done.indices
         for batch, targets in self.done.images.batches(indices, _BATCH, 'sensitivity'):
-            expected = self._float.run(batch)
+            expected = self.reference.run(batch)
             for number, classifier in enumerate(classifiers):
                 found = classifier.run(batch)
                 divergence[number] += _divergence(expected, found)
@@ -181,7 +177,8 @@ def _times(done: Quantization, chosen: Quantization) -> dict[str, Any]:
     classifiers = {name: onnx_classifier(model) for name, model in models.items()}
     batch = image_input(done.model)[1][0] or 1
     images = random_images(classifiers['ms'].config, batch)
-    times = alternate({name: partial(classifier.run, images) for name, classifier in classifiers.items()})
+    turns = alternate({name: partial(classifier.run, images) for name, classifier in classifiers.items()})
+    times = {name: [*chain.from_iterable(found)] for name, found in turns.items()}
     steady = all(map(is_steady, times.values()))
     return {name: 1000 * median(values) / batch if steady else None for name, values in times.items()}
 

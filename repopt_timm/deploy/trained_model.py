@@ -31,7 +31,7 @@ def load_model(source: str | os.PathLike) -> nn.Module:
         The model, in evaluation mode on the CPU, with its data configuration in `pretrained_cfg`.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint.
+        FileNotFoundError: If there is no such checkpoint or folder.
         ValueError: If timm does not know the model, has no weights for it, or the weights do not fit.
     """
     return deployed(load_trained(source))
@@ -46,7 +46,7 @@ def load_trained(source: str | os.PathLike, scales: ScalesSource | None = None, 
         need_scales: Refuse the checkpoint of a run with scales if they are not given.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint, or source of scales.
+        FileNotFoundError: If there is no such checkpoint, folder or source of scales.
         ValueError: If timm does not know the model, has no weights for it, or weights or scales do not fit.
     """
     path = Path(source)
@@ -58,6 +58,8 @@ def load_trained(source: str | os.PathLike, scales: ScalesSource | None = None, 
         model = _create(f'local-dir:{path}', pretrained=True)
     elif path.suffix in ('.tar', '.pth', '.pt', '.safetensors'):
         raise FileNotFoundError(f"There is no checkpoint '{source}'.")
+    elif path.is_absolute() or ('/' in str(source) and ':' not in str(source)):
+        raise FileNotFoundError(f"There is no folder '{source}'. A repository on the Hub is named hf-hub:user/name.")
     else:
         model = _create(os.fspath(source), pretrained=True)
     if kind_of(model) != 'target':

@@ -1,6 +1,13 @@
 import numpy as np
+from torch import nn
 
-from repopt_timm.deploy.channel_health import constant_inputs, dead_channels, health_warnings, kernel_outliers
+from repopt_timm.deploy.channel_health import (
+    constant_inputs,
+    dead_channels,
+    health_warnings,
+    kernel_outliers,
+    still_channels,
+)
 from repopt_timm.deploy.onnx_graph import layers_of
 
 
@@ -19,7 +26,17 @@ def test_weights_that_are_far_too_large_are_counted(exported, broken_by_int8):
 
 
 def test_warnings_state_layers_and_numbers():
-    dead, outliers = health_warnings({'a': 2, 'b': 1}, {'c': 4}, 12)
-    assert '3 input channels' in dead and '12 images' in dead and 'a 2, b 1' in dead
+    still, dead, outliers = health_warnings({'a': 2, 'b': 1}, {'c': 4}, 12, {'d': 5})
+    assert '5 channels' in still and 'd 5.' in still
+    assert '3 input channels never changed on these 12 images: a 2, b 1.' in dead
     assert '4 weights' in outliers and 'c 4' in outliers
+    assert '--equalize' in dead and '--equalize' in outliers
     assert health_warnings({}, {}) == []
+
+
+def test_channels_that_hardly_changed_in_training_are_counted_beside_others():
+    norms = nn.ModuleDict({name: nn.BatchNorm2d(4) for name in ('some', 'all small', 'healthy')})
+    norms['some'].running_var[:2] = 1e-9
+    norms['all small'].running_var[:] = 1e-9
+    norms['healthy'].running_var[0] = 1e-4
+    assert still_channels(norms) == {'some': 2}

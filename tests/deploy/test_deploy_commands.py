@@ -69,6 +69,10 @@ def test_models_are_compared_in_one_table(onnx_file, images, tmp_path, capsys):
 def test_remedies_and_rankings_are_reported(damaged, images, tmp_path, capsys, caplog):
     out, folder = str(tmp_path / 'out.onnx'), tmp_path / 'layers'
     common = ['quantize', str(damaged), '--data', str(images), '--out', out, '--weights', 'per-tensor', '--json']
+    # The result in words.
+    assert main([*common[:-1], '--images', '12', '--sensitivity', str(folder), '--max-drop', '5']) == 0
+    assert 'try --equalize, which costs no time' in capsys.readouterr().out
+    assert 'One of 12 images is 8.3 points of accuracy, coarse for --max-drop 5. Take --images 60' in caplog.text
     assert main([*common, '--images', '12', '--sensitivity', str(folder), '--max-drop', '5']) == 0
     found = json.loads(capsys.readouterr().out)
     assert found['kept'] == ['stages.1.1.conv', 'stages.2.0.conv']
@@ -80,15 +84,19 @@ def test_remedies_and_rankings_are_reported(damaged, images, tmp_path, capsys, c
     assert not found['outliers']
 
 
-def test_export_warns_of_outliers_and_takes_the_form_of_the_file(checkpoint, tmp_path, capsys, caplog):
+def test_export_warns_of_outliers_and_still_channels_and_takes_the_form_of_the_file(
+    checkpoint, tmp_path, capsys, caplog
+):
     state = torch.load(checkpoint, weights_only=False)
     state['state_dict']['stages.1.1.conv.weight'][0, 0, 0, 0] = 1e4
+    state['state_dict']['stages.2.0.bn.running_var'][:3] = 0
     torch.save(state, tmp_path / 'last.pth.tar')
     arguments = ['--onnx', str(tmp_path / 'out.onnx'), '--fixed-batch', '2', '--opset', '20', '--json']
     assert main(['export', str(tmp_path / 'last.pth.tar'), *arguments]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found['opset'], found['outliers']) == (20, {'stages.1.1.conv': 1})
-    assert 'stages.1.1.conv 1' in caplog.text
+    assert found['still_channels'] == {'stages.2.0.bn': 3}
+    assert 'stages.1.1.conv 1' in caplog.text and 'stages.2.0.bn 3' in caplog.text
 
 
 def test_times_are_of_the_batch_that_a_file_takes(checkpoint, images, tmp_path, capsys):
@@ -112,6 +120,7 @@ def five_classes(tmp_path):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
+        ('export runs/nowhere --onnx {tmp}/new.onnx', "There is no folder 'runs/nowhere'"),
         ('export {tmp}/nowhere.pth.tar --onnx {tmp}/new.onnx', 'There is no checkpoint'),
         ('export {five} --onnx {five}/new.onnx', 'cannot be written'),
         ('quantize {model} --data {tmp}/nowhere --out {tmp}/new.onnx', 'There is no image folder'),
@@ -162,13 +171,20 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
 
 
 @pytest.mark.parametrize(
-    ('kind', 'arguments', 'message'), [('int8', '', 'quantized already'), ('float', '--exclude conv9', 'no layer')]
+    ('kind', 'arguments', 'message'),
+    [
+        ('int8', '', 'quantized already'),
+        ('float', '--exclude conv9', 'no layer'),
+        ('unlabelled', '--max-drop 1', 'A largest drop in accuracy needs labels'),
+    ],
 )
 def test_what_is_known_beforehand_is_said_before_the_calibration(
     kind, arguments, message, quantization, images, tmp_path, capsys, monkeypatch
 ):
     done = quantization()
-    save_onnx({'int8': done.quantized, 'float': done.model}[kind], tmp_path / 'model.onnx')
+    save_onnx(done.quantized if kind == 'int8' else done.model, tmp_path / 'model.onnx')
+    if kind == 'unlabelled':
+        images = images / 'train' / 'grey'
     monkeypatch.setattr(ImageFolder, 'batches', lambda *args, **kwargs: pytest.fail('images were read'))
     paths = ['--data', str(images), '--out', str(tmp_path / 'new.onnx')]
     assert main(['quantize', str(tmp_path / 'model.onnx'), *paths, *arguments.split()]) == 1

@@ -90,9 +90,12 @@ def test_files_for_other_runtimes_are_verified_too(options):
 
 
 @pytest.mark.slow
-def test_an_opset_that_the_exporter_does_not_write_is_an_error():
-    with pytest.raises(ValueError, match=r'cannot be exported to ONNX opset 9: torch .* wrote 18'):
-        to_onnx(small(), CONFIG, ExportOptions(opset=9))
+@pytest.mark.parametrize('opset', [9, 99])
+def test_an_opset_that_the_exporter_does_not_write_is_an_error(opset):
+    with pytest.raises(
+        ValueError, match=rf'opset {opset}: torch .* wrote 18. Take that one, or another from 18 to \d\d'
+    ):
+        to_onnx(small(), CONFIG, ExportOptions(opset=opset))
 
 
 def test_logits_are_compared_relative_to_the_largest():
@@ -119,6 +122,30 @@ def test_an_operator_that_onnx_has_not_is_named():
 
 def test_other_logits_than_those_of_pytorch_are_an_error():
     with pytest.raises(ValueError, match='differs from PyTorch'):
+        to_onnx(ExportedWrongly(), CONFIG)
+
+
+class Cancelling(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (nn.Linear(3072, 64, bias=False) for _ in range(2))
+        self.second.weight.data = self.first.weight + 1e-6 * torch.randn(64, 3072)
+
+    def forward(self, x):
+        return self.first(x.flatten(1)) - self.second(x.flatten(1))
+
+
+def test_a_difference_like_that_of_float32_from_float64_is_not_an_error():
+    torch.manual_seed(0)
+    assert to_onnx(Cancelling(), CONFIG)[1] > 1e-3
+
+
+def test_float16_is_blamed_only_if_it_was_asked_for():
+    model = small()
+    model[-1].weight.data *= 1e9
+    with pytest.raises(ValueError, match=r'too large for float16'):
+        to_onnx(model, CONFIG, ExportOptions(half=True))
+    with pytest.raises(ValueError, match=r'not finite, or PyTorch exports'):
         to_onnx(ExportedWrongly(), CONFIG)
 
 

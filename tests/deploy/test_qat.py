@@ -1,5 +1,7 @@
 import copy
 import json
+from argparse import Namespace
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 
 from repopt_timm import RepOptAdamW, RepOptSGD, Scales, attach_scales, csla, make_grad_mults, to_plain
 from repopt_timm.cli import main
-from repopt_timm.deploy import evaluate, qat, qat_command
+from repopt_timm.deploy import QuantizationOptions, evaluate, qat, qat_command
 from repopt_timm.deploy.onnx_network import OnnxNetwork
 from repopt_timm.deploy.qat import folded_grad_mults
 from repopt_timm.deploy.trained_model import load_trained
@@ -97,16 +99,21 @@ def test_a_kernel_that_is_more_than_folded_is_named():
 def test_a_trained_file_runs_with_the_accuracy_that_training_saw(images, tmp_path, capsys):
     scales = random_scales(num_classes=3)
     scales.save(tmp_path / 'scales.safetensors')
-    checkpoint = write_checkpoint(trained(TINY, scales=scales), tmp_path / 'last.pth.tar')
+    model = trained(TINY, scales=scales)
+    model.stages[0][0].bn.bias.data[0] = -100
+    checkpoint = write_checkpoint(model, tmp_path / 'last.pth.tar')
     out = tmp_path / 'out.onnx'
     words = f"""qat {checkpoint} --data {images} --out {out} --scales {tmp_path / 'scales.safetensors'} --weight-bits 4
         --epochs 2 -b 12 --no-aug --output {tmp_path} --experiment run --workers 0 --images 20 --json""".split()
     assert main(words) == 0
-    found = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert 'never changed on these 20 images: stages.1.0.conv 1' in printed.err
     assert abs(found['top1'] - found['fake_quantized']) <= 0.2
     assert found['top1'] > 90
     assert evaluate(out, images)['top1'] == found['top1']
     assert read(tmp_path / 'run')['optimizer']['param_groups'][0]['scales_fingerprint'] == scales.fingerprint
+    assert not [name for name in read(tmp_path / 'run')['state_dict'] if 'activation' in name]
     assert main(['doctor', str(tmp_path / 'run')]) == 0
     capsys.readouterr()
     # Once more, from the end of the run.
@@ -115,10 +122,34 @@ def test_a_trained_file_runs_with_the_accuracy_that_training_saw(images, tmp_pat
     assert main([*words, '--resume']) == 0
     assert out.read_bytes() == first
     capsys.readouterr()
-    assert main([*words, '--resume', '--weight-bits', '8']) == 1
-    assert "'weight_bits': 4" in capsys.readouterr().err
+    assert main([*words, '--resume', '--override', '--weight-bits', '8']) == 1
+    assert 'was quantized otherwise: weight_bits 4 -> 8. Its weights' in capsys.readouterr().err
     assert main(['quantize', str(tmp_path / 'run' / 'last.pth.tar'), '--data', str(images), '--out', str(out)]) == 1
     assert 'is of a fake-quantized training' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('name', 'kwargs', 'arguments'),
+    [
+        (TINY, {'scales': random_scales(num_classes=3)}, '--opt repopt_adamw --lr 1e-4'),
+        (TINY, {'scales': random_scales(num_classes=3)}, '--model-ema --model-ema-decay 0.5'),
+        ('repopt_mobileone_s0', {}, '--images 4 --opt adamw --lr 1e-3'),
+    ],
+    ids=['repopt_adamw', 'moving average', 'repopt_mobileone_s0'],
+)
+def test_so_it_does_for_other_optimizers_averages_and_networks(name, kwargs, arguments, images, tmp_path, capsys):
+    checkpoint, out = write_checkpoint(trained(name, **kwargs), tmp_path / 'last.pth.tar'), tmp_path / 'out.onnx'
+    if kwargs:
+        kwargs['scales'].save(tmp_path / 'scales.safetensors')
+        arguments += f' --scales {tmp_path}/scales.safetensors'
+    words = f"""qat {checkpoint} --data {images} --out {out} --output {tmp_path} --epochs 2 -b 12 --no-aug --workers 0
+        --json {arguments}""".split()
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found['top1'] > 60
+    assert abs(found['top1'] - found['fake_quantized']) <= 0.2
+    assert evaluate(out, images)['top1'] == found['top1']
 
 
 @pytest.mark.parametrize(
@@ -133,6 +164,10 @@ def test_a_trained_file_runs_with_the_accuracy_that_training_saw(images, tmp_pat
         ('{checkpoint} --data {images} --out {tmp}/new.onnx --opt repopt_sgd', 'carries no scales'),
         ('{checkpoint} --data {images} --out {tmp}/new.onnx --scales {scales} --equalize', 'has no Grad Mults'),
         ('{five} --data {images} --out {tmp}/new.onnx', 'The model has 5 classes'),
+        (
+            '{checkpoint} --data {images} --out {tmp}/new.onnx --resume {old} --override --percentile 80',
+            'was quantized otherwise: percentile 99.99 -> 80.0, other weights.',
+        ),
     ],
 )
 def test_bad_input_is_said_before_the_calibration(
@@ -141,12 +176,46 @@ def test_bad_input_is_said_before_the_calibration(
     monkeypatch.setattr(qat, 'fake_quantize', lambda *args: pytest.fail('the work began'))
     write_checkpoint(tiny_model(), tmp_path / 'five.pth.tar')
     random_scales(num_classes=3).save(tmp_path / 'scales.safetensors')
+    saved = {**asdict(QuantizationOptions()), 'weight_bits': 8, 'weights_before': 'of another model'}
+    torch.save({'history': [{'epoch': 0}], 'args': Namespace(quantization=saved)}, tmp_path / 'old.pth.tar')
     places = {'tmp': tmp_path, 'checkpoint': checkpoint, 'images': images, 'five': tmp_path / 'five.pth.tar'}
-    places['scales'] = tmp_path / 'scales.safetensors'
+    places |= {'scales': tmp_path / 'scales.safetensors', 'old': tmp_path / 'old.pth.tar'}
     words = [*arguments.format(**places).split(), '--output', str(tmp_path / 'runs')]
     assert main(['qat', *words]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / 'runs').exists()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'vnni', 'expected'),
+    [
+        (
+            '',
+            True,
+            ['8-bit weights,', 'trained for 1 epoch\n', 'by 1 of 200 images: sums in another order'],
+        ),
+        (
+            '--target tensorrt --weight-bits 4 --model-ema',
+            True,
+            ['4-bit weights kept in float32,', 'average of weights'],
+        ),
+        ('', False, ['by 1 of 200 images: this CPU has no VNNI', 'Repeat it with --reduce-range']),
+        ('--reduce-range', False, ['sums in another order']),
+    ],
+)
+def test_a_result_says_what_was_written_and_why_accuracies_differ(
+    arguments, vnni, expected, checkpoint, images, tmp_path, capsys, monkeypatch
+):
+    accuracies = {'float32': 90.0, 'untrained': 50.0, 'fake_quantized': 90.0, 'top1': 89.5}
+    result = {'bytes': 1000, 'epochs': 1, 'images': 200, **accuracies}
+    monkeypatch.setattr(qat_command, 'train_quantized', lambda *args: result)
+    monkeypatch.setattr(qat_command, 'cpu_name', lambda: ('a CPU', vnni))
+    monkeypatch.setattr('platform.machine', lambda: 'x86_64')
+    assert (
+        main(['qat', str(checkpoint), '--data', str(images), '--out', f'{tmp_path}/out.onnx', *arguments.split()]) == 0
+    )
+    out = capsys.readouterr().out
+    assert all(text in out for text in expected)
 
 
 def test_a_config_of_the_training_before_it_does_not_change_the_fine_tuning(tmp_path):

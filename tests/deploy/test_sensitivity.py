@@ -49,7 +49,7 @@ def test_times_are_of_one_image_whatever_the_batch(quantization, monkeypatch):
     model = type(done.model)()
     model.CopyFrom(done.model)
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 4
-    monkeypatch.setattr(sensitivity, 'alternate', lambda runs: dict.fromkeys(runs, [8.0] * 3))
+    monkeypatch.setattr(sensitivity, 'alternate', lambda runs: {name: [[8.0] * 3] for name in runs})
     report = {'int8': {'drop': 0}, 'layers': []}
     assert keep_in_float(replace(done, model=model), report, 1)[1]['ms'] == 2000
 
