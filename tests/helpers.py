@@ -1,9 +1,17 @@
+import os
+from pathlib import Path
+
 import timm
 import torch
 
 from repopt_timm import Scales
 
 TINY = 'test_repopt_vgg'
+
+
+def python_path() -> str:
+    """Where a process finds this checkout, whatever is installed, and then what this one finds by its environment."""
+    return os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get('PYTHONPATH'))))
 
 
 def random_scales(architecture: str = TINY, **kwargs) -> Scales:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from torchvision.transforms.functional import to_pil_image
 
+from .helpers import python_path
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / 'README.md').read_text(encoding='utf-8')
 RECIPES = re.findall(r'^### (.+?)\n|^```(bash|python)\n(.+?)^```', README.split('## Recipes')[1], re.M | re.S)
@@ -42,7 +44,7 @@ def folder(tmp_path_factory):
 @pytest.mark.slow
 def test_each_recipe_runs_as_it_stands(folder):
     paths = [str(Path(sys.executable).parent), os.environ['PATH']]
-    environment = {**os.environ, 'PATH': os.pathsep.join(paths), 'PYTHONPATH': str(ROOT), 'HF_HUB_OFFLINE': '1'}
+    environment = {**os.environ, 'PATH': os.pathsep.join(paths), 'PYTHONPATH': python_path(), 'HF_HUB_OFFLINE': '1'}
     ran = []
     for title, language, code in blocks():
         command = [sys.executable, '-c', code] if language == 'python' else ['bash', '-euo', 'pipefail', '-c', code]

@@ -1,12 +1,13 @@
 """What a run left behind."""
 
 import os
-from pathlib import Path
 
 import torch
 
-# This checkout, whatever is installed; the order of sums, and so the last bit, depends on the number of threads.
-ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(Path(__file__).parents[2])}
+from ..helpers import python_path
+
+# The order of sums, and so the last bit, depends on the number of threads.
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': python_path()}
 
 
 def read(folder, name='last.pth.tar'):
