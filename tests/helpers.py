@@ -35,4 +35,5 @@ def tiny_model(kind: str = '', **kwargs) -> torch.nn.Module:
 def relative_difference(first: torch.nn.Module, second: torch.nn.Module) -> float:
     """Largest relative difference of a parameter or buffer, in the 2-norm; NaN if one is."""
     pairs = zip(first.state_dict().values(), second.state_dict().values())
-    return torch.stack([(a - b).norm() / b.norm() for a, b in pairs if a.is_floating_point()]).max().item()
+    found = [(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in pairs if a.is_floating_point()]
+    return torch.stack(found).max().item()
