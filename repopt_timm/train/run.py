@@ -14,7 +14,6 @@ import torch
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import model_parameters, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
-from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import ModelEmaV3, init_distributed_device, random_seed, unwrap_model
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import nn
@@ -40,7 +39,7 @@ from .run_checkpoints import (
 from .run_folder import ARGUMENTS_FILE, DIVERGED_FILE, LAST_CHECKPOINT, note_time, run_folder
 from .run_model import choose_scales, find_variant, is_target, make_model, scales_of_run, wrap
 from .run_report import write_report
-from .schedule import choose_warmup, replay_schedule
+from .schedule import choose_warmup, make_schedule, replay_schedule
 from .searched_scales import note_movement, save_searched
 from .validation import check_arguments, check_classes, check_device_name, check_images, check_model
 
@@ -128,7 +127,7 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
     check_images(datasets, data_config['input_size'])
     check_model(model, data_config['input_size'], device)
     updates = -(-len(loaders.train) // args.grad_accum_steps)
-    scheduler, args.total_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
+    scheduler, args.total_epochs = make_schedule(optimizer, args, updates)
     ema = None
     if args.model_ema:
         ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)

@@ -4,10 +4,15 @@ import argparse
 import logging
 from pathlib import Path
 
+import timm
+import torch
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from timm.scheduler.scheduler import Scheduler
+
 from .engine import TrainState
 from .run_folder import saved_argument
 
-__all__ = ['choose_warmup', 'replay_schedule']
+__all__ = ['choose_warmup', 'make_schedule', 'replay_schedule']
 
 _logger = logging.getLogger(__name__)
 
@@ -28,6 +33,29 @@ def choose_warmup(args: argparse.Namespace, folder: Path) -> None:
             f'--warmup-epochs is {given} and --epochs {args.epochs}, so that the learning rate never reaches '
             f'{args.lr:g}: lower --warmup-epochs.'
         )
+
+
+def make_schedule(
+    optimizer: torch.optim.Optimizer, args: argparse.Namespace, updates: int
+) -> tuple[Scheduler | None, int]:
+    """Makes timm's schedule of a run's learning rate.
+
+    Args:
+        optimizer: Whose learning rate it sets.
+        args: Arguments of the run.
+        updates: Steps of an epoch.
+
+    Returns:
+        The schedule, None for `--sched none`, and the number of epochs with cool-down.
+
+    Raises:
+        ValueError: If the installed timm does not have the schedule.
+    """
+    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
+    if scheduler is None and args.sched != 'none':
+        # timm would train with a constant learning rate, without warm-up.
+        raise ValueError(f"timm {timm.__version__} has no schedule '{args.sched}': upgrade timm, or choose another.")
+    return scheduler, epochs
 
 
 def replay_schedule(state: TrainState, updates_per_epoch: int) -> None:

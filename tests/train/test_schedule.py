@@ -4,6 +4,7 @@ import pytest
 import torch
 from timm.scheduler import create_scheduler_v2
 
+from repopt_timm.train import schedule
 from repopt_timm.train.command import main
 from repopt_timm.train.engine import TrainState
 from repopt_timm.train.parsing import parse_arguments
@@ -23,12 +24,19 @@ def test_a_run_warms_up_for_a_fifth_of_its_epochs_unless_given(tmp_path, words, 
 
 
 def test_a_run_reaches_its_learning_rate_and_keeps_its_warm_up_when_it_is_resumed(arguments, tmp_path):
-    words = arguments('--scales', 'initial', '--sched', 'constant')
+    words = arguments('--scales', 'initial', '--sched', 'step')
     given = words.index('--warmup-epochs')
     del words[given : given + 2]
     for epochs in ('5', '10'):
         main([*words, '--epochs', epochs, '--resume'])
         assert [row['lr'] for row in read(tmp_path / 'run')['history']].index(0.02) == 1
+
+
+def test_a_schedule_that_timm_does_not_have_is_refused(arguments, monkeypatch):
+    monkeypatch.setattr(schedule, 'create_scheduler_v2', lambda *args, **kwargs: (None, 5))
+    with pytest.raises(ValueError, match=r"timm \S+ has no schedule 'cosine': upgrade timm"):
+        main(arguments('--scales', 'initial'))
+    main(arguments('--scales', 'initial', '--sched', 'none'))
 
 
 def test_a_warm_up_that_is_never_over_is_said(arguments, capsys):
