@@ -41,7 +41,7 @@ from .run_model import choose_scales, find_variant, is_target, make_model, scale
 from .run_report import write_report
 from .schedule import choose_warmup, make_schedule, replay_schedule
 from .searched_scales import note_movement, save_searched
-from .validation import check_arguments, check_classes, check_device_name, check_images, check_model
+from .validation import check_arguments, check_classes, check_device_name, check_images, check_layout, check_model
 
 __all__ = ['MakeModel', 'Result', 'prepare_device', 'train']
 
@@ -125,6 +125,8 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
             f'smaller --batch-size.'
         )
     check_images(datasets, data_config['input_size'])
+    if args.channels_last:
+        check_layout(model, data_config['input_size'], device)
     check_model(model, data_config['input_size'], device)
     updates = -(-len(loaders.train) // args.grad_accum_steps)
     scheduler, args.total_epochs = make_schedule(optimizer, args, updates)

@@ -22,7 +22,7 @@ from ..errors import explaining
 from ..models import ensure_registered
 from ..names import PREFIX, ModelName
 
-__all__ = ['check_arguments', 'check_classes', 'check_device_name', 'check_images', 'check_model']
+__all__ = ['check_arguments', 'check_classes', 'check_device_name', 'check_images', 'check_layout', 'check_model']
 
 _REPOPT = ('repopt_sgd', 'repopt_adamw')
 _TORCH_DATASETS = ('inaturalist', 'inat', 'places365', 'qmnist', 'imagenet', 'image_folder', 'folder')
@@ -358,6 +358,27 @@ def check_model(model: torch.nn.Module, input_size: tuple[int, ...], device: tor
     size = ' x '.join(str(length) for length in input_size)
     with explaining(f'The model does not take images of {size}, --input-size or --img-size'):
         model.eval()(torch.zeros(1, *input_size, device=device))
+
+
+def check_layout(model: torch.nn.Module, input_size: tuple[int, ...], device: torch.device) -> None:
+    """Checks that a model can be trained in channels_last.
+
+    On CPUs torch 2.14 writes past its memory in the backward pass of a strided 1x1 convolution of 2 to 15 channels, the
+    stem of many multi-branch networks, on images of more than 64 px.
+
+    Raises:
+        ValueError: If it cannot; names the convolution.
+    """
+    if device.type != 'cpu' or max(input_size[1:]) <= 64:
+        return
+    for name, conv in model.named_modules():
+        small = isinstance(conv, torch.nn.Conv2d) and tuple(conv.kernel_size) == (1, 1) and 2 <= conv.in_channels < 16
+        if small and max(conv.stride) > 1:
+            raise ValueError(
+                f"--channels-last: torch corrupts memory on a CPU as it trains '{name}', a strided 1x1 convolution of "
+                f'{conv.in_channels} channels, on images of {max(input_size[1:])} px, expected at most 64. Remove the '
+                f'flag, or train on a GPU.'
+            )
 
 
 _CHECKS: tuple[Callable[[argparse.Namespace], None], ...] = (

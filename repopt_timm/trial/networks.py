@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from ..bench.allocation import saved_bytes
-from ..bench.bench_models import forward_pass, memory_format, time_in_turns, training_step
+from ..bench.bench_models import forward_pass, time_in_turns, training_step
 from ..errors import explaining
 from ..files import write_text
 from ..model_size import count_parameters
+from ..train.validation import check_layout
 from .arms import arm_of
 from .trial_runs import TrialRuns
 
@@ -72,7 +73,7 @@ def _measured(runs: TrialRuns, num_classes: int | None, device: torch.device) ->
     shared = runs.shared
     size = tuple(shared.input_size)
     precision = shared.amp_dtype if shared.amp else 'float32'
-    layout = memory_format(device) if shared.channels_last else torch.contiguous_format
+    layout = torch.channels_last if shared.channels_last else torch.contiguous_format
     images = torch.randn(shared.batch_size, *size, device=device).to(memory_format=layout)
     labels = torch.randint(0, shared.num_classes or num_classes or 1000, (shared.batch_size,), device=device)
     arms = {_network_key(arm): arm for arm in runs.settings.arms}
@@ -80,6 +81,8 @@ def _measured(runs: TrialRuns, num_classes: int | None, device: torch.device) ->
     found, steps = {}, {}
     for key, arm in arms.items():
         model = _network(runs, arm, num_classes).to(device).to(memory_format=layout)
+        if shared.channels_last:
+            check_layout(model, size, device)
         with explaining(f'The network of arm {arm} does not train on images of {size}'):
             found[key] = _size(model, images, labels, precision)
             steps[key] = training_step(model, images, labels, precision)

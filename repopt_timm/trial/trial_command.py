@@ -14,7 +14,6 @@ from ..datasets import count_classes
 from ..train.loaders import make_datasets
 from ..train.run import prepare_device
 from ..train.validation import check_arguments
-from .arms import arm_of
 from .execution import run_all, threads_of
 from .networks import measure_networks
 from .results import read_results
@@ -22,7 +21,6 @@ from .trial_plan import open_runs
 from .trial_report import report_trial, report_trials
 from .trial_runs import LOG_FILE, TrialRuns
 from .trial_settings import (
-    TrialSettings,
     add_trial_arguments,
     read_report_settings,
     read_settings,
@@ -63,7 +61,7 @@ def run_trial(namespace: argparse.Namespace) -> None:
         _report(*wanted)
         return
     settings, shared, local = read_settings(namespace)
-    num_classes, device = _check(settings, shared)
+    num_classes, device = _check(shared)
     folder = Path(local.output)
     write_settings(folder, settings, shared)
     runs = TrialRuns(folder, settings, shared)
@@ -89,16 +87,10 @@ def _report(folders: Sequence[str], output: str | None, reference: str | None) -
         print(report_trials(trials, Path(output or folders[0])))
 
 
-def _check(settings: TrialSettings, shared: argparse.Namespace) -> tuple[int | None, torch.device]:
+def _check(shared: argparse.Namespace) -> tuple[int | None, torch.device]:
     """Finds what is wrong with the arguments before anything trains; returns the number of classes and the device."""
     checked = argparse.Namespace(**vars(shared))
     prepare_device(checked)
     check_arguments(checked)
     device = torch.device(checked.device)
-    if shared.channels_last and device.type == 'cpu' and any(arm_of(name).kind == 'branches' for name in settings.arms):
-        # With torch 2.14 at 224 px, see `bench_models.memory_format`.
-        raise ValueError(
-            '--channels-last on a CPU may corrupt memory in the backward pass of branches. Remove it, or choose --arms '
-            'without branches.'
-        )
     return count_classes(make_datasets(checked)[0]), device
