@@ -46,9 +46,11 @@ def predict(
 
     Raises:
         FileNotFoundError: If an image or the model does not exist.
-        ValueError: If an image does not decode, or the model cannot be loaded.
+        ValueError: If an image is a folder or does not decode, or the model cannot be loaded.
     """
     for image in images:
+        if Path(image).is_dir():
+            raise ValueError(f"'{image}' is a folder, expected image files, such as '{image}/*.jpg'.")
         if not Path(image).is_file():
             raise FileNotFoundError(f"There is no image '{image}'.")
     classifier, names = _load(source, threads, overrides)

@@ -68,6 +68,7 @@ def test_imagenets_names_are_for_weights_of_imagenet(tag, named):
     ('image', 'model', 'message'),
     [
         ('none.png', '{checkpoint}', r"There is no image '.*none\.png'"),
+        ('', '{checkpoint}', 'is a folder, expected image files'),
         ('broken.png', '{checkpoint}', r"The image '.*broken\.png' cannot be read"),
         ('broken.png', 'resnet-18', r'resnet-18'),
         ('broken.png', 'none.pth', r"There is no checkpoint 'none\.pth'"),
