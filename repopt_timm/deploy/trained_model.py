@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..checkpoint_model import model_from_checkpoint
-from ..errors import explaining
+from ..errors import explaining, reason_of
 from ..models import ensure_registered, to_plain
 from ..reparam import attach_scales, kind_of
 from ..sources import ScalesSource, load_scales
@@ -81,6 +81,12 @@ def _create(name: str, **kwargs: Any) -> nn.Module:
         with explaining(f"'{name}' cannot be made"):
             ensure_registered(name)
             return timm.create_model(name, **kwargs)
+    except OSError as error:
+        # Those of the Hub name neither the model nor what to do, and some are ValueErrors too.
+        raise OSError(
+            f"'{name}': its weights are not in the cache, and cannot be downloaded: {reason_of(error)}. Check the "
+            f'network, or name a checkpoint or a folder.'
+        ) from None
     except ValueError as error:
         raise ValueError(f'{str(error).rstrip(".")}. Name a checkpoint, a folder or a model with weights.') from None
 

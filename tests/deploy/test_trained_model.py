@@ -1,6 +1,7 @@
 import pytest
 import timm
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 from repopt_timm import save_pretrained
@@ -90,3 +91,14 @@ def test_a_folder_whose_config_says_nothing_is_named(tmp_path, config):
     (tmp_path / 'config.json').write_text(config)
     with pytest.raises(ValueError, match=f"'local-dir:{tmp_path}' cannot be made: "):
         load_model(tmp_path)
+
+
+def test_weights_that_the_hub_does_not_hand_out_are_named(monkeypatch):
+    def create(name, **kwargs):
+        raise LocalEntryNotFoundError('An error happened.')
+
+    monkeypatch.setattr(timm, 'create_model', create)
+    with pytest.raises(
+        OSError, match="'resnet18': its weights are not in the cache, and cannot be downloaded: An error"
+    ):
+        load_model('resnet18')
