@@ -32,6 +32,7 @@ def load_model(source: str | os.PathLike) -> nn.Module:
 
     Raises:
         FileNotFoundError: If there is no such checkpoint or folder.
+        OSError: If weights cannot be downloaded.
         ValueError: If timm does not know the model, has no weights for it, or the weights do not fit.
     """
     return deployed(load_trained(source))
@@ -47,6 +48,7 @@ def load_trained(source: str | os.PathLike, scales: ScalesSource | None = None, 
 
     Raises:
         FileNotFoundError: If there is no such checkpoint, folder or source of scales.
+        OSError: If weights cannot be downloaded.
         ValueError: If timm does not know the model, has no weights for it, or weights or scales do not fit.
     """
     path = Path(source)
@@ -82,6 +84,8 @@ def _create(name: str, **kwargs: Any) -> nn.Module:
             ensure_registered(name)
             return timm.create_model(name, **kwargs)
     except OSError as error:
+        if name.startswith('local-dir:'):
+            raise
         # Those of the Hub name neither the model nor what to do, and some are ValueErrors too.
         raise OSError(
             f"'{name}': its weights are not in the cache, and cannot be downloaded: {reason_of(error)}. Check the "
