@@ -28,7 +28,7 @@ def model_from_checkpoint(
 
     Args:
         path: A checkpoint that the training command, or timm's script, wrote.
-        scales: Scales for a target model to carry; those of an `_hs` or `_csla` model are in its checkpoint.
+        scales: Scales for a target model to carry; the checkpoint of an `_hs` or `_csla` model has its own.
         need_scales: Refuse a target trained with scales if none are given or found, as it cannot be trained on.
         architecture: timm's name of the model, for a file that does not state it.
 
@@ -90,7 +90,8 @@ def model_of(
     data = data_config_of(args, model)
     names = checkpoint.get('label_names')
     model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
-    model.pretrained_cfg.pop('tag', None)  # that of the weights which timm knows for this model
+    # The tag names weights that timm publishes, not these.
+    model.pretrained_cfg.pop('tag', None)
     if 'origin' in checkpoint or not args.get('pretrained'):
         # timm's script does not state it; it fine-tunes what timm knows for the model.
         restore_origin(model, checkpoint.get('origin'))

@@ -115,12 +115,12 @@ def health_warnings(
     if still:
         lines.append(
             f'{sum(still.values())} channels hardly changed in training, by the variance of their BatchNorm: '
-            f'{_counts(still)}. `quantize --equalize` removes those that are dead.'
+            f'{_counts(still)}. `quantize --equalize` removes dead channels.'
         )
     if dead:
         lines.append(
             f'{sum(dead.values())} input channels never changed on these {images} images: {_counts(dead)}. '
-            f'`quantize --equalize` removes those that never change on others either.'
+            f'`quantize --equalize` removes a channel if it never changes on other images either.'
         )
     if outliers:
         lines.append(

@@ -48,7 +48,7 @@ def compare_int8(
         weights: Granularities to try.
         calibrations: Calibrations to try.
         options: Everything else; with `equalize` each model is measured as it is, and equalized too.
-        latency_batches: Batch sizes to time; those of a fixed-batch ONNX file are multiples of its own.
+        latency_batches: Batch sizes to time, rounded up to multiples of the batch of a fixed-batch ONNX file.
         threads: Number of threads. Defaults to all cores.
         overrides: Preprocessing that differs from the models' own, by timm's names.
         class_map: See `ImageFolder`; the one that the models were trained with.

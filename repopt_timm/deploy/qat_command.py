@@ -23,8 +23,8 @@ __all__ = ['main']
 
 _OWN_SCHEDULE = ('cooldown_epochs', 'lr', 'lr_base_size', 'lr_base_scale', 'warmup_lr', 'min_lr')
 
-# A fine-tuning: the weights are to move to nearby ones that rounding leaves alone. A config, which may be that of the
-# training before it, does not change them.
+# A fine-tuning: the weights are to move to nearby ones that rounding leaves alone. The config of the
+# training before it does not change them.
 _DEFAULTS = {
     **{name: ARGUMENTS[name].default for name in _OWN_SCHEDULE},
     **{'epochs': 3, 'warmup_epochs': 0, 'lr_base': 0.01, 'weight_decay': 4e-5},

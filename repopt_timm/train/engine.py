@@ -66,7 +66,7 @@ class TrainState:
 
 
 def ranked(history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns the rows of validated epochs, the best first; those that are not finite are left out."""
+    """Returns the rows of validated epochs, the best first; rows with a value that is not finite are left out."""
     rows = [row for row in history if 'eval_top1' in row and all(map(math.isfinite, row.values()))]
     return sorted(rows, key=lambda row: (-row['eval_top1'], row['epoch']))
 

@@ -345,7 +345,7 @@ def _make_clip(args: argparse.Namespace, model: nn.Module, optimizer: torch.opti
         # Adaptive clipping is not for the classifier (arXiv 2102.06171).
         parameters = list(model_parameters(model, exclude_head=args.clip_mode == 'agc'))
         return partial(dispatch_clip_grad, parameters, args.clip_grad, mode=args.clip_mode)
-    # The CSLA norm is that of SGD's Grad Mults, whatever the optimizer.
+    # The CSLA norm needs the Grad Mults of SGD, whatever the optimizer.
     mults = base.grad_mults if isinstance(base, RepOptSGD) else make_grad_mults(model)
     return partial(clip_grad_norm_, list(model.parameters()), args.clip_grad, mults)
 

@@ -97,7 +97,7 @@ def plain_network(runs: TrialRuns, num_classes: int | None = 1000) -> nn.Module:
 
 
 def _network_key(arm: str) -> str:
-    """Returns what the network of an arm has in common with those of other arms."""
+    """Returns a key that arms of the same network share."""
     return f'{arm_of(arm).kind} {arm_of(arm).model_kwargs}'
 
 

@@ -25,7 +25,7 @@ NETWORKS = {
 
 def create(name):
     if not timm.is_model(name):
-        pytest.skip('needs a later timm')
+        pytest.skip(f'timm {timm.__version__} does not have {name}')
     return timm.create_model(name, num_classes=5).double()
 
 

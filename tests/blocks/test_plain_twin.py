@@ -129,7 +129,7 @@ def test_a_block_that_cannot_become_plain_is_named_with_the_reason(block, messag
 @pytest.mark.parametrize('name', ['ghostnetv3', 'lcnetv2', 'mobileone-depthwise'])
 def test_a_twin_can_be_scripted(name):
     if name not in EXAMPLES:
-        pytest.skip('needs a later timm')
+        pytest.skip(f'timm {timm.__version__} does not have {name}')
     x = images(EXAMPLES[name].channels)
     twin = plain_twin(EXAMPLES[name].block, weights=True).eval()
     torch.testing.assert_close(torch.jit.script(copy.deepcopy(twin))(x), twin(x))

@@ -41,8 +41,8 @@ def test_a_schedule_that_timm_does_not_have_is_refused(arguments, monkeypatch):
 
 def test_a_warm_up_that_is_never_over_is_said(arguments, capsys):
     main(arguments('--scales', 'initial', '--epochs', '1'))
-    told = '--warmup-epochs is 1 and --epochs 1, so that the learning rate never reaches 0.02: lower --warmup-epochs.'
-    assert told in capsys.readouterr().err
+    text = '--warmup-epochs is 1 and --epochs 1, so that the learning rate never reaches 0.02: lower --warmup-epochs.'
+    assert text in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('warmup', [0, 1])
