@@ -59,19 +59,34 @@ def exit_code(run: Callable[[], None], debug: bool = False) -> int:
         debug: Let errors through, for their traceback.
 
     Returns:
-        The exit code: 0; 1 after an error; 130 after Ctrl-C.
+        The exit code: 0; 1 after an error; 130 after Ctrl-C; 141 if what read the output ended, as `head` does.
     """
     try:
-        run()
+        try:
+            run()
+        finally:
+            print(end='', flush=True)
     except KeyboardInterrupt:
         print('Interrupted.', file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _output_is_closed():
+            return 141
         if debug:
             raise
         print(f'error: {_one_line(error)}', file=sys.stderr)
         return 1
     return 0
+
+
+def _output_is_closed() -> bool:
+    try:
+        print(flush=True)
+    except BrokenPipeError:
+        # The interpreter would try again at its end, and complain.
+        sys.stdout = None  # type: ignore[assignment]
+        return True
+    return False
 
 
 def _one_line(error: Exception) -> str:

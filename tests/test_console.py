@@ -1,3 +1,7 @@
+import errno
+import io
+import sys
+
 import pytest
 
 from repopt_timm.console import exit_code
@@ -44,6 +48,23 @@ def test_ctrl_c_has_the_exit_code_of_shells(capsys):
     assert exit_code(raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == 'Interrupted.\n'
     assert exit_code(lambda: None) == 0
+
+
+def test_a_reader_that_ends_early_ends_the_command_without_a_word(capsys, monkeypatch):
+    class Closed(io.StringIO):
+        def flush(self):
+            raise BrokenPipeError(errno.EPIPE, 'Broken pipe')
+
+    monkeypatch.setattr(sys, 'stdout', Closed())
+    assert exit_code(lambda: print('a line')) == 141
+    # The interpreter's last flush would complain.
+    assert sys.stdout is None
+    assert capsys.readouterr().err == ''
+
+
+def test_a_pipe_that_breaks_elsewhere_is_an_error(capsys):
+    assert exit_code(raising(BrokenPipeError('the socket of a worker'))) == 1
+    assert 'the socket of a worker' in capsys.readouterr().err
 
 
 def test_an_unforeseen_error_in_a_run_names_its_log(capsys, tmp_path):
