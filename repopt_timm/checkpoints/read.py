@@ -55,13 +55,13 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return {**tensors, '__metadata__': file.metadata() or {}}
         except (SafetensorError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"'{path}' is not a readable safetensors file: {error}.") from None
+            raise ValueError(f"'{path}' is not a readable safetensors file: {error}. Copy or download it again.") from None
     _check_pickled(path)
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"'{path}' is refused: {_refusal(path, error)}") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"'{path}' is refused: {_refusal(path)}") from None
     except OSError:
         raise
     except Exception as error:
@@ -80,6 +80,11 @@ def _check_pickled(path: Path) -> None:
         check_archive(path)
     with open(path, 'rb') as file:
         if file.read(len(_ARCHIVE_START)) == _ARCHIVE_START:
+            if not zipfile.is_zipfile(path):
+                raise ValueError(
+                    f"'{path}' is cut off: it has {path.stat().st_size} bytes, and the table of contents at its end is "
+                    f'missing. Copy or download it again.'
+                )
             return
         # Older formats of torch have no checksums; the reader finds out whether it is one.
         file.seek(0)
@@ -107,7 +112,7 @@ def _clean(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return clean_state_dict(clean_state_dict(state_dict))
 
 
-def _refusal(path: Path, error: Exception) -> str:
+def _refusal(path: Path) -> str:
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -115,4 +120,4 @@ def _refusal(path: Path, error: Exception) -> str:
         names = []
     if names:
         return f'it would run code to restore {", ".join(sorted(names))}. Save its tensors alone and load those.'
-    return f'{error}'.split('\n')[0]
+    return 'it is not a pickle of tensors. Copy or download it again.'

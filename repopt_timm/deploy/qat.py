@@ -250,7 +250,12 @@ def _check_resumed(args: argparse.Namespace) -> None:
     if found is None:
         return
     path, checkpoint = found
-    saved = getattr(checkpoint.get('args'), 'quantization', args.quantization)
+    saved = getattr(checkpoint.get('args'), 'quantization', None)
+    if saved is None:
+        raise ValueError(
+            f"'{path}' is a run of `repopt-timm train`, expected one of `repopt-timm qat`: name the folder of such a run, "
+            f'or start a new one in another --experiment.'
+        )
     changes = [
         'other weights' if name == 'weights_before' else f'{name} {saved.get(name)!r} -> {value!r}'
         for name, value in args.quantization.items()

@@ -9,6 +9,7 @@ import zipfile
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from repopt_timm.checkpoints.read import read_checkpoint, select_state_dict
 
@@ -57,6 +58,18 @@ def test_a_file_that_is_no_checkpoint_is_named(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=name):
         read_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize('name', ['whole.pth', 'whole.safetensors'])
+@pytest.mark.parametrize('share', [0.003, 0.5, 0.999])
+def test_a_file_that_is_cut_off_says_to_copy_it_again(tmp_path, name, share):
+    save = save_file if name.endswith('.safetensors') else torch.save
+    save({'a': torch.ones(1000)}, tmp_path / name)
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[: int(share * len(content))])
+    with pytest.raises(ValueError, match=rf'{name}.*Copy or download it again\.$') as caught:
+        read_checkpoint(tmp_path / name)
+    assert 'weights_only' not in str(caught.value)
 
 
 def test_a_missing_file_is_named(tmp_path):

@@ -168,6 +168,10 @@ def test_so_it_does_for_other_optimizers_averages_and_networks(name, kwargs, arg
             '{checkpoint} --data {images} --out {tmp}/new.onnx --resume {old} --override --percentile 80',
             'was quantized otherwise: percentile 99.99 -> 80.0, other weights.',
         ),
+        (
+            '{checkpoint} --data {images} --out {tmp}/new.onnx --resume {ordinary}',
+            'is a run of `repopt-timm train`, expected one of `repopt-timm qat`',
+        ),
     ],
 )
 def test_bad_input_is_said_before_the_calibration(
@@ -178,8 +182,10 @@ def test_bad_input_is_said_before_the_calibration(
     random_scales(num_classes=3).save(tmp_path / 'scales.safetensors')
     saved = {**asdict(QuantizationOptions()), 'weight_bits': 8, 'weights_before': 'of another model'}
     torch.save({'history': [{'epoch': 0}], 'args': Namespace(quantization=saved)}, tmp_path / 'old.pth.tar')
+    torch.save({'history': [{'epoch': 0}], 'args': Namespace()}, tmp_path / 'ordinary.pth.tar')
     places = {'tmp': tmp_path, 'checkpoint': checkpoint, 'images': images, 'five': tmp_path / 'five.pth.tar'}
     places |= {'scales': tmp_path / 'scales.safetensors', 'old': tmp_path / 'old.pth.tar'}
+    places['ordinary'] = tmp_path / 'ordinary.pth.tar'
     words = [*arguments.format(**places).split(), '--output', str(tmp_path / 'runs')]
     assert main(['qat', *words]) == 1
     assert message in capsys.readouterr().err
