@@ -55,7 +55,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return {**tensors, '__metadata__': file.metadata() or {}}
         except (SafetensorError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"'{path}' is not a readable safetensors file: {error}. Copy or download it again.") from None
+            raise ValueError(
+                f"'{path}' is not a readable safetensors file: {error}. Copy or download it again."
+            ) from None
     _check_pickled(path)
     try:
         with torch.serialization.safe_globals(_STAND_INS):
