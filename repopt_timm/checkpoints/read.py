@@ -25,6 +25,8 @@ _STATE_DICT_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 # By which torch knows its present format.
 _ARCHIVE_START = b'PK\x03\x04'
 
+_AGAIN = 'Copy or download it again.'
+
 # Inert: a bag of attributes in timm's checkpoints, and a dict in those of the reference repository.
 _STAND_INS: list[Any] = [argparse.Namespace, (OrderedDict, 'yacs.config.CfgNode')]
 
@@ -55,9 +57,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return {**tensors, '__metadata__': file.metadata() or {}}
         except (SafetensorError, AttributeError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"'{path}' is not a readable safetensors file: {error}. Copy or download it again."
-            ) from None
+            raise ValueError(f"'{path}' is not a readable safetensors file: {error}. {_AGAIN}") from None
     _check_pickled(path)
     try:
         with torch.serialization.safe_globals(_STAND_INS):
@@ -85,7 +85,7 @@ def _check_pickled(path: Path) -> None:
             if not zipfile.is_zipfile(path):
                 raise ValueError(
                     f"'{path}' is cut off: it has {path.stat().st_size} bytes, and the table of contents at its end is "
-                    f'missing. Copy or download it again.'
+                    f'missing. {_AGAIN}'
                 )
             return
         # Older formats of torch have no checksums; the reader finds out whether it is one.
@@ -122,4 +122,4 @@ def _refusal(path: Path) -> str:
         names = []
     if names:
         return f'it would run code to restore {", ".join(sorted(names))}. Save its tensors alone and load those.'
-    return 'it is not a pickle of tensors. Copy or download it again.'
+    return f'it is not a pickle of tensors. {_AGAIN}'

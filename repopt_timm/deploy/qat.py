@@ -253,8 +253,8 @@ def _check_resumed(args: argparse.Namespace) -> None:
     saved = getattr(checkpoint.get('args'), 'quantization', None)
     if saved is None:
         raise ValueError(
-            f"'{path}' is a run of `repopt-timm train`, expected one of `repopt-timm qat`: name the folder of such a run, "
-            f'or start a new one in another --experiment.'
+            f"'{path}' is a run of `repopt-timm train`, expected one of `repopt-timm qat`: name the folder of "
+            f'one, or start a new run in another --experiment.'
         )
     changes = [
         'other weights' if name == 'weights_before' else f'{name} {saved.get(name)!r} -> {value!r}'

@@ -56,8 +56,8 @@ def check_equivalence(
     name = ModelName.parse(model_name)
     if not timm.is_model(name.of_kind('csla')):
         raise ValueError(
-            f"There is no CSLA network of '{model_name}', expected a target such as repopt_vgg_a0, or repopt_resnet18 for "
-            f"timm's resnet18."
+            f"There is no CSLA network of '{model_name}', expected a target such as repopt_vgg_a0, or "
+            f"repopt_resnet18 for timm's resnet18."
         )
     kwargs = {'num_classes': _CLASSES, **(model_kwargs or {})}
     torch.manual_seed(0)

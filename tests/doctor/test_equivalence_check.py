@@ -40,5 +40,5 @@ def test_any_model_of_timm_with_dropout_and_batchnorm_is_checked():
 
 
 def test_a_model_without_a_csla_network_is_refused():
-    with pytest.raises(ValueError, match="no CSLA network of 'resnet18', expected .* repopt_resnet18 for timm's"):
+    with pytest.raises(ValueError, match=r"no CSLA network of 'resnet18', expected .* repopt_resnet18 for timm's"):
         check_equivalence('resnet18')
