@@ -1,0 +1,79 @@
+"""What does INT8 cost the networks of a trial, over its seeds?
+
+    python docs/evidence/int8.py TRIAL IMAGES OUTPUT
+
+Quantizes the last checkpoint of each finished run of the trial, as it is and equalized, calibrated on 1024 training
+images of the folder IMAGES by minimum and maximum. Writes OUTPUT/int8.csv, a row for each run, granularity and form,
+and OUTPUT/int8.md, their mean losses. Runs that are in int8.csv already are not quantized again.
+"""
+
+import csv
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+from repopt_timm.deploy import QuantizationOptions, compare_int8
+from repopt_timm.reporting import markdown_table
+from repopt_timm.trial.intervals import Interval
+from repopt_timm.trial.verdict import interval_text
+
+COLUMNS = ['arm', 'seed', 'weights', 'equalized', 'float32', 'int8', 'drop', 'dead channels removed']
+
+
+def losses(run: Path, images: str) -> Iterator[list[object]]:
+    """Quantizes a run's last checkpoint in four ways."""
+    found = compare_int8(
+        {'network': run / 'last.pth.tar'},
+        images,
+        calibrations=['minmax'],
+        options=QuantizationOptions(equalize=True),
+        latency_batches=(),
+        threads=1,
+    )
+    rows = found['accuracy']
+    float32 = next(row['top1'] for row in rows if row['weights'] == 'float32')
+    removed = sum(found['equalization']['network']['removed'].values())
+    for row in rows:
+        if row['weights'] != 'float32':
+            numbers = [float32, row['top1'], f'{row["drop"]:.2f}', removed if row['equalized'] else 0]
+            yield [run.parent.name, run.name.removeprefix('seed-'), row['weights'], int(row['equalized']), *numbers]
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Returns mean losses with 95 % intervals, and the worst, for each arm, form and granularity."""
+    found: dict[tuple[str, str, str], list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        found[row['arm'], row['equalized'], row['weights']].append(row)
+    cells = []
+    for (arm, equalized, weights), members in found.items():
+        drops = [-float(row['drop']) for row in members]
+        mean = Interval.of([float(row['float32']) for row in members]).mean
+        loss = interval_text(Interval.of(drops))
+        form = 'yes' if equalized == '1' else ''
+        cells.append([arm, form, weights, str(len(drops)), f'{mean:.2f}', loss, f'{min(drops):+.2f}'])
+    return markdown_table(['arm', 'equalized', 'weights', 'seeds', 'float32', 'INT8, 95 %', 'worst'], cells, align=True)
+
+
+def main() -> None:
+    trial, images, output = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / 'int8.csv'
+    if not path.exists():
+        path.write_text(','.join(COLUMNS) + '\n', encoding='utf-8')
+    with open(path, encoding='utf-8', newline='') as file:
+        known = {(row['arm'], row['seed']) for row in csv.DictReader(file)}
+    for report in sorted(trial.glob('runs/*/seed-*/report.md')):
+        run = report.parent
+        if (run.parent.name, run.name.removeprefix('seed-')) not in known:
+            new = list(losses(run, images))
+            with open(path, 'a', encoding='utf-8', newline='') as file:
+                csv.writer(file, lineterminator='\n').writerows(new)
+    with open(path, encoding='utf-8', newline='') as file:
+        text = table(list(csv.DictReader(file)))
+    (output / 'int8.md').write_text(text + '\n', encoding='utf-8')
+    print(text)
+
+
+if __name__ == '__main__':
+    main()
