@@ -29,9 +29,9 @@ RESERVE = 0.1
 
 MEMORY_NOTE = (
     'In GiB. weights: parameters, gradients and momentum; image: activations that are saved for each image; batch N: '
-    'peak of a training step; fits N GB: the largest batch whose peak leaves '
-    f"{RESERVE:.0%} of the memory (1 GB is 2^30 bytes) to what is not counted: workspaces of convolutions, CUDA's "
-    "context, fragmentation, DistributedDataParallel's copy of the gradients. float16 takes as much as bfloat16."
+    'peak of a training step; fits N GiB: the largest batch whose peak leaves '
+    f"{RESERVE:.0%} of the memory to what is not counted: workspaces of convolutions, CUDA's context, fragmentation, "
+    "DistributedDataParallel's copy of the gradients. float16 takes as much as bfloat16."
 )
 
 _GIB = 2**30
@@ -207,6 +207,6 @@ def memory_table(rows: Sequence[Row]) -> str:
         elif what == 'peak of a step':
             line[f'batch {row.at:g}'] = f'{row.value / _GIB:.1f}'
         elif what == 'largest batch':
-            line[f'fits {row.at:g} GB'] = f'{row.value:g}'
+            line[f'fits {row.at:g} GiB'] = f'{row.value:g}'
     heads = list(next(iter(lines.values())))
     return markdown_table(('GiB', *heads), [(name, *line.values()) for name, line in lines.items()], align=True)

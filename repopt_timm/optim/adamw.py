@@ -47,7 +47,7 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
         differentiable: Let autograd record the step.
         fused: Use torch's fused implementation; the default on devices that have one, unless `foreach` is given.
         compiled: Update kernels with code that `torch.compile` makes at the first step: one graph, one pass over
-            memory, at the price of about half a minute and of the compiler that it needs.
+            memory, at the price of 10 to 30 s and of the compiler that it needs.
         dense: Keep Grad Mults as masks of the kernels' size: as much memory as the kernels, and few launches on CUDA.
 
     Raises:

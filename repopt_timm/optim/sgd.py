@@ -43,7 +43,7 @@ class RepOptSGD(GradMultOptimizer, SGD):
         fused: Use torch's fused implementation; the default on devices that have one, unless `foreach` is given. On a
             CPU half-precision parameters go without: torch's before 2.14 does not update them.
         compiled: Update kernels with code that `torch.compile` makes at the first step: one graph, one pass over
-            memory, at the price of about half a minute and of the compiler that it needs.
+            memory, at the price of 10 to 30 s and of the compiler that it needs.
         dense: Keep Grad Mults as masks of the kernels' size: as much memory as the kernels, and few launches on CUDA.
 
     Raises:

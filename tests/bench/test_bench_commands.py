@@ -87,7 +87,7 @@ def test_scaling_goes_along_four_axes(bench):
 
 def test_memory_tells_the_largest_batch_that_fits_gpus(bench):
     out, results = bench('memory', '--model', 'repopt_vgg_a0', '--precision', 'float32')
-    assert 'fits 16 GB' in out
+    assert 'fits 16 GiB' in out
     fits = {(row['contender'], row['at']): row['value'] for row in results['rows'] if 'largest' in row['what']}
     assert fits['repvgg_a0', 16] < fits['repopt_vgg_a0', 16] < fits['repopt_vgg_a0', 24]
 

@@ -118,9 +118,7 @@ def zero_against_one_process(rank, count):
     torch.manual_seed(0)
     data = [(torch.randn(4, 3, 32, 32), torch.arange(4) % 5) for _ in range(3)]
     model = timm.create_model(TINY, scales='initial', num_classes=5)
-    optimizer = RepOptSGD(
-        model.parameters(), lr=0.05, momentum=0.9, weight_decay=4e-5, grad_mults=make_grad_mults(model)
-    )
+    optimizer = timm.optim.create_optimizer_v2(model, 'repopt_sgd', lr=0.05, weight_decay=4e-5)
     for images, labels in data:
         optimizer.zero_grad()
         F.cross_entropy(model(images), labels).backward()
