@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .cards.document import CARD_FILE, eval_results
 from .cards.format import SCALES_FILE, encode_scales
+from .cards.licence import checked_license
 from .cards.text import CURVES_FILE, SCALES_PICTURE, WEIGHTS_FILE
 from .cards.transfer import push_folder
 from .cards.writing import draw, write_card
@@ -56,6 +57,7 @@ class _Publication(NamedTuple):
     training: Mapping[str, Any]
     curves: str | os.PathLike | None
     history: Sequence[Mapping[str, Any]]
+    license_name: str
 
 
 def save_pretrained(
@@ -68,6 +70,7 @@ def save_pretrained(
     precision: str = 'float32',
     repo_id: str | None = None,
     scales_file: bool = False,
+    license: str | None = None,
 ) -> None:
     """Writes a model as a repository in timm's format, whose card holds the scales.
 
@@ -87,17 +90,19 @@ def save_pretrained(
         precision: `float32`, or `float16` or `int8` for smaller kernels, see `packing.pack`; loading restores them.
         repo_id: Name that the repository has on the Hub, for the snippets in the card.
         scales_file: Put the scales into `scales.safetensors` beside the card.
+        license: Identifier of the weights' licence, such as `mit`, for a card that states none. Defaults to that of the
+            weights that they were trained from, as far as known; without one the card states none.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint or source of scales.
-        ValueError: If the checkpoint does not name its model, the scales are missing or another model's, or a weight
-            or result is not finite.
+        ValueError: If the checkpoint does not name its model, the scales are missing or another model's, a weight or
+            result is not finite, or the licence is not an identifier.
     """
     directory = check_output_folder(directory)
     files = (WEIGHTS_FILE, CONFIG_FILE, SCALES_PICTURE, SCALES_FILE, CURVES_FILE, CARD_FILE)
     for file in files:
         check_output(directory / file, *(() if isinstance(model, nn.Module) else (model,)))
-    publication = _prepare(model, scales, metrics, training, curves, precision)
+    publication = _prepare(model, scales, metrics, training, curves, precision, license)
     directory.mkdir(parents=True, exist_ok=True)
     # Everything is made beside its place first: an error in the middle leaves the directory as it was.
     with TemporaryDirectory(prefix='.repopt-timm-', dir=directory) as name:
@@ -130,6 +135,7 @@ def push_to_hub(
     precision: str = 'float32',
     commit_message: str = 'Model with scales of repopt-timm',
     scales_file: bool = False,
+    license: str | None = None,
 ) -> str:
     """Publishes a model on the Hugging Face Hub, in timm's format, with its scales in the card.
 
@@ -148,6 +154,7 @@ def push_to_hub(
         commit_message: Title of the commit.
         scales_file: Put the scales into `scales.safetensors` beside the card, as is done when the Hub refuses the card
             as too large.
+        license: See there.
 
     Returns:
         Address of the commit or pull request.
@@ -155,13 +162,13 @@ def push_to_hub(
     Raises:
         HubError: If the repository cannot be written to.
         FileNotFoundError: If there is no such checkpoint or source of scales.
-        ValueError: If the checkpoint does not name its model, the scales are missing or another model's, or a weight
-            or result is not finite.
+        ValueError: If the checkpoint does not name its model, the scales are missing or another model's, a weight or
+            result is not finite, or the licence is not an identifier.
 
     Example:
         >>> push_to_hub(model, 'user/a0', metrics={'dataset': 'cifar10', 'top1': 93.1})  # doctest: +SKIP
     """
-    publication = _prepare(model, scales, metrics, training, curves, precision)
+    publication = _prepare(model, scales, metrics, training, curves, precision, license)
 
     def write(folder: Path, name: str, published: frozenset[str], too_large: bool) -> None:
         _write(publication, folder, name, published, scales_file or too_large)
@@ -176,7 +183,9 @@ def _prepare(
     training: Mapping[str, Any] | None,
     curves: str | os.PathLike | None,
     precision: str,
+    license: str | None,
 ) -> _Publication:
+    license_name = checked_license(license)
     if precision not in PRECISIONS:
         raise ValueError(f"Unknown precision '{precision}', expected one of {', '.join(PRECISIONS)}.")
     history: Sequence[Mapping[str, Any]] = []
@@ -224,7 +233,7 @@ def _prepare(
     if found is not None:
         # What no card can hold is an error before anything is written or uploaded.
         encode_scales(found, training)
-    return _Publication(model, pack(weights, precision), found, metrics, training, curves, history)
+    return _Publication(model, pack(weights, precision), found, metrics, training, curves, history, license_name)
 
 
 def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
@@ -252,7 +261,7 @@ def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
 
 
 def _write(publication: _Publication, folder: Path, repo_id: str, published: frozenset[str], scales_file: bool) -> None:
-    model, weights, scales, metrics, training, curves, history = publication
+    model, weights, scales, metrics, training, curves, history, license_name = publication
     with naming_write_errors(folder.parent / WEIGHTS_FILE):
         save_file(dict(weights), folder / WEIGHTS_FILE, {'format': 'pt'})
     config_file: Any = folder / CONFIG_FILE  # timm before 1.0.31 opens it as a path
@@ -264,8 +273,10 @@ def _write(publication: _Publication, folder: Path, repo_id: str, published: fro
     # An accuracy that the card may state already is of other weights, and so is a picture of their training.
     results = eval_results(metrics) if metrics else None
     published -= {CURVES_FILE}
-    license_name = origin_of(model).get('license', '')
-    write_card(folder, repo_id, _timm_name(model), scales, results, training, published, scales_file, license_name)
+    known = origin_of(model).get('license', '')
+    write_card(
+        folder, repo_id, _timm_name(model), scales, results, training, published, scales_file, license_name, known
+    )
 
 
 def _timm_name(model: nn.Module) -> str:

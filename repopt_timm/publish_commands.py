@@ -13,7 +13,7 @@ from .merge_checkpoint import is_multi_branch_source, merge_trained
 from .models.reference_weights import model_from_reference
 from .publish import push_to_hub, save_pretrained
 from .reporting import add_command, print_result
-from .scale_commands import SOURCE, add_publishing, add_scales_file
+from .scale_commands import SOURCE, add_license, add_publishing, add_scales_file
 from .sources import IMPLIED
 
 __all__ = ['add_commands']
@@ -60,6 +60,7 @@ def add_commands(commands: Any) -> None:
     convert.add_argument(
         '--scales', metavar='SOURCE', help=f"scales that it was trained with: {SOURCE}; 'implied' by branches"
     )
+    add_license(convert)
     add_publishing(convert)
 
 
@@ -67,11 +68,19 @@ def _add_contents(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--scales', metavar='SOURCE', help=f'scales that it was trained with: {SOURCE}')
     parser.add_argument('--curves', metavar='PNG', help='picture of the training curves [drawn from CHECKPOINT]')
     parser.add_argument('--precision', choices=PRECISIONS, default='float32', help='of the kernels in the file')
+    add_license(parser)
     add_scales_file(parser)
 
 
 def _save(args: argparse.Namespace) -> None:
-    save = partial(save_pretrained, args.checkpoint, scales=args.scales, curves=args.curves, precision=args.precision)
+    save = partial(
+        save_pretrained,
+        args.checkpoint,
+        scales=args.scales,
+        curves=args.curves,
+        precision=args.precision,
+        license=args.license,
+    )
     values, text = {'checkpoint': args.checkpoint, 'out': args.out}, f'{args.checkpoint} -> {args.out}'
     metrics = None
     check_output_folder(args.out)
@@ -98,6 +107,7 @@ def _push(args: argparse.Namespace) -> None:
         revision=args.revision,
         create_pr=args.create_pr,
         scales_file=args.scales_file,
+        license=args.license,
     )
     print_result(args, {'checkpoint': args.checkpoint, 'url': url}, f'{args.checkpoint} -> {url}')
 
@@ -114,7 +124,7 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
     scales = None if implied else args.scales
     values: dict[str, Any] = {'architecture': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes}
     if args.out:
-        save_pretrained(model, args.out, scales=scales, training=training)
+        save_pretrained(model, args.out, scales=scales, training=training, license=args.license)
         values['out'] = args.out
     if args.push:
         values['url'] = push_to_hub(
@@ -125,6 +135,7 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
             private=args.private,
             revision=args.revision,
             create_pr=args.create_pr,
+            license=args.license,
         )
     print_result(args, values, ', '.join(f'{name} {value}' for name, value in values.items()))
 

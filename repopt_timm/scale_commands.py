@@ -20,7 +20,7 @@ from .scales import Scales
 from .scales.table import scales_table
 from .sources import known_scales, load_scales
 
-__all__ = ['SOURCE', 'add_commands', 'add_publishing', 'add_scales_file']
+__all__ = ['SOURCE', 'add_commands', 'add_license', 'add_publishing', 'add_scales_file']
 
 # Folders of repositories may have a dot in their names too.
 _FILE_SUFFIXES = {'.bin', '.json', '.md', '.pickle', '.pkl', '.png', '.pt', '.pth', '.tar'}
@@ -45,28 +45,38 @@ def add_commands(commands: Any) -> None:
     extract = add_command(commands, 'extract', _write, 'take the scales out of the checkpoint of a hyper-search')
     _add_source(extract)
     extract.add_argument('out', help='.safetensors file, or folder for a model card')
+    add_license(extract)
     convert = add_command(
         commands, 'convert', _write, 'write scales as a .safetensors file, or as a folder with a model card'
     )
     _add_source(convert)
     convert.add_argument('out', help='.safetensors file, or folder for a model card')
+    add_license(convert)
     add_scales_file(convert)
     plot = add_command(commands, 'plot', _plot, 'draw scales against depth')
     _add_source(plot)
     plot.add_argument('out', help='picture to write')
     push = add_command(commands, 'push', _push_scales, 'publish scales on the Hub')
     _add_source(push)
+    add_license(push)
     add_scales_file(push)
     push.add_argument('repo', help='repository on the Hub, user/repo')
     add_publishing(push)
     pull = add_command(commands, 'pull', _pull, 'get scales from the Hub')
     pull.add_argument('repo', help='repository on the Hub, user/repo[@revision]')
     pull.add_argument('out', help='.safetensors file, or folder for a model card')
+    add_license(pull)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('source', help=SOURCE)
     parser.add_argument('--architecture', metavar='MODEL', help='plain model that the scales are for')
+
+
+def add_license(parser: argparse.ArgumentParser) -> None:
+    """Adds `--license` to a command that writes a card."""
+    text = 'licence for a card that states none, such as mit [that of what it comes from, as far as known]'
+    parser.add_argument('--license', metavar='ID', help=text)
 
 
 def add_scales_file(parser: argparse.ArgumentParser) -> None:
@@ -124,6 +134,8 @@ def _show(args: argparse.Namespace) -> None:
 
 def _check_out(args: argparse.Namespace, source: str = '') -> None:
     if Path(args.out).suffix == '.safetensors':
+        if args.license:
+            raise ValueError(f"'{args.out}': --license goes into a model card, expected a folder. Leave it out.")
         check_output(args.out, source)
     elif Path(args.out).suffix in _FILE_SUFFIXES:
         raise ValueError(f"'{args.out}': scales are written as .safetensors or as a folder with a model card.")
@@ -135,7 +147,7 @@ def _write_scales(scales: Scales, args: argparse.Namespace) -> None:
     if Path(args.out).suffix == '.safetensors':
         scales.save(args.out)
     else:
-        save_scales_card(scales, args.out, scales_file=getattr(args, 'scales_file', False))
+        save_scales_card(scales, args.out, scales_file=getattr(args, 'scales_file', False), license=args.license)
     print_result(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
 
 
@@ -158,5 +170,13 @@ def _plot(args: argparse.Namespace) -> None:
 
 def _push_scales(args: argparse.Namespace) -> None:
     scales = _load(args)
-    url = push_scales(scales, args.repo, args.private, args.revision, args.create_pr, scales_file=args.scales_file)
+    url = push_scales(
+        scales,
+        args.repo,
+        args.private,
+        args.revision,
+        args.create_pr,
+        scales_file=args.scales_file,
+        license=args.license,
+    )
     print_result(args, {**_summary(scales), 'url': url}, f'{scales.title} -> {url}')

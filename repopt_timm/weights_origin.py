@@ -8,10 +8,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ['forget_origin', 'merged_from', 'note_merged', 'origin_of', 'restore_origin']
+__all__ = ['forget_origin', 'license_identifier', 'merged_from', 'note_merged', 'origin_of', 'restore_origin']
 
 _MERGED = 'merged from '
-# Both may come from anyone's config.json or checkpoint, and go into a card.
+# Both may come from anyone's config.json, checkpoint or scales, and go into a card.
 _LICENSE = re.compile(r'[a-z0-9][a-z0-9.+_-]{0,99}')
 _MAX_NOTES = 10
 _MAX_NOTE = 300
@@ -58,14 +58,19 @@ def merged_from(model: Any) -> str:
     return ''
 
 
+def license_identifier(name: Any) -> str:
+    """Returns the identifier of a licence in lower case; empty for what is not one, as anyone's file may state."""
+    return name.lower() if isinstance(name, str) and _LICENSE.fullmatch(name.lower()) else ''
+
+
 def _checked(origin: Any) -> dict[str, Any]:
     """Returns the parts of an origin that are what they should be."""
     if not isinstance(origin, Mapping):
         return {}
     known: dict[str, Any] = {}
-    name, notes = origin.get('license'), origin.get('notes')
-    if isinstance(name, str) and _LICENSE.fullmatch(name.lower()):
-        known['license'] = name.lower()
+    name, notes = license_identifier(origin.get('license')), origin.get('notes')
+    if name:
+        known['license'] = name
     notes = [notes] if isinstance(notes, str) else notes
     if isinstance(notes, list | tuple):
         notes = [note for note in notes if isinstance(note, str) and len(note) <= _MAX_NOTE][:_MAX_NOTES]

@@ -17,12 +17,13 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..scales import Scales
 from ..tokens import scrub
+from ..weights_origin import license_identifier
 from .format import METADATA_KEY, check_version, decode_scales, kind_of_value
+from .licence import HUB_LICENSES, stated_license
 
 __all__ = [
     'BEGIN',
     'CARD_FILE',
-    'DEFAULT_LICENSE',
     'END',
     'METRICS',
     'PlainLoader',
@@ -36,7 +37,6 @@ __all__ = [
 ]
 
 CARD_FILE = 'README.md'
-DEFAULT_LICENSE = 'apache-2.0'
 BEGIN = '<!-- repopt-timm: begin. Text up to the end mark is rewritten with the scales; write yours outside of it. -->'
 END = '<!-- repopt-timm: end -->'
 
@@ -55,21 +55,6 @@ _MAX_TAG = 100
 # The front matter's first and last line, as the Hub sees them.
 _FIRST_LINE = re.compile(r'\s*---(?:\r\n|\r|\n)')
 _LAST_LINE = re.compile(r'(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|$)')
-
-# Of what timm names, the identifiers that the Hub knows (hf.co/docs/hub/repositories-licenses); the rest is `other`,
-# with a name.
-_HUB_LICENSES = (
-    'apache-2.0',
-    'apple-amlr',
-    'apple-ascl',
-    'bsd-3-clause',
-    'cc-by-4.0',
-    'cc-by-nc-4.0',
-    'gemma',
-    'mit',
-    'other',
-    'unknown',
-)
 
 # timm's prefixes of datasets; on the Hub only names are known.
 _DATASET_TYPE = re.compile(r'(?:hfds|hfids|tfds|torch|wds)/')
@@ -104,7 +89,7 @@ class _Loader(PlainLoader):
 def read_card_scales(
     path: str | os.PathLike, source: str | None = None, fetch: Callable[[str], Path] | None = None
 ) -> Scales:
-    """Reads the scales of a card.
+    """Reads the scales of a card; their provenance names its licence, unless it names one already.
 
     Args:
         path: The file, a `README.md`.
@@ -122,7 +107,9 @@ def read_card_scales(
             f"{source}: no scales in it: its metadata has no key '{METADATA_KEY}'. Publish some with `repopt-timm "
             f'scales push`, or name another source.'
         )
-    return decode_scales(metadata[METADATA_KEY], source, fetch or partial(beside, Path(path)))
+    scales = decode_scales(metadata[METADATA_KEY], source, fetch or partial(beside, Path(path)))
+    license_name = license_identifier(stated_license(metadata))
+    return scales.with_provenance({'license': license_name, **scales.provenance}) if license_name else scales
 
 
 def beside(card: Path, name: str) -> Path:
@@ -195,7 +182,7 @@ def update_card(
     model_name: str,
     entry: Mapping[str, Any] | None = None,
     results: Sequence[EvalResult] | None = (),
-    license_name: str = DEFAULT_LICENSE,
+    license_name: str = '',
     dataset: str = '',
 ) -> str:
     """Returns the text of a card with new metadata and a new generated body; whatever else it has survives.
@@ -207,7 +194,7 @@ def update_card(
         entry: The `repopt` entry. Defaults to what the card has.
         results: Results that replace those of the same dataset and metric; None drops those of `eval_results`, which
             other weights had.
-        license_name: Licence of a card that states none.
+        license_name: Licence of a card that states none; empty if none is known.
         dataset: What the weights of a card that names no datasets were trained on: a type and a name, `hfds/user/name`,
             or the name alone.
 
@@ -360,9 +347,9 @@ def _check_carried(original: Mapping[str, Any], data: ModelCardData, path: Path,
 
 
 def _set_defaults(data: ModelCardData, license_name: str) -> None:
-    if not data.license and license_name in _HUB_LICENSES:
+    if not data.license and license_name in HUB_LICENSES:
         data.license = license_name
-    elif not data.license:
+    elif not data.license and license_name:
         data.license, data.license_name = 'other', license_name
     data.library_name = data.library_name or 'timm'
     data.pipeline_tag = data.pipeline_tag or 'image-classification'

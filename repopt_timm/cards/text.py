@@ -68,7 +68,7 @@ def render_body(
         files: Names of the files beside the card.
         scales: Its scales, if it has any.
         training: How the weights were trained, as far as known.
-        license_name: Licence that the card's metadata names.
+        license_name: Licence that the card's metadata names; empty if they name none.
         results: Measured accuracies.
     """
     weights = WEIGHTS_FILE in files
@@ -88,7 +88,7 @@ def render_body(
         '## Citation',
         _CITATION,
         '## Licence',
-        _cell(license_name),
+        _cell(license_name) or 'Not stated.',
     ]
     return '\n\n'.join(sections)
 

@@ -12,8 +12,10 @@ from huggingface_hub import EvalResult
 from ..files import write_text
 from ..plot import plot_scales
 from ..scales import Scales
-from .document import CARD_FILE, DEFAULT_LICENSE, beside, read_metadata, results_in, update_card
+from ..weights_origin import license_identifier
+from .document import CARD_FILE, beside, read_metadata, results_in, update_card
 from .format import METADATA_KEY, SCALES_FILE, decode_scales, encode_scales, has_scales_file
+from .licence import checked_license, choose_license, stated_license
 from .text import SCALES_PICTURE, WEIGHTS_FILE, model_for, render_body
 from .transfer import push_folder
 
@@ -32,6 +34,7 @@ def write_card(
     published: Collection[str] = (),
     scales_file: bool = False,
     license_name: str = '',
+    weights_license: str = '',
 ) -> None:
     """Writes the card of a directory, and the picture of its scales; what else an existing card says survives.
 
@@ -44,7 +47,9 @@ def write_card(
         training: How the weights were trained. Defaults to what the card says already.
         published: Names of further files that the repository has.
         scales_file: Put the vectors into `scales.safetensors` beside the card; a card that has done so goes on.
-        license_name: Licence of the weights, as timm names it, where the card states none. Defaults to `apache-2.0`.
+        license_name: Licence of a card that states none. Defaults to that of the weights, or, without weights, to
+            what the provenance of the scales names.
+        weights_license: Licence of the weights, as far as known.
 
     Raises:
         ValueError: If the existing card cannot be read, or could not be carried through unchanged.
@@ -70,21 +75,23 @@ def write_card(
             scales.with_provenance(metadata['provenance']).save(directory / SCALES_FILE)
         drawn = draw(plot_scales, scales, directory / SCALES_PICTURE, scales.title)
         files = files - {SCALES_PICTURE} | ({SCALES_PICTURE} if drawn else set())
-    stated = previous.get('license') or 'other'
-    stated = previous.get('license_name') or '' if stated == 'other' else stated
-    if stated and license_name and stated != license_name:
-        _logger.warning(
-            f"{path}: the card's licence is {stated}, but the weights are under {license_name}: mend `license` in it."
-        )
-    license_name = stated or license_name or DEFAULT_LICENSE
+    known = weights_license
+    if scales is not None and WEIGHTS_FILE not in files:
+        known = license_identifier(scales.provenance.get('license'))
+    title = repo_id.split('/')[-1]
+    license_name = choose_license(title, stated_license(previous), license_name, known)
     body = render_body(repo_id, model_name, files, scales, training, license_name, shown)
     dataset = (training or {}).get('dataset', '') if WEIGHTS_FILE in files else ''
-    text = update_card(path, body, repo_id.split('/')[-1], metadata, results, license_name, dataset)
+    text = update_card(path, body, title, metadata, results, license_name, dataset)
     write_text(path, text)
 
 
 def save_scales_card(
-    scales: Scales, directory: str | os.PathLike, repo_id: str | None = None, scales_file: bool = False
+    scales: Scales,
+    directory: str | os.PathLike,
+    repo_id: str | None = None,
+    scales_file: bool = False,
+    license: str | None = None,
 ) -> None:
     """Writes a repository of scales without weights: a model card with a picture.
 
@@ -95,13 +102,17 @@ def save_scales_card(
         directory: Folder to write.
         repo_id: Name that it has on the Hub, for the snippets in the card.
         scales_file: Put the vectors into `scales.safetensors` beside the card.
+        license: Identifier of the licence, such as `mit`, for a card that states none. Defaults to what the provenance
+            of the scales names; without one the card states none.
 
     Raises:
-        ValueError: If an existing card cannot be read, or could not be carried through unchanged.
+        ValueError: If an existing card cannot be read, or could not be carried through unchanged, or the licence is
+            not an identifier.
     """
-    directory = Path(directory)
+    directory, license_name = Path(directory), checked_license(license)
     directory.mkdir(parents=True, exist_ok=True)
-    write_card(directory, repo_id, model_for(scales.architecture), scales, scales_file=scales_file)
+    model_name = model_for(scales.architecture)
+    write_card(directory, repo_id, model_name, scales, scales_file=scales_file, license_name=license_name)
 
 
 def push_scales(
@@ -113,6 +124,7 @@ def push_scales(
     token: str | bool | None = None,
     commit_message: str = 'Scales of repopt-timm',
     scales_file: bool = False,
+    license: str | None = None,
 ) -> str:
     """Publishes scales on the Hugging Face Hub; weights that the repository has stay as they are.
 
@@ -126,20 +138,31 @@ def push_scales(
         commit_message: Title of the commit.
         scales_file: Put the vectors into `scales.safetensors` beside the card, as is done when the Hub refuses the card
             as too large.
+        license: Identifier of the licence, such as `mit`, for a card that states none. Defaults to what the provenance
+            of the scales names; without one the card states none.
 
     Returns:
         Address of the commit or pull request.
 
     Raises:
         HubError: If the repository cannot be written to.
-        ValueError: If its card cannot be read, or could not be carried through unchanged.
+        ValueError: If its card cannot be read, or could not be carried through unchanged, or the licence is not an
+            identifier.
     """
     # What no card can hold is an error before the repository is made.
     encode_scales(scales)
+    license_name = checked_license(license)
 
     def write(folder: Path, name: str, published: frozenset[str], too_large: bool) -> None:
-        model_name = model_for(scales.architecture)
-        write_card(folder, name, model_name, scales, published=published, scales_file=scales_file or too_large)
+        write_card(
+            folder,
+            name,
+            model_for(scales.architecture),
+            scales,
+            published=published,
+            scales_file=scales_file or too_large,
+            license_name=license_name,
+        )
 
     return push_folder(repo_id, write, commit_message, private, revision, create_pr, token)
 
