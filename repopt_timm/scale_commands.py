@@ -25,10 +25,7 @@ __all__ = ['SOURCE', 'add_commands', 'add_license', 'add_publishing', 'add_scale
 # Folders of repositories may have a dot in their names too.
 _FILE_SUFFIXES = {'.bin', '.json', '.md', '.pickle', '.pkl', '.png', '.pt', '.pth', '.tar'}
 
-SOURCE = (
-    "file, folder, model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, or 'published' or 'initial' "
-    'with --architecture'
-)
+SOURCE = "file, folder, model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, or 'published' or 'initial'"
 
 
 def add_commands(commands: Any) -> None:
@@ -69,7 +66,7 @@ def add_commands(commands: Any) -> None:
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('source', help=SOURCE)
+    parser.add_argument('source', help=f'{SOURCE} with --architecture')
     parser.add_argument('--architecture', metavar='MODEL', help='plain model that the scales are for')
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from timm.models import parse_model_name
+from timm.models import is_model_pretrained, parse_model_name
 from torch import nn
 
 from .cards.document import CARD_FILE, read_card_scales, read_metadata
@@ -63,13 +63,16 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
         scales = source
     elif source == 'initial':
         if model is None:
-            raise ValueError("scales='initial' needs a model to make the values for. Name it (--architecture).")
+            raise ValueError(
+                "scales='initial' needs a model to make the values for: load_scales('initial', model), or "
+                '--architecture MODEL.'
+            )
         return Scales.initial(model)
     elif source == PUBLISHED:
         if model is None:
             raise ValueError(
-                f"scales='{PUBLISHED}' needs a model to know which. Name it (--architecture), or one of "
-                f'{", ".join(published_table())}.'
+                f"scales='{PUBLISHED}' needs a model to know which: load_scales('{PUBLISHED}', model), --architecture "
+                f'MODEL, or one of the names {", ".join(published_table())}.'
             )
         scales = read_published(network_name(model))
     elif source in published_table():
@@ -134,13 +137,22 @@ def default_scales(model_name: str) -> Scales:
         scales = _card_scales(shipped_repositories()[name] / CARD_FILE, name)
         if scales is not None:
             return scales
-    published = find_published(architecture)
-    download = f"download those of the method's authors with --scales {PUBLISHED}, " if published else ''
     raise ValueError(
         f'{model_name} has no scales, and none ship for it. Search some with --model {architecture}_hs (or '
-        f'--search-first), {download}import some with --scales FILE, or start with the unsearched values: --scales '
-        f'initial.'
+        f'--search-first), {_further_sources(model_name)}import some with --scales FILE, or start with the unsearched '
+        f'values: --scales initial.'
     )
+
+
+def _further_sources(model_name: str) -> str:
+    """Returns what else a model's scales may come from, for a list in an error."""
+    name = ModelName.parse(model_name)
+    sources = ''
+    if is_model_pretrained('.'.join(filter(None, (name.of_kind('branches'), name.tag)))):
+        sources += f'go on with those that the branches of its weights imply: --scales {IMPLIED}, '
+    if find_published(name.architecture):
+        sources += f"download those of the method's authors with --scales {PUBLISHED}, "
+    return sources
 
 
 def known_scales() -> list[dict[str, Any]]:

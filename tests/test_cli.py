@@ -15,6 +15,13 @@ from repopt_timm.commands import COMMANDS
 from .helpers import TINY, random_scales, tiny_model
 
 
+def help_of(command, capsys):
+    """The help of a command, on one line."""
+    with pytest.raises(SystemExit, match='0'):
+        main([*command.split(), '--help'])
+    return ' '.join(capsys.readouterr().out.split())
+
+
 @pytest.fixture
 def search(tmp_path):
     """The checkpoint of a search."""
@@ -46,7 +53,10 @@ def test_a_table_is_shown_on_a_terminal(capsys):
     [
         (['scales', 'show', 'nowhere'], "No scales found at 'nowhere'"),
         (['scales', 'show', 'hf-hub:a/b@'], 'names no revision'),
-        (['scales', 'show', 'initial'], 'needs a model'),
+        (
+            ['scales', 'show', 'initial'],
+            "needs a model to make the values for: load_scales('initial', model), or --arch",
+        ),
         (['convert-checkpoint', 'x.pth'], 'Name a folder'),
         (
             ['train', '--scales', 'nowhere', '--dataset', 'digits', '--output', '{tmp}', '--data-dir', '{tmp}'],
@@ -92,6 +102,11 @@ def test_each_command_has_a_help_that_calls_it_by_its_name(command, capsys):
             main([command, '--help'])
     called = 'train' if command == 'quickstart' else command
     assert capsys.readouterr().out.startswith(f'usage: repopt-timm {called} ')
+
+
+@pytest.mark.parametrize('command', ['save', 'push', 'convert-checkpoint'])
+def test_a_command_names_no_flag_that_it_lacks(command, capsys):
+    assert '--architecture' not in help_of(command, capsys)
 
 
 def test_the_version_is_that_of_the_package(capsys):

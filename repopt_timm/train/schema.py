@@ -66,8 +66,8 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
             str,
             None,
             "scales: a file, a folder with a model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, "
-            "'published' by the authors, 'initial' for unsearched values. Defaults for a target to initial, "
-            'or to what its pretrained or initial weights were trained with',
+            "'published' by the authors, 'implied' by the branches of pretrained weights, 'initial' for unsearched "
+            'values. Defaults for a target to initial, or to what its pretrained or initial weights were trained with',
             metavar='SOURCE',
             free=True,
         ),

@@ -65,3 +65,19 @@ def test_weights_of_another_tag_are_not_trained_with_shipped_scales(tmp_path, mo
     monkeypatch.setattr('repopt_timm.sources.shipped_repositories', lambda: {f'{TINY}.mine': tmp_path / 'card'})
     with pytest.raises(ValueError, match=f'{TINY}.other has no scales, and none ship for it'):
         default_scales(f'{TINY}.other')
+
+
+@pytest.mark.parametrize(
+    ('name', 'offered'),
+    [
+        ('repopt_mobileone_s0.apple_in1k', True),
+        ('repopt_mobileone_s0', True),
+        ('repopt_vgg_b1.rvgg_in1k', True),
+        ('repopt_resnet18.a1_in1k', False),
+        (f'{TINY}.other', False),
+    ],
+)
+def test_weights_of_branches_are_told_of_the_scales_that_these_imply(name, offered):
+    with pytest.raises(ValueError, match=r'has no scales.*--scales initial\.$') as error:
+        default_scales(name)
+    assert ('imply: --scales implied, ' in str(error.value)) == offered
