@@ -266,7 +266,7 @@ def _check_schedule(args: argparse.Namespace) -> None:
     if args.decay_milestones != sorted(set(args.decay_milestones)):
         raise ValueError(f'--decay-milestones are {args.decay_milestones}, expected rising epochs.')
     if args.sched == 'plateau' and args.sched_on_updates:
-        raise ValueError('--sched plateau waits for the accuracy of an epoch: remove --sched-on-updates.')
+        raise ValueError("--sched plateau waits for an epoch's accuracy: remove --sched-on-updates or set it to false.")
     if args.lr is not None and args.min_lr > args.lr:
         raise ValueError(f'--min-lr is {args.min_lr} and --lr {args.lr}, expected a lower bound: lower --min-lr.')
 

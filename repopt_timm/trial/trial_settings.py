@@ -5,7 +5,7 @@ import copy
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ _OWN: tuple[Argument, ...] = (
         'arms',
         str,
         None,
-        f'ways to train: {", ".join(ARMS)}, or names that --scales gives. Defaults to all that the model and the other '
-        'arguments allow',
+        f'ways to train: {", ".join(ARMS)}, or names that --scales gives [all that the model and the other arguments '
+        'allow]',
         count=ANY_COUNT,
         metavar='ARM',
     ),
@@ -66,7 +66,7 @@ _OWN: tuple[Argument, ...] = (
     Argument(
         'holdout', float, 0.1, 'share of the training images on which learning rates are compared', above=0, below=1
     ),
-    Argument('tuning_epochs', int, None, 'epochs of these runs. Defaults to --epochs', low=1),
+    Argument('tuning_epochs', int, None, 'epochs of these runs [--epochs]', low=1),
     Argument('tuning_seed', int, 1000, 'seed of these runs', low=0, high=10**9),
     Argument(
         'scales',
@@ -89,7 +89,7 @@ _OWN: tuple[Argument, ...] = (
         'reference',
         str,
         None,
-        'arm that the others are compared with. Defaults to sgd, or the first arm',
+        'arm that the others are compared with [sgd, or the first arm]',
         metavar='ARM',
         free=True,
     ),
@@ -98,7 +98,7 @@ _OWN: tuple[Argument, ...] = (
         'threads',
         int,
         None,
-        'threads of each run. Defaults to OMP_NUM_THREADS, or to the cores of this machine divided by --jobs',
+        'threads of each run [OMP_NUM_THREADS, or the cores of this machine divided by --jobs]',
         low=1,
         free=True,
     ),
@@ -111,7 +111,7 @@ _OWN: tuple[Argument, ...] = (
         metavar='FOLDER',
         free=True,
     ),
-    Argument('output', str, None, 'folder of the trial. Defaults to output/MODEL-trial', metavar='DIR', free=True),
+    Argument('output', str, None, 'folder of the trial [output/MODEL-trial]', metavar='DIR', free=True),
 )
 _OWN_BY_NAME = {argument.name: argument for argument in _OWN}
 
@@ -129,6 +129,12 @@ _NOT_OF_SEARCHES = {
 
 # A training of 300 epochs has other needs than a trial of ten.
 _DEFAULTS: dict[str, Any] = {'epochs': 10, 'sched_on_updates': True, 'workers': 0, 'checkpoint_hist': 1}
+_HELP = {
+    'sched': 'schedule, stepped on updates unless a config sets sched_on_updates: false',
+    'warmup_epochs': 'epochs of warm-up [a tenth of --epochs, 5 at most]',
+}
+# A flag cannot turn it off.
+_NOT_FLAGS = {*_NOT_SHARED, 'sched_on_updates'}
 
 
 @dataclass(frozen=True)
@@ -174,10 +180,12 @@ def add_trial_arguments(parser: argparse.ArgumentParser) -> None:
     for argument in _OWN:
         add_argument(group, argument)
     for title, section in SECTIONS.items():
-        shared = [argument for argument in section if argument.name not in _NOT_SHARED]
         group = parser.add_argument_group(f'{title}, of each run')
-        for argument in shared:
-            add_argument(group, argument)
+        for argument in section:
+            name = argument.name
+            if name not in _NOT_FLAGS:
+                default, text = _DEFAULTS.get(name, argument.default), _HELP.get(name, argument.help)
+                add_argument(group, replace(argument, default=default, help=text))
 
 
 def read_settings(namespace: argparse.Namespace) -> tuple[TrialSettings, argparse.Namespace, argparse.Namespace]:
