@@ -116,23 +116,34 @@ def _parser() -> CommandParser:
         prog=f'{PROGRAM} qat',
         description='Train a model in the form that it has in INT8, and write that as ONNX.',
         epilog='Everything else goes to the training, such as --epochs, --lr, --model-ema, --output, --experiment, '
-        '--resume: see repopt-timm train --help.',
+        f'--resume: see {PROGRAM} train --help, whose defaults are the same except for {_shown_defaults()}. --seed is '
+        f"the training's as well. Network and data come from CHECKPOINT and --data, so that qat refuses "
+        f'{_shown_foreign()}.',
         allow_abbrev=False,
     )
     add = parser.add_argument
     add('checkpoint', help='checkpoint, folder in the format of timm, or name for timm.create_model')
     add('--data', metavar='DIR', required=True, help='folder of images, with a folder for each split')
     add('--out', metavar='FILE', required=True, help='file to write')
-    add('--weight-bits', type=int, choices=WEIGHT_BITS, default=WEIGHT_BITS[0], help='of the weights of layers')
+    add('--weight-bits', type=int, choices=WEIGHT_BITS, default=WEIGHT_BITS[0], help='bits per weight')
     add_form(parser)
     add_quantization(parser)
     add('--json', action='store_true', help='print JSON, for programs')
     return parser
 
 
+def _shown_foreign() -> str:
+    return ', '.join(ARGUMENTS[name].flag for name in _FOREIGN if name in ARGUMENTS)
+
+
+def _shown_defaults() -> str:
+    changed = {name: value for name, value in _DEFAULTS.items() if value != ARGUMENTS[name].default}
+    return ', '.join(f'{ARGUMENTS[name].flag} {value:g}' for name, value in changed.items())
+
+
 def _training_arguments(words: Sequence[str], program: str) -> argparse.Namespace:
     given = vars(make_parser(program).parse_args(words))
-    foreign = sorted('--' + name.replace('_', '-') for name in given if name in _FOREIGN)
+    foreign = sorted(ARGUMENTS[name].flag if name in ARGUMENTS else given[name] for name in given if name in _FOREIGN)
     if foreign:
         raise ValueError(f'qat takes network and data from CHECKPOINT and --data: remove {", ".join(foreign)}.')
     args = parse_arguments(words, program)

@@ -159,6 +159,7 @@ def test_so_it_does_for_other_optimizers_averages_and_networks(name, kwargs, arg
         ('{checkpoint} --data {tmp}/nowhere --out {tmp}/new.onnx', 'There is no image folder'),
         ('{tmp}/nowhere.pth --data {images} --out {tmp}/new.onnx', 'There is no checkpoint'),
         ('{checkpoint} --data {images} --out {tmp}/new.onnx --model resnet18', 'remove --model'),
+        ('{checkpoint} {images} --data {images} --out {tmp}/new.onnx', '--data: remove /'),
         ('{checkpoint} --data {images} --out {tmp}/new.onnx --epochs 0', '--epochs is 0, expected'),
         ('{checkpoint} --data {images} --out {tmp}/new.onnx --percentile 3', 'expected more than 50'),
         ('{checkpoint} --data {images} --out {tmp}/new.onnx --opt repopt_sgd', 'carries no scales'),
