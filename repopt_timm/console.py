@@ -4,16 +4,40 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
-__all__ = ['CommandParser', 'did_you_mean', 'exit_code']
+__all__ = ['CommandParser', 'default_text', 'did_you_mean', 'exit_code']
 
+# Flags of other programs that are close to one of ours, and what to do.
+_OF_OTHERS = {'--device-modules': " It is for timm's own train.py, and not needed here: leave it out."}
 _INVALID_CHOICE = re.compile(r"argument ([^:]+): invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
 
 
+class _HelpFormatter(argparse.HelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return (action.help or '') + default_text(action.default).replace('%', '%%')
+
+
+def default_text(value: Any) -> str:
+    """Returns ` [value]`, which ends a help; nothing for a flag, or if there is nothing to show."""
+    if value is None or value == argparse.SUPPRESS or isinstance(value, bool):
+        return ''
+    if isinstance(value, Mapping):
+        value = [f'{key}={_short(item)}' for key, item in value.items()]
+    text = ' '.join(map(_short, value)) if isinstance(value, list | tuple) else _short(value)
+    return f' [{text}]' if text else ''
+
+
+def _short(value: Any) -> str:
+    return f'{value:g}' if isinstance(value, float) else str(value)
+
+
 class CommandParser(argparse.ArgumentParser):
-    """Raises a ValueError of one line instead of printing its usage and ending the process."""
+    """Raises a ValueError of one line instead of printing its usage and ending the process; its help shows defaults."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**{'formatter_class': _HelpFormatter, **kwargs})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parses; an argument that this parser does not have is an error here, where its own are known."""
@@ -31,8 +55,9 @@ class CommandParser(argparse.ArgumentParser):
 
     def _refuse(self, unknown: list[str]) -> None:
         if unknown:
-            near = did_you_mean(unknown[0].partition('=')[0], self._option_string_actions)
-            self.error(f"unknown argument '{unknown[0]}'.{near}")
+            flag = unknown[0].partition('=')[0]
+            hint = _OF_OTHERS.get(flag) or did_you_mean(flag, self._option_string_actions)
+            self.error(f"unknown argument '{unknown[0]}'.{hint}")
 
     def error(self, message: str) -> NoReturn:
         """Raises the error, with the nearest choice to one that does not exist."""

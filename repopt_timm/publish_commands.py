@@ -47,14 +47,14 @@ def add_commands(commands: Any) -> None:
         'multi-branch network; or what timm.create_model takes, such as mobileone_s0.apple_in1k',
     )
     convert.add_argument(
-        '--model', default='', metavar='NAME', help="multi-branch network of a file of tensors, timm's name"
+        '--model', default='', metavar='NAME', help='timm name of the network, if the file does not state it'
     )
     convert.add_argument(
         '--data',
         metavar='DIR',
         help='image folder to measure the BatchNorms of a merged network on [estimates from the branches]',
     )
-    convert.add_argument('--images', type=int, default=2048, metavar='N', help='how many of them [2048]')
+    convert.add_argument('--images', type=int, default=2048, metavar='N', help='how many of them')
     convert.add_argument('--out', metavar='DIR', help='folder to write, which local-dir:DIR loads')
     convert.add_argument('--push', metavar='REPO', help='repository on the Hub to publish it in')
     convert.add_argument(
@@ -67,7 +67,7 @@ def add_commands(commands: Any) -> None:
 def _add_contents(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--scales', metavar='SOURCE', help=f'scales that it was trained with: {SOURCE}')
     parser.add_argument('--curves', metavar='PNG', help='picture of the training curves [drawn from CHECKPOINT]')
-    parser.add_argument('--precision', choices=PRECISIONS, default='float32', help='of the kernels in the file')
+    parser.add_argument('--precision', choices=PRECISIONS, default='float32', help='number format of stored kernels')
     add_license(parser)
     add_scales_file(parser)
 

@@ -15,11 +15,18 @@ from repopt_timm.commands import COMMANDS
 from .helpers import TINY, random_scales, tiny_model
 
 
-def help_of(command, capsys):
-    """The help of a command, on one line."""
-    with pytest.raises(SystemExit, match='0'):
-        main([*command.split(), '--help'])
-    return ' '.join(capsys.readouterr().out.split())
+@pytest.fixture
+def help_of(monkeypatch, capsys):
+    """Returns the help of a command, on one line."""
+    # Words with a hyphen are broken at the end of a line.
+    monkeypatch.setenv('COLUMNS', '1000')
+
+    def show(command):
+        with pytest.raises(SystemExit, match='0'):
+            main([*command.split(), '--help'])
+        return ' '.join(capsys.readouterr().out.split())
+
+    return show
 
 
 @pytest.fixture
@@ -76,6 +83,10 @@ def test_an_error_is_one_clear_line(arguments, message, tmp_path, capsys):
     ('arguments', 'message'),
     [
         (['qantize', 'x'], "unknown command 'qantize'. Did you mean 'quantize'? `repopt-timm --help`"),
+        (
+            ['train', '--device-modules', 'repopt_timm'],
+            "unknown argument '--device-modules'. It is for timm's own train.py, and not needed here: leave it out.",
+        ),
         (['scales', 'lits'], "unknown command 'lits'. Did you mean 'list'? `repopt-timm scales --help`"),
         (['export', 'x', '--onx', 'y'], "unknown argument '--onx'. Did you mean '--onnx'? `repopt-timm export --help`"),
         (['train', '--modle=x'], "unknown argument '--modle=x'. Did you mean '--model'? `repopt-timm train --help`"),
@@ -100,13 +111,67 @@ def test_each_command_has_a_help_that_calls_it_by_its_name(command, capsys):
     else:
         with pytest.raises(SystemExit, match='0'):
             main([command, '--help'])
-    called = 'train' if command == 'quickstart' else command
-    assert capsys.readouterr().out.startswith(f'usage: repopt-timm {called} ')
+    assert capsys.readouterr().out.startswith(f'usage: repopt-timm {command} ')
+
+
+@pytest.mark.parametrize(
+    ('command', 'parts'),
+    {
+        'train': [
+            *('number of epochs [300]', 'seed; epochs are seeded one by one, so that a resumed run repeats [42]'),
+            *('weight decay [2e-05]', 'range of the random crop area [0.08 1]', 'pixel, rand, const) [pixel]'),
+            *('folder of runs [output]', 'optimizer [repopt_sgd for a plain repopt_* model, else sgd]'),
+            *(
+                'differ, such as data_dir=... epochs=... [weight_decay=4e-05]',
+                'train RepOpt-VGG, plain twins of other networks',
+            ),
+            "'implied' by the branches of pretrained weights",
+        ],
+        'quickstart': [
+            'digits of scikit-learn, in about a minute on a CPU',
+            'All arguments of repopt-timm train',
+        ],
+        'trial': [
+            *('number of epochs [10]', 'a tenth of --epochs, 5 at most]', 'processes that load data [0]'),
+            *('checkpoints to keep [1]', 'number of seeds; each arm is trained with each of them [3]'),
+            'schedule, stepped on updates unless a config sets sched_on_updates: false (cosine, ',
+        ],
+        'quantize': [
+            *('images to calibrate on [512]', 'in percent [99.99]', 'split to calibrate on [train]'),
+            *('one scale per output channel, or one per tensor [per-channel]', 'ranges of activations [minmax]'),
+            *('seed for choosing calibration images [0]', 'height and width of the images'),
+        ],
+        'qat': [
+            *('bits per weight [8]', '--epochs 3, --warmup-epochs 0, --lr-base 0.01, --weight-decay 4e-05.'),
+            'so that qat refuses --dataset, --model, --pretrained, ',
+        ],
+        'export': ['18 or later [18]'],
+        'evaluate': ['images at a time [32]', 'class map used in training', 'split to evaluate [validation]'],
+        'compare-int8': ['batch sizes to time [1 32]', 'each measured [minmax entropy percentile]'],
+        'save': ['number format of stored kernels [float32]'],
+        'convert-checkpoint': ['timm name of the network, if the file does not state it', 'how many of them [2048]'],
+        'doctor': ['steps to train [20]', 'height and width [64]', 'target to train on this machine [repopt_vgg_a0]'],
+        'predict': ['classes to show [5]'],
+        'bench train': [
+            *('rounds to time [5; on CUDA 20]', 'image sizes [64 224]', '[cuda if available, else cpu]'),
+            '[repopt_vgg_b1; test_repopt_vgg with --quick]',
+        ],
+    }.items(),
+)
+def test_a_help_shows_what_an_argument_is_and_its_default(command, parts, help_of):
+    text = help_of(command)
+    for part in parts:
+        assert part in text
+    assert '(default' not in text and '[True]' not in text and '[False]' not in text
+
+
+def test_the_help_of_a_trial_has_no_flag_that_could_change_nothing(help_of):
+    assert '--sched-on-updates' not in help_of('trial')
 
 
 @pytest.mark.parametrize('command', ['save', 'push', 'convert-checkpoint'])
-def test_a_command_names_no_flag_that_it_lacks(command, capsys):
-    assert '--architecture' not in help_of(command, capsys)
+def test_a_command_names_no_flag_that_it_lacks(command, help_of):
+    assert '--architecture' not in help_of(command)
 
 
 def test_the_version_is_that_of_the_package(capsys):

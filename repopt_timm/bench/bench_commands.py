@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..commands import COMMANDS
+from ..console import default_text
 from ..files import check_output, write_text
 from ..reporting import positive
 from .settings import PRECISIONS, Settings, choose_device, describe_environment, versions
@@ -106,7 +107,7 @@ def add_commands(commands: Any) -> None:
         command = benchmarks.add_parser(name, help=bench.summary, description=text)
         command.set_defaults(run=_run, bench=name)
         add = command.add_argument
-        text = f'(default: {_MODEL}; {_QUICK_MODEL} with --quick)'
+        text = f'[{_MODEL}; {_QUICK_MODEL} with --quick]'
         if name == 'train':
             text = f'RepOpt-VGG targets, or twins such as repopt_mobileone_s0 {text}'
             add('--model', dest='models', metavar='NAME', nargs='+', help=text)
@@ -116,21 +117,19 @@ def add_commands(commands: Any) -> None:
         add('--json', metavar='FILE', help='write settings, environment and results as JSON')
         add('--plot', metavar='PNG', help='draw the results')
         if bench.on_cuda:
-            add('--device', help='cuda or cpu (default: cuda if available)')
-            add('--threads', type=positive(int), metavar='N', help="threads on the CPU (default: torch's choice)")
+            add('--device', help='device to measure on [cuda if available, else cpu]')
+            add('--threads', type=positive(int), metavar='N', help="threads on the CPU [torch's choice]")
         for setting in bench.defaults:
             flag, text, options = _FLAGS[setting]
-            add(flag, dest=setting, help=f'{text} ({_default(setting, bench)})', **options)
+            add(flag, dest=setting, help=text + _default(setting, bench), **options)
         if name == 'optimizer':
             add('--no-compiled', action='store_false', dest='compiled', help='skip compiled optimizers')
 
 
 def _default(setting: str, bench: _Bench) -> str:
-    def shown(value: Any) -> str:
-        return ' '.join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-    text = f'default: {shown(bench.defaults[setting])}'
-    return f'{text}; on CUDA {shown(bench.cuda_defaults[setting])}' if setting in bench.cuda_defaults else text
+    text = default_text(bench.defaults[setting])
+    on_cuda = default_text(bench.cuda_defaults.get(setting))
+    return f'{text[:-1]}; on CUDA {on_cuda[2:]}' if on_cuda else text
 
 
 def _settings(args: argparse.Namespace, bench: _Bench) -> list[Settings]:

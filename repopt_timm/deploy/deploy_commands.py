@@ -71,7 +71,7 @@ def add_commands(commands: Any) -> None:
     evaluated.add_argument('--data', metavar='DIR', required=True, help=_DATA)
     evaluated.add_argument('--split', default='validation', help='split to evaluate')
     add_class_map(evaluated)
-    evaluated.add_argument('-b', '--batch-size', type=positive(int), default=32, metavar='N')
+    evaluated.add_argument('-b', '--batch-size', type=positive(int), default=32, metavar='N', help='images at a time')
     _add_threads(evaluated)
     _add_preprocessing(evaluated)
 
@@ -81,8 +81,12 @@ def add_commands(commands: Any) -> None:
     add_class_map(compared)
     compared.add_argument('--calibration-data', metavar='DIR', help='calibrate on the train split of this [--data]')
     compared.add_argument('--out', metavar='DIR', help='write int8.md and int8.json')
-    compared.add_argument('--weights', nargs='+', choices=WEIGHTS, default=WEIGHTS)
-    compared.add_argument('--calibrations', nargs='+', choices=CALIBRATIONS, default=CALIBRATIONS)
+    weights_help = 'scales of weights to measure: one per output channel, one per tensor'
+    compared.add_argument('--weights', nargs='+', choices=WEIGHTS, default=WEIGHTS, help=weights_help)
+    calibrations_help = 'ways to find the ranges of activations, each measured'
+    compared.add_argument(
+        '--calibrations', nargs='+', choices=CALIBRATIONS, default=CALIBRATIONS, help=calibrations_help
+    )
     compared.add_argument('--targets', nargs='+', choices=TARGETS, default=TARGETS[:1], help='forms to measure')
     add_quantization(compared)
     compared.add_argument('--equalize', action='store_true', help=f'measure each model a second time: {_EQUALIZE}')
@@ -92,7 +96,7 @@ def add_commands(commands: Any) -> None:
         type=positive(int),
         default=(1, 32),
         metavar='N',
-        help='batch sizes to time [1 32]',
+        help='batch sizes to time',
     )
     _add_threads(compared)
     _add_preprocessing(compared)
@@ -100,14 +104,14 @@ def add_commands(commands: Any) -> None:
 
 def add_class_map(parser: argparse.ArgumentParser) -> None:
     """Adds `--class-map` to a command that evaluates."""
-    parser.add_argument('--class-map', default='', metavar='FILE', help='the one that the model was trained with')
+    parser.add_argument('--class-map', default='', metavar='FILE', help='class map used in training')
 
 
 def add_form(parser: argparse.ArgumentParser) -> None:
     """Adds what a command takes that quantizes one way."""
     add = parser.add_argument
-    add('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale each')
-    add('--calibration', choices=CALIBRATIONS, default=CALIBRATIONS[0])
+    add('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale per output channel, or one per tensor')
+    add('--calibration', choices=CALIBRATIONS, default=CALIBRATIONS[0], help='way to find the ranges of activations')
     add('--equalize', action='store_true', help=f'first {_EQUALIZE}')
     add('--target', choices=TARGETS, default=TARGETS[0], help='runtime; ort is for OpenVINO too')
 
@@ -118,7 +122,7 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('--percentile', type=float, default=defaults.percentile, help='values that a range covers, in percent')
     add('--images', type=positive(int), default=defaults.images, metavar='N', help='images to calibrate on')
-    add('--seed', type=int, default=defaults.seed, help='draws these images')
+    add('--seed', type=int, default=defaults.seed, help='seed for choosing calibration images')
     add('--reduce-range', action='store_true', help='7-bit weights, for x86 without VNNI')
     exclude_help = "leave in float32, such as head.fc, 'stages.3.*', Add"
     add('--exclude', nargs='+', default=(), metavar='LAYER', help=exclude_help)
@@ -130,12 +134,14 @@ def _add_threads(parser: argparse.ArgumentParser) -> None:
 
 def _add_preprocessing(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("preprocessing, where it differs from the model's own")
-    group.add_argument('--input-size', nargs=3, type=positive(int), metavar=('C', 'H', 'W'))
-    group.add_argument('--mean', nargs='+', type=float)
-    group.add_argument('--std', nargs='+', type=float)
-    group.add_argument('--interpolation', choices=INTERPOLATIONS)
-    group.add_argument('--crop-pct', type=positive(float))
-    group.add_argument('--crop-mode', choices=('center', 'squash', 'border'))
+    add = group.add_argument
+    size_help = 'channels, height and width of the images'
+    add('--input-size', nargs=3, type=positive(int), metavar=('C', 'H', 'W'), help=size_help)
+    add('--mean', nargs='+', type=float, help='mean pixel value, or one for each channel')
+    add('--std', nargs='+', type=float, help='standard deviation of pixel values, or one for each channel')
+    add('--interpolation', choices=INTERPOLATIONS, help='resize interpolation')
+    add('--crop-pct', type=positive(float), help='share of the resized image that the crop keeps')
+    add('--crop-mode', choices=('center', 'squash', 'border'), help='way to crop')
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def add_commands(commands: Any) -> None:
         required=True,
         help="checkpoint, folder in the format of timm, .onnx file, 'hf-hub:user/repo', or name for timm.create_model",
     )
-    parser.add_argument('--top', type=positive(int), default=5, metavar='N', help='classes to show [5]')
+    parser.add_argument('--top', type=positive(int), default=5, metavar='N', help='classes to show')
     parser.add_argument('--threads', type=positive(int), metavar='N', help='threads of the model [all cores]')
 
 

@@ -28,13 +28,13 @@ def add_commands(commands: Any) -> None:
     """
     parser = add_command(commands, 'doctor', _doctor)
     parser.add_argument('folder', nargs='?', metavar='RUN', help='folder of a run to look through')
-    parser.add_argument('--model', default='repopt_vgg_a0', help='target to train on this machine [repopt_vgg_a0]')
+    parser.add_argument('--model', default='repopt_vgg_a0', help='target to train on this machine')
     parser.add_argument('--model-kwargs', nargs='*', default=[], metavar='K=V', help='further model arguments')
     parser.add_argument(
         '--scales', metavar='SOURCE', help='scales to train it with [the shipped ones of the model, else initial]'
     )
-    parser.add_argument('--steps', type=positive(int), default=20, metavar='N', help='steps to train [20]')
-    parser.add_argument('--img-size', type=positive(int), default=64, metavar='N', help='height and width [64]')
+    parser.add_argument('--steps', type=positive(int), default=20, metavar='N', help='steps to train')
+    parser.add_argument('--img-size', type=positive(int), default=64, metavar='N', help='height and width')
     parser.add_argument('--device', help='device to train on [cuda if available, else cpu]')
 
 

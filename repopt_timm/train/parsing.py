@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from ..cards.document import PlainLoader, refused_feature
-from ..console import CommandParser, did_you_mean
+from ..console import CommandParser, default_text, did_you_mean
 from ..resources import resource_dir
 from .argument import Argument
 from .schema import ARGUMENTS, SECTIONS
@@ -40,7 +40,8 @@ def make_parser(program: str = 'train.py') -> argparse.ArgumentParser:
     """
     parser = CommandParser(
         prog=program,
-        description='Search scales (_hs models), validate with _csla models, or train RepOpt-VGG targets.',
+        description='Search scales (_hs models), validate them (_csla models), or train RepOpt-VGG, plain twins of '
+        'other networks (repopt_* models) and any other timm model.',
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
@@ -63,6 +64,7 @@ def add_argument(group: Any, argument: Argument) -> None:
         return
     if argument.choices and argument.metavar is None:
         text += f' ({", ".join(choice or repr("") for choice in argument.choices)})'
+    text += default_text(argument.default).replace('%', '%%')
     options: dict[str, Any] = {'help': text, 'metavar': argument.metavar}
     if argument.kind is dict:
         options['nargs'] = '*'

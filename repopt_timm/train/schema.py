@@ -3,6 +3,7 @@
 Names and defaults are those of timm's training script, unless the help says otherwise.
 """
 
+from ..console import default_text
 from .argument import ANY_COUNT, Argument
 
 __all__ = ['ARGUMENTS', 'INTERPOLATIONS', 'SEARCH_DEFAULTS', 'SECTIONS']
@@ -28,8 +29,8 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
             'dataset',
             str,
             '',
-            'dataset type, such as torch/cifar10, hfds/NAME, wds/NAME, digits. Defaults to an image folder or .tar. '
-            'Streamed data (wds/, hfids/) is not repeated exactly when a run is resumed.',
+            'dataset type, such as torch/cifar10, hfds/NAME, wds/NAME, digits; streamed data (wds/, hfids/) is not '
+            'repeated exactly when a run is resumed [image folder or .tar]',
             metavar='NAME',
         ),
         Argument('train_split', str, 'train', 'dataset train split', metavar='NAME'),
@@ -67,7 +68,7 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
             None,
             "scales: a file, a folder with a model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, "
             "'published' by the authors, 'implied' by the branches of pretrained weights, 'initial' for unsearched "
-            'values. Defaults for a target to initial, or to what its pretrained or initial weights were trained with',
+            'values [of a target: what its pretrained or initial weights were trained with, else initial]',
             metavar='SOURCE',
             free=True,
         ),
@@ -90,7 +91,7 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
             'resume with arguments that differ from those of the run, or from an earlier checkpoint than its last',
             free=True,
         ),
-        Argument('num_classes', int, None, "number of classes. Defaults to the dataset's", low=1),
+        Argument('num_classes', int, None, "number of classes [the dataset's]", low=1),
         Argument(
             'gp',
             str,
@@ -115,14 +116,12 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
         Argument('torchcompile', str, None, 'compile the model', metavar='BACKEND', const='inductor', free=True),
     ),
     'Device': (
-        Argument('device', str, None, 'device to train on. Defaults to cuda if available, else cpu', free=True),
+        Argument('device', str, None, 'device to train on [cuda if available, else cpu]', free=True),
         Argument('amp', bool, False, 'mixed precision'),
         Argument('amp_dtype', str, 'float16', 'lower precision of --amp', choices=('float16', 'bfloat16')),
     ),
     'Optimizer': (
-        Argument(
-            'opt', str, None, 'optimizer. Defaults to repopt_sgd for a RepOpt-VGG target, else sgd', any_case=True
-        ),
+        Argument('opt', str, None, 'optimizer [repopt_sgd for a plain repopt_* model, else sgd]', any_case=True),
         Argument('opt_eps', float, None, 'epsilon of the optimizer', low=0),
         Argument('opt_betas', float, None, 'betas of the optimizer', low=0, high=1, count=(2, 3)),
         Argument('momentum', float, 0.9, 'momentum', low=0, below=1),
@@ -155,13 +154,14 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
             'lr_base_scale',
             str,
             '',
-            'how --lr-base scales. Defaults to what suits --opt',
+            'how --lr-base scales: linear or sqrt [what suits --opt]',
             choices=('', 'linear', 'sqrt'),
+            metavar='RULE',
         ),
         Argument('warmup_lr', float, 1e-5, 'learning rate that the warm-up starts from', low=0),
         Argument('min_lr', float, 0.0, 'lower bound of the learning rate', low=0),
         Argument('epochs', int, 300, 'number of epochs', low=1, free=True),
-        Argument('warmup_epochs', int, None, 'epochs of warm-up. Defaults to a fifth of --epochs, 5 at most', low=0),
+        Argument('warmup_epochs', int, None, 'epochs of warm-up [a fifth of --epochs, 5 at most]', low=0),
         Argument('cooldown_epochs', int, 0, 'epochs at the lowest learning rate, after the schedule', low=0, free=True),
         Argument('decay_epochs', float, 90.0, 'interval of the step schedule', above=0),
         Argument('decay_milestones', int, [90, 180, 270], 'epochs of the multistep schedule', low=1, count=ANY_COUNT),
@@ -226,7 +226,7 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
             'experiment',
             str,
             '',
-            "folder of this run in --output. Defaults to time and model's name",
+            "folder of this run in --output [time and model's name]",
             metavar='NAME',
             free=True,
         ),
@@ -242,7 +242,7 @@ SECTIONS: dict[str, tuple[Argument, ...]] = {
             'search_kwargs',
             dict,
             {},
-            'arguments of the search that differ, such as data_dir=... epochs=...; weight_decay defaults to 4e-5',
+            f'arguments of the search that differ, such as data_dir=... epochs=...{default_text(SEARCH_DEFAULTS)}',
             metavar='K=V',
             free=True,
         ),
