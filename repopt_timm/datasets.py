@@ -58,7 +58,10 @@ def open_folder(root: str | os.PathLike, split: str, need_split: bool, **kwargs:
     """
     root = Path(root)
     if not root.exists():
-        raise FileNotFoundError(f"There is no image folder '{root}'.")
+        where = '' if root.is_absolute() else f" in '{Path.cwd()}'"
+        raise FileNotFoundError(
+            f"There is no image folder '{root}'{where}, expected one with images in {split}/<class>/. Check the path."
+        )
     for place in (root, root / split):
         if not place.is_dir():
             _check_regular(place)
@@ -206,7 +209,10 @@ def read_class_map(class_map: str | None, root: str | os.PathLike | None) -> dic
     except (AttributeError, ImportError, MemoryError, OverflowError) as error:
         raise ValueError(f"The class map '{class_map}' cannot be read: {error}.") from None
     if not isinstance(numbers, dict) or not all(type(n) is int and n >= 0 for n in numbers.values()):
-        raise ValueError(f"The class map '{class_map}' does not hold a dict from names to numbers.")
+        raise ValueError(
+            f"The class map '{class_map}' does not hold a dict from names to numbers, such as {{'cat': 0, 'dog': 1}}. "
+            f'Write it anew, or as a .txt file, a name per line.'
+        )
     return numbers
 
 

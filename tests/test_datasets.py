@@ -71,7 +71,7 @@ def test_class_maps_are_lines_or_a_plain_pickle(tmp_path):
     for name in ('map.txt', 'map.pkl'):
         assert read_class_map(name, tmp_path) == {'dog': 0, 'cat': 1}
     (tmp_path / 'map.pkl').write_bytes(pickle.dumps(['dog', 'cat']))
-    with pytest.raises(ValueError, match='does not hold a dict from names to numbers'):
+    with pytest.raises(ValueError, match=r"a dict from names to numbers, such as {'cat': 0, 'dog': 1}. Write it anew"):
         read_class_map('map.pkl', tmp_path)
     # Its key is a tuple of twice the same tuple, and so on, which takes forever to hash.
     (tmp_path / 'map.pkl').write_bytes(b'}K\x01' + b'q\x00h\x00\x86' * 30 + b'K\x01s.')

@@ -49,7 +49,9 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint file '{path}'.")
+        raise FileNotFoundError(
+            f"There is no checkpoint '{path}', expected a file such as output/RUN/model_best.pth.tar. Check the path."
+        )
     if path.suffix == '.safetensors':
         check_header(path)
         try:

@@ -183,7 +183,10 @@ class _Reader:
                 # A bias that several layers share has a scale, and so a name, for each.
                 name = name.rstrip('0123456789')
             if name not in self.floats:
-                raise ValueError(f"'{codes}' of the quantized model is not the form of a weight of the float one.")
+                raise ValueError(
+                    f"The quantized model has the codes '{codes}', expected those of a weight of the float model, "
+                    f"which has no '{name}'. onnxruntime may name them otherwise: try another version of it."
+                )
             return self._rounded_constant(name, codes, node)
         attributes = {**OPERATORS[node.op_type][1], **_attributes(node)}
         return Operation(node.op_type, tuple(node.input), tuple(node.output), attributes)

@@ -52,7 +52,7 @@ def predict(
         if Path(image).is_dir():
             raise ValueError(f"'{image}' is a folder, expected image files, such as '{image}/*.jpg'.")
         if not Path(image).is_file():
-            raise FileNotFoundError(f"There is no image '{image}'.")
+            raise FileNotFoundError(f"There is no image '{image}', expected a file such as photo.jpg. Check the path.")
     classifier, names = _load(source, threads, overrides)
     transform: Any = create_transform(**classifier.config)
     mode = color_mode(classifier.config)

@@ -37,6 +37,13 @@ def require(module: str) -> Any:
         raise ImportError(f'Deployment needs {name} ({error}): pip install "repopt-timm[deploy]"') from None
 
 
+def _check_file(path: str | os.PathLike) -> None:
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"There is no ONNX file '{path}'. Check the path, or write one with `repopt-timm export`."
+        )
+
+
 def load_onnx(path: str | os.PathLike) -> Any:
     """Reads an ONNX file with one input and one output.
 
@@ -48,8 +55,7 @@ def load_onnx(path: str | os.PathLike) -> Any:
         ValueError: If it is not an ONNX model, or does not have one input and one output.
     """
     onnx = require('onnx')
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no ONNX file '{path}'.")
+    _check_file(path)
     try:
         model = onnx.load(os.fspath(path))
         onnx.checker.check_model(model)
@@ -108,8 +114,7 @@ def open_session(model: Any, threads: int | None = None, optimize: bool = True, 
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if isinstance(model, str | os.PathLike):
         source, name = os.fspath(model), f"'{model}'"
-        if not Path(source).is_file():
-            raise FileNotFoundError(f'There is no ONNX file {name}.')
+        _check_file(source)
     else:
         source = model.SerializeToString()
     with explained(f'ONNX Runtime {onnxruntime.__version__} cannot run {name}'):

@@ -54,12 +54,10 @@ def load_trained(source: str | os.PathLike, scales: ScalesSource | None = None, 
     path = Path(source)
     if path.suffix == '.onnx':
         raise ValueError(f"'{source}' is an ONNX file already; name the checkpoint that it comes from.")
-    if path.is_file():
-        model = model_from_checkpoint(path, scales, need_scales)
-    elif path.is_dir():
+    if path.is_dir():
         model = _create(f'local-dir:{path}', pretrained=True)
-    elif path.suffix in ('.tar', '.pth', '.pt', '.safetensors'):
-        raise FileNotFoundError(f"There is no checkpoint '{source}'.")
+    elif path.is_file() or path.suffix in ('.tar', '.pth', '.pt', '.safetensors'):
+        model = model_from_checkpoint(path, scales, need_scales)
     elif path.is_absolute() or ('/' in str(source) and ':' not in str(source)):
         raise FileNotFoundError(f"There is no folder '{source}'. A repository on the Hub is named hf-hub:user/name.")
     else:

@@ -49,7 +49,10 @@ def check_run(folder: str | os.PathLike) -> list[Finding]:
     parts = [folder] if (folder / LAST_CHECKPOINT).is_file() else []
     parts = parts or [path.parent for path in sorted(folder.glob(f'*/{LAST_CHECKPOINT}'))]
     if not parts:
-        raise FileNotFoundError(f"There is no run in '{folder}', expected a folder with {LAST_CHECKPOINT}.")
+        raise FileNotFoundError(
+            f"There is no run in '{folder}', expected a folder with {LAST_CHECKPOINT}. Name that of a run, such as "
+            f'output/RUN.'
+        )
     findings = []
     for part in parts:
         prefix = '' if part == folder else f'{part.name}: '

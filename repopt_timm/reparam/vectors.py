@@ -50,7 +50,10 @@ def check_vectors(
         finite = torch.isfinite(vector)
         if not finite.all():
             bad = int((~finite).nonzero()[0])
-            raise ValueError(f"{where}: the scale of branch '{name}' is {vector[bad].item()} at channel {bad}.")
+            raise ValueError(
+                f"{where}: the scale of branch '{name}' is {vector[bad].item()} at channel {bad}, expected a finite "
+                f'number. Take the scales of an earlier checkpoint, or search them anew.'
+            )
         if name != 'identity' and not vector.any():
             raise ValueError(f"{where}: the scale of branch '{name}' is all zeros: its weights would never train.")
 

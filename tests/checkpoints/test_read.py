@@ -73,7 +73,7 @@ def test_a_file_that_is_cut_off_says_to_copy_it_again(tmp_path, name, share):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r'nowhere\.pth'):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint '.*nowhere\.pth', expected a file such as"):
         read_checkpoint(tmp_path / 'nowhere.pth')
 
 

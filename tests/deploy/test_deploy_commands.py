@@ -138,6 +138,7 @@ def five_classes(tmp_path):
         ('export repopt_resnet18_csla --onnx {tmp}/new.onnx', 'its kernels are sums of branches'),
         ('quantize {tmp}/text.onnx --data {images} --out {tmp}/new.onnx', 'is not a readable ONNX model'),
         ('evaluate {tmp}/text.onnx --data {images}', 'is not a readable ONNX model'),
+        ('evaluate {tmp}/nowhere.onnx --data {images}', 'Check the path, or write one with `repopt-timm export`'),
         ('evaluate {five} --data {images}', 'The model has 5 classes, but the folder'),
         ('evaluate {model} --data {images} --input-size 3 8 8', 'ONNX Runtime cannot run the model'),
         ('evaluate {model} --data {images} --mean 0.5 0.5', 'expected one value, or one for each channel'),

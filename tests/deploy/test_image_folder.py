@@ -48,7 +48,7 @@ def test_an_image_that_does_not_decode_is_named_and_not_skipped(images, tmp_path
 
 
 def test_missing_and_empty_folders_are_told(images, tmp_path):
-    with pytest.raises(FileNotFoundError, match='There is no image folder'):
+    with pytest.raises(FileNotFoundError, match='expected one with images in train/<class>/'):
         ImageFolder(tmp_path / 'nowhere', 'train', CONFIG)
     with pytest.raises(ValueError, match="There are no images for the split 'train'"):
         ImageFolder(tmp_path, 'train', CONFIG)

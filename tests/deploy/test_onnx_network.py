@@ -52,6 +52,13 @@ def test_a_quantized_graph_rounds_where_the_file_does(options, quantization):
     assert difference(network_of(done)(BATCH), onnx_logits(done.quantized)) < 1e-5
 
 
+def test_codes_that_belong_to_no_weight_are_named_with_what_to_do(quantization):
+    with pytest.raises(
+        ValueError, match=r"has the codes '.*_quantized', expected those of a weight .* another version"
+    ):
+        OnnxNetwork(quantization().quantized, {})
+
+
 @pytest.mark.parametrize('weight_bits', [8, 4])
 @pytest.mark.parametrize('target', ['ort', 'tensorrt'])
 @pytest.mark.parametrize('weights', ['per-channel', 'per-tensor'])

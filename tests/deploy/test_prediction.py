@@ -67,7 +67,7 @@ def test_imagenets_names_are_for_weights_of_imagenet(tag, named):
 @pytest.mark.parametrize(
     ('image', 'model', 'message'),
     [
-        ('none.png', '{checkpoint}', r"There is no image '.*none\.png'"),
+        ('none.png', '{checkpoint}', r"There is no image '.*none\.png', expected a file such as photo\.jpg"),
         ('', '{checkpoint}', 'is a folder, expected image files'),
         ('broken.png', '{checkpoint}', r"The image '.*broken\.png' cannot be read"),
         ('broken.png', 'resnet-18', r'resnet-18'),

@@ -64,7 +64,11 @@ def test_folders_in_the_format_of_timm_are_read(tmp_path):
 @pytest.mark.parametrize(
     ('source', 'error', 'message'),
     [
-        ('nowhere/last.pth.tar', FileNotFoundError, "There is no checkpoint 'nowhere/last.pth.tar'"),
+        (
+            'nowhere/last.pth.tar',
+            FileNotFoundError,
+            "There is no checkpoint 'nowhere/last.pth.tar', expected a file such as output/RUN/model_best.pth.tar",
+        ),
         ('model.onnx', ValueError, 'is an ONNX file already'),
         ('no_such_model', ValueError, 'no_such_model'),
         (TINY, ValueError, 'There are no trained weights'),

@@ -104,5 +104,7 @@ def test_scales_that_are_gone_are_a_note_and_a_folder_without_a_run_an_error(run
     found = {each.what: each for each in check_run(run)}
     assert found['scales'].status == 'note'
     assert 'gone.safetensors' in found['scales'].detail
-    with pytest.raises(FileNotFoundError, match=r"There is no run in '.*', expected a folder with last\.pth\.tar"):
+    with pytest.raises(
+        FileNotFoundError, match=r"There is no run in '.*', expected a folder with last\.pth\.tar\. Name"
+    ):
         check_run(tmp_path / 'none')

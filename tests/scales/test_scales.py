@@ -207,7 +207,10 @@ def test_initial_scales_are_those_that_a_search_starts_from():
     [
         ({'kxk': torch.ones(15)}, r"'stem.conv': the scale of branch 'kxk' has shape \(15,\), expected \(16,\)"),
         ({'kxk': torch.full((16,), float('nan'))}, "branch 'kxk' is nan at channel 0"),
-        ({'kxk': torch.full((16,), float('inf'))}, "branch 'kxk' is inf at channel 0"),
+        (
+            {'kxk': torch.full((16,), float('inf'))},
+            "'kxk' is inf at channel 0, expected a finite number. Take the scales of an",
+        ),
         ({'kxk': torch.full((16,), float('nan')).to(torch.float8_e4m3fn)}, "branch 'kxk' is nan at channel 0"),
         ({'kxk': torch.ones(16, dtype=torch.complex64)}, "branch 'kxk' has complex numbers"),
         ({'kxk': torch.zeros(16)}, 'all zeros'),

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import tarfile
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import timm
@@ -271,7 +272,7 @@ def test_mistakes_are_told_before_the_training(arguments, tmp_path, extra, messa
 
 
 def test_a_folder_that_is_not_there_is_named(arguments):
-    with pytest.raises(FileNotFoundError, match="There is no image folder 'nowhere'"):
+    with pytest.raises(FileNotFoundError, match=f"There is no image folder 'nowhere' in '{Path.cwd()}', expected"):
         main(['nowhere', *arguments('--scales', 'initial')[1:]])
 
 
