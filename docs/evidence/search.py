@@ -29,6 +29,7 @@ from repopt_timm.train.run import prepare_device, train
 from repopt_timm.train.run_model import make_model
 
 DEPTHS, WIDTHS = (4, 6, 16, 1), (16, 32, 64, 128, 512)
+EPOCHS = 8
 
 Make = Callable[[argparse.Namespace, Any, torch.device], tuple[nn.Module, dict[str, Any]]]
 
@@ -62,11 +63,13 @@ def layer_wise(args: argparse.Namespace, dataset: Any, device: torch.device) -> 
 
 
 SEARCHES: dict[str, tuple[int, Make | None]] = {
-    'short': (8, None),
-    'fast': (8, faster_scales(10)),
-    'layer_wise': (8, layer_wise),
+    'short': (42, None),
+    'fast': (42, faster_scales(10)),
+    'layer_wise': (42, layer_wise),
+    'layer_wise_1': (1, layer_wise),
+    'layer_wise_2': (2, layer_wise),
 }
-"""Name of a search to its epochs and how its model is made."""
+"""Name of a search to its seed and how its model is made."""
 
 
 def plain_network() -> nn.Module:
@@ -109,14 +112,15 @@ def spread(initial: repopt_timm.Scales, value: Callable[[str, str], float], meth
 
 def search(name: str, data: str, output: Path) -> Path:
     """Searches, and returns the file of scales."""
-    epochs, make = SEARCHES[name]
+    seed, make = SEARCHES[name]
     path = output / name / 'scales.safetensors'
     if not path.exists():
         words = ['-c', 'cifar10_trial', '--model', 'repopt_vgg_hs', '--opt', 'sgd', '--data-dir', data]
         words += ['--model-kwargs', f'depths={DEPTHS}', f'widths={WIDTHS}', '--train-images', '20000']
-        words += ['--epochs', str(epochs), '--warmup-epochs', str(epochs // 4), '--val-interval', '4', '--lr', '0.1']
+        words += ['--epochs', str(EPOCHS), '--warmup-epochs', str(EPOCHS // 4), '--val-interval', '4', '--lr', '0.1']
         words += ['--weight-decay', '4e-5', '--clip-grad', '5', '--amp', '--amp-dtype', 'bfloat16', '--workers', '0']
         words += ['--output', str(output), '--experiment', name, '--resume', '--checkpoint-hist', '1']
+        words += ['--seed', str(seed)]
         args = parse_arguments(words)
         prepare_device(args)
         train(args, make)
