@@ -101,7 +101,7 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._take_grad_mults(grad_mults, compiled, dense)
+        self._set_up(grad_mults, compiled, dense)
 
     def _updates_of(self, settings: dict[str, Any], params: list[Tensor], whole: bool) -> list[Update]:
         if any(gradient(param).is_sparse for param in params):

@@ -43,19 +43,39 @@ class GradMultOptimizer(torch.optim.Optimizer):
 
     update_rule: str
     grad_mults: GradMults
+    _checked: list[list[int]]
     _settings: tuple[str, ...]
     _places: int
     _not_fused: ClassVar[dict[str, tuple[torch.dtype, ...]]] = {}
     _compiler_settings: ClassVar[dict[str, Any]]
     _updates_of: Callable[[dict[str, Any], list[Tensor], bool], list[Update]]
 
-    def _take_grad_mults(self, grad_mults: GradMults | None, compiled: bool, dense: bool) -> None:
+    def _set_up(self, grad_mults: GradMults | None, compiled: bool, dense: bool) -> None:
         name = type(self).__name__
         if not isinstance(grad_mults, GradMults):
             raise ValueError(
                 f'{name} needs grad_mults=make_grad_mults(model, update_rule={self.update_rule!r}), but got '
                 f'{type(grad_mults).__name__}. From bare parameters it cannot tell which kernel has which scales.'
             )
+        if compiled and self.defaults['differentiable']:
+            raise ValueError(f'{name} cannot be compiled and differentiable: leave one of them out.')
+        self._compiled = compiled
+        self._dense = dense
+        self.take_grad_mults(grad_mults)
+
+    def take_grad_mults(self, grad_mults: GradMults) -> None:
+        """Takes Grad Mults made anew, after other tensors have replaced the model's in the groups.
+
+        Accelerate replaces them when it shards with FSDP2.
+
+        Args:
+            grad_mults: What `make_grad_mults(model, update_rule=...)` returned for the parameters in the groups.
+
+        Raises:
+            ValueError: If they belong to other parameters or to another update rule, or a trainable kernel that has a
+                Grad Mult is in no group.
+        """
+        name = type(self).__name__
         if grad_mults.update_rule != self.update_rule:
             raise ValueError(
                 f'{name} got Grad Mults for the update rule {grad_mults.update_rule!r}, expected {self.update_rule!r}: '
@@ -67,26 +87,42 @@ class GradMultOptimizer(torch.optim.Optimizer):
                 f'None of the {len(params)} parameters given to {name} has a Grad Mult: it would train them as without '
                 f'scales. Make the Grad Mults from the very model whose parameters these are.'
             )
-        missing = [grad_mults.name_of(param) for param in grad_mults if param.requires_grad and param not in params]
+        missing = self._missing_kernels(grad_mults)
         if missing:
             raise ValueError(
                 f'{len(missing)} trainable kernels have a Grad Mult but are in no parameter group of {name}, so that '
                 f'they would not train: {", ".join(missing)}. Add them, or freeze them with requires_grad_(False).'
             )
-        if compiled and self.defaults['differentiable']:
-            raise ValueError(f'{name} cannot be compiled and differentiable: leave one of them out.')
         self.grad_mults = grad_mults
-        self._compiled = compiled
-        self._dense = dense
         self.defaults['scales_fingerprint'] = grad_mults.fingerprint
         for group in self.param_groups:
             group['scales_fingerprint'] = grad_mults.fingerprint
         self._prepare()
 
+    def _missing_kernels(self, grad_mults: GradMults) -> list[str]:
+        """Returns the names of trainable kernels that are in no group."""
+        params = {param for group in self.param_groups for param in group['params']}
+        return [grad_mults.name_of(param) for param in grad_mults if param.requires_grad and param not in params]
+
+    def _check_groups(self) -> None:
+        """Raises a ValueError if kernels have left the groups: what replaced them would train as without scales."""
+        identities = [list(map(id, group['params'])) for group in self.param_groups]
+        if identities == self._checked:
+            return
+        if missing := self._missing_kernels(self.grad_mults):
+            raise ValueError(
+                f'{len(missing)} trainable kernels have a Grad Mult but are in no parameter group of '
+                f'{type(self).__name__} any more: {", ".join(missing)}. If other tensors have taken their place, as '
+                f'under Accelerate with FSDP2, call optimizer.take_grad_mults(make_grad_mults(model, '
+                f'update_rule={self.update_rule!r})); otherwise add them, or freeze them with requires_grad_(False).'
+            )
+        self._checked = identities
+
     def _prepare(self) -> None:
         # A parameter may move to another device.
         self._rows: dict[tuple[Tensor, torch.device], list[Rows]] = {}
         self._parts: dict[tuple[Tensor, torch.device], MaskParts] = {}
+        self._checked = []
         # GradScaler then leaves unscaling and skipping to fused kernels, without waiting for the device. Like torch's
         # own optimizers only on demand: whoever clips gradients needs them unscaled before the step.
         asked = all(group['fused'] and self._use_fused(group) for group in self.param_groups)
@@ -124,6 +160,7 @@ class GradMultOptimizer(torch.optim.Optimizer):
 
     @torch.compiler.disable
     def _updates(self, compiling: bool) -> list[Update]:
+        self._check_groups()
         updates: list[Update] = []
         for group in self.param_groups:
             fused = self._use_fused(group)

@@ -89,7 +89,7 @@ class RepOptSGD(GradMultOptimizer, SGD):
             differentiable=differentiable,
             fused=fused,
         )
-        self._take_grad_mults(grad_mults, compiled, dense)
+        self._set_up(grad_mults, compiled, dense)
 
     def _updates_of(self, settings: dict[str, Any], params: list[Tensor], whole: bool) -> list[Update]:
         fresh: set[Tensor] = set()

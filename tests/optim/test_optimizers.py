@@ -129,6 +129,75 @@ def test_a_trainable_kernel_that_is_in_no_group_is_named():
     RepOptSGD(params[1:], grad_mults=make_grad_mults(model))
 
 
+def with_new_tensors(model, optimizer):
+    """Replaces all parameters, in the model and in the groups, as sharding a finished optimizer's model does."""
+    replaced = {}
+    for module in model.modules():
+        for name, param in module._parameters.items():
+            if param is not None:
+                replaced[param] = module._parameters[name] = nn.Parameter(param.detach().clone())
+    for group in optimizer.param_groups:
+        group['params'] = [replaced[param] for param in group['params']]
+
+
+@pytest.mark.parametrize('rule', CLASSES)
+@pytest.mark.parametrize('steps', [0, 1])
+def test_tensors_that_replace_kernels_in_the_groups_are_not_trained_as_without_scales(rule, steps):
+    model = scaled_model()
+    optimizer = make(model, rule, lr=0.01)
+    gradients(model)
+    for _ in range(steps):
+        optimizer.step()
+    with_new_tensors(model, optimizer)
+    before = copy.deepcopy(model)
+    gradients(model)
+    with pytest.raises(ValueError, match=r'7 trainable kernels .* stem\.conv, stages\.0.*take_grad_mults'):
+        optimizer.step()
+    same(model, before, rtol=0, atol=0)
+
+
+def test_one_kernel_that_another_tensor_replaces_in_its_group_is_named():
+    model = scaled_model()
+    optimizer = make(model, 'sgd')
+    gradients(model)
+    optimizer.step()
+    optimizer.param_groups[0]['params'][0] = nn.Parameter(model.stem.conv.weight.detach().clone())
+    with pytest.raises(ValueError, match=r'1 trainable kernels .* any more: stem\.conv\.'):
+        optimizer.step()
+
+
+@pytest.mark.parametrize('rule', CLASSES)
+@pytest.mark.parametrize('kwargs', [{}, {'dense': True}, {'compiled': True}])
+def test_grad_mults_made_anew_go_with_the_tensors_that_replaced_kernels(rule, kwargs):
+    model = scaled_model()
+    twin = copy.deepcopy(model)
+    optimizer, reference = make(model, rule, lr=0.01, **kwargs), make(twin, rule, lr=0.01)
+    with_new_tensors(model, optimizer)
+    optimizer.take_grad_mults(make_grad_mults(model, update_rule=rule))
+    for step in range(2):
+        for net, each in ((model, optimizer), (twin, reference)):
+            gradients(net, step)
+            each.step()
+    same(model, twin, rtol=1e-9, atol=1e-12)
+
+
+def test_grad_mults_of_other_scales_take_the_place_of_the_first():
+    model = scaled_model()
+    twin = copy.deepcopy(model)
+    optimizer = make(model, 'sgd', lr=0.01)
+    gradients(model)
+    optimizer.step()
+    scales = random_scales()
+    optimizer.take_grad_mults(make_grad_mults(model, scales))
+    assert {group['scales_fingerprint'] for group in optimizer.param_groups} == {scales.fingerprint}
+    twin.load_state_dict(model.state_dict())
+    reference = RepOptSGD(twin.parameters(), lr=0.01, grad_mults=make_grad_mults(twin, scales))
+    for net, each in ((model, optimizer), (twin, reference)):
+        gradients(net, 1)
+        each.step()
+    same(model, twin, rtol=0, atol=0)
+
+
 def test_a_new_group_of_kernels_without_grad_mults_warns():
     optimizer = make(scaled_model(), 'sgd')
     with pytest.warns(UserWarning, match=r'1 kernels .* no Grad Mult.*\(4, 3, 1, 1\)'):
