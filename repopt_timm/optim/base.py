@@ -82,12 +82,12 @@ class GradMultOptimizer(torch.optim.Optimizer):
                 f'make them with make_grad_mults(model, update_rule={self.update_rule!r}).'
             )
         params = {param for group in self.param_groups for param in group['params']}
-        if params.isdisjoint(grad_mults):
+        missing = self._missing_kernels(grad_mults)
+        if missing and params.isdisjoint(grad_mults):
             raise ValueError(
                 f'None of the {len(params)} parameters given to {name} has a Grad Mult: it would train them as without '
                 f'scales. Make the Grad Mults from the very model whose parameters these are.'
             )
-        missing = self._missing_kernels(grad_mults)
         if missing:
             raise ValueError(
                 f'{len(missing)} trainable kernels have a Grad Mult but are in no parameter group of {name}, so that '
@@ -98,6 +98,9 @@ class GradMultOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group['scales_fingerprint'] = grad_mults.fingerprint
         self._prepare()
+        if params.isdisjoint(grad_mults):
+            # As when a head is trained alone; kernels may be those of another copy of a frozen model.
+            self._warn_of_bare_kernels(params, 'of all groups', stacklevel=5)
 
     def _missing_kernels(self, grad_mults: GradMults) -> list[str]:
         """Returns the names of trainable kernels that are in no group."""
@@ -134,13 +137,15 @@ class GradMultOptimizer(torch.optim.Optimizer):
         if not hasattr(self, 'grad_mults'):
             return
         self._prepare()
-        kernels = [param for param in self.param_groups[-1]['params'] if param.ndim == 4]
-        bare = [str(tuple(param.shape)) for param in kernels if param not in self.grad_mults]
+        self._warn_of_bare_kernels(self.param_groups[-1]['params'], 'of the new group', stacklevel=3)
+
+    def _warn_of_bare_kernels(self, params: Iterable[Tensor], where: str, stacklevel: int) -> None:
+        bare = [str(tuple(param.shape)) for param in params if param.ndim == 4 and param not in self.grad_mults]
         if bare:
             warnings.warn(
-                f'{len(bare)} kernels of the new group have no Grad Mult, {type(self).__name__} trains them as without '
-                f'scales: {", ".join(bare)}. If their convolutions carry scales, make Grad Mults and optimizer anew.',
-                stacklevel=2,
+                f'{len(bare)} kernels {where} have no Grad Mult, {type(self).__name__} trains them as without scales: '
+                f'{", ".join(bare)}. If their convolutions carry scales, make Grad Mults and optimizer anew.',
+                stacklevel=stacklevel,
             )
 
     @_use_grad_for_differentiable

@@ -2,6 +2,7 @@ import copy
 import pickle
 
 import pytest
+import timm
 import torch
 from torch import nn
 
@@ -404,6 +405,40 @@ def test_parameters_added_later_are_multiplied_too():
     expected = params[0].detach() - make_grad_mults(model)[params[0]].multiply(params[0].grad)
     optimizer.step()
     torch.testing.assert_close(params[0].detach(), expected)
+
+
+@pytest.mark.parametrize('rule', CLASSES)
+def test_a_head_can_be_trained_first_and_the_rest_be_added(rule):
+    model = scaled_model().requires_grad_(False)
+    model.head.requires_grad_(True)
+    optimizer = timm.optim.create_optimizer_v2(model, f'repopt_{rule}', lr=0.01, weight_decay=0.0)
+    rest = [param for param in model.parameters() if not param.requires_grad]
+    model.requires_grad_(True)
+    optimizer.add_param_group({'params': rest})
+    twin = copy.deepcopy(model)
+    reference = timm.optim.create_optimizer_v2(twin, f'repopt_{rule}', lr=0.01, weight_decay=0.0)
+    for net, each in ((model, optimizer), (twin, reference)):
+        gradients(net)
+        each.step()
+    same(model, twin, rtol=1e-9, atol=1e-12)
+
+
+def test_a_share_without_kernels_is_trained():
+    model = scaled_model()
+    share = list(model.head.parameters())
+    optimizer = RepOptSGD(share, lr=1.0, grad_mults=make_grad_mults(model).of(share))
+    before = model.head.fc.bias.detach().clone()
+    gradients(model)
+    optimizer.step()
+    torch.testing.assert_close(model.head.fc.bias.detach(), before - model.head.fc.bias.grad)
+
+
+def test_the_grad_mults_of_a_frozen_copy_warn():
+    model = scaled_model()
+    copied = copy.deepcopy(model).requires_grad_(False)
+    with pytest.warns(UserWarning, match=r'7 kernels of all groups have no Grad Mult') as warned:
+        RepOptSGD(model.parameters(), grad_mults=make_grad_mults(copied))
+    assert warned[0].filename == __file__
 
 
 @pytest.mark.parametrize(
