@@ -1,6 +1,6 @@
 """Gradient clipping that keeps the equivalence with the CSLA network."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def clip_grad_norm_(
         The norm before clipping, a scalar.
 
     Raises:
-        ValueError: If the Grad Mults are those of another update rule.
+        ValueError: If the Grad Mults are those of another update rule, or of none of the kernels.
         RuntimeError: If a gradient is sparse, or the norm is not finite and `error_if_nonfinite` is set.
     """
     if grad_mults.update_rule != 'sgd':
@@ -46,6 +46,7 @@ def clip_grad_norm_(
             f"with make_grad_mults(model, update_rule='sgd'), for every optimizer."
         )
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    _check_kernels(parameters, grad_mults)
     parameters = [param for param in parameters if param.grad is not None]
     if not parameters:
         return torch.tensor(0.0)
@@ -62,6 +63,16 @@ def clip_grad_norm_(
         raise RuntimeError(f'The CSLA norm of the gradients is {total_norm.item()}, so they cannot be clipped.')
     torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach=foreach)
     return total_norm
+
+
+def _check_kernels(parameters: Sequence[Tensor], grad_mults: GradMults) -> None:
+    kernels = [param for param in parameters if param.ndim == 4]
+    if kernels and len(grad_mults) and not any(param in grad_mults for param in kernels):
+        raise ValueError(
+            f'None of the {len(kernels)} kernels given to clip_grad_norm_ is among the {len(grad_mults)} that have a '
+            f'Grad Mult, so that the norm would be the plain one. Make the Grad Mults from the very model whose '
+            f'parameters these are, or clip with torch.nn.utils.clip_grad_norm_.'
+        )
 
 
 def _square(grad: Tensor, mult: GradMult) -> Tensor:

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -44,6 +46,23 @@ def test_the_power_is_two_for_every_optimizer():
     model = tiny_model(scales='initial')
     with pytest.raises(ValueError, match="update rule 'sgd', but got 'adamw'"):
         clip_grad_norm_(model.parameters(), 1.0, make_grad_mults(model, update_rule='adamw'))
+
+
+def test_the_grad_mults_of_a_copy_are_refused():
+    model = tiny_model(scales='initial')
+    mults = make_grad_mults(copy.deepcopy(model))
+    with pytest.raises(ValueError, match=r'None of the 7 kernels .* from the very model'):
+        clip_grad_norm_(model.parameters(), 1.0, mults)
+
+
+def test_a_head_is_clipped_alone():
+    model = tiny_model(scales='initial')
+    mults = make_grad_mults(model)
+    for param in model.head.parameters():
+        param.grad = torch.full_like(param, 0.5)
+    expected = torch.nn.utils.get_total_norm([param.grad for param in model.head.parameters()])
+    assert clip_grad_norm_(model.head.parameters(), 1.0, mults) == expected
+    assert clip_grad_norm_(model.parameters(), 1.0, mults) <= 1.0
 
 
 def test_a_norm_that_is_not_finite_can_be_an_error():
