@@ -1,5 +1,6 @@
 """The CSLA convolution, and its Hyper-Search twin whose scales are trained (section 3.2 of arXiv 2205.15242)."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -76,6 +77,17 @@ class _Operator(nn.Module):
             self.scale: Tensor = nn.Parameter(scale)
         elif scale is not None:
             self.register_buffer('scale', scale)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> '_Operator':
+        return super()._apply(functools.partial(_apply_to_parts, fn), recurse)
+
+
+def _apply_to_parts(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """Applies a change of device, dtype or memory format, and to the operators of equal branches as to one tensor."""
+    # channels_last is of four dimensions. A DTensor may be sharded so that it has no such view.
+    if tensor.ndim < 5 or hasattr(tensor, 'to_local'):
+        return fn(tensor)
+    return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
 
 
 class CSLAConv2d(nn.Module):

@@ -68,7 +68,7 @@ def test_the_kinds_of_a_network_belong_together(name):
 @pytest.mark.parametrize('kind', KINDS.values())
 def test_timms_arguments_work(name, kind):
     scales = {} if kind == '_branches' else {'scales': Scales.initial(twin(name))}
-    model = twin(name, kind, in_chans=1, drop_rate=0.1, **scales).eval()
+    model = twin(name, kind, in_chans=1, drop_rate=0.1, **scales).to(memory_format=torch.channels_last).eval()
     assert model(IMAGES[:, :1]).shape == (2, 5)
     features = twin(name, kind, features_only=True, **scales)
     theirs = timm.create_model(name, features_only=True)

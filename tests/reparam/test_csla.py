@@ -147,6 +147,24 @@ def replaced_forward(conv):
     return conv
 
 
+def test_equal_branches_take_another_memory_format_and_stay_the_parameters_that_they_were():
+    module = CSLAConv2d(CONV, {'kxk': 4, '1x1': 1}, trainable_scales=True)
+    twin, x = copy.deepcopy(module), torch.randn(2, 6, 5, 5)
+    params = list(module.parameters())
+    module.to(memory_format=torch.channels_last)
+    assert all(param is before for param, before in zip(module.parameters(), params))
+    operator = module.branches['kxk'].weight
+    assert torch.equal(operator, twin.branches['kxk'].weight)
+    assert all(part.is_contiguous(memory_format=torch.channels_last) for part in operator)
+    for each in (module, twin):
+        each(x).square().sum().backward()
+    for param, other in zip(params, twin.parameters()):
+        torch.testing.assert_close(param.grad, other.grad, rtol=1e-4, atol=1e-4)
+    module.double().to(memory_format=torch.contiguous_format)
+    assert operator.is_contiguous()
+    assert operator.dtype == operator.grad.dtype == torch.float64
+
+
 @pytest.mark.parametrize(
     ('conv', 'reason'),
     [
