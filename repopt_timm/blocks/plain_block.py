@@ -41,13 +41,15 @@ class PlainBlock(nn.Sequential):
 
 
 def fold(block: Any) -> None:
-    """Folds `block.bn` into `block.conv`, in place: branches are merged first, and scales are dropped."""
+    """Folds `block.bn` into `block.conv`, in place, which drops its scales; branches are merged first."""
     if isinstance(block.conv, CSLAConv2d):
         block.conv = block.conv.to_conv()
     conv, norm = block.conv, block.bn
+    # Also those of a frozen or synchronized BatchNorm, which is of another class.
+    mean, variance, eps = (getattr(norm, name, None) for name in ('running_mean', 'running_var', 'eps'))
+    if mean is None or variance is None or eps is None:
+        return
     # Their Grad Mult is of the kernel without the normalization.
     drop_scales(conv)
-    if isinstance(norm, nn.BatchNorm2d):
-        statistics: Any = (norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
-        conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-        block.bn = getattr(norm, 'act', nn.Identity())
+    conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, eps, norm.weight, norm.bias)
+    block.bn = getattr(norm, 'act', nn.Identity())

@@ -49,14 +49,18 @@ def recalibrate(twin: nn.Module, batches: Iterable[Any]) -> nn.Module:
         The twin.
 
     Raises:
-        ValueError: If the model has no plain block, its BatchNorms are folded, or there are no images.
+        ValueError: If the model has no plain block, its BatchNorms are folded or frozen, or there are no images.
     """
-    blocks: list[Any] = [module for module in twin.modules() if isinstance(module, PlainBlock)]
+    blocks: dict[str, Any] = {name: each for name, each in twin.named_modules() if isinstance(each, PlainBlock)}
     if not blocks:
         raise ValueError(f'{type(twin).__name__} has no block to recalibrate: make it with plain_twin(model).')
-    if any(not isinstance(block.bn, nn.BatchNorm2d) for block in blocks):
-        raise ValueError(f'{type(twin).__name__} is folded already: recalibrate it before reparameterize_model.')
-    moments = {block.bn: _Moments(block.bn) for block in blocks if block.adds_norm}
+    for name, block in blocks.items():
+        if not isinstance(block.bn, nn.BatchNorm2d | nn.SyncBatchNorm):
+            raise ValueError(
+                f"Found {type(block.bn).__name__} at '{f'{name}.bn'.lstrip('.')}' of {type(twin).__name__}, expected a "
+                f'BatchNorm: recalibrate the twin before freeze_batch_norm_2d and reparameterize_model.'
+            )
+    moments = {block.bn: _Moments(block.bn) for block in blocks.values() if block.adds_norm}
     hooks = [bn.register_forward_pre_hook(each.add) for bn, each in moments.items()]
     modes = {module: module.training for module in twin.modules()}
     device = next(twin.parameters()).device

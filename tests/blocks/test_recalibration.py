@@ -3,6 +3,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -53,8 +54,18 @@ def test_statistics_are_those_of_all_batches_together():
 
 def test_a_folded_twin_is_not_recalibrated():
     twin = reparameterize_model(plain_twin(timm.create_model('repvgg_a0').eval()))
-    with pytest.raises(ValueError, match='is folded already: recalibrate it before'):
+    with pytest.raises(ValueError, match=r"Identity at 'stem\.bn' of .*, expected a BatchNorm: recalibrate"):
         recalibrate(twin, [images()])
+
+
+def test_a_frozen_twin_is_not_recalibrated_and_a_synchronized_one_is():
+    twin = plain_twin(EXAMPLES['repvgg'].block, weights=True)
+    other, x = copy.deepcopy(twin), images(8)
+    with pytest.raises(ValueError, match=r"FrozenBatchNorm.* at 'bn' of .*, expected a BatchNorm: recalibrate"):
+        recalibrate(freeze_batch_norm_2d(copy.deepcopy(twin)), [x])
+    recalibrate(twin, [x])
+    recalibrate(convert_sync_batchnorm(other), [x])
+    torch.testing.assert_close(twin.state_dict(), other.state_dict())
 
 
 def test_there_has_to_be_something_to_recalibrate_with():
