@@ -27,6 +27,7 @@ from .models.strided_byobnet import stated_arguments
 from .plot import plot_curves
 from .reparam import kind_of
 from .reparam.modules import uncompiled_name, unwrap
+from .reparam.shards import is_sharded
 from .scales import Scales
 from .sources import ScalesSource, load_scales
 from .trained_scales import arguments_of
@@ -95,8 +96,8 @@ def save_pretrained(
 
     Raises:
         FileNotFoundError: If there is no such checkpoint or source of scales.
-        ValueError: If the checkpoint does not name its model, the scales are missing or another model's, a weight or
-            result is not finite, or the licence is not an identifier.
+        ValueError: If the checkpoint does not name its model, the scales are missing or another model's, a weight is
+            sharded, it or a result is not finite, or the licence is not an identifier.
     """
     directory = check_output_folder(directory)
     files = (WEIGHTS_FILE, CONFIG_FILE, SCALES_PICTURE, SCALES_FILE, CURVES_FILE, CARD_FILE)
@@ -162,8 +163,8 @@ def push_to_hub(
     Raises:
         HubError: If the repository cannot be written to.
         FileNotFoundError: If there is no such checkpoint or source of scales.
-        ValueError: If the checkpoint does not name its model, the scales are missing or another model's, a weight or
-            result is not finite, or the licence is not an identifier.
+        ValueError: If the checkpoint does not name its model, the scales are missing or another model's, a weight is
+            sharded, it or a result is not finite, or the licence is not an identifier.
 
     Example:
         >>> push_to_hub(model, 'user/a0', metrics={'dataset': 'cifar10', 'top1': 93.1})  # doctest: +SKIP
@@ -240,12 +241,18 @@ def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
     """Returns a model's tensors as files hold them: under its own names, contiguous, each with its own memory.
 
     Raises:
-        ValueError: If a value is not finite.
+        ValueError: If a tensor is sharded, or a value is not finite.
     """
     weights: dict[str, Tensor] = {}
     memory = set()
     for key, tensor in model.state_dict().items():
         name = uncompiled_name(key)
+        if is_sharded(tensor):
+            raise ValueError(
+                f"{source}: '{name}' is sharded: no process has all of it. Gather with get_model_state_dict of "
+                f'torch.distributed.checkpoint.state_dict and full_state_dict=True, load that into an unsharded model '
+                f'and publish it from one process.'
+            )
         if not tensor.isfinite().all():
             raise ValueError(
                 f"{source}: '{name}' has values that are not finite, as after a training that diverged. Publish an "

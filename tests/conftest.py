@@ -1,6 +1,9 @@
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import repopt_timm  # noqa: F401  (registers models and optimizers)
 
@@ -31,6 +34,15 @@ def images(tmp_path_factory):
                 pixels = (base + 30 * torch.randn(32, 32, 3, generator=generator)).clamp(0, 255).byte().numpy()
                 Image.fromarray(pixels).save(folder / f'{index}.png')
     return root
+
+
+@pytest.fixture
+def shard():
+    """Shards a model, over this process alone."""
+    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh('cpu', (1,))
+    yield lambda model: fully_shard(model, mesh=mesh)
+    dist.destroy_process_group()
 
 
 @pytest.fixture

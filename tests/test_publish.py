@@ -265,6 +265,12 @@ def test_scales_of_another_network_are_not_published(hub, client):
     assert not hub.requests
 
 
+def test_a_sharded_model_is_not_published(shard, tmp_path):
+    with pytest.raises(ValueError, match=r"'stem\.conv\.weight' is sharded.*full_state_dict=True"):
+        save_pretrained(shard(trained()), tmp_path / 'local')
+    assert not (tmp_path / 'local').exists()
+
+
 def test_a_model_without_scales_goes_without(tmp_path):
     save_pretrained(tiny_model(), tmp_path)
     assert set(read_tree(tmp_path)) == TREE - {'scales.png'}

@@ -6,17 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..reparam.shards import is_sharded
+
 __all__ = ['local', 'local_rows', 'sum_over_shards']
-
-
-def _is_sharded(tensor: Tensor) -> bool:
-    # Looking for the method spares an import that takes long and that not every build of torch has.
-    return hasattr(tensor, 'to_local')
 
 
 def local(tensor: Any) -> Any:
     """Returns the part of a DTensor that this process holds, without copying; any other value as it is."""
-    return tensor.to_local() if _is_sharded(tensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def local_rows(tensor: Tensor) -> tuple[int, int]:
@@ -25,7 +22,7 @@ def local_rows(tensor: Tensor) -> tuple[int, int]:
     Raises:
         ValueError: If a DTensor is sharded along another dimension.
     """
-    if not _is_sharded(tensor):
+    if not is_sharded(tensor):
         return 0, len(tensor)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -52,7 +49,7 @@ def sum_over_shards(params: Sequence[Tensor], values: Sequence[Tensor]) -> Tenso
     values_of: dict[Any, list[Tensor]] = {}
     for param, value in zip(params, values):
         sharded: Any = param
-        key = (sharded.device_mesh, sharded.placements) if _is_sharded(param) else None
+        key = (sharded.device_mesh, sharded.placements) if is_sharded(param) else None
         values_of.setdefault((key, value.device), []).append(value)
     totals: dict[Any, Tensor] = {}
     for (key, _), each in values_of.items():

@@ -150,7 +150,12 @@ def refusal(conv: nn.Module) -> str | None:
     elif type(conv) is not nn.Conv2d:
         return f'{type(conv).__name__} is not exactly nn.Conv2d, so it may not compute the convolution of its weight'
     elif conv._parameters.get('weight') is None:
-        return 'its weight is computed from other parameters (pruned or weight-normalized)'
+        return 'its weight is computed from other parameters (pruned or weight-normalized, or kept flat by FSDP1)'
+    elif conv.weight.ndim != 4:
+        return (
+            f'its weight has the shape {tuple(conv.weight.shape)}, to which FSDP1, FullyShardedDataParallel, has '
+            f'flattened it: use fully_shard, and prepare the model before sharding'
+        )
     assert isinstance(conv, nn.Conv2d)
     if {'forward', '_conv_forward'} & set(vars(conv)):
         return 'its forward method was replaced on the instance, so it may compute something else'

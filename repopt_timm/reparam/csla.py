@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from .branches import Branch, BranchCounts, make_branches, merge, merge_backward
 from .convolutions import refusal
+from .shards import is_sharded, whole
 from .vectors import check_vectors
 
 __all__ = ['CSLAConv2d']
@@ -85,7 +86,7 @@ class _Operator(nn.Module):
 def _apply_to_parts(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     """Applies a change of device, dtype or memory format, and to the operators of equal branches as to one tensor."""
     # channels_last is of four dimensions. A DTensor may be sharded so that it has no such view.
-    if tensor.ndim < 5 or hasattr(tensor, 'to_local'):
+    if tensor.ndim < 5 or is_sharded(tensor):
         return fn(tensor)
     return fn(tensor.flatten(0, 1)).unflatten(0, tensor.shape[:2])
 
@@ -171,12 +172,14 @@ class CSLAConv2d(nn.Module):
     def vectors(self) -> dict[str, Tensor]:
         """Returns branch name to scale of shape (O,); an identity's entry is what its operator has learned.
 
+        Where `fully_shard` has sharded them, all processes have to call this.
+
         Raises:
             ValueError: If the module has no scales yet.
         """
         self._check_scales()
         return {
-            branch.name: (operator.scale if branch.scaled else operator.weight.flatten()).detach()
+            branch.name: whole(operator.scale if branch.scaled else operator.weight).detach().flatten()
             for branch, operator in self._operators()
         }
 

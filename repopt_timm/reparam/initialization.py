@@ -11,6 +11,7 @@ from .branches import Branch, make_branches, merge
 from .convolutions import Geometry, conv_prior, kernel_of, refusal
 from .csla import CSLAConv2d
 from .modules import modules_of, unwrap
+from .shards import is_sharded
 from .vectors import check_vectors, fingerprint
 
 __all__ = [
@@ -202,10 +203,17 @@ def initialize(model: nn.Module, scales: ScalesMapping) -> None:
         scales: Module name to branch name to vector of shape (O,).
 
     Raises:
-        ValueError: If the scales do not fit the model, or it is a Hyper-Search or CSLA model.
+        ValueError: If the scales do not fit the model, it is a Hyper-Search or CSLA model, or it is sharded.
     """
     check_network(model, scales)
-    for name, conv, branches in scaled_convs(model, scales):
+    found = scaled_convs(model, scales)
+    for name, conv, _ in found:
+        if is_sharded(kernel_of(conv)):
+            raise ValueError(
+                f"'{name}' of {type(model).__name__} is sharded already, so its kernel cannot be drawn. Prepare the "
+                f'model before sharding it with fully_shard.'
+            )
+    for name, conv, branches in found:
         # Under a fake quantization `weight` is computed anew at each access.
         kernel = kernel_of(conv)
         operators = {}

@@ -242,7 +242,8 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         """Reads the scales of a Hyper-Search or CSLA model, or what a plain model carries.
 
         Args:
-            model: Any model with `CSLAConv2d` modules or attached scales.
+            model: Any model with `CSLAConv2d` modules or attached scales. Where `fully_shard` has sharded a search,
+                all processes have to call this.
             provenance: Where they come from. Defaults to what the model says in `scales_provenance`.
 
         Raises:

@@ -96,11 +96,15 @@ def test_a_graph_has_no_branch_that_its_kernel_does_not_prove(kernel, branch, me
         (lambda m: prune.l1_unstructured(m.stem.conv, 'weight', 3), "'stem.conv' .*pruned or weight-normalized"),
         (lambda m: weight_norm(m.stem.conv), "'stem.conv' .*a parametrization computes its weight"),
         (
+            lambda m: setattr(m.stem.conv, 'weight', nn.Parameter(m.stem.conv.weight.detach().flatten())),
+            r"'stem.conv' .*shape \(\d+,\).* FSDP1.*before sharding",
+        ),
+        (
             lambda m: setattr(m.stem, 'conv', nn.Conv2d(3, 16, 3, 2, 1, bias=False)),
             "'stem.conv' of RepOptVgg got scales, but a Conv2d without them has taken its place",
         ),
     ],
-    ids=['pruned', 'weight norm', 'replaced'],
+    ids=['pruned', 'weight norm', 'flattened', 'replaced'],
 )
 def test_a_kernel_whose_grad_mult_would_be_lost_is_named(change, message):
     model = tiny_model(scales=random_scales())

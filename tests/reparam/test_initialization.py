@@ -6,7 +6,7 @@ import timm
 import torch
 from torch import nn
 
-from repopt_timm import Scales, attach_scales, csla, initialize, load_scales, make_grad_mults
+from repopt_timm import Scales, attach_scales, csla, initialize, load_scales, make_grad_mults, prepare
 from repopt_timm.reparam import ConvPrior, carried_scales
 
 from ..helpers import random_scales, tiny_model
@@ -75,6 +75,12 @@ def test_initialization_leaves_other_modules_alone():
 def test_scales_of_a_module_that_is_no_convolution_are_refused(name):
     with pytest.raises(ValueError, match=f"scales for a convolution '{name}'"):
         initialize(net(), {name: vectors()})
+
+
+def test_a_sharded_model_is_not_initialized(shard):
+    model = shard(tiny_model())
+    with pytest.raises(ValueError, match=r"'stem\.conv' of .* is sharded already.* Prepare the model before"):
+        prepare(model, random_scales())
 
 
 def test_an_identity_vector_where_the_convolution_has_none_is_refused():

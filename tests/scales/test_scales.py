@@ -159,6 +159,13 @@ def test_vectors_are_judged_as_float32():
         changed(random_scales(), kxk=torch.full((16,), 1e300, dtype=torch.float64))
 
 
+@pytest.mark.parametrize('kind', ['_hs', '_csla'])
+def test_a_sharded_search_has_the_same_scales(kind, shard):
+    model = tiny_model(kind, scales=random_scales())
+    scales = Scales.from_model(model)
+    assert Scales.from_model(shard(model)) == scales
+
+
 def test_a_wrapped_search_has_the_same_scales():
     model = tiny_model('_hs')
     assert Scales.from_model(torch.compile(torch.nn.DataParallel(model))) == Scales.from_model(model)
