@@ -15,11 +15,36 @@ from torch import nn
 from .. import reparam
 from ..names import ModelName
 from ..reparam import CSLAConv2d, convert_, prepare, repvgg_prior
+from ..reparam.modules import name_as_part
 from ..sources import ScalesSource, load_scales, scales_beside_weights
 
-__all__ = ['ModelArgsWithoutScales', 'make_kind', 'refuse_scales', 'register_kinds', 'requested_scales', 'to_plain']
+__all__ = [
+    'ModelArgsWithoutScales',
+    'make_kind',
+    'name_features',
+    'refuse_scales',
+    'register_kinds',
+    'requested_scales',
+    'to_plain',
+]
 
 register_notrace_module(CSLAConv2d)
+
+
+def name_features(features: Any, architecture: str, names: dict[str, str]) -> nn.Module:
+    """Lets a `features_only` network have the scales of the whole one.
+
+    Args:
+        features: The network, changed in place.
+        architecture: Name of the whole plain network.
+        names: Child of `features` to its name in the whole network, where timm has renamed it.
+
+    Returns:
+        `features`.
+    """
+    features.architecture = architecture
+    name_as_part(features, names)
+    return features
 
 
 class ModelArgsWithoutScales:

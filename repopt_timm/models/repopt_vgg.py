@@ -32,7 +32,15 @@ from ..reparam.prior import repvgg_branches
 from ..scales import Scales
 from ..sources import IMPLIED, ScalesSource, load_scales
 from ..weights_origin import forget_origin, note_merged
-from .kinds import ModelArgsWithoutScales, make_kind, refuse_scales, register_kinds, requested_scales, to_plain
+from .kinds import (
+    ModelArgsWithoutScales,
+    make_kind,
+    name_features,
+    refuse_scales,
+    register_kinds,
+    requested_scales,
+    to_plain,
+)
 from .pretrained_weights import choose_weights, fetch, original_cfgs, tagged_cfgs
 from .repvgg_weights import has_branches, merge_repvgg
 from .strided_byobnet import RepVgg, feature_indices
@@ -238,6 +246,10 @@ def _create_repopt_vgg(
         forget_origin(model)
     elif repository and name.kind == 'target':
         note_merged(model, repository)
+    if kwargs.get('features_only') and name.kind != 'branches':
+        # timm makes children of the stages of a network.
+        stages = [child for child, _ in model.named_children() if child.startswith('stages_')]
+        name_features(model, name.architecture, {child: child.replace('_', '.') for child in stages})
     return model
 
 

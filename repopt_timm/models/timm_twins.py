@@ -14,11 +14,11 @@ from torch import nn
 
 from ..blocks import PlainBlock, implied_scales, plain_twin
 from ..names import KINDS, MULTI_BRANCH, PREFIX, ModelName
-from ..reparam import CSLAConv2d, repvgg_prior
+from ..reparam import CSLAConv2d, network_name, repvgg_prior
 from ..reparam.convolutions import multi_branch_blocks
 from ..sources import IMPLIED, ScalesSource
 from ..weights_origin import forget_origin, note_merged
-from .kinds import ModelArgsWithoutScales, make_kind, refuse_scales, register_kinds, requested_scales
+from .kinds import ModelArgsWithoutScales, make_kind, name_features, refuse_scales, register_kinds, requested_scales
 from .pretrained_weights import fetch
 from .strided_byobnet import create_byobnet
 
@@ -180,7 +180,8 @@ def _features(
         strides = {key: kwargs[key] for key in ('strides',) if key in kwargs}
         timms: Any = create(features_only=True, device='meta', **strides)
         out_indices = timms.feature_info.out_indices
-    return FeatureGetterNet(model, out_indices=out_indices, output_fmt=output_fmt)
+    features = FeatureGetterNet(model, out_indices=out_indices, output_fmt=output_fmt)
+    return name_features(features, network_name(model), {'model': ''})
 
 
 def plain_first_conv(model: nn.Module, names: Any) -> Any:

@@ -309,9 +309,9 @@ def _check_complete(model: nn.Module, carried: Mapping[str, CarriedScales]) -> N
         if prefix + each.module != name:
             continue
         for sibling in each.siblings:
-            # A part of the network, such as a backbone without its last stage, may lack some.
+            # A part of the network, such as a backbone without its last stage, may lack some or have an Identity.
             replaced = modules.get(prefix + sibling)
-            if replaced is not None and prefix + sibling not in covered:
+            if not isinstance(replaced, nn.Identity | None) and prefix + sibling not in covered:
                 raise ValueError(
                     f"'{prefix + sibling}' of {type(model).__name__} got scales, but a {type(replaced).__name__} "
                     f'without them has taken its place. Attach the scales after replacing modules.'

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .branches import BranchCounts, counted, make_branches
 from .convolutions import ConvPrior, RefusedConv, check_no_branches, conv_prior, refusal
-from .modules import modules_of, uncompiled_name
+from .modules import modules_of
 
 __all__ = [
     'Prior',
@@ -170,7 +170,7 @@ def _convs(model: nn.Module) -> list[tuple[str, nn.Conv2d]]:
 
 
 def _check_convertible(model: nn.Module, name: str) -> None:
-    modules = {uncompiled_name(each): module for each, module in model.named_modules(remove_duplicate=False)}
+    modules = modules_of(model, remove_duplicate=False)
     if name not in modules:
         raise ValueError(f"The prior names '{name}', but {type(model).__name__} has no such module.")
     if reason := refusal(modules[name]):

@@ -10,7 +10,7 @@ from timm.models import save_for_hf
 from timm.utils import reparameterize_model
 from torch import nn
 
-from repopt_timm import CSLAConv2d, Scales
+from repopt_timm import CSLAConv2d, Scales, make_grad_mults, prepare, to_plain
 from repopt_timm.architectures import ARCHITECTURES
 
 from ..helpers import TINY, random_scales, tiny_model
@@ -238,6 +238,23 @@ def test_features_have_the_reductions_that_they_claim(kind, kwargs, reductions):
     assert model.feature_info.reduction() == reductions
     assert [64 // feature.shape[-1] for feature in model(IMAGES)] == reductions
     assert [feature.shape[1] for feature in model(IMAGES)] == model.feature_info.channels()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_features_have_the_scales_of_the_whole_network(kind):
+    scales = random_scales()
+    features = tiny_model(kind, scales=scales, features_only=True)
+    found = Scales.from_model(features)
+    assert found == scales
+    assert tiny_model(scales=found, features_only=True)
+    assert Scales.from_model(to_plain(features) if kind else prepare(features, found)) == scales
+
+
+def test_a_convolution_that_was_replaced_in_features_is_named():
+    features = tiny_model(scales='initial', features_only=True)
+    features['stages_1'][1].conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+    with pytest.raises(ValueError, match=r"'stages\.1\.1\.conv' of FeatureListNet got scales"):
+        make_grad_mults(features)
 
 
 @pytest.mark.parametrize('kind', KINDS)

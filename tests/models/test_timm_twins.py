@@ -6,7 +6,7 @@ import timm
 import torch
 from timm.models import save_for_hf
 
-from repopt_timm import Scales, make_grad_mults, register_twins, save_pretrained, to_plain
+from repopt_timm import Scales, make_grad_mults, prepare, register_twins, save_pretrained, to_plain
 from repopt_timm.models import ensure_registered
 from repopt_timm.names import ModelName
 from repopt_timm.reparam import kind_of
@@ -59,6 +59,24 @@ def test_features_only_gives_features_and_trains(kind):
     optimizer = timm.optim.create_optimizer_v2(model, 'sgd' if kind else 'repopt_sgd', lr=0.1)
     model(IMAGES)[-1].sum().backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_features_have_the_scales_of_the_whole_network(kind, tmp_path):
+    scales = searched()
+    features = twin(kind, scales=scales, features_only=True)
+    found = Scales.from_model(features)
+    assert found == scales
+    found.save(tmp_path / 'scales.safetensors')
+    assert Scales.from_model(twin(scales=tmp_path / 'scales.safetensors')) == scales
+    assert Scales.from_model(to_plain(features) if kind else prepare(features, scales)) == scales
+
+
+def test_features_without_the_last_convolution_train():
+    register_twins('mobilenetv3_small_050')
+    features = timm.create_model('repopt_mobilenetv3_small_050', scales='initial', features_only=True)
+    assert isinstance(features.model.conv_head, torch.nn.Identity)
+    assert make_grad_mults(features)
 
 
 def test_features_only_counts_from_the_end_like_timm():

@@ -11,7 +11,9 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from timm.utils import ModelEmaV2, ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from repopt_timm import Scales, hyper_search, load_scales, save_scales_card
 from repopt_timm.reparam import Geometry
@@ -166,9 +168,10 @@ def test_a_sharded_search_has_the_same_scales(kind, shard):
     assert Scales.from_model(shard(model)) == scales
 
 
-def test_a_wrapped_search_has_the_same_scales():
+@pytest.mark.parametrize('wrap', [AveragedModel, ModelEmaV2, ModelEmaV3, nn.DataParallel])
+def test_a_wrapped_search_has_the_same_scales(wrap):
     model = tiny_model('_hs')
-    assert Scales.from_model(torch.compile(torch.nn.DataParallel(model))) == Scales.from_model(model)
+    assert Scales.from_model(wrap(model)) == Scales.from_model(torch.compile(wrap(model))) == Scales.from_model(model)
 
 
 def sketch_keys(scales):
