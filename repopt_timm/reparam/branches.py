@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .convolutions import pair
+
 __all__ = ['Branch', 'BranchCounts', 'counted', 'embed', 'make_branches', 'merge', 'merge_backward', 'support']
 
 BranchCounts = Mapping[str, int] | Sequence[str]
@@ -116,10 +118,10 @@ def make_branches(branches: BranchCounts, conv: nn.Conv2d) -> tuple[Branch, ...]
     """
     made = tuple(Branch.of(name, conv.kernel_size, count) for name, count in counted(branches).items())
     for branch in made:
-        if branch.diagonal and (conv.in_channels != conv.out_channels or tuple(conv.stride) != (1, 1)):
+        if branch.diagonal and (conv.in_channels != conv.out_channels or pair(conv.stride) != (1, 1)):
             raise ValueError(
                 f'An identity branch needs as many input as output channels and stride 1, but the convolution has '
-                f'{conv.in_channels} -> {conv.out_channels} channels and stride {tuple(conv.stride)}.'
+                f'{conv.in_channels} -> {conv.out_channels} channels and stride {pair(conv.stride)}.'
             )
     return made
 

@@ -17,6 +17,7 @@ __all__ = [
     'conv_prior',
     'keep_branches',
     'kernel_of',
+    'pair',
     'refusal',
 ]
 
@@ -99,7 +100,7 @@ class Geometry:
             in_channels=None if first else conv.in_channels,
             out_channels=conv.out_channels,
             kernel_size=tuple(conv.kernel_size),
-            stride=tuple(stride),
+            stride=pair(stride),
             groups=conv.groups,
         )
 
@@ -128,6 +129,12 @@ class Geometry:
         channels = f'{"any" if self.in_channels is None else self.in_channels} -> {self.out_channels} channels'
         kernel, stride = ('x'.join(map(str, pair)) for pair in (self.kernel_size, self.stride))
         return f'{channels}, {kernel}, stride {stride}, groups {self.groups}'
+
+
+def pair(value: int | Sequence[int]) -> tuple[int, int]:
+    """Returns height and width of a setting of a convolution, of which a single number counts for both."""
+    numbers = [value] if isinstance(value, int) else value
+    return numbers[0], numbers[-1]
 
 
 class RefusedConv(NamedTuple):
@@ -163,10 +170,10 @@ def refusal(conv: nn.Module) -> str | None:
         return f"it pads with padding_mode='{conv.padding_mode}', not with zeros"
     if any(size % 2 == 0 for size in conv.kernel_size):
         return f'its kernel size {tuple(conv.kernel_size)} is even, so no branch can be embedded at the centre'
-    centred = tuple(dilation * (size - 1) // 2 for dilation, size in zip(conv.dilation, conv.kernel_size))
-    padding = (centred if conv.padding == 'same' else (0, 0)) if isinstance(conv.padding, str) else conv.padding
-    if tuple(padding) != centred:
-        return f'its padding is {tuple(padding)}, expected dilation * (kernel_size - 1) / 2 = {centred}'
+    centred = tuple(dilation * (size - 1) // 2 for dilation, size in zip(pair(conv.dilation), conv.kernel_size))
+    padding = (centred if conv.padding == 'same' else (0, 0)) if isinstance(conv.padding, str) else pair(conv.padding)
+    if padding != centred:
+        return f'its padding is {padding}, expected dilation * (kernel_size - 1) / 2 = {centred}'
     return None
 
 
@@ -203,12 +210,17 @@ def multi_branch_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             kept += (f'{name}.' if name else '',)
         if f'{name}.'.startswith(kept):
             continue
-        method = getattr(module, 'reparameterize', None) or getattr(module, 'fuse', None)
         folds = type(module).__name__ in FOLDING_CLASSES
-        if not callable(method) or folds or _is_merged(module):
+        if not _has_method(module, 'reparameterize', 'fuse') or folds or _is_merged(module):
             continue
         if any(isinstance(part, nn.Conv2d) for part in module.modules()):
             yield name, module
+
+
+def _has_method(module: nn.Module, *names: str) -> bool:
+    # A submodule of that name can be called too.
+    found = [getattr(module, name, None) for name in names]
+    return any(callable(each) and not isinstance(each, nn.Module) for each in found)
 
 
 def keep_branches(block: nn.Module) -> None:

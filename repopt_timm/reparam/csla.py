@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from .branches import Branch, BranchCounts, make_branches, merge, merge_backward
-from .convolutions import refusal
+from .convolutions import pair, refusal
 from .shards import is_sharded, whole
 from .vectors import check_vectors
 
@@ -123,9 +123,9 @@ class CSLAConv2d(nn.Module):
         self.in_channels = conv.in_channels
         self.out_channels = conv.out_channels
         self.kernel_size: Any = conv.kernel_size
-        self.stride: Any = conv.stride
-        self.padding: Any = conv.padding
-        self.dilation: Any = conv.dilation
+        self.stride = pair(conv.stride)
+        self.padding: Any = conv.padding if isinstance(conv.padding, str) else pair(conv.padding)
+        self.dilation = pair(conv.dilation)
         self.groups = conv.groups
         self.initial_scale = scale
         self.trainable_scales = trainable_scales

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from .branches import BranchCounts, counted, make_branches
-from .convolutions import ConvPrior, RefusedConv, check_no_branches, conv_prior, refusal
+from .convolutions import ConvPrior, RefusedConv, check_no_branches, conv_prior, pair, refusal
 from .modules import modules_of
 
 __all__ = [
@@ -50,7 +51,7 @@ def repvgg_branches(conv: nn.Conv2d) -> dict[str, int]:
     names = ['kxk']
     if tuple(conv.kernel_size) != (1, 1):
         names.append('1x1')
-    if conv.in_channels == conv.out_channels and tuple(conv.stride) == (1, 1):
+    if conv.in_channels == conv.out_channels and pair(conv.stride) == (1, 1):
         names.append('identity')
     return counted(names)
 
@@ -87,13 +88,14 @@ def repvgg_prior(model: nn.Module) -> dict[str, ConvPrior]:
 
 
 def refused_convs(model: nn.Module) -> list[RefusedConv]:
-    """Lists the convolutions of a model that cannot have branches: name, type and reason.
+    """Lists the convolutions of a model, of any dimension, that cannot have branches: name, type and reason.
 
     Raises:
         ValueError: If the model has multi-branch blocks of its own.
     """
     check_no_branches(model)
-    reasons = [(name, type(conv).__name__, refusal(conv)) for name, conv in _convs(model)]
+    convs = [(name, each) for name, each in modules_of(model).items() if isinstance(each, _ConvNd)]
+    reasons = [(name, type(conv).__name__, refusal(conv)) for name, conv in convs]
     return [RefusedConv(name, kind, reason) for name, kind, reason in reasons if reason is not None]
 
 
@@ -127,7 +129,7 @@ def resolve_prior(model: nn.Module, prior: Prior | None = None) -> dict[str, Con
     resolved = {}
     position, channels = 0, 0
     for name, conv in convs:
-        same = conv.in_channels == conv.out_channels == channels and tuple(conv.stride) == (1, 1)
+        same = conv.in_channels == conv.out_channels == channels and pair(conv.stride) == (1, 1)
         position, channels = (position + 1 if same else 1), conv.out_channels
         given: Any = mapping[name]
         own = isinstance(given, ConvPrior)

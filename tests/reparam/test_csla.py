@@ -184,6 +184,20 @@ def test_what_does_not_compute_the_convolution_of_its_weight_is_refused(conv, re
         CSLAConv2d(conv, ['kxk'])
 
 
+@pytest.mark.parametrize('value', [1, (1,)])
+def test_one_number_is_height_and_width(value):
+    conv = copy.deepcopy(CONV)
+    conv.stride = conv.padding = conv.dilation = value
+    module, x = CSLAConv2d(conv, BRANCHES), torch.randn(2, 6, 5, 5, requires_grad=True)
+    expected = nn.functional.conv2d(x, module.kernel(), padding=1)
+    torch.testing.assert_close(module(x), expected)
+    module(x).sum().backward()
+    torch.testing.assert_close(module.to_conv()(x), expected)
+    conv.padding = 0
+    with pytest.raises(ValueError, match=r'its padding is \(0, 0\), expected .* \(1, 1\)'):
+        CSLAConv2d(conv, BRANCHES)
+
+
 def test_images_of_another_dtype_are_an_error_as_in_a_plain_convolution():
     module = CSLAConv2d(CONV, BRANCHES, trainable_scales=True).to(torch.bfloat16)
     with pytest.raises(RuntimeError, match=r'expected scalar type|should be the same'):

@@ -110,6 +110,22 @@ def test_a_network_whose_method_merges_no_branches_can_be_marked_as_plain():
     assert list(Scales.initial(model)) == ['0']
 
 
+def test_a_submodule_is_no_method_that_merges_branches():
+    neck = nn.ModuleDict({'lateral': nn.Conv2d(4, 4, 1), 'fuse': nn.Conv2d(4, 4, 3, padding=1)})
+    assert list(repvgg_prior(neck)) == ['lateral', 'fuse']
+
+
+def test_convolutions_of_other_dimensions_and_transposed_ones_are_listed():
+    others = {'line': nn.Conv1d(4, 4, 3), 'volume': nn.Conv3d(4, 4, 3), 'up': nn.ConvTranspose2d(4, 4, 3)}
+    model = nn.ModuleDict({**others, 'plain': nn.Conv2d(4, 4, 3, padding=1)})
+    assert [(each.name, each.type) for each in refused_convs(model)] == [
+        ('line', 'Conv1d'),
+        ('volume', 'Conv3d'),
+        ('up', 'ConvTranspose2d'),
+    ]
+    assert list(repvgg_prior(model)) == ['plain']
+
+
 def test_a_network_whose_branches_are_merged_is_plain():
     merged = timm.utils.reparameterize_model(timm.create_model('repvgg_a0'))
     assert repvgg_prior(merged)
