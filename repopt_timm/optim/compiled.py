@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reparam import GradMult
+from ..reparam.branches import margins
 
 __all__ = ['MaskParts', 'adamw_updates', 'compiled', 'mask_parts', 'sgd_updates']
 
@@ -53,7 +54,7 @@ def mask_parts(mult: GradMult, kernel: Tensor) -> MaskParts:
     diagonals = []
     if mult.diagonal is not None:
         height, width = mult.diagonal.shape[2:]
-        top, left = (kernel.shape[2] - height) // 2, (kernel.shape[3] - width) // 2
+        top, left = margins(kernel.shape[2:], (height, width))
         rows = torch.arange(len(mult.taps), device=kernel.device, dtype=torch.int32) + mult.first_row
         channels = torch.arange(mult.channels, device=kernel.device, dtype=torch.int32).view(1, -1, 1, 1)
         for y in range(height):

@@ -10,7 +10,18 @@ from torch import Tensor, nn
 
 from .convolutions import pair
 
-__all__ = ['Branch', 'BranchCounts', 'counted', 'embed', 'make_branches', 'merge', 'merge_backward', 'support']
+__all__ = [
+    'Branch',
+    'BranchCounts',
+    'centre',
+    'counted',
+    'embed',
+    'make_branches',
+    'margins',
+    'merge',
+    'merge_backward',
+    'support',
+]
 
 BranchCounts = Mapping[str, int] | Sequence[str]
 """Branches by name: names, or name to the number of equal branches that share a scale."""
@@ -126,6 +137,17 @@ def make_branches(branches: BranchCounts, conv: nn.Conv2d) -> tuple[Branch, ...]
     return made
 
 
+def margins(kernel_size: Sequence[int], window_size: Sequence[int]) -> tuple[int, int]:
+    """Returns how many taps of a kernel lie above, and how many left of a centred window."""
+    return (kernel_size[0] - window_size[0]) // 2, (kernel_size[1] - window_size[1]) // 2
+
+
+def centre(kernel: Tensor, window_size: Sequence[int]) -> Tensor:
+    """Returns the view of a kernel's centred window, shape (O, I/g, h, w)."""
+    top, left = margins(kernel.shape[2:], window_size)
+    return kernel[:, :, top : top + window_size[0], left : left + window_size[1]]
+
+
 def support(kernel: Tensor, branch: Branch) -> Tensor:
     """Returns the view of a kernel's entries that a branch reaches.
 
@@ -136,9 +158,7 @@ def support(kernel: Tensor, branch: Branch) -> Tensor:
     Returns:
         View of shape (O, I/g, h, w); of a diagonal branch (g, O/g, h, w).
     """
-    tops = [(outer - inner) // 2 for outer, inner in zip(kernel.shape[2:], branch.kernel_size)]
-    height, width = (slice(top, top + size) for top, size in zip(tops, branch.kernel_size))
-    window = kernel[:, :, height, width]
+    window = centre(kernel, branch.kernel_size)
     if not branch.diagonal:
         return window
     group_channels = kernel.shape[1]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .branches import Branch, make_branches
+from .branches import Branch, centre, make_branches, margins
 from .convolutions import kernel_of, refusal
 from .csla import CSLAConv2d
 from .initialization import (
@@ -100,7 +100,7 @@ class GradMult:
         rows = torch.arange(len(mask), device=mask.device) + self.first_row
         columns = torch.arange(self.channels, device=mask.device)
         on_diagonal = (rows[:, None] % self.channels == columns)[:, :, None, None]
-        top, left = _margins(mask, self.diagonal)
+        top, left = margins(mask.shape[2:], self.diagonal.shape[2:])
         return mask + torch.where(on_diagonal, F.pad(self.diagonal, (left, left, top, top)), 0.0)
 
     def multiply(self, grad: Tensor, out: Tensor | None = None) -> Tensor:
@@ -153,14 +153,9 @@ class GradMult:
         yield kernel if tile.ndim == 4 else kernel.unflatten(1, (-1, tile.shape[2]))
         for factor in diagonal:
             rows, columns, *taps = kernel.stride()
-            top, left = _margins(kernel, factor)
+            top, left = margins(kernel.shape[2:], factor.shape[2:])
             first = kernel.storage_offset() + self.first_row % self.channels * columns + top * taps[0] + left * taps[1]
             yield kernel.as_strided(factor.shape, (factor.shape[1] * rows, rows + columns, *taps), first)
-
-
-def _margins(kernel: Tensor, window: Tensor) -> tuple[int, int]:
-    """Returns how many taps of a kernel lie above, and how many left of a centred window."""
-    return (kernel.shape[2] - window.shape[2]) // 2, (kernel.shape[3] - window.shape[3]) // 2
 
 
 class GradMults(Mapping[Tensor, GradMult]):
@@ -387,13 +382,7 @@ def _grad_mult(kernel: _Kernel, power: int) -> GradMult:
             vector = kernel.vectors[branch.name].to(weight.device, dtype)
             added = branch.count * vector.abs().pow(power).view(-1, 1, 1, 1)
         on_diagonal = branch.diagonal and weight.shape[1] > 1
-        _centre(diagonal if on_diagonal else taps, branch.kernel_size).add_(added)
+        centre(diagonal if on_diagonal else taps, branch.kernel_size).add_(added)
         if on_diagonal:
             window = (max(window[0], branch.kernel_size[0]), max(window[1], branch.kernel_size[1]))
-    return GradMult(taps, _centre(diagonal, window).clone() if any(window) else None, weight.shape[1])
-
-
-def _centre(kernel: Tensor, size: tuple[int, int]) -> Tensor:
-    starts = [(outer - inner) // 2 for outer, inner in zip(kernel.shape[2:], size)]
-    height, width = (slice(start, start + inner) for start, inner in zip(starts, size))
-    return kernel[:, :, height, width]
+    return GradMult(taps, centre(diagonal, window).clone() if any(window) else None, weight.shape[1])
