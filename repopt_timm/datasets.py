@@ -13,6 +13,7 @@ from timm.data import ImageDataset, create_dataset, resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 
 from .checkpoints.bounds import check_pickle
@@ -83,6 +84,9 @@ def open_folder(root: str | os.PathLike, split: str, need_split: bool, **kwargs:
         )
     if isinstance(dataset.reader, ReaderImageFolder):
         _skip_hidden(dataset.reader, class_map)
+    elif isinstance(dataset.reader, ReaderImageInTar):
+        # Of one open file, forked workers and threads share the position, and read from where another one is.
+        dataset.reader.cache_tarfiles = False
     named = _NamedImages(None, reader=dataset.reader, input_img_mode=dataset.input_img_mode)
     named.skip_damaged = kwargs.get('is_training', False)
     return named

@@ -1,8 +1,11 @@
+import io
 import os
+import tarfile
 from pathlib import Path
 
 import timm
 import torch
+from PIL import Image
 
 from repopt_timm import Scales
 
@@ -37,3 +40,16 @@ def relative_difference(first: torch.nn.Module, second: torch.nn.Module) -> floa
     pairs = zip(first.state_dict().values(), second.state_dict().values())
     found = [(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in pairs if a.is_floating_point()]
     return torch.stack(found).max().item()
+
+
+def write_tar(path: Path, count: int) -> None:
+    """Pictures of noise in two classes, no two of which are alike."""
+    generator = torch.Generator().manual_seed(0)
+    with tarfile.open(path, 'w') as archive:
+        for index in range(count):
+            buffer = io.BytesIO()
+            noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8, generator=generator)
+            Image.fromarray(noise.numpy()).save(buffer, 'PNG')
+            member = tarfile.TarInfo(f'{("cat", "dog")[index % 2]}/{index}.png')
+            member.size = len(buffer.getvalue())
+            archive.addfile(member, io.BytesIO(buffer.getvalue()))

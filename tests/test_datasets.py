@@ -3,6 +3,7 @@ import pickle
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 from repopt_timm.datasets import (
@@ -14,7 +15,7 @@ from repopt_timm.datasets import (
     read_class_map,
 )
 
-from .helpers import tiny_model
+from .helpers import tiny_model, write_tar
 
 
 @pytest.mark.parametrize(
@@ -38,6 +39,17 @@ def make_images(root, *folders):
     for folder in folders:
         (root / folder).mkdir(parents=True)
         Image.new('RGB', (4, 4)).save(root / folder / 'image.png')
+
+
+def test_an_image_that_was_read_leaves_no_tar_file_open_for_others_to_read_from(tmp_path):
+    write_tar(tmp_path / 'train.tar', 20)
+    dataset = open_folder(tmp_path, 'train.tar', need_split=True)
+    alone = [dataset[index][0].tobytes() for index in range(len(dataset))]
+    # An open file would have one position for all forked workers and threads, and cannot be sent to other workers.
+    started_anew = pickle.loads(pickle.dumps(dataset))
+    assert [started_anew[index][0].tobytes() for index in range(len(dataset))] == alone
+    loader = torch.utils.data.DataLoader(dataset, None, num_workers=2, multiprocessing_context='fork')
+    assert [image.tobytes() for image, _ in loader] == alone
 
 
 def test_hidden_folders_are_no_classes(tmp_path):

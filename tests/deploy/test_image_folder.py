@@ -1,9 +1,12 @@
+import pickle
+
 import pytest
 import torch
 from timm.data import create_dataset, create_loader
 
 from repopt_timm.deploy.image_folder import ImageFolder
 
+from ..helpers import write_tar
 from .conftest import ARGS
 
 CONFIG = {'input_size': (3, 24, 24), 'crop_pct': 0.9, 'mean': ARGS.mean, 'std': ARGS.std, 'interpolation': 'bicubic'}
@@ -45,6 +48,14 @@ def test_an_image_that_does_not_decode_is_named_and_not_skipped(images, tmp_path
         (folder / 'b.png').write_bytes(broken)
         with pytest.raises(ValueError, match=r"The image '.*b\.png' cannot be read"):
             list(ImageFolder(tmp_path, 'validation', CONFIG).batches(range(2), 1, ''))
+
+
+def test_threads_share_no_position_in_a_tar_file(tmp_path):
+    write_tar(tmp_path / 'images.tar', 200)
+    folder = ImageFolder(tmp_path / 'images.tar', 'validation', CONFIG)
+    alone = torch.stack([folder[index][0] for index in range(len(folder))])
+    pickle.dumps(folder)  # fails with a file that is left open
+    assert torch.equal(torch.cat([batch for batch, _ in folder.batches(range(200), 32, '')]), alone)
 
 
 def test_missing_and_empty_folders_are_told(images, tmp_path):
