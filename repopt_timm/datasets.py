@@ -21,6 +21,7 @@ from .checkpoints.bounds import check_pickle
 __all__ = [
     'COLOR_MODES',
     'check_same_classes',
+    'check_two_splits',
     'class_names',
     'class_numbers',
     'count_classes',
@@ -90,6 +91,23 @@ def open_folder(root: str | os.PathLike, split: str, need_split: bool, **kwargs:
     named = _NamedImages(None, reader=dataset.reader, input_img_mode=dataset.input_img_mode)
     named.skip_damaged = kwargs.get('is_training', False)
     return named
+
+
+def check_two_splits(root: str | os.PathLike, otherwise: str = '') -> None:
+    """Checks that training and validation images can differ, which those of one file cannot.
+
+    Args:
+        root: The folder, or .tar file.
+        otherwise: What else the error advises.
+
+    Raises:
+        ValueError: If it is a file.
+    """
+    if Path(root).is_file():
+        raise ValueError(
+            f"'{root}' is one file, expected one for each split: the validation would be on training images. Name the "
+            f'folder of both, with --train-split train.tar --val-split validation.tar{otherwise}.'
+        )
 
 
 class _NamedImages(ImageDataset):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..datasets import check_two_splits
 from ..reparam import GradMults, carried_scales, make_grad_mults, network_name
 from ..scales import Scales
 from ..train.run import train
@@ -186,6 +187,8 @@ def train_quantized(
         ImportError: If the `[deploy]` extra is not installed.
     """
     options = options or QuantizationOptions()
+    # With --holdout too: what it holds out is not what the accuracy of the result is measured on.
+    check_two_splits(args.data_dir)
     with_scales = args.opt is None or 'repopt' in args.opt
     model = load_trained(source, args.scales or None, need_scales=with_scales)
     if args.opt is None:

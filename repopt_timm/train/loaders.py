@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 
-from ..datasets import COLOR_MODES, check_same_classes, open_folder, read_class_map
+from ..datasets import COLOR_MODES, check_same_classes, check_two_splits, open_folder, read_class_map
 from ..errors import explaining
 from ..files import replacing
 from .selection import select_images
@@ -49,7 +49,8 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
 
     Raises:
         FileNotFoundError: If the folder or class map does not exist.
-        ValueError: If no data is named, the folder has no images or not both splits, or they have different classes.
+        ValueError: If no data is named, the folder has no images or not both splits, or they have different classes,
+            or both are one file.
     """
     name, root = args.dataset, args.data_dir
     if name == _DIGITS:
@@ -76,6 +77,8 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
         with explaining(f'--dataset {name}'):
             opened = [create_dataset(name, **split, **common) for split in splits]
     else:
+        if not args.holdout:
+            check_two_splits(root, ', or validate on a part of it with --holdout')
         common['class_map'] = args.class_map
         opened = [open_folder(need_split=True, **split, **common) for split in splits]
     train, validation = opened[:2]

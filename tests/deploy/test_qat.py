@@ -157,6 +157,8 @@ def test_so_it_does_for_other_optimizers_averages_and_networks(name, kwargs, arg
     [
         ('{checkpoint} --data {images} --out {tmp}', 'is a folder'),
         ('{checkpoint} --data {tmp}/nowhere --out {tmp}/new.onnx', 'There is no image folder'),
+        # The result is measured on a split, whatever the training holds out.
+        ('{checkpoint} --data {old} --holdout 0.5 --out {tmp}/new.onnx', 'is one file, expected one for each split'),
         ('{tmp}/nowhere.pth --data {images} --out {tmp}/new.onnx', 'There is no checkpoint'),
         ('{checkpoint} --data {images} --out {tmp}/new.onnx --model resnet18', 'remove --model'),
         ('{checkpoint} {images} --data {images} --out {tmp}/new.onnx', '--data: remove /'),

@@ -12,9 +12,11 @@ from PIL import Image
 
 from repopt_timm.cli import main
 from repopt_timm.train import run
+from repopt_timm.train.loaders import make_datasets
+from repopt_timm.train.parsing import parse_arguments
 from repopt_timm.train.schema import ARGUMENTS
 
-from ..helpers import TINY
+from ..helpers import TINY, write_tar
 
 ROWS = [
     # Counts.
@@ -397,6 +399,15 @@ def test_bad_data_are_refused_in_one_line(tmp_path, capsys, make, message):
     words = ['--train-split', 'train.tar', '--val-split', 'train.tar', '--data-dir', str(root), '--scales', 'initial']
     where = ['--output', str(tmp_path / 'output'), '--experiment', 'run']
     refuse(capsys, tmp_path / 'output', message, [*words, '--model', TINY, *where])
+
+
+def test_one_file_is_not_trained_and_validated_on(tmp_path, capsys):
+    write_tar(tmp_path / 'images.tar', 20)
+    words = [str(tmp_path / 'images.tar'), '--model', TINY, '--scales', 'initial']
+    where = ['--output', str(tmp_path / 'output'), '--experiment', 'run']
+    message = 'is one file, expected one for each split: the validation would be on training images'
+    refuse(capsys, tmp_path / 'output', message, [*words, *where])
+    assert [len(part) for part in make_datasets(parse_arguments([*words, '--holdout', '0.25']))] == [15, 5]
 
 
 def test_a_class_map_that_would_run_code_is_refused(images, tmp_path, capsys):
