@@ -8,6 +8,7 @@ import timm
 from torch import nn
 
 from .checkpoints.read import read_checkpoint, select_state_dict
+from .color_modes import note_color_mode
 from .datasets import data_config_of
 from .errors import explaining
 from .models import ensure_registered
@@ -95,4 +96,5 @@ def model_of(
     if 'origin' in checkpoint or not args.get('pretrained'):
         # timm's script does not state it; it fine-tunes what timm knows for the model.
         restore_origin(model, checkpoint.get('origin'))
+    note_color_mode(model, args.get('input_img_mode'))
     return model.eval()

@@ -19,7 +19,6 @@ from timm.utils.misc import natural_key
 from .checkpoints.bounds import check_pickle
 
 __all__ = [
-    'COLOR_MODES',
     'check_same_classes',
     'check_two_splits',
     'class_names',
@@ -29,9 +28,6 @@ __all__ = [
     'open_folder',
     'read_class_map',
 ]
-
-COLOR_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
-"""Number of channels to Pillow's mode."""
 
 _logger = logging.getLogger(__name__)
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.data import resolve_data_config
 from timm.models import parse_model_name
 from torch import nn
 
@@ -13,6 +12,7 @@ from .architectures import ARCHITECTURES
 from .blocks import implied_scales, plain_twin, recalibrate
 from .checkpoint_model import model_from_checkpoint
 from .checkpoints.read import read_checkpoint
+from .deploy.classifier import preprocessing
 from .deploy.image_folder import ImageFolder
 from .models import ensure_registered
 from .models.timm_twins import plain_first_conv
@@ -77,7 +77,7 @@ def merge_trained(
     if implied:
         prepare(plain, implied_scales(original).renamed(name.network), init=False)
     if data is not None:
-        folder = ImageFolder(data, 'train', resolve_data_config({}, model=plain))
+        folder = ImageFolder(data, 'train', preprocessing(model=plain))
         recalibrate(plain, folder.batches(folder.sample(images, seed=0), _BATCH, 'BatchNorm'))
     return plain
 

@@ -8,6 +8,7 @@ from huggingface_hub import EvalResult
 from torch import Tensor
 
 from ..architectures import ARCHITECTURES
+from ..color_modes import evaluated_mode
 from ..names import PREFIX, ModelName
 from ..reparam import Geometry
 from ..scales import Scales, scales_table
@@ -37,8 +38,6 @@ for probability, index in zip(*probabilities.topk(min(5, model.num_classes))):
 _SIZES = ('image_size', 'parameters', 'multiply_adds')
 _MOST_RESULTS = 4
 _MOST = 1e15
-# Channels to PIL's name of such images.
-_IMAGE_MODES = {1: 'L', 3: 'RGB'}
 
 _CITATION = """```bibtex
 @inproceedings{ding2023reparameterizing,
@@ -147,8 +146,13 @@ def _image_size(training: Mapping[str, Any]) -> list[int] | None:
 
 def _image_mode(training: Mapping[str, Any]) -> str | None:
     """Returns PIL's name of the images that a model takes; None if PIL opens none of so many channels."""
-    size = _image_size(training)
-    return 'RGB' if size is None else _IMAGE_MODES.get(size[0])
+    mode = training.get('image_mode')
+    if mode is not None and not isinstance(mode, str):
+        return None
+    try:
+        return evaluated_mode({'input_size': _image_size(training) or [3], 'input_img_mode': mode})
+    except ValueError:
+        return None
 
 
 def _usage(repo_id: str, model_name: str, weights: bool, scales: Scales | None, mode: str | None) -> list[str]:

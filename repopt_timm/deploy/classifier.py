@@ -13,6 +13,7 @@ from timm.data import resolve_data_config
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
 
+from ..color_modes import noted_color_mode
 from .runtime import explained, load_onnx, open_session
 from .trained_model import load_model
 
@@ -36,7 +37,7 @@ class Classifier:
     Attributes:
         backend: `pytorch` or `onnxruntime`.
         run: Images, float32 of shape (N, C, H, W), to logits of shape (N, classes).
-        config: Preprocessing, as `timm.data.resolve_data_config` gives it.
+        config: Preprocessing, as `preprocessing` gives it.
         size: Bytes on disk: of the ONNX file, or of the parameters and buffers of a PyTorch model.
         class_names: Names of the classes in the order of the logits, if known.
         fixed_batch: Images that the model takes at a time; 0 if any number.
@@ -122,7 +123,7 @@ def onnx_classifier(
 
 
 def preprocessing(overrides: Mapping[str, Any] | None = None, **model: Any) -> dict[str, Any]:
-    """Returns what `timm.data.resolve_data_config` makes of the overrides and a model.
+    """Returns what `timm.data.resolve_data_config` makes of the overrides and a model, and their `input_img_mode`.
 
     Raises:
         ValueError: If `mean` or `std` do not have a value for each channel, or a value is not one that images can be
@@ -132,12 +133,20 @@ def preprocessing(overrides: Mapping[str, Any] | None = None, **model: Any) -> d
     try:
         config = resolve_data_config(overrides, **model)
         _check_preprocessing(config)
-        return config
+        mode = overrides.get('input_img_mode') or _stated_mode(**model)
+        return {**config, 'input_img_mode': mode} if mode else config
     except (AttributeError, LookupError, TypeError) as error:
         raise ValueError(f'The preprocessing that the model states cannot be read: {error}. Give your own.') from None
     except AssertionError:
         given = ', '.join(f'{name} {overrides[name]}' for name in ('mean', 'std') if name in overrides)
         raise ValueError(f'Preprocessing with {given}: expected one value, or one for each channel.') from None
+
+
+def _stated_mode(model: Any = None, pretrained_cfg: Mapping[str, Any] | None = None) -> str | None:
+    if pretrained_cfg is None:
+        return noted_color_mode(model)
+    mode = pretrained_cfg.get('input_img_mode')
+    return mode if isinstance(mode, str) else None
 
 
 def _check_preprocessing(config: Mapping[str, Any]) -> None:

@@ -2,8 +2,9 @@
 
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -14,46 +15,41 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
-from ..datasets import COLOR_MODES, class_names, count_classes, open_folder
+from ..color_modes import evaluated_mode
+from ..datasets import class_names, count_classes, open_folder
 
-__all__ = ['ImageFolder', 'color_mode', 'read_image']
+__all__ = ['ImageFolder', 'image_reader']
 
 _WORKERS = min(8, os.cpu_count() or 1)
 
 
-def color_mode(config: Mapping[str, Any]) -> str:
-    """Returns Pillow's mode of the images that a model takes.
+def image_reader(config: Mapping[str, Any]) -> Callable[[Any, str], Tensor]:
+    """Makes a function that reads an image as a model takes it, float32 of shape (C, H, W).
 
     Args:
-        config: Preprocessing, as `timm.data.resolve_data_config` gives it.
+        config: Preprocessing, as `classifier.preprocessing` gives it.
+
+    Returns:
+        A function of a path or an open file, and of what to call it in errors. It raises a ValueError if the image does
+        not decode.
 
     Raises:
-        ValueError: If images cannot have as many channels.
+        ValueError: If images cannot have as many channels, or be of the mode that is stated.
     """
-    channels = config['input_size'][0]
-    if channels not in COLOR_MODES:
-        raise ValueError(f'The model takes {channels} channels, expected 1 to 4, which images can have.')
-    return COLOR_MODES[channels]
+    mode = evaluated_mode(config)
+    transform: Any = create_transform(**{name: value for name, value in config.items() if name != 'input_img_mode'})
+    return partial(_read, mode, transform)
 
 
-def read_image(file: Any, mode: str, name: str) -> Image.Image:
-    """Reads an image.
-
-    Args:
-        file: A path or an open file.
-        mode: Pillow's mode to convert it to.
-        name: What to call it in errors.
-
-    Raises:
-        ValueError: If it does not decode.
-    """
+def _read(mode: str, transform: Callable[[Image.Image], Tensor], file: Any, name: str) -> Tensor:
     try:
         with Image.open(file) as image:
-            return image.convert(mode)
+            pixels = image.convert(mode)
     # Pillow's PNG reader raises SyntaxError on broken headers.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).split(' <')[0]
         raise ValueError(f"The image '{name}' cannot be read: {reason}. Remove or replace it.") from None
+    return transform(pixels)
 
 
 class ImageFolder:
@@ -65,7 +61,7 @@ class ImageFolder:
     Args:
         root: The folder, or one with a folder for each split, named as timm's training script expects.
         split: Split to look for in `root`, such as `train` or `validation`.
-        config: Preprocessing, as `timm.data.resolve_data_config` gives it.
+        config: Preprocessing, as `classifier.preprocessing` gives it.
         class_map: File of classes and their numbers, as timm's scripts take it. Defaults to the order of the names.
 
     Attributes:
@@ -76,7 +72,7 @@ class ImageFolder:
     Raises:
         FileNotFoundError: If there is no such folder or class map.
         ValueError: If there are no images in it, it has other splits, the class map cannot be read, or images cannot
-            have as many channels as the model takes.
+            have the channels or the mode that the model takes.
     """
 
     def __init__(self, root: str | os.PathLike, split: str, config: Mapping[str, Any], class_map: str = ''):
@@ -85,8 +81,7 @@ class ImageFolder:
         self.num_classes = count_classes(dataset)
         self.class_names = class_names(dataset)
         self._reader = dataset.reader
-        self._mode = color_mode(config)
-        self._transform = create_transform(**config)
+        self._read = image_reader(config)
 
     def __len__(self) -> int:
         return len(self._reader)
@@ -99,8 +94,7 @@ class ImageFolder:
         """
         file, target = self._reader[index]
         with file:
-            pixels = read_image(file, self._mode, self._reader.filename(index, absolute=True))
-        return self._transform(pixels), target
+            return self._read(file, self._reader.filename(index, absolute=True)), target
 
     def sample(self, count: int, seed: int) -> list[int]:
         """Draws `count` images without repetition; all of them if there are no more."""

@@ -112,7 +112,7 @@ def to_onnx(model: nn.Module, config: Mapping[str, Any], options: ExportOptions 
 
     Args:
         model: As `load_model` returns it.
-        config: Preprocessing, as `timm.data.resolve_data_config` gives it.
+        config: Preprocessing, as `classifier.preprocessing` gives it.
         options: See there.
 
     Returns:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from torch import nn
 
 from ..reporting import add_command, positive, print_result
 from .classifier import Classifier, is_onnx, load_classifier, torch_classifier
 from .evaluation import check_logits
-from .image_folder import color_mode, read_image
+from .image_folder import image_reader
 from .trained_model import load_model
 
 __all__ = ['add_commands', 'predict']
@@ -54,12 +54,11 @@ def predict(
         if not Path(image).is_file():
             raise FileNotFoundError(f"There is no image '{image}', expected a file such as photo.jpg. Check the path.")
     classifier, names = _load(source, threads, overrides)
-    transform: Any = create_transform(**classifier.config)
-    mode = color_mode(classifier.config)
+    read = image_reader(classifier.config)
     results: list[list[dict[str, Any]]] = []
     for start in range(0, len(images), _BATCH_SIZE):
         files = images[start : start + _BATCH_SIZE]
-        batch = torch.stack([transform(read_image(file, mode, os.fspath(file))) for file in files])
+        batch = torch.stack([read(file, os.fspath(file)) for file in files])
         probabilities, classes = check_logits(classifier.run(batch)).float().softmax(1).sort(1, descending=True)
         results += [
             [

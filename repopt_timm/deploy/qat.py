@@ -71,7 +71,7 @@ def fake_quantize(
     Args:
         model: As `load_trained` returns it; stays as it is.
         images: Images to calibrate on.
-        config: Preprocessing, as `timm.data.resolve_data_config` gives it.
+        config: Preprocessing, as `classifier.preprocessing` gives it.
         options: How to quantize.
         weight_bits: 8, or 4 for codes of -7 to 7, which the file keeps in 8 bits.
 
@@ -210,6 +210,7 @@ def train_quantized(
     _check_resumed(args)
     config = preprocessing(vars(args), model=model)
     args.input_size = list(config['input_size'])
+    args.input_img_mode = config.get('input_img_mode')
     made: list[FakeQuantized] = []
 
     def make(args: argparse.Namespace, dataset: Any, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 
-from ..datasets import COLOR_MODES, check_same_classes, check_two_splits, open_folder, read_class_map
+from ..color_modes import color_mode
+from ..datasets import check_same_classes, check_two_splits, open_folder, read_class_map
 from ..errors import explaining
 from ..files import replacing
 from .selection import select_images
@@ -62,7 +63,7 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
         'download': args.dataset_download,
         'batch_size': args.batch_size,
         'seed': args.seed,
-        'input_img_mode': args.input_img_mode or COLOR_MODES[channels],
+        'input_img_mode': color_mode(channels, args.input_img_mode),
         'input_key': args.input_key,
         'target_key': args.target_key,
     }

@@ -17,7 +17,7 @@ from timm.data.auto_augment import augment_and_mix_transform, auto_augment_trans
 from timm.models import parse_model_name
 from timm.optim import get_optimizer_info, list_optimizers
 
-from ..datasets import COLOR_MODES
+from ..color_modes import COLOR_MODES
 from ..errors import explaining
 from ..models import ensure_registered
 from ..names import PREFIX, ModelName

@@ -1,11 +1,16 @@
+from argparse import Namespace
+
 import pytest
 import torch
 
-from repopt_timm.deploy import Classifier, evaluate, export_onnx, save_onnx
+from repopt_timm import save_pretrained
+from repopt_timm.deploy import Classifier, QuantizationOptions, evaluate, export_onnx, quantize_onnx, save_onnx
 from repopt_timm.deploy.classifier import data_config, load_classifier, onnx_classifier
 from repopt_timm.deploy.evaluation import accuracies, alternate, is_steady
 from repopt_timm.deploy.image_folder import ImageFolder
 from repopt_timm.deploy.runtime import load_onnx
+
+from .conftest import ARGS
 
 CONFIG = {'input_size': (3, 32, 32)}
 
@@ -61,6 +66,25 @@ def test_a_class_map_orders_the_classes(checkpoint, images, tmp_path):
     assert reversed_order['top1'] < 40 < in_order['top1']
     with pytest.raises(FileNotFoundError, match='There is no class map'):
         evaluate(checkpoint, images, class_map='nowhere.txt')
+
+
+def test_images_are_read_in_the_mode_that_the_model_was_trained_on(checkpoint, images, tmp_path):
+    content = torch.load(checkpoint, weights_only=False)
+    hsv = tmp_path / 'hsv.pth.tar'
+    torch.save({**content, 'args': Namespace(**vars(ARGS), input_img_mode='HSV')}, hsv)
+    save_pretrained(hsv, tmp_path / 'folder')
+    export_onnx(hsv, tmp_path / 'hsv.onnx')
+    quantized = quantize_onnx(tmp_path / 'hsv.onnx', images, QuantizationOptions(images=4))
+    save_onnx(quantized.quantized, tmp_path / 'int8.onnx')
+    expected = ImageFolder(images, 'validation', {**load_classifier(checkpoint).config, 'input_img_mode': 'HSV'})[0][0]
+    for source in (hsv, tmp_path / 'folder', tmp_path / 'hsv.onnx', tmp_path / 'int8.onnx'):
+        found = ImageFolder(images, 'validation', load_classifier(source).config)[0][0]
+        assert torch.equal(found, expected), source
+    assert torch.equal(quantized.images[0][0], ImageFolder(images, 'train', load_classifier(hsv).config)[0][0])
+    # The card's example reads them so too.
+    assert "Image.open('image.jpg').convert('HSV')" in (tmp_path / 'folder/README.md').read_text()
+    other = evaluate(hsv, images, overrides={'input_img_mode': 'RGB'})['top1']
+    assert evaluate(hsv, images)['top1'] < other == evaluate(checkpoint, images)['top1']
 
 
 def test_another_number_of_classes_is_an_error(images):

@@ -2,6 +2,7 @@ import pickle
 
 import pytest
 import torch
+from PIL import ImageMode
 from timm.data import create_dataset, create_loader
 
 from repopt_timm.deploy.image_folder import ImageFolder
@@ -28,6 +29,22 @@ def test_images_are_those_of_timms_evaluation_loader(images):
     for (batch, targets), (other_batch, other_targets) in zip(found, expected):
         torch.testing.assert_close(batch, other_batch, rtol=0, atol=1e-5)
         assert torch.equal(targets, other_targets)
+
+
+@pytest.mark.parametrize('mode', ['L', 'LA', 'RGBA', 'CMYK', 'YCbCr', 'LAB', 'HSV'])
+def test_so_they_are_in_other_modes(images, mode):
+    channels = len(ImageMode.getmode(mode).bands)
+    config = {**CONFIG, 'input_size': (channels, 24, 24), 'mean': [0.5] * channels, 'std': [0.2] * channels}
+    (batch, _), *_ = ImageFolder(images, 'validation', {**config, 'input_img_mode': mode}).batches(range(10), 10, '')
+    loader = create_loader(
+        create_dataset('', root=images, split='validation', input_img_mode=mode),
+        batch_size=10,
+        device=torch.device('cpu'),
+        num_workers=0,
+        persistent_workers=False,
+        **config,
+    )
+    torch.testing.assert_close(batch, next(iter(loader))[0], rtol=0, atol=1e-5)
 
 
 def test_a_seed_draws_a_subset_of_all_classes(images):
