@@ -14,7 +14,7 @@ from .checkpoint_model import model_from_checkpoint
 from .checkpoints.read import read_checkpoint
 from .deploy.classifier import preprocessing
 from .deploy.image_folder import ImageFolder
-from .models import ensure_registered
+from .models import ensure_registered, resolve_model
 from .models.timm_twins import plain_first_conv
 from .names import PREFIX, ModelName
 from .reparam import prepare
@@ -62,6 +62,7 @@ def merge_trained(
     if Path(source).is_file():
         original: Any = model_from_checkpoint(source, need_scales=False, architecture=model_name)
     else:
+        resolve_model(source)
         original = timm.create_model(source, pretrained=True).eval()
     cfg = original.pretrained_cfg
     if not any(multi_branch_blocks(original)):

@@ -4,10 +4,12 @@ import runpy
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from .commands import PROGRAM
-from .models import ensure_registered
+from .errors import explaining
+from .models import resolve_model
 
 __all__ = ['run_script']
 
@@ -44,8 +46,9 @@ def run_script(argv: Sequence[str]) -> None:
             f'https://github.com/huggingface/pytorch-image-models, not in its package.'
         )
     for word in argv[1:]:
-        # Also as --model=NAME.
-        ensure_registered(word.rpartition('=')[2])
+        # Also as --model=NAME. What is wrong with it, and with words that are not models, the script says.
+        with suppress(OSError, ValueError), explaining(word):
+            resolve_model(word.rpartition('=')[2])
     sys.argv = [str(path), *argv[1:]]
     # A script imports what is beside it.
     sys.path[0] = str(path.resolve().parent)

@@ -7,7 +7,7 @@ import timm
 import torch
 from PIL import Image
 
-from repopt_timm import Scales
+from repopt_timm import Scales, save_pretrained
 
 TINY = 'test_repopt_vgg'
 
@@ -33,6 +33,16 @@ def spread(initial: Scales) -> Scales:
 def tiny_model(kind: str = '', **kwargs) -> torch.nn.Module:
     kwargs.setdefault('num_classes', 5)
     return timm.create_model(TINY + kind, **kwargs)
+
+
+def save_unknown_twin(name: str, folder: Path) -> torch.nn.Module:
+    """Saves a twin of a timm network as another process does, before this one has registered it."""
+    model = timm.create_model(name, num_classes=3).eval()
+    save_pretrained(model, folder)
+    config = folder / 'config.json'
+    assert not timm.is_model(f'repopt_{name}')
+    config.write_text(config.read_text().replace(f'"architecture": "{name}"', f'"architecture": "repopt_{name}"'))
+    return model
 
 
 def relative_difference(first: torch.nn.Module, second: torch.nn.Module) -> float:

@@ -12,7 +12,7 @@ from repopt_timm import load_scales
 from repopt_timm.cli import main
 from repopt_timm.commands import COMMANDS
 
-from .helpers import TINY, random_scales, tiny_model
+from .helpers import TINY, random_scales, save_unknown_twin, tiny_model
 
 
 @pytest.fixture
@@ -194,6 +194,19 @@ def test_a_script_finds_models_optimizers_and_its_own_arguments(tmp_path, monkey
     with pytest.raises(SystemExit, match='3'):
         main(['run', str(tmp_path / 'script.py'), '--model', 'repopt_resnet10t_hs', '--debug'])
     assert capsys.readouterr().out == 'repoptsgd True\n'
+
+
+def test_a_script_finds_the_twin_in_a_folder(tmp_path, monkeypatch, capsys):
+    save_unknown_twin('test_convnext', tmp_path / 'mine')
+    (tmp_path / 'script.py').write_text(
+        'import sys, timm\nprint(timm.create_model(sys.argv[2].partition("=")[2], pretrained=True).num_classes)\n'
+    )
+    monkeypatch.setattr(sys, 'argv', [*sys.argv])
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    # Words that are no models are the script's.
+    capsys.readouterr()
+    assert main(['run', str(tmp_path / 'script.py'), 'a/b', f'--model=local-dir:{tmp_path / "mine"}', 'x:y']) == 0
+    assert capsys.readouterr().out == '3\n'
 
 
 def test_an_error_of_a_script_keeps_its_traceback(tmp_path, monkeypatch, capsys):

@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..checkpoint_model import model_from_checkpoint
 from ..errors import explaining, reason_of
-from ..models import ensure_registered, to_plain
+from ..models import resolve_model, to_plain
 from ..reparam import attach_scales, kind_of
 from ..sources import ScalesSource, load_scales
 
@@ -79,7 +79,7 @@ def deployed(model: nn.Module) -> nn.Module:
 def _create(name: str, **kwargs: Any) -> nn.Module:
     try:
         with explaining(f"'{name}' cannot be made"):
-            ensure_registered(name)
+            resolve_model(name)
             return timm.create_model(name, **kwargs)
     except OSError as error:
         if name.startswith('local-dir:'):

@@ -6,8 +6,9 @@ from functools import partial
 from typing import Any
 
 import timm
-from timm.models import load_pretrained, model_entrypoint, resolve_pretrained_cfg
+from timm.models import load_pretrained, model_entrypoint, parse_model_name, resolve_pretrained_cfg
 from timm.models._features import FeatureGetterNet
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from timm.models._registry import get_arch_pretrained_cfgs
 from torch import nn
@@ -22,7 +23,7 @@ from .kinds import ModelArgsWithoutScales, make_kind, name_features, refuse_scal
 from .pretrained_weights import fetch
 from .strided_byobnet import create_byobnet
 
-__all__ = ['ensure_registered', 'plain_first_conv', 'register_multi_branch', 'register_twins']
+__all__ = ['ensure_registered', 'plain_first_conv', 'register_multi_branch', 'register_twins', 'resolve_model']
 
 default_cfgs: dict[str, DefaultCfg] = {}
 """timm looks here for the configurations of what this module registers."""
@@ -62,10 +63,33 @@ def register_twins(name: str) -> None:
 
 def ensure_registered(model_name: str) -> None:
     """Registers the twins that a name such as `repopt_resnet18_hs` asks for, if timm does not know it yet."""
-    name = ModelName.parse(model_name.rpartition(':')[2].rpartition('/')[2])
+    name = ModelName.parse(model_name)
     base = name.architecture.removeprefix(PREFIX)
     if base != name.architecture and not timm.is_model(name.variant) and timm.is_model(base):
         register_twins(base)
+
+
+def resolve_model(model_name: str) -> tuple[str, dict[str, Any]]:
+    """Finds out which model a name for `timm.create_model` stands for, and registers it if it is a twin.
+
+    Args:
+        model_name: A model's name, `hf-hub:user/repo`, or `local-dir:FOLDER`, whose `config.json` names the model.
+
+    Returns:
+        The model's name, which timm need not know, and the arguments that the `config.json` keeps for it.
+
+    Raises:
+        OSError: If the `config.json` cannot be read or downloaded.
+        ValueError: If the name is not one that timm takes. Over a damaged `config.json` timm raises whatever it meets.
+    """
+    source, name = parse_model_name(model_name)
+    saved_args: dict[str, Any] = {}
+    if source == 'hf-hub':
+        _, name, saved_args = load_model_config_from_hf(name)
+    elif source == 'local-dir':
+        _, name, saved_args = load_model_config_from_path(name)
+    ensure_registered(name)
+    return name, saved_args
 
 
 def _register(name: str, kinds: Iterable[str]) -> None:

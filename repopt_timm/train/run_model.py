@@ -10,7 +10,6 @@ from typing import Any
 import timm
 import torch
 from timm.models import parse_model_name
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,7 +18,7 @@ from ..color_modes import note_color_mode, noted_color_mode
 from ..datasets import class_names, count_classes
 from ..errors import explaining
 from ..model_size import count_parameters
-from ..models import ensure_registered
+from ..models import resolve_model
 from ..names import PREFIX, ModelName
 from ..sources import ScalesSource, default_scales
 from ..trained_scales import named_scales, trained_with
@@ -34,14 +33,8 @@ _logger = logging.getLogger(__name__)
 
 def find_variant(model_name: str) -> tuple[str, dict[str, Any]]:
     """Returns the name in timm's registry, without a tag, and the arguments that a repository keeps for its model."""
-    source, name = parse_model_name(model_name)
-    saved_args: dict[str, Any] = {}
     with explaining(f'--model {model_name} has no config.json that timm can read'):
-        if source == 'hf-hub':
-            _, name, saved_args = load_model_config_from_hf(name)
-        elif source == 'local-dir':
-            _, name, saved_args = load_model_config_from_path(name)
-        ensure_registered(name)
+        name, saved_args = resolve_model(model_name)
     variant = name.split('.')[0]
     if not timm.is_model(variant):
         near = difflib.get_close_matches(variant, timm.list_models(), 3)

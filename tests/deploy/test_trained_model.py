@@ -1,13 +1,14 @@
 import pytest
 import timm
 import torch
+from huggingface_hub import HfApi
 from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 from repopt_timm import save_pretrained
 from repopt_timm.deploy import load_model
 
-from ..helpers import TINY, random_scales, tiny_model
+from ..helpers import TINY, random_scales, save_unknown_twin, tiny_model
 from .conftest import ARGS, trained, write_checkpoint
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -59,6 +60,15 @@ def test_folders_in_the_format_of_timm_are_read(tmp_path):
     model = tiny_model().eval()
     save_pretrained(model, tmp_path / 'model')
     assert_same_function(load_model(tmp_path / 'model'), model)
+
+
+def test_the_twin_in_a_folder_or_repository_is_the_one_that_its_config_names(tmp_path, client):
+    model = save_unknown_twin('test_convnext2', tmp_path / 'folder')
+    assert_same_function(load_model(tmp_path / 'folder'), model)
+    model = save_unknown_twin('test_convnext3', tmp_path / 'published')
+    HfApi().create_repo('ann/mine')
+    HfApi().upload_folder(repo_id='ann/mine', folder_path=tmp_path / 'published')
+    assert_same_function(load_model('hf-hub:ann/mine'), model)
 
 
 @pytest.mark.parametrize(
