@@ -1,4 +1,6 @@
 from argparse import Namespace
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,7 +8,7 @@ import torch
 from repopt_timm import save_pretrained
 from repopt_timm.deploy import Classifier, QuantizationOptions, evaluate, export_onnx, quantize_onnx, save_onnx
 from repopt_timm.deploy.classifier import data_config, load_classifier, onnx_classifier
-from repopt_timm.deploy.evaluation import accuracies, alternate, is_steady
+from repopt_timm.deploy.evaluation import accuracies, alternate, check_classes, is_steady
 from repopt_timm.deploy.image_folder import ImageFolder
 from repopt_timm.deploy.runtime import load_onnx
 
@@ -56,6 +58,30 @@ def test_classes_in_another_order_than_the_models_are_an_error(checkpoint, image
         with pytest.raises(ValueError, match=r"Class 0 of the model is 'light'.*is 'dark'. Give the --class-map"):
             evaluate(source, images)
         assert evaluate(source, images, class_map=str(map_file))['top1'] < 40
+
+
+@pytest.mark.parametrize(
+    ('trained', 'folders', 'message'),
+    [
+        # In the order of code points an e with an accent of its own stands before z, and an é after it.
+        (['cafe\u0301', 'cafz'], ['cafz', 'caf\u00e9'], "Class 0 of the model is 'caf\u00e9', but .* is 'cafz'"),
+        (
+            ['cat', 'dog', 'fox'],
+            ['ant', 'cat', 'dog'],
+            "Class 0 of the model is 'cat', but .* is 'ant'. Give the --class",
+        ),
+        (['n01', 'n02'], ['cat', 'dog'], None),
+        (['cat', 'n02'], ['cat', 'dog'], None),
+        (['cafe\u0301', 'dog'], ['caf\u00e9', 'dog'], None),
+    ],
+    ids=['accents', 'overlap', 'other names', 'one other name', 'the same letters'],
+)
+def test_a_name_that_model_and_folder_share_has_one_number(trained, folders, message):
+    config = {'input_size': (3, 8, 8)}
+    model = Classifier('stub', lambda images: torch.zeros(len(images), len(trained)), config, 0, trained)
+    folder = SimpleNamespace(class_names=folders, num_classes=len(folders), folder='images')
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        check_classes(model, folder)
 
 
 def test_a_class_map_orders_the_classes(checkpoint, images, tmp_path):
