@@ -4,6 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 from functools import partial
+from io import TextIOWrapper
 
 from . import __version__
 from .commands import COMMANDS, PROGRAM
@@ -25,8 +26,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ['run']:
         # What follows belongs to the script.
         return exit_code(partial(_run, argv))
+    _escape_in_output()
     debug = '--debug' in argv
     return exit_code(partial(_run, [word for word in argv if word != '--debug']), debug)
+
+
+def _escape_in_output() -> None:
+    """Lets streams escape what they cannot encode: a name that cannot be shown must not undo the work before it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper) and stream.errors == 'strict':
+            stream.reconfigure(errors='backslashreplace')
 
 
 def _run(argv: list[str]) -> None:

@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import re
@@ -172,6 +173,15 @@ def test_the_help_of_a_trial_has_no_flag_that_could_change_nothing(help_of):
 @pytest.mark.parametrize('command', ['save', 'push', 'convert-checkpoint'])
 def test_a_command_names_no_flag_that_it_lacks(command, help_of):
     assert '--architecture' not in help_of(command)
+
+
+def test_what_the_output_cannot_encode_is_escaped(monkeypatch):
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(output, 'cp1252'))
+    row = {'name': '\u732b/a0', 'network': 'a0', 'dataset': None, 'license': None, 'where': 'cached'}
+    monkeypatch.setattr('repopt_timm.scale_commands.known_scales', lambda: [row])
+    assert main(['scales', 'list']) == 0
+    assert rb'\u732b/a0' in output.getvalue()
 
 
 def test_the_version_is_that_of_the_package(capsys):

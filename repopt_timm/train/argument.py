@@ -142,6 +142,9 @@ class Argument:
             raise self._error(value, where)
         if kind is str and '\0' in item:
             raise ValueError(f'{where} has a null character, expected {self.expected}.')
+        if kind is str and any('\ud800' <= character <= '\udfff' for character in item):
+            # Bytes of a file's name that are not UTF-8. The config that the run writes could not be read with them.
+            raise ValueError(f'{where} is {item!a}, expected UTF-8: rename the file or folder.')
         if kind is dict and not all(isinstance(key, str) for key in item):
             raise self._error(value, where)
         return item

@@ -152,7 +152,9 @@ def given_arguments(namespace: argparse.Namespace) -> dict[str, Any]:
     texts.pop('config', None)
     folder = texts.pop('data', None)
     given = {name: _argument(name, 'train').parse(text, ARGUMENTS[name].flag) for name, text in texts.items()}
-    return given if folder is None else _with_data(given, folder, 'The command line')
+    if folder is None:
+        return given
+    return _with_data(given, ARGUMENTS['data_dir'].parse(folder, 'The folder of images'), 'The command line')
 
 
 def configured_arguments(name: str) -> dict[str, Any]:

@@ -103,6 +103,14 @@ def test_written_arguments_are_read_as_they_were(tmp_path, words):
     assert vars(again) == vars(argparse.Namespace(**{**vars(args), 'config': str(tmp_path / 'args.yaml')}))
 
 
+@pytest.mark.parametrize(
+    'words', [['photos_\udce9'], ['--data-dir', 'photos_\udce9'], ['--search-kwargs', 'data=\udce9']]
+)
+def test_a_name_that_a_config_cannot_hold_is_refused(words):
+    with pytest.raises(ValueError, match=r"is '.*\\udce9', expected UTF-8: rename the file or folder"):
+        parse_arguments(words)
+
+
 def test_a_config_that_would_take_forever_to_read_is_refused(tmp_path):
     for text, message in (
         (f'lr: 1{":1" * 150_000}\n', 'a number of 300001 characters'),
