@@ -17,7 +17,7 @@ from .evaluation import UNSTEADY, evaluate
 from .int8_table import compare_int8, comparison_table
 from .layer_noise import layer_report, plot_layers
 from .onnx_export import OPSET, ExportOptions, export_onnx
-from .quantization import CALIBRATIONS, TARGETS, WEIGHTS, QuantizationOptions, quantize_onnx
+from .quantization import CALIBRATIONS, TARGETS, WEIGHTS, Quantization, QuantizationOptions, quantize_onnx
 from .runtime import require, save_onnx
 from .sensitivity import keep_in_float, layer_sensitivity, plot_sensitivity, sensitivity_table
 
@@ -27,6 +27,8 @@ _logger = logging.getLogger(__name__)
 
 _MODEL = 'checkpoint, folder in the format of timm, or name for timm.create_model'
 _EQUALIZE = 'remove dead channels and equalize layers, which changes no logit'
+_REPORT_FILES = ('layers.png', 'layers.json')
+_SENSITIVITY_FILES = ('sensitivity.md', 'sensitivity.json', 'sensitivity.png')
 _DATA = 'folder of images, <class>/..., or one with a folder for each split'
 
 
@@ -182,41 +184,62 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    if args.versus and not args.report:
-        raise ValueError('--versus draws another model into the report: name a folder for it with --report.')
-    if args.versus == args.model:
-        raise ValueError(f"--versus '{args.versus}' is the model itself: name another one to draw beside it.")
-    if args.max_drop is not None and not args.max_drop >= 0:
-        raise ValueError(f'--max-drop is {args.max_drop}, expected points of accuracy, 0 or more.')
-    sources = [args.model, *([args.versus] if args.versus else [])]
-    path = check_output(args.out, *sources)
-    if args.report:
-        require('matplotlib')
-        picture, table = (check_output(Path(args.report, name), *sources) for name in ('layers.png', 'layers.json'))
-    if args.sensitivity:
-        require('matplotlib')
-    named = {suffix: Path(args.sensitivity or '', f'sensitivity.{suffix}') for suffix in ('md', 'json', 'png')}
-    files = {suffix: check_output(file, *sources) for suffix, file in named.items() if args.sensitivity}
+    files = _quantize_files(args)
     options = form_options(args)
-    name = _short if len(set(map(_short, sources))) == len(sources) else str
-    reports = {}
     labelled = args.max_drop is not None
     done = quantize_onnx(args.model, args.data, options, args.split, _overrides(args), labelled)
     unhealthy = done.warnings()
     _warn(unhealthy)
     if labelled:
         _warn(_unresolved(args.max_drop, len(done.indices)))
-    if args.sensitivity or args.max_drop is not None:
-        ranking = layer_sensitivity(done)
+    ranking = layer_sensitivity(done) if args.sensitivity or labelled else {}
     if args.sensitivity:
         # Before what may be refused: the ranking shows what else to try.
-        plot_sensitivity(ranking, files['png'])
-        write_text(files['json'], json.dumps(ranking, indent=2) + '\n')
-        write_text(files['md'], sensitivity_table(ranking) + '\n')
+        plot_sensitivity(ranking, files['sensitivity.png'])
+        write_text(files['sensitivity.json'], json.dumps(ranking, indent=2) + '\n')
+        write_text(files['sensitivity.md'], sensitivity_table(ranking) + '\n')
     kept: dict[str, Any] = {}
-    if args.max_drop is not None:
+    if labelled:
         done, kept = keep_in_float(done, ranking, args.max_drop)
-    result: dict[str, Any] = {
+        _warn([] if kept['ms'] else [UNSTEADY])
+    result = _quantize_result(args, done, kept)
+    reports = _layer_reports(args, done) if args.report else {}
+    save_onnx(done.quantized, files['out'])
+    if args.report:
+        plot_layers(reports, files['layers.png'])
+        write_text(files['layers.json'], json.dumps(reports, indent=2) + '\n')
+    advise_equalize = bool(kept.get('kept') and unhealthy and not options.equalize)
+    print_result(args, result, _quantize_text(args, result, ranking, advise_equalize))
+
+
+def _quantize_files(args: argparse.Namespace) -> dict[str, Path]:
+    """Checks what can be known before the work, and returns the files to write."""
+    if args.versus and not args.report:
+        raise ValueError('--versus draws another model into the report: name a folder for it with --report.')
+    if args.versus == args.model:
+        raise ValueError(f"--versus '{args.versus}' is the model itself: name another one to draw beside it.")
+    if args.max_drop is not None and not args.max_drop >= 0:
+        raise ValueError(f'--max-drop is {args.max_drop}, expected points of accuracy, 0 or more.')
+    if args.report or args.sensitivity:
+        require('matplotlib')
+    named = {'out': args.out}
+    for folder, names in ((args.report, _REPORT_FILES), (args.sensitivity, _SENSITIVITY_FILES)):
+        named |= {name: Path(folder, name) for name in names if folder}
+    sources = [args.model, *([args.versus] if args.versus else [])]
+    return {name: check_output(file, *sources) for name, file in named.items()}
+
+
+def _layer_reports(args: argparse.Namespace, done: Quantization) -> dict[str, Any]:
+    reports = {args.model: layer_report(done)}
+    if args.versus:
+        other = quantize_onnx(args.versus, args.data, form_options(args), args.split, _overrides(args))
+        reports[args.versus] = layer_report(other)
+    name = _short if len(set(map(_short, reports))) == len(reports) else str
+    return {name(source): report for source, report in reports.items()}
+
+
+def _quantize_result(args: argparse.Namespace, done: Quantization, kept: Mapping[str, Any]) -> dict[str, Any]:
+    result = {
         'out': args.out,
         'bytes': done.quantized.ByteSize(),
         'float_bytes': done.model.ByteSize(),
@@ -227,34 +250,31 @@ def _quantize(args: argparse.Namespace) -> None:
         'outliers': kernel_outliers(done.model),
         **kept,
     }
+    if done.equalization:
+        result['equalization'] = done.equalization.counts
+    named = {'report': args.report, 'sensitivity': args.sensitivity}
+    return {**result, **{name: folder for name, folder in named.items() if folder}}
+
+
+def _quantize_text(
+    args: argparse.Namespace, result: Mapping[str, Any], ranking: Mapping[str, Any], advise_equalize: bool
+) -> str:
     text = (
         f'{args.model} -> {args.out}: {_megabytes(result["float_bytes"])} -> {_megabytes(result["bytes"])}; calibrated '
         f'on {result["images"]} images of {result["folder"]}, of which {result["agreement"]:.1f} % are classified as '
         f'before'
     )
-    if done.equalization:
-        result['equalization'] = done.equalization.counts
-        text += f'; {describe(done.equalization.counts)}'
-    if kept:
-        text += '; ' + _kept_text(kept)
-        _warn([] if kept['ms'] else [UNSTEADY])
-        if kept['kept'] and unhealthy and not options.equalize:
-            text += '; try --equalize, which costs no time'
+    if 'equalization' in result:
+        text += f'; {describe(result["equalization"])}'
+    if 'kept' in result:
+        text += '; ' + _kept_text(result)
+    if advise_equalize:
+        text += '; try --equalize, which costs no time'
     if args.report:
-        reports[name(args.model)] = layer_report(done)
-    if args.versus:
-        other = quantize_onnx(args.versus, args.data, options, args.split, _overrides(args))
-        reports[name(args.versus)] = layer_report(other)
-    save_onnx(done.quantized, path)
-    if args.report:
-        result['report'] = args.report
-        plot_layers(reports, picture)
-        write_text(table, json.dumps(reports, indent=2) + '\n')
         text += f'; report in {args.report}'
     if args.sensitivity:
-        result['sensitivity'] = args.sensitivity
         text += f'; sensitivity in {args.sensitivity}, most sensitive:\n{sensitivity_table(ranking, 5)}'
-    print_result(args, result, text)
+    return text
 
 
 def _kept_text(kept: Mapping[str, Any]) -> str:
