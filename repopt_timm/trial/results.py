@@ -14,9 +14,10 @@ from ..train.run_folder import SCALES_FILE
 from .arms import arm_of
 from .intervals import Interval
 from .networks import plain_network, read_networks
+from .trial_folder import SETTINGS_FILE, SHARED_FILE, read_saved_settings
 from .trial_plan import choose
 from .trial_runs import Outcome, TrialRuns, outcome_of
-from .trial_settings import SETTINGS_FILE, SHARED_FILE, TrialSettings, read_saved_settings
+from .trial_settings import TrialSettings
 from .tuning import Choice
 
 __all__ = ['SAME_TIME', 'ArmResult', 'TrialResult', 'open_trial', 'paired', 'read_results']

@@ -17,15 +17,11 @@ from ..train.validation import check_arguments
 from .execution import run_all, threads_of
 from .networks import measure_networks
 from .results import read_results
+from .trial_folder import write_settings
 from .trial_plan import open_runs
 from .trial_report import report_trial, report_trials
 from .trial_runs import LOG_FILE, TrialRuns
-from .trial_settings import (
-    add_trial_arguments,
-    read_report_settings,
-    read_settings,
-    write_settings,
-)
+from .trial_settings import add_trial_arguments, read_report_settings, read_settings
 
 __all__ = ['add_commands', 'run_trial']
 

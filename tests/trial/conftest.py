@@ -4,9 +4,10 @@ import pytest
 
 from repopt_timm.console import CommandParser
 from repopt_timm.trial.trial_command import add_commands
+from repopt_timm.trial.trial_folder import write_settings
 from repopt_timm.trial.trial_plan import open_runs
 from repopt_timm.trial.trial_runs import TrialRuns
-from repopt_timm.trial.trial_settings import read_settings, write_settings
+from repopt_timm.trial.trial_settings import read_settings
 
 from ..helpers import TINY
 
