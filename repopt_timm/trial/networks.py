@@ -18,6 +18,7 @@ from ..files import write_text
 from ..model_size import count_parameters
 from ..train.validation import check_layout
 from .arms import arm_of
+from .trial_folder import has_trained
 from .trial_runs import TrialRuns
 
 __all__ = ['NETWORKS_FILE', 'measure_networks', 'plain_network', 'read_networks']
@@ -52,7 +53,8 @@ def measure_networks(
     Raises:
         ValueError: If a network cannot be made, or does not take images of this size.
     """
-    known = read_networks(runs.folder)
+    # Until something has trained they may be of other arguments.
+    known = read_networks(runs.folder) if has_trained(runs.folder) else {}
     if set(runs.settings.arms) <= set(known):
         return
     before = torch.get_num_threads()

@@ -5,16 +5,14 @@ import math
 import statistics
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from ..scales import Scales, read_scale_file
 from ..scales.movement import Movement, movement
-from ..train.parsing import parse_arguments
 from ..train.run_folder import SCALES_FILE
 from .arms import arm_of
 from .intervals import Interval
 from .networks import plain_network, read_networks
-from .trial_folder import SETTINGS_FILE, SHARED_FILE, read_saved_settings
+from .trial_folder import SETTINGS_FILE, read_saved_settings, read_shared
 from .trial_plan import choose
 from .trial_runs import Outcome, TrialRuns, outcome_of
 from .trial_settings import TrialSettings
@@ -121,9 +119,7 @@ def open_trial(folder: Path) -> TrialRuns:
     """
     if not (folder / SETTINGS_FILE).is_file():
         raise FileNotFoundError(f"'{folder}' is not the folder of a trial: it has no {SETTINGS_FILE}.")
-    values = read_saved_settings(folder)
-    given: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in values.items()}
-    return TrialRuns(folder, TrialSettings(**given), parse_arguments(['-c', str(folder / SHARED_FILE)]))
+    return TrialRuns(folder, read_saved_settings(folder), read_shared(folder))
 
 
 def read_results(folder: Path, reference: str | None = None) -> TrialResult:

@@ -17,7 +17,7 @@ from ..train.validation import check_arguments
 from .execution import run_all, threads_of
 from .networks import measure_networks
 from .results import read_results
-from .trial_folder import write_settings
+from .trial_folder import joined_settings, write_settings
 from .trial_plan import open_runs
 from .trial_report import report_trial, report_trials
 from .trial_runs import LOG_FILE, TrialRuns
@@ -59,16 +59,18 @@ def run_trial(namespace: argparse.Namespace) -> None:
     settings, shared, local = read_settings(namespace)
     num_classes, device = _check(shared)
     folder = Path(local.output)
-    write_settings(folder, settings, shared)
+    joined = joined_settings(folder, settings, shared, local.reference)
     runs = TrialRuns(folder, settings, shared)
     threads = threads_of(local.jobs, local.threads)
     measure_networks(runs, num_classes, device, threads)
+    # Only now: a network that cannot be made leaves the folder to the command that is right.
+    write_settings(folder, joined, shared)
     try:
         failed = run_all(partial(open_runs, runs), shared, local.jobs, threads)
     except KeyboardInterrupt:
         print('Stopped. The same command continues the trial.', file=sys.stderr)
         raise
-    print(report_trial(read_results(folder, settings.reference)))
+    print(report_trial(read_results(folder)))
     print(f'Report, picture, JSON and the CSV of all epochs are in {folder}')
     if failed:
         logs = ', '.join(f"'{run.folder / LOG_FILE}'" for run in failed)
@@ -77,10 +79,7 @@ def run_trial(namespace: argparse.Namespace) -> None:
 
 def _report(folders: Sequence[str], output: str | None, reference: str | None) -> None:
     trials = [read_results(Path(folder), reference) for folder in folders]
-    if len(trials) == 1 and output is None:
-        print(report_trial(trials[0]))
-    else:
-        print(report_trials(trials, Path(output or folders[0])))
+    print(report_trial(trials[0]) if output is None else report_trials(trials, Path(output)))
 
 
 def _check(shared: argparse.Namespace) -> tuple[int | None, torch.device]:

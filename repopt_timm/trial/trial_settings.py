@@ -175,7 +175,8 @@ def read_settings(namespace: argparse.Namespace) -> tuple[TrialSettings, argpars
         namespace: What the parser gave.
 
     Returns:
-        What the trial is of; what its runs share, as arguments of a run; and `jobs`, `threads` and `output`.
+        What the trial is of; what its runs share, as arguments of a run; and `jobs`, `threads`,
+        `output`, and `reference` if it is given.
 
     Raises:
         FileNotFoundError: If the config does not exist.
@@ -210,8 +211,8 @@ def read_settings(namespace: argparse.Namespace) -> tuple[TrialSettings, argpars
     )
     if settings.lr is None and settings.tuning_seed in settings.seeds:
         raise ValueError(f'--tuning-seed is {settings.tuning_seed}, expected a seed of its own.')
-    output = own['output'] or f'output/{model}-trial'
-    return settings, shared, argparse.Namespace(jobs=own['jobs'], threads=own['threads'], output=output)
+    local = {name: own[name] for name in ('jobs', 'threads', 'reference')}
+    return settings, shared, argparse.Namespace(**local, output=own['output'] or f'output/{model}-trial')
 
 
 def _given_scales(words: Sequence[str]) -> dict[str, str]:

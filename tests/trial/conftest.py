@@ -4,7 +4,7 @@ import pytest
 
 from repopt_timm.console import CommandParser
 from repopt_timm.trial.trial_command import add_commands
-from repopt_timm.trial.trial_folder import write_settings
+from repopt_timm.trial.trial_folder import joined_settings, write_settings
 from repopt_timm.trial.trial_plan import open_runs
 from repopt_timm.trial.trial_runs import TrialRuns
 from repopt_timm.trial.trial_settings import read_settings
@@ -45,9 +45,9 @@ def trial(tmp_path):
     """Makes the runs of a trial."""
 
     def make(*words, folder='trial'):
-        settings, shared, _ = settings_of(*words)
+        settings, shared, local = settings_of(*words)
         folder = tmp_path / folder
-        write_settings(folder, settings, shared)
+        write_settings(folder, joined_settings(folder, settings, shared, local.reference), shared)
         return TrialRuns(folder, settings, shared)
 
     return make
