@@ -35,6 +35,11 @@ class Arm:
     scales: str = ''
     model_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def network_key(self) -> str:
+        """A key that arms of the same network share."""
+        return f'{self.kind} {self.model_kwargs}'
+
 
 ARMS: dict[str, Arm] = {
     'branches': Arm("timm's multi-branch network, SGD", 'sgd', 'branches'),

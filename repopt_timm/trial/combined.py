@@ -10,10 +10,14 @@ from ..reporting import markdown_table
 from .arms import in_order
 from .intervals import Interval
 from .results import SAME_TIME, ArmResult, TrialResult, paired
+from .trial_folder import protocol
 from .trial_pictures import colors_of
 from .verdict import accuracy_text, interval_text, verdict
 
 __all__ = ['combined_report', 'draw_trials']
+
+# What changes with the length of a run.
+_BUDGET = ('epochs', 'warmup_epochs', 'val_interval')
 
 # A marker and a line for each number of epochs.
 _STYLES = ('o-', 's--', '^:', 'D-.')
@@ -29,7 +33,7 @@ class _Row(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        return self.arm.epoch_seconds * self.epochs
+        return self.arm.seconds(self.epochs)
 
     @property
     def mean(self) -> Interval:
@@ -40,11 +44,12 @@ def combined_report(trials: Sequence[TrialResult]) -> str:
     """Returns tables and verdicts of several trials as Markdown; those at equal wall time if their epochs differ."""
     trials = sorted(trials, key=lambda trial: (trial.convolutions, trial.shared.epochs))
     head = ['trial', 'convolutions', 'epochs', 'arm', 'lr', 'seeds', 'top-1, 95 %', 'difference, 95 %', 'wall time']
+    searched = any(arm.search_seconds for trial in trials for arm in trial.arms.values())
     parts = [
         f'# {len(trials)} trials',
         'Top-1 accuracy in percent on the validation images after the last epoch. Differences are from '
         f'{" or ".join(sorted({trial.settings.reference for trial in trials}))}, over paired seeds. Wall time is the '
-        'training time of one run.',
+        f'training time of one run{" and of its search" if searched else ""}.',
         _arms_beside_each_other(trials),
         markdown_table(head, [_cells(row) for row in _rows(trials)], align=True),
     ]
@@ -98,12 +103,18 @@ def _equal_times(trials: Sequence[TrialResult]) -> Iterator[str]:
                 row
                 for row in rows
                 if row.arm.name == name != slowest.arm.name
-                and row.trial.convolutions == trial.convolutions
+                and _task(row.trial) == _task(trial)
                 and row.epochs > slowest.epochs
                 and row.seconds <= slowest.seconds * SAME_TIME
             ]
             if rivals:
                 yield _comparison(max(rivals, key=lambda row: row.seconds), slowest)
+
+
+def _task(trial: TrialResult) -> dict[str, Any]:
+    """Returns all that runs of several lengths have to have in common."""
+    values = {name: value for name, value in protocol(trial.shared).items() if name not in _BUDGET}
+    return {**values, 'model': trial.settings.model}
 
 
 def _comparison(rival: _Row, slowest: _Row) -> str:

@@ -66,7 +66,7 @@ def measure_networks(
     if device.type == 'cuda':
         # The runs are other processes.
         torch.cuda.empty_cache()
-    arms = {arm: found[_network_key(arm)] for arm in runs.settings.arms}
+    arms = {arm: found[arm_of(arm).network_key] for arm in runs.settings.arms}
     write_text(runs.folder / NETWORKS_FILE, json.dumps({**known, **arms}, indent=2) + '\n')
 
 
@@ -78,7 +78,7 @@ def _measured(runs: TrialRuns, num_classes: int | None, device: torch.device) ->
     layout = torch.channels_last if shared.channels_last else torch.contiguous_format
     images = torch.randn(shared.batch_size, *size, device=device).to(memory_format=layout)
     labels = torch.randint(0, shared.num_classes or num_classes or 1000, (shared.batch_size,), device=device)
-    arms = {_network_key(arm): arm for arm in runs.settings.arms}
+    arms = {arm_of(arm).network_key: arm for arm in runs.settings.arms}
     _logger.info(f'Measures training steps on {device}, {shared.batch_size} images of {size} each.')
     found, steps = {}, {}
     for key, arm in arms.items():
@@ -96,11 +96,6 @@ def _measured(runs: TrialRuns, num_classes: int | None, device: torch.device) ->
 def plain_network(runs: TrialRuns, num_classes: int | None = 1000) -> nn.Module:
     """Makes the plain network of a trial."""
     return _make(runs.settings.model, runs.shared, num_classes, runs.shared.model_kwargs)
-
-
-def _network_key(arm: str) -> str:
-    """Returns a key that arms of the same network share."""
-    return f'{arm_of(arm).kind} {arm_of(arm).model_kwargs}'
 
 
 def _network(runs: TrialRuns, arm: str, num_classes: int | None) -> nn.Module:

@@ -3,6 +3,7 @@
 import argparse
 import math
 import statistics
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from .intervals import Interval
 from .networks import plain_network, read_networks
 from .trial_folder import SETTINGS_FILE, read_saved_settings, read_shared
 from .trial_plan import choose
-from .trial_runs import Outcome, TrialRuns, outcome_of
+from .trial_runs import Outcome, TrialRuns
 from .trial_settings import TrialSettings
 from .tuning import Choice
 
@@ -33,7 +34,8 @@ class ArmResult:
         choice: Its learning rate.
         tuning: Learning rate to accuracy on held-out images; NaN if the run diverged or is not finished.
         outcomes: Seed to what has become of the run; runs that have not begun are not there.
-        epoch_seconds: Median time of an epoch's training over all runs; NaN if unknown.
+        epoch_seconds: Median time of an epoch's training over all runs of the arm's network; NaN if unknown.
+        search_seconds: Time of the search that precedes a run, 0 without one; NaN if unknown.
         network: What its network costs, see `measure_networks`.
     """
 
@@ -42,6 +44,7 @@ class ArmResult:
     tuning: dict[float, float]
     outcomes: dict[int, Outcome]
     epoch_seconds: float
+    search_seconds: float
     network: dict[str, float]
 
     @property
@@ -63,14 +66,16 @@ class ArmResult:
         """Whether every learning rate diverged."""
         return self.choice.best is None and not self.choice.missing
 
+    def seconds(self, epochs: float) -> float:
+        """Returns the time in which a run trains so many epochs, its search included; NaN if unknown."""
+        return self.search_seconds + epochs * self.epoch_seconds
+
     def top1_within(self, seconds: float) -> dict[int, tuple[int, float]]:
-        """Returns seed to the last evaluated epoch that ended within so many seconds of training, and its accuracy."""
+        """Returns seed to the last evaluated epoch that ended within so many seconds, and its accuracy."""
         found = {}
         for seed, each in self.outcomes.items():
             rows = [
-                row
-                for row in each.history
-                if 'eval_top1' in row and row['epoch'] * self.epoch_seconds <= seconds * SAME_TIME
+                row for row in each.history if 'eval_top1' in row and self.seconds(row['epoch']) <= seconds * SAME_TIME
             ]
             if each.finished and rows:
                 found[seed] = int(rows[-1]['epoch']), rows[-1]['eval_top1']
@@ -136,7 +141,7 @@ def read_results(folder: Path, reference: str | None = None) -> TrialResult:
     runs = open_trial(folder)
     settings = runs.settings
     networks = read_networks(folder)
-    arms = {name: _arm(runs, name, networks.get(name, {})) for name in settings.arms}
+    arms = _read_arms(runs, networks)
     if reference is not None and reference not in arms:
         raise ValueError(f"'{folder}' has no arm {reference}, expected one of {', '.join(arms)}.")
     if reference is not None:
@@ -146,21 +151,54 @@ def read_results(folder: Path, reference: str | None = None) -> TrialResult:
     return TrialResult(folder, settings, runs.shared, arms, _search(runs), convolutions)
 
 
-def _arm(runs: TrialRuns, name: str, network: dict[str, float]) -> ArmResult:
-    choice = choose(runs, name)
-    outcomes: dict[int, Outcome] = {}
-    for seed in runs.settings.seeds:
-        if choice.best is None:
-            break
-        outcome = runs.training(name, seed, choice.best).outcome
-        if outcome.history or outcome.failure:
-            outcomes[seed] = outcome
-    seconds = [row['train_seconds'] for each in outcomes.values() for row in each.history if 'train_seconds' in row]
-    tuned = {
-        float(folder.name.removeprefix('lr-')): outcome_of(folder, runs.settings.tuning_epochs).top1
-        for folder in sorted((runs.folder / 'tuning' / name).glob('lr-*'))
+def _read_arms(runs: TrialRuns, networks: Mapping[str, dict[str, float]]) -> dict[str, ArmResult]:
+    choices = {name: choose(runs, name) for name in runs.settings.arms}
+    outcomes = {name: _outcomes(runs, name, choice.best) for name, choice in choices.items()}
+    return {
+        name: ArmResult(
+            name=name,
+            choice=choice,
+            tuning=_tuned(runs, name),
+            outcomes=outcomes[name],
+            epoch_seconds=_epoch_seconds(outcomes, arm_of(name).network_key),
+            search_seconds=_search_seconds(runs, name),
+            network=networks.get(name, {}),
+        )
+        for name, choice in choices.items()
     }
-    return ArmResult(name, choice, tuned, outcomes, statistics.median(seconds) if seconds else math.nan, network)
+
+
+def _outcomes(runs: TrialRuns, arm: str, lr: float | None) -> dict[int, Outcome]:
+    if lr is None:
+        return {}
+    found = {seed: runs.training(arm, seed, lr).outcome for seed in runs.settings.seeds}
+    return {seed: outcome for seed, outcome in found.items() if outcome.history or outcome.failure}
+
+
+def _tuned(runs: TrialRuns, arm: str) -> dict[float, float]:
+    rates = [float(folder.name.removeprefix('lr-')) for folder in (runs.folder / 'tuning' / arm).glob('lr-*')]
+    return {lr: runs.tuning(arm, lr).outcome.top1 for lr in sorted(rates)}
+
+
+def _epoch_seconds(outcomes: Mapping[str, Mapping[int, Outcome]], network_key: str) -> float:
+    """Returns the median over all arms of a network: what sets them apart is what else the machine did meanwhile."""
+    alike = [
+        outcome
+        for arm, found in outcomes.items()
+        if arm_of(arm).network_key == network_key
+        for outcome in found.values()
+    ]
+    return _median_seconds(alike)
+
+
+def _search_seconds(runs: TrialRuns, arm: str) -> float:
+    searches = [run for seed in runs.settings.seeds if (run := runs.training(arm, seed, 0.1).after) is not None]
+    return searches[0].epochs * _median_seconds([run.outcome for run in searches]) if searches else 0.0
+
+
+def _median_seconds(outcomes: Iterable[Outcome]) -> float:
+    seconds = [row['train_seconds'] for each in outcomes for row in each.history if 'train_seconds' in row]
+    return statistics.median(seconds) if seconds else math.nan
 
 
 def _search(runs: TrialRuns) -> Movement | None:

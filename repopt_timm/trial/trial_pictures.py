@@ -1,5 +1,6 @@
 """Pictures of trials: accuracy against epochs and wall time, and differences with their intervals."""
 
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -40,10 +41,9 @@ def draw_trial(trial: TrialResult, path: Path) -> Any:
         if not curve:
             continue
         color = colors[arm.name]
-        for axes, unit in ((epochs, 1.0), (times, arm.epoch_seconds)):
-            if unit != unit:
+        for axes, x in ((epochs, list(curve)), (times, [arm.seconds(epoch) for epoch in curve])):
+            if math.isnan(x[0]):
                 continue
-            x = [epoch * unit for epoch in curve]
             axes.plot(x, [statistics.fmean(values) for values in curve.values()], color=color, label=arm.name)
             low, high = ([end(values) for values in curve.values()] for end in (min, max))
             axes.fill_between(x, low, high, color=color, alpha=0.15)

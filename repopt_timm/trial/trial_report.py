@@ -117,6 +117,7 @@ def _arm_values(trial: TrialResult, arm: ArmResult) -> dict[str, Any]:
         'difference': {**asdict(difference), 'lower': difference.lower, 'upper': difference.upper},
         'diverged': {seed: each.failure for seed, each in arm.outcomes.items() if each.failure},
         'epoch_seconds': arm.epoch_seconds,
+        'search_seconds': arm.search_seconds,
         **arm.network,
     }
 

@@ -1,5 +1,7 @@
 """What a trial shows, in tables and in plain words."""
 
+import math
+
 from ..reporting import markdown_table
 from .intervals import Interval
 from .results import ArmResult, TrialResult
@@ -91,7 +93,7 @@ def _row(trial: TrialResult, arm: ArmResult) -> list[str]:
         str(len(arm.top1)),
         accuracy_text(arm),
         difference,
-        '-' if arm.epoch_seconds != arm.epoch_seconds else f'{arm.epoch_seconds:.1f}',
+        '-' if math.isnan(arm.epoch_seconds) else f'{arm.epoch_seconds:.1f}',
         '-' if step is None else f'{step:.2f} x',
         f'{network["activations"] / 1e6:.2f} MB' if network else '-',
         f'{network["parameters"] / 1e6:.2f} M' if network else '-',
@@ -100,19 +102,20 @@ def _row(trial: TrialResult, arm: ArmResult) -> list[str]:
 
 def time_table(trial: TrialResult) -> str:
     """Returns accuracies at the wall time of the fastest arm's runs; nothing if all arms take about as long."""
-    known = [arm for arm in trial.arms.values() if arm.epoch_seconds == arm.epoch_seconds and arm.top1]
     epochs = trial.shared.epochs + trial.shared.cooldown_epochs
-    fastest, slowest = (end(known, key=lambda arm: arm.epoch_seconds, default=None) for end in (min, max))
-    if fastest is None or slowest is None or slowest.epoch_seconds < _FASTER * fastest.epoch_seconds:
+    times = {arm.name: arm.seconds(epochs) for arm in trial.arms.values() if arm.top1}
+    times = {name: seconds for name, seconds in times.items() if not math.isnan(seconds)}
+    if not times or max(times.values()) < _FASTER * min(times.values()):
         return ''
-    seconds = fastest.epoch_seconds * epochs
+    seconds = min(times.values())
+    fastest = [name for name, each in times.items() if each == seconds]
     rows = []
-    for arm in known:
+    for name, whole in times.items():
+        arm = trial.arms[name]
         reached = arm.top1_within(seconds)
         values = [top1 for _, top1 in reached.values()]
         done = max((epoch for epoch, _ in reached.values()), default=0)
-        whole = arm.epoch_seconds * epochs
         accuracy = interval_text(Interval.of(values), sign=False)
-        rows.append([arm.name, f'{whole:.0f} s', f'{done} of {epochs}', accuracy])
-    title = f'epochs in {seconds:.0f} s ({fastest.name})'
+        rows.append([name, f'{whole:.0f} s', f'{done} of {epochs}', accuracy])
+    title = f'epochs in {seconds:.0f} s ({", ".join(fastest)})'
     return markdown_table(['arm', 'wall time of a run', title, 'top-1 by then, 95 %'], rows, align=True)

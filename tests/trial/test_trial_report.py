@@ -10,7 +10,7 @@ from repopt_timm.trial.networks import NETWORKS_FILE, plain_network
 from repopt_timm.trial.results import read_results
 from repopt_timm.trial.trial_report import trial_text
 
-from .conftest import fake_run, run_trial
+from .conftest import fake_run, run_trial, write_summary
 
 ARMS = ['--arms', 'sgd', 'repopt', '--lr', '0.1', '--epochs', '4']
 
@@ -86,12 +86,36 @@ def test_a_learning_rate_at_the_edge_is_said_to_be_there(trial):
 
 
 def test_arms_are_compared_at_the_wall_time_of_the_fastest(trial):
-    runs = trial(*ARMS, '--seeds', '1')
-    fake_run(runs.training('sgd', 0, 0.1), 40, seconds=1)
-    fake_run(runs.training('repopt', 0, 0.1), 40, seconds=2)
+    runs = trial('--arms', 'branches', 'repopt', '--lr', '0.1', '--epochs', '4', '--seeds', '1')
+    fake_run(runs.training('branches', 0, 0.1), 40, seconds=2)
+    fake_run(runs.training('repopt', 0, 0.1), 40, seconds=1)
     text = trial_text(read_results(runs.folder))
-    assert '| sgd    | 4 s                | 4 of 4              | 40.00               |' in text
-    assert '| repopt | 8 s                | 2 of 4              | 20.00               |' in text
+    assert '| branches | 8 s                | 2 of 4                 | 20.00               |' in text
+    assert '| repopt   | 4 s                | 4 of 4                 | 40.00               |' in text
+
+
+def test_arms_of_one_network_take_one_time_whatever_else_the_machine_did(trial):
+    runs = trial('--arms', 'branches', 'init', 'repopt', '--lr', '0.1', '--epochs', '4', '--seeds', '1')
+    for arm, seconds in (('branches', 4), ('init', 3), ('repopt', 1)):
+        fake_run(runs.training(arm, 0, 0.1), 40, seconds=seconds)
+    found = read_results(runs.folder)
+    assert {name: arm.epoch_seconds for name, arm in found.arms.items()} == {'branches': 4, 'init': 2, 'repopt': 2}
+    text = trial_text(found)
+    assert 'epochs in 8 s (init, repopt)' in text
+    assert '| repopt   | 8 s                | 4 of 4 ' in text and '| init     | 8 s                | 4 of 4 ' in text
+
+
+def test_a_search_counts_among_the_time_of_its_arm(trial):
+    runs = trial('--arms', 'sgd', 'search', '--search', '3', '--lr', '0.1', '--epochs', '4', '--seeds', '1')
+    write_summary(runs.training('search', 0, 0.1).after.folder, [10, 20, 30], seconds=2)
+    for arm in ('sgd', 'search'):
+        fake_run(runs.training(arm, 0, 0.1), 40, seconds=1)
+    found = read_results(runs.folder)
+    assert (found.arms['sgd'].seconds(4), found.arms['search'].seconds(4)) == (4, 10)
+    text = trial_text(found)
+    assert '| search | 10 s               | 0 of 4              | -                   |' in text
+    text = combined_report([found])
+    assert 'the training time of one run and of its search.' in text and '| 10 s      |' in text
 
 
 def test_it_is_said_what_the_searches_did(trial):
@@ -134,15 +158,19 @@ def test_trials_of_several_depths_have_one_report(finished, tmp_path):
 
 
 def test_budgets_are_compared_at_equal_wall_time(trial):
-    slow = trial('--arms', 'sgd', 'repopt', '--lr', '0.1', '--epochs', '2', '--seeds', '2', folder='short')
-    long = trial('--arms', 'sgd', 'repopt', '--lr', '0.1', '--epochs', '8', '--seeds', '2', folder='long')
-    for seed in (0, 1):
-        for runs, sgd, repopt in ((slow, 40 + seed, 41 + seed), (long, 60 + seed, 61 + seed)):
-            fake_run(runs.training('sgd', seed, 0.1), sgd, seconds=4)
-            fake_run(runs.training('repopt', seed, 0.1), repopt, seconds=1)
-    text = combined_report([read_results(slow.folder), read_results(long.folder)])
+    def make(epochs, top1, *words, folder):
+        more = ['--arms', 'branches', 'repopt', '--lr', '0.1', '--epochs', epochs, '--seeds', '2']
+        runs = trial(*more, *words, folder=folder)
+        for seed in (0, 1):
+            fake_run(runs.training('branches', seed, 0.1), top1 + seed, seconds=4)
+            fake_run(runs.training('repopt', seed, 0.1), top1 + 1 + seed, seconds=1)
+        return read_results(runs.folder)
+
+    short = make('2', 40, folder='short')
+    text = combined_report([short, make('8', 60, '--val-interval', '4', folder='long')])
     assert '| 2      | 40.50 (34.15 to 46.85) | 41.50 (35.15 to 47.85) |' in text
-    assert 'repopt in 8 epochs (8 s) and sgd in 2 epochs (8 s): +21.00 (21.00 to 21.00) points, 2 seeds.' in text
+    assert 'repopt in 8 epochs (8 s) and branches in 2 epochs (8 s): +21.00 (21.00 to 21.00) points, 2 seeds.' in text
+    assert '## Equal wall time' not in combined_report([short, make('8', 60, '--batch-size', '9', folder='other')])
 
 
 @pytest.mark.parametrize(
