@@ -12,7 +12,7 @@ from .intervals import Interval
 from .results import SAME_TIME, ArmResult, TrialResult, paired
 from .trial_folder import protocol
 from .trial_pictures import colors_of
-from .verdict import accuracy_text, interval_text, verdict
+from .verdict import accuracy_text, among_text, interval_text, verdict
 
 __all__ = ['combined_report', 'draw_trials']
 
@@ -64,10 +64,8 @@ def _arms_beside_each_other(trials: Sequence[TrialResult]) -> str:
     arms = in_order(name for trial in trials for name in trial.arms)
     rows = []
     for trial in trials:
-        own = _rows([trial])
-        means = {row.arm.name: row.mean for row in own if row.arm.top1}
-        cells = [interval_text(means[name], sign=False) if name in means else '-' for name in arms]
-        rows.append([trial.folder.name, str(trial.convolutions or '-'), str(own[0].epochs), *cells])
+        cells = [accuracy_text(trial, trial.arms[name]) if name in trial.arms else '-' for name in arms]
+        rows.append([trial.folder.name, str(trial.convolutions or '-'), str(_rows([trial])[0].epochs), *cells])
     return markdown_table(['trial', 'convolutions', 'epochs', *arms], rows, align=True)
 
 
@@ -84,7 +82,7 @@ def _cells(row: _Row) -> list[str]:
         arm.name,
         '-' if arm.choice.best is None else f'{arm.choice.best:g}',
         str(len(arm.top1)),
-        accuracy_text(arm),
+        accuracy_text(trial, arm),
         '' if arm is trial.reference else interval_text(trial.difference(arm.name)),
         '-' if math.isnan(row.seconds) else f'{row.seconds:.0f} s',
     ]
@@ -121,7 +119,7 @@ def _comparison(rival: _Row, slowest: _Row) -> str:
     difference = paired(rival.arm.top1, slowest.arm.top1)
     what = (
         f'{rival.arm.name} in {rival.epochs} epochs ({rival.seconds:.0f} s) and {slowest.arm.name} in {slowest.epochs} '
-        f'epochs ({slowest.seconds:.0f} s)'
+        f'epochs ({slowest.seconds:.0f} s){among_text(rival.arm, slowest.arm)}'
     )
     numbers = f'{interval_text(difference)} points, {difference.count} seeds'
     if difference.count < 2:

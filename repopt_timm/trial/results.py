@@ -15,7 +15,7 @@ from .intervals import Interval
 from .networks import plain_network, read_networks
 from .trial_folder import SETTINGS_FILE, read_saved_settings, read_shared
 from .trial_plan import choose
-from .trial_runs import Outcome, TrialRuns
+from .trial_runs import Outcome, Run, TrialRuns
 from .trial_settings import TrialSettings
 from .tuning import Choice
 
@@ -33,7 +33,9 @@ class ArmResult:
         name: Its name.
         choice: Its learning rate.
         tuning: Learning rate to accuracy on held-out images; NaN if the run diverged or is not finished.
-        outcomes: Seed to what has become of the run; runs that have not begun are not there.
+        outcomes: Seed to what has become of the run; runs that have not begun are not there, and one whose search
+            diverged has diverged as well.
+        search_failures: Folder of a search that diverged, to what it diverged with.
         epoch_seconds: Median time of an epoch's training over all runs of the arm's network; NaN if unknown.
         search_seconds: Time of the search that precedes a run, 0 without one; NaN if unknown.
         network: What its network costs, see `measure_networks`.
@@ -43,6 +45,7 @@ class ArmResult:
     choice: Choice
     tuning: dict[float, float]
     outcomes: dict[int, Outcome]
+    search_failures: dict[str, str]
     epoch_seconds: float
     search_seconds: float
     network: dict[str, float]
@@ -63,8 +66,8 @@ class ArmResult:
 
     @property
     def hopeless(self) -> bool:
-        """Whether every learning rate diverged."""
-        return self.choice.best is None and not self.choice.missing
+        """Whether every learning rate diverged, or the search before all of them."""
+        return self.choice.best is None and (not self.choice.missing or 'tuning' in self.search_failures)
 
     def seconds(self, epochs: float) -> float:
         """Returns the time in which a run trains so many epochs, its search included; NaN if unknown."""
@@ -160,6 +163,7 @@ def _read_arms(runs: TrialRuns, networks: Mapping[str, dict[str, float]]) -> dic
             choice=choice,
             tuning=_tuned(runs, name),
             outcomes=outcomes[name],
+            search_failures=_search_failures(runs, name),
             epoch_seconds=_epoch_seconds(outcomes, arm_of(name).network_key),
             search_seconds=_search_seconds(runs, name),
             network=networks.get(name, {}),
@@ -171,8 +175,15 @@ def _read_arms(runs: TrialRuns, networks: Mapping[str, dict[str, float]]) -> dic
 def _outcomes(runs: TrialRuns, arm: str, lr: float | None) -> dict[int, Outcome]:
     if lr is None:
         return {}
-    found = {seed: runs.training(arm, seed, lr).outcome for seed in runs.settings.seeds}
-    return {seed: outcome for seed, outcome in found.items() if outcome.history or outcome.failure}
+    found = {}
+    for seed in runs.settings.seeds:
+        run = runs.training(arm, seed, lr)
+        outcome = run.outcome
+        if run.after is not None and (failure := run.after.outcome.failure):
+            outcome = replace(outcome, failure=f'Its search diverged: {failure}')
+        if outcome.history or outcome.failure:
+            found[seed] = outcome
+    return found
 
 
 def _tuned(runs: TrialRuns, arm: str) -> dict[float, float]:
@@ -192,8 +203,19 @@ def _epoch_seconds(outcomes: Mapping[str, Mapping[int, Outcome]], network_key: s
 
 
 def _search_seconds(runs: TrialRuns, arm: str) -> float:
-    searches = [run for seed in runs.settings.seeds if (run := runs.training(arm, seed, 0.1).after) is not None]
-    return searches[0].epochs * _median_seconds([run.outcome for run in searches]) if searches else 0.0
+    searches = _searches(runs, arm)
+    return searches[0].epochs * _median_seconds(run.outcome for run in searches) if searches else 0.0
+
+
+def _search_failures(runs: TrialRuns, arm: str) -> dict[str, str]:
+    tuning = runs.tuning(arm, runs.settings.lrs[0]).after if runs.settings.lr is None else None
+    searches = [*([] if tuning is None else [tuning]), *_searches(runs, arm)]
+    return {run.folder.name: failure for run in searches if (failure := run.outcome.failure)}
+
+
+def _searches(runs: TrialRuns, arm: str) -> list[Run]:
+    runs_of_seeds = [runs.training(arm, seed, runs.settings.lrs[0]) for seed in runs.settings.seeds]
+    return [run.after for run in runs_of_seeds if run.after is not None]
 
 
 def _median_seconds(outcomes: Iterable[Outcome]) -> float:

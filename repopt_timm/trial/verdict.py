@@ -1,12 +1,13 @@
 """What a trial shows, in tables and in plain words."""
 
 import math
+from collections.abc import Sequence
 
 from ..reporting import markdown_table
 from .intervals import Interval
 from .results import ArmResult, TrialResult
 
-__all__ = ['accuracy_text', 'arms_table', 'interval_text', 'time_table', 'verdict']
+__all__ = ['accuracy_text', 'among_text', 'arms_table', 'interval_text', 'time_table', 'verdict']
 
 
 # On a busy machine less is chance.
@@ -21,12 +22,21 @@ def interval_text(interval: Interval, sign: bool = True) -> str:
     return mean if interval.count == 1 else f'{mean} ({interval.lower:.2f} to {interval.upper:.2f})'
 
 
-def accuracy_text(arm: ArmResult) -> str:
-    """Formats the mean accuracy of an arm, and how many of its runs diverged."""
-    text = interval_text(Interval.of(list(arm.top1.values())), sign=False)
-    if arm.hopeless or arm.diverged:
-        text += ', diverged: ' + ('all' if arm.hopeless else str(len(arm.diverged)))
-    return text
+def accuracy_text(trial: TrialResult, arm: ArmResult) -> str:
+    """Formats the mean accuracy of an arm, and how many of its runs diverged; `-` if none has ended."""
+    if arm.hopeless or len(arm.diverged) == len(trial.settings.seeds):
+        return 'all diverged'
+    return _with_diverged(list(arm.top1.values()), arm)
+
+
+def _with_diverged(top1: Sequence[float], arm: ArmResult) -> str:
+    mean = [interval_text(Interval.of(top1), sign=False)] if top1 or not arm.diverged else []
+    return ', '.join([*mean, *([f'diverged: {len(arm.diverged)}'] if arm.diverged else [])])
+
+
+def among_text(*arms: ArmResult) -> str:
+    """Returns what a comparison leaves out, to add to its sentence; nothing if no run diverged."""
+    return ', among the seeds that did not diverge' if any(arm.diverged for arm in arms) else ''
 
 
 def verdict(trial: TrialResult) -> list[str]:
@@ -41,37 +51,44 @@ def verdict(trial: TrialResult) -> list[str]:
 
 def _against(trial: TrialResult, name: str) -> str:
     reference = trial.reference.name
+    among = among_text(trial.arms[name], trial.reference)
     difference = trial.difference(name)
     if not difference.count:
         return f'{name} and {reference}: no seed with which both are finished.'
     if difference.count == 1:
         return (
-            f'{name} and {reference}: one seed, {difference.mean:+.2f} points. One seed cannot say how much of that is '
-            f'chance.'
+            f'{name} and {reference}{among}: one seed, {difference.mean:+.2f} points. One seed cannot say how much of '
+            f'that is chance.'
         )
     seeds = f'{difference.count} seeds'
     numbers = f'{difference.mean:+.2f} points, 95 % interval {difference.lower:+.2f} to {difference.upper:+.2f}'
     if not difference.excludes_zero:
-        return f'{name} and {reference}: no difference that {seeds} can show ({numbers}).'
+        return f'{name} and {reference}{among}: no difference that {seeds} can show ({numbers}).'
     better = 'better' if difference.mean > 0 else 'worse'
-    return f'{name} is {better} than {reference} by {abs(difference.mean):.2f} points ({numbers}, {seeds}).'
+    return f'{name} is {better} than {reference} by {abs(difference.mean):.2f} points{among} ({numbers}, {seeds}).'
 
 
 def _troubles(trial: TrialResult, arm: ArmResult) -> list[str]:
-    found = []
+    count = len(trial.settings.seeds)
+    found = [
+        f'The search in searches/{folder} diverged, and what needs its scales does not train: {failure} Repeat the '
+        f'trial in another --output with a lower learning rate of the searches, --search-kwargs lr=..., or with their '
+        f'gradients clipped, clip_grad=5.'
+        for folder, failure in arm.search_failures.items()
+    ]
     if arm.hopeless:
-        return [f'{arm.name} diverged at every learning rate that was tried.']
+        return found or [f'{arm.name} diverged at every learning rate that was tried.']
     if arm.choice.at_edge:
         found.append(
             f'The learning rate of {arm.name}, {arm.choice.best:g}, is at the edge of what was tried: a better one may '
             f'lie beyond.'
         )
     if arm.diverged:
-        count = len(trial.settings.seeds)
-        found.append(f'{len(arm.diverged)} of {count} runs of {arm.name} diverged; its mean is that of the others.')
-    missing = len(trial.settings.seeds) - len(arm.top1) - len(arm.diverged)
+        others = '; its mean is that of the others' if arm.top1 else ''
+        found.append(f'{len(arm.diverged)} of {count} runs of {arm.name} diverged{others}.')
+    missing = count - len(arm.top1) - len(arm.diverged)
     if missing:
-        found.append(f'{missing} of {len(trial.settings.seeds)} runs of {arm.name} are not finished.')
+        found.append(f'{missing} of {count} runs of {arm.name} are not finished.')
     return found
 
 
@@ -91,7 +108,7 @@ def _row(trial: TrialResult, arm: ArmResult) -> list[str]:
         f'{arm.name}: {arm.title}',
         '-' if arm.choice.best is None else f'{arm.choice.best:g}',
         str(len(arm.top1)),
-        accuracy_text(arm),
+        accuracy_text(trial, arm),
         difference,
         '-' if math.isnan(arm.epoch_seconds) else f'{arm.epoch_seconds:.1f}',
         '-' if step is None else f'{step:.2f} x',
@@ -115,7 +132,7 @@ def time_table(trial: TrialResult) -> str:
         reached = arm.top1_within(seconds)
         values = [top1 for _, top1 in reached.values()]
         done = max((epoch for epoch, _ in reached.values()), default=0)
-        accuracy = interval_text(Interval.of(values), sign=False)
+        accuracy = _with_diverged(values, arm)
         rows.append([name, f'{whole:.0f} s', f'{done} of {epochs}', accuracy])
     title = f'epochs in {seconds:.0f} s ({", ".join(fastest)})'
     return markdown_table(['arm', 'wall time of a run', title, 'top-1 by then, 95 %'], rows, align=True)

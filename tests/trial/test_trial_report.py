@@ -46,14 +46,61 @@ def finished(trial):
         ([-1.0, -1.1, -0.9], 'repopt is worse than sgd by 1.00 points'),
         ([1.0, -1.0, 0.3], 'repopt and sgd: no difference that 3 seeds can show (+0.10 points'),
         ([2.0], 'repopt and sgd: one seed, +2.00 points. One seed cannot say'),
-        ([1.0, None, 1.2], '1 of 3 runs of repopt diverged'),
+        ([1.0, None, 1.2], '1 of 3 runs of repopt diverged; its mean is that of the others.'),
+        ([None, 2.0], 'repopt and sgd, among the seeds that did not diverge: one seed, +2.00 points'),
+        ([1.0, None, 1.1], 'repopt is better than sgd by 1.05 points, among the seeds that did not diverge (+1.05'),
+        ([1.0, None, -1.0], 'repopt and sgd, among the seeds that did not diverge: no difference that 2 seeds'),
         ([None, None], 'repopt and sgd: no seed with which both are finished'),
+        ([None, None], '2 of 2 runs of repopt diverged.'),
     ],
 )
 def test_the_verdict_is_in_plain_words(finished, gains, sentence):
     text = trial_text(read_results(finished(gains).folder))
     assert sentence in text
-    assert ('diverged: ' in text) == (None in gains)
+    assert ('diverged' in text) == (None in gains)
+
+
+@pytest.mark.parametrize(
+    ('gains', 'cell'), [([1.0, None, 1.0], '54.00 (15.88 to 92.12), diverged: 1'), ([None, None], 'all diverged')]
+)
+def test_runs_that_diverged_are_beside_the_mean(finished, gains, cell):
+    result = read_results(finished(gains).folder)
+    rows = [line for line in combined_report([result]).splitlines() if line.startswith('| trial ')]
+    assert cell in rows[1] and cell in rows[-1] and cell in trial_text(result)
+
+
+def test_runs_that_have_not_begun_are_not_counted_as_diverged(trial):
+    runs = trial(*ARMS, '--seeds', '2')
+    fake_run(runs.training('repopt', 0, 0.1), None)
+    rows = combined_report([read_results(runs.folder)]).splitlines()
+    assert rows[6].split('|')[4:6] == [' -   ', ' diverged: 1 ']
+
+
+def test_a_search_that_diverged_is_said_to_have(trial):
+    runs = trial('--arms', 'sgd', 'search', '--search', '2', '--lr', '0.1', '--epochs', '2', '--seeds', '2')
+    run_trial(runs, lambda run: None if run.folder.name == 'seed-1' and 'searches' in run.folder.parts else 40)
+    (runs.training('search', 0, 0.1).after.result).unlink()
+    text = trial_text(read_results(runs.folder))
+    found = 'The search in searches/seed-1 diverged, and what needs its scales does not train: The training loss of'
+    assert found in text and '--search-kwargs lr=..., or with' in text
+    assert '1 of 2 runs of search diverged; its mean is that of the others.' in text
+    assert 'search and sgd, among the seeds that did not diverge: one seed' in text and 'not finished' not in text
+
+
+def test_an_arm_whose_choice_of_a_learning_rate_lacks_its_search_is_said_to(trial):
+    runs = trial('--arms', 'sgd', 'search', '--search', '2', '--epochs', '2', '--seeds', '2')
+    run_trial(runs, lambda run: None if 'searches' in run.folder.parts else 40)
+    text = trial_text(read_results(runs.folder))
+    assert 'The search in searches/tuning diverged' in text and '| all diverged ' in text
+    assert 'every learning rate' not in text and 'not finished' not in text
+
+
+def test_a_report_is_made_while_learning_rates_are_chosen(trial):
+    runs = trial('--arms', 'sgd', 'repopt', '--epochs', '2', '--cooldown-epochs', '2', '--seeds', '1')
+    run = runs.tuning('sgd', 0.1)
+    run.folder.mkdir(parents=True)
+    (run.folder / 'summary.csv').write_text('epoch,train_loss,eval_top1\n1,2.0,\n2,2.0,\n')
+    assert '1 of 1 runs of sgd are not finished' in trial_text(read_results(runs.folder))
 
 
 def test_a_report_is_a_table_json_raw_data_and_a_picture(finished, capsys):
