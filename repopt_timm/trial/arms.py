@@ -98,17 +98,17 @@ def arms_of(model: str, names: Sequence[str] | None, scales: Iterable[str], sear
     reasons = {}
     branches = ModelName.parse(model).of_kind('branches')
     if not timm.is_model(branches):
-        reasons['branches'] = reasons['unit_branches'] = f'timm has no {branches}'
+        reasons['branches'] = reasons['unit_branches'] = f'timm has no {branches}. Choose other arms.'
     elif model not in ARCHITECTURES:
-        reasons['unit_branches'] = f'the BatchNorms of {branches} start at 1 anyway'
+        reasons['unit_branches'] = f'the BatchNorms of {branches} start at 1 anyway. Choose branches.'
     if 'scales' not in scales:
-        reasons['scales'] = 'it needs --scales'
+        reasons['scales'] = 'it needs scales. Give them with --scales SOURCE.'
     if not search:
-        reasons['search'] = 'it needs --search'
+        reasons['search'] = 'it needs a search. Give its epochs with --search N.'
     for name in names or ():
         if name not in possible:
             raise ValueError(f"--arms has '{name}', expected one of {', '.join(possible)}, or a name of --scales.")
         if name in reasons:
-            raise ValueError(f"--arms has '{name}', but {reasons[name]}. Choose other arms.")
+            raise ValueError(f"--arms has '{name}', but {reasons[name]}")
     default = [name for name in possible if name not in reasons and name != 'unit_branches']
     return [name for name in possible if name in (names or default)]

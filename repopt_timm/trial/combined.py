@@ -163,7 +163,8 @@ def draw_trials(trials: Sequence[TrialResult], path: Path) -> Any:
         depths.plot([], [], color=colors[name], label=name)
     for budget, style in zip(budgets, _STYLES):
         depths.plot([], [], style, color='0.3', label=f'{budget} epochs')
-    figure.legend(loc='outside right upper', frameon=False)
+    if rows:
+        figure.legend(loc='outside right upper', frameon=False)
     save_figure(figure, path)
     return figure
 

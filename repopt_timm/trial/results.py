@@ -126,8 +126,15 @@ def open_trial(folder: Path) -> TrialRuns:
         FileNotFoundError: If it is not one.
     """
     if not (folder / SETTINGS_FILE).is_file():
-        raise FileNotFoundError(f"'{folder}' is not the folder of a trial: it has no {SETTINGS_FILE}.")
+        raise FileNotFoundError(
+            f"'{folder}' is not the folder of a trial: it has no {SETTINGS_FILE}.{_trials_within(folder)}"
+        )
     return TrialRuns(folder, read_saved_settings(folder), read_shared(folder))
+
+
+def _trials_within(folder: Path) -> str:
+    found = sorted(path.parent.name for path in folder.glob(f'*/{SETTINGS_FILE}'))
+    return f" It holds {', '.join(found)}, which are: name them, such as '{folder / found[0]}'." if found else ''
 
 
 def read_results(folder: Path, reference: str | None = None) -> TrialResult:

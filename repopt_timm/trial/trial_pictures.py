@@ -49,7 +49,8 @@ def draw_trial(trial: TrialResult, path: Path) -> Any:
             axes.fill_between(x, low, high, color=color, alpha=0.15)
     epochs.set(xlabel='epoch', ylabel='top-1 accuracy on validation images (%)', title='mean and range over seeds')
     epochs.xaxis.get_major_locator().set_params(integer=True)
-    epochs.legend(frameon=False)
+    if epochs.lines:
+        epochs.legend(frameon=False)
     times.set(xlabel='seconds of training', title='the same against wall time')
     others = [name for name in trial.arms if name != trial.settings.reference]
     for place, name in enumerate(others):

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +103,14 @@ _NOT_SHARED = {
     *('log_wandb', 'debug'),
 }
 
-# What the trial sets itself, or what is not part of a search.
+# What the trial sets itself, so that seeds are paired and held-out images stay unseen, or what is not part of a search.
 _NOT_OF_SEARCHES = {
     *('model', 'scales', 'resume', 'override', 'output', 'experiment', 'search_first', 'search_kwargs', 'debug'),
+    *('seed', 'holdout', 'train_split'),
 }
+
+# A rate beyond the grid is rounded to three digits, which still have to set it apart.
+_CLOSEST_RATES = 1.01
 
 # A training of 300 epochs has other needs than a trial of ten.
 _DEFAULTS: dict[str, Any] = {'epochs': 10, 'sched_on_updates': True, 'workers': 0, 'checkpoint_hist': 1}
@@ -195,6 +200,10 @@ def read_settings(namespace: argparse.Namespace) -> tuple[TrialSettings, argpars
     own['search_kwargs'] = search_arguments(SEARCH_DEFAULTS | own['search_kwargs'])
     for name in _NOT_OF_SEARCHES & set(own['search_kwargs']):
         raise ValueError(f"--search-kwargs has '{name}', which cannot differ in the search. Remove it.")
+    lrs = tuple(sorted(set(own['lrs'])))
+    for lower, higher in pairwise(lrs):
+        if higher / lower < _CLOSEST_RATES - 1e-9:
+            raise ValueError(f'--lrs has {lower} and {higher}, expected values at least 1 % apart. Remove one of them.')
     shared = _shared(model, config, texts, own['data'])
     arms = arms_of(model, own['arms'], own['scales'], own['search'])
     reference = own['reference'] or ('sgd' if 'sgd' in arms else arms[0])
@@ -204,13 +213,16 @@ def read_settings(namespace: argparse.Namespace) -> tuple[TrialSettings, argpars
         model=model,
         arms=tuple(arms),
         seeds=tuple(range(own['first_seed'], own['first_seed'] + own['seeds'])),
-        lrs=tuple(sorted(set(own['lrs']))),
+        lrs=lrs,
         tuning_epochs=own['tuning_epochs'] or shared.epochs,
         reference=reference,
         **{name: own[name] for name in ('lr', 'holdout', 'tuning_seed', 'scales', 'search', 'search_kwargs')},
     )
     if settings.lr is None and settings.tuning_seed in settings.seeds:
-        raise ValueError(f'--tuning-seed is {settings.tuning_seed}, expected a seed of its own.')
+        raise ValueError(
+            f'--tuning-seed is {settings.tuning_seed}, expected a seed other than those of the runs, '
+            f'{", ".join(map(str, settings.seeds))}. Choose one of its own.'
+        )
     local = {name: own[name] for name in ('jobs', 'threads', 'reference')}
     return settings, shared, argparse.Namespace(**local, output=own['output'] or f'output/{model}-trial')
 

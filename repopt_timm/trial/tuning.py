@@ -43,8 +43,9 @@ def choose_rate(grid: Sequence[float], scores: Mapping[float, float]) -> Choice:
         beyond.append(_next(tried[0], tried[1] if len(tried) > 1 else 2 * tried[0]))
     if best == tried[-1] and works and sum(value > max(grid) for value in tried) < MOST_BEYOND:
         beyond.append(_next(tried[-1], tried[-2] if len(tried) > 1 else tried[-1] / 2))
-    if beyond:
-        return Choice(tuple(beyond))
+    # Rounded, a value may be one that was tried.
+    if missing := tuple(value for value in beyond if value not in scores):
+        return Choice(missing)
     return Choice((), best if works else None, best in (tried[0], tried[-1]))
 
 

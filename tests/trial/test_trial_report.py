@@ -8,7 +8,7 @@ from repopt_timm.cli import main
 from repopt_timm.trial.combined import combined_report
 from repopt_timm.trial.networks import NETWORKS_FILE, plain_network
 from repopt_timm.trial.results import read_results
-from repopt_timm.trial.trial_report import trial_text
+from repopt_timm.trial.trial_report import report_trial, report_trials, trial_text
 
 from .conftest import fake_run, run_trial, write_summary
 
@@ -218,6 +218,21 @@ def test_budgets_are_compared_at_equal_wall_time(trial):
     assert '| 2      | 40.50 (34.15 to 46.85) | 41.50 (35.15 to 47.85) |' in text
     assert 'repopt in 8 epochs (8 s) and branches in 2 epochs (8 s): +21.00 (21.00 to 21.00) points, 2 seeds.' in text
     assert '## Equal wall time' not in combined_report([short, make('8', 60, '--batch-size', '9', folder='other')])
+
+
+@pytest.mark.filterwarnings('error')
+def test_a_report_before_the_first_run_is_without_warnings(trial, caplog):
+    folder = trial('--arms', 'sgd', 'repopt').folder
+    assert '3 of 3 runs of sgd are not finished.' in report_trial(read_results(folder))
+    report_trials([read_results(folder)], folder / 'several')
+    assert not caplog.records and (folder / 'report.png').exists()
+
+
+def test_a_folder_of_trials_names_them(trial, tmp_path, capsys):
+    for name in ('deep', 'shallow'):
+        trial(folder=name)
+    assert main(['trial', '--report', str(tmp_path)]) == 1
+    assert f"It holds deep, shallow, which are: name them, such as '{tmp_path}/deep'." in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

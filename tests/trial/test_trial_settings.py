@@ -26,8 +26,8 @@ def test_arms_are_those_that_the_model_and_the_arguments_allow():
 @pytest.mark.parametrize(
     ('words', 'error'),
     [
-        (['--arms', 'search'], 'it needs --search'),
-        (['--arms', 'scales'], 'it needs --scales'),
+        (['--arms', 'search'], r'it needs a search\. Give its epochs with --search N\.'),
+        (['--arms', 'scales'], r'it needs scales\. Give them with --scales SOURCE\.'),
         (['--arms', 'sgd', '--reference', 'init'], 'expected one of the arms: sgd'),
         (['--arms', 'published'], 'expected one of .*, repopt, .*, or a name of --scales'),
         (['--scales', 'a.csv', 'b.csv'], "gives 'scales' twice: name each of them"),
@@ -38,7 +38,11 @@ def test_arms_are_those_that_the_model_and_the_arguments_allow():
         (['--seed', '3'], "unknown argument '--seed'"),
         (['--lrs', '0'], 'expected finite numbers above 0'),
         (['--search-kwargs', 'resume=auto'], "--search-kwargs has 'resume', which cannot differ in the search"),
-        (['--seeds', '9', '--tuning-seed', '3'], 'a seed of its own'),
+        (['--search-kwargs', 'seed=3'], "--search-kwargs has 'seed', which cannot differ"),
+        (['--search-kwargs', 'holdout=0.5'], "--search-kwargs has 'holdout', which cannot differ"),
+        (['--search-kwargs', 'train_split=validation'], "--search-kwargs has 'train_split', which cannot differ"),
+        (['--tuning-seed', '2'], '--tuning-seed is 2, expected a seed other than those of the runs, 0, 1, 2'),
+        (['--lrs', '1', '1.001'], r'--lrs has 1\.0 and 1\.001, expected values at least 1 % apart'),
     ],
 )
 def test_what_cannot_be_is_refused(words, error):

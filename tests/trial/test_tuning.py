@@ -27,6 +27,16 @@ def test_the_best_learning_rate_is_inside_the_grid(scores, choice):
     assert choose_rate(GRID, scores) == choice
 
 
+@pytest.mark.parametrize('grid', [(1.0, 1.001), (1.0, 1.01), (0.0999, 0.1)])
+def test_a_value_that_was_tried_is_not_tried_again(grid):
+    scores = {lr: lr for lr in grid}
+    for _ in range(MOST_BEYOND + 1):
+        missing = choose_rate(grid, scores).missing
+        assert not set(missing) & set(scores)
+        scores |= {lr: lr for lr in missing}
+    assert not choose_rate(grid, scores).missing
+
+
 def test_a_single_value_is_compared_with_its_double_and_half():
     assert choose_rate((0.1,), {0.1: 5}) == Choice((0.05, 0.2))
 
