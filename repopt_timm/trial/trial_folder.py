@@ -61,6 +61,7 @@ def joined_settings(
     old = read_saved_settings(folder)
     _check_same(folder, protocol(read_shared(folder)), protocol(shared))
     _check_same(folder, _fixed(old, old.arms), _fixed(settings, old.arms))
+    _check_scales(folder, old, settings)
     searched = old if 'search' in old.arms else settings
     return replace(
         settings,
@@ -70,6 +71,9 @@ def joined_settings(
         search=searched.search,
         search_kwargs=searched.search_kwargs,
         reference=reference or old.reference,
+        fingerprints={**old.fingerprints, **settings.fingerprints},
+        classes=settings.classes or old.classes,
+        held_out=settings.held_out or old.held_out,
     )
 
 
@@ -104,9 +108,27 @@ def _fixed(settings: TrialSettings, arms: Sequence[str]) -> dict[str, Any]:
     """Returns what stays as it is from call to call; of scales, those of the arms that have trained."""
     values: dict[str, Any] = yaml.safe_load(yaml.safe_dump(asdict(settings)))
     scales = values.pop('scales')
-    for name in ('arms', 'seeds', 'reference', *(() if 'search' in settings.arms else ('search', 'search_kwargs'))):
+    unknown = [name for name in ('classes', 'held_out') if values[name] is None]
+    for name in (
+        *unknown,
+        'fingerprints',
+        'arms',
+        'seeds',
+        'reference',
+        *(() if 'search' in settings.arms else ('search', 'search_kwargs')),
+    ):
         del values[name]
     return values | {f'scales {arm}': source for arm, source in scales.items() if arm in arms}
+
+
+def _check_scales(folder: Path, old: TrialSettings, new: TrialSettings) -> None:
+    for arm, fingerprint in new.fingerprints.items():
+        trained = old.fingerprints.get(arm, fingerprint)
+        if arm in old.arms and trained != fingerprint:
+            raise ValueError(
+                f"--scales {arm}={new.scales[arm]} are the scales {fingerprint[:12]}, but '{folder}' has trained with "
+                f'{trained[:12]} from there. Put these back, or give the new ones a NAME of their own.'
+            )
 
 
 def _check_same(folder: Path, saved: Mapping[str, Any], values: Mapping[str, Any]) -> None:

@@ -5,7 +5,7 @@ import copy
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,9 @@ class TrialSettings:
         search: Epochs of a search.
         search_kwargs: Arguments of a search that differ.
         reference: Arm that the others are compared with.
+        fingerprints: Name of an arm to the fingerprint of its given scales, as far as they have been read.
+        classes: Number of classes; None if unknown.
+        held_out: Number of images that learning rates are compared on; None if unknown.
     """
 
     model: str
@@ -153,6 +156,9 @@ class TrialSettings:
     search: int | None
     search_kwargs: dict[str, Any]
     reference: str
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    classes: int | None = None
+    held_out: int | None = None
 
 
 def add_trial_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ['MOST_BEYOND', 'Choice', 'choose_rate']
+__all__ = ['MOST_BEYOND', 'Choice', 'choose_rate', 'is_guessing']
 
 MOST_BEYOND = 3
 """Number of values beyond each end of the grid that are tried at most."""
@@ -47,6 +47,16 @@ def choose_rate(grid: Sequence[float], scores: Mapping[float, float]) -> Choice:
     if missing := tuple(value for value in beyond if value not in scores):
         return Choice(missing)
     return Choice((), best if works else None, best in (tried[0], tried[-1]))
+
+
+def is_guessing(top1: float, classes: int, images: int) -> bool:
+    """Returns whether a network that guesses may reach an accuracy, in percent, as the best of some learning rates.
+
+    Of nine guesses the best is more than two standard errors above chance in one of five cases, more than three in one
+    of eighty.
+    """
+    share = 1 / classes
+    return top1 / 100 <= share + 3 * math.sqrt(share * (1 - share) / images)
 
 
 def _next(edge: float, neighbour: float) -> float:

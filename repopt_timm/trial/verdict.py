@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from ..reporting import markdown_table
 from .intervals import Interval
 from .results import ArmResult, TrialResult
+from .tuning import is_guessing
 
 __all__ = ['accuracy_text', 'among_text', 'arms_table', 'interval_text', 'time_table', 'verdict']
 
@@ -78,7 +79,9 @@ def _troubles(trial: TrialResult, arm: ArmResult) -> list[str]:
     ]
     if arm.hopeless:
         return found or [f'{arm.name} diverged at every learning rate that was tried.']
-    if arm.choice.at_edge:
+    if guess := _guess_text(trial, arm):
+        found.append(guess)
+    elif arm.choice.at_edge:
         found.append(
             f'The learning rate of {arm.name}, {arm.choice.best:g}, is at the edge of what was tried: a better one may '
             f'lie beyond.'
@@ -90,6 +93,18 @@ def _troubles(trial: TrialResult, arm: ArmResult) -> list[str]:
     if missing:
         found.append(f'{missing} of {count} runs of {arm.name} are not finished.')
     return found
+
+
+def _guess_text(trial: TrialResult, arm: ArmResult) -> str:
+    """Says if the best of all learning rates may be a guess; nothing if the number of classes is unknown."""
+    classes, images, best = trial.settings.classes, trial.settings.held_out, arm.choice.best
+    top1 = math.nan if best is None else arm.tuning.get(best, math.nan)
+    if not classes or not images or not is_guessing(top1, classes, images):
+        return ''
+    return (
+        f'No learning rate that was tried is known to train {arm.name}: {top1:.2f} % of {classes} classes at {best:g}, '
+        f'the best, does not exceed what guessing may reach on {images} held-out images.'
+    )
 
 
 def arms_table(trial: TrialResult) -> str:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from repopt_timm.trial.tuning import MOST_BEYOND, Choice, choose_rate
+from repopt_timm.trial.tuning import MOST_BEYOND, Choice, choose_rate, is_guessing
 
 GRID = (0.05, 0.1, 0.2)
 
@@ -48,3 +48,20 @@ def test_the_grid_grows_so_far_and_no_farther(accuracy, best):
         scores |= {lr: accuracy(lr) for lr in choice.missing}
     assert choice == Choice((), best, at_edge=True)
     assert len(scores) == len(GRID) + MOST_BEYOND
+
+
+@pytest.mark.parametrize(
+    ('top1', 'classes', 'images', 'guess'),
+    [
+        # Of 94 convolutions under plain SGD.
+        (10.62, 10, 5000, True),
+        (9.88, 10, 5000, True),
+        (15.7, 10, 5000, False),
+        (15.7, 10, 50, True),
+        (50.0, 2, 5000, True),
+        (2.0, 1000, 100_000, False),
+        (math.nan, 10, 5000, False),
+    ],
+)
+def test_the_best_of_some_guesses_is_a_guess(top1, classes, images, guess):
+    assert is_guessing(top1, classes, images) == guess
