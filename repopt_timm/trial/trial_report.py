@@ -80,8 +80,8 @@ def trial_text(trial: TrialResult) -> str:
     ]
     if times := time_table(trial):
         parts += [
-            'At equal wall time of training, from the curves; a run that is cut off has not lowered its learning rate '
-            'yet, so that a run planned for that time would do better:',
+            'At equal wall time of training, from the curves; a run that is cut off has not finished lowering its '
+            'learning rate, so that a run planned for that time would do better:',
             times,
         ]
     return '\n\n'.join(parts) + '\n'

@@ -84,7 +84,7 @@ def test_a_search_that_diverged_is_said_to_have(trial):
     found = 'The search in searches/seed-1 diverged, and what needs its scales does not train: The training loss of'
     assert found in text and '--search-kwargs lr=..., or with' in text
     assert '1 of 2 runs of search diverged; its mean is that of the others.' in text
-    assert 'search and sgd, among the seeds that did not diverge: one seed' in text and 'not finished' not in text
+    assert 'search and sgd, among the seeds that did not diverge: one seed' in text and 'are not finished' not in text
 
 
 def test_an_arm_whose_choice_of_a_learning_rate_lacks_its_search_is_said_to(trial):
@@ -92,7 +92,7 @@ def test_an_arm_whose_choice_of_a_learning_rate_lacks_its_search_is_said_to(tria
     run_trial(runs, lambda run: None if 'searches' in run.folder.parts else 40)
     text = trial_text(read_results(runs.folder))
     assert 'The search in searches/tuning diverged' in text and '| all diverged ' in text
-    assert 'every learning rate' not in text and 'not finished' not in text
+    assert 'every learning rate' not in text and 'are not finished' not in text
 
 
 def test_a_report_is_made_while_learning_rates_are_chosen(trial):

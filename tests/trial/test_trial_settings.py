@@ -1,9 +1,13 @@
 import math
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
+from timm.models import get_pretrained_cfg
+from timm.models._registry import _model_pretrained_cfgs
 
+from repopt_timm.datasets import data_config_of
 from repopt_timm.train.parsing import parse_arguments
 from repopt_timm.trial.execution import prepare
 from repopt_timm.trial.trial_settings import read_settings
@@ -131,7 +135,16 @@ def test_a_config_gives_what_all_runs_share_and_not_what_the_arms_are(tmp_path):
     assert (settings.model, settings.lr, shared.lr, shared.scales) == ('test_repopt_vgg', None, None, None)
 
 
-def test_images_are_prepared_alike_for_all_arms():
-    _, shared, _ = settings_of('--input-size', '3', '32', '32')
-    assert shared.input_size == [3, 32, 32]
-    assert None not in (shared.mean, shared.std, shared.crop_pct) and shared.interpolation
+def test_images_are_prepared_alike_for_all_arms(trial, monkeypatch):
+    other = replace(
+        get_pretrained_cfg('test_repopt_vgg_branches'), crop_pct=0.5, interpolation='nearest', mean=(0, 0, 0)
+    )
+    monkeypatch.setitem(_model_pretrained_cfgs, 'test_repopt_vgg_branches', other)
+    runs = trial('--arms', 'branches', 'sgd', '--lr', '0.1', '--input-size', '3', '32', '32')
+    own, found = [], []
+    for arm in runs.settings.arms:
+        args = arguments_of(runs, runs.training(arm, 0, 0.1))
+        model = timm.create_model(args.model)
+        own.append(data_config_of({}, model))
+        found.append(data_config_of(vars(args), model))
+    assert own[0] != own[1] and found[0] == found[1]
