@@ -1,10 +1,10 @@
 """What does INT8 cost the networks of a trial, over its seeds?
 
-    python docs/evidence/int8.py TRIAL IMAGES OUTPUT
+    python docs/evidence/int8.py TRIAL IMAGES OUTPUT [ARM ...]
 
-Quantizes the last checkpoint of each finished run of the trial, as it is and equalized, calibrated on 1024 training
-images of the folder IMAGES by minimum and maximum. Writes OUTPUT/int8.csv, a row for each run, granularity and form,
-and OUTPUT/int8.md, their mean losses. Runs that are in int8.csv already are not quantized again.
+Quantizes the last checkpoint of each finished run of the trial, or of these arms, as it is and equalized, calibrated on
+1024 training images of the folder IMAGES by minimum and maximum. Writes OUTPUT/int8.csv, a row for each run,
+granularity and form, and OUTPUT/int8.md, their mean losses. Runs that are in int8.csv already are not quantized again.
 """
 
 import csv
@@ -65,7 +65,8 @@ def main() -> None:
         known = {(row['arm'], row['seed']) for row in csv.DictReader(file)}
     for report in sorted(trial.glob('runs/*/seed-*/report.md')):
         run = report.parent
-        if (run.parent.name, run.name.removeprefix('seed-')) not in known:
+        arm, seed = run.parent.name, run.name.removeprefix('seed-')
+        if (arm, seed) not in known and arm in (sys.argv[4:] or [arm]):
             new = list(losses(run, images))
             with open(path, 'a', encoding='utf-8', newline='') as file:
                 csv.writer(file, lineterminator='\n').writerows(new)
