@@ -15,7 +15,7 @@ A search of 8 epochs moved layers by 0.008 on average and trained the target tha
 search of RepOpt-VGG-B1, of 240 epochs, moved them by 0.31.
 """
 
-WORTH = 'on CIFAR-10 scales that moved by 0.8% trained networks to 61.4 and 61.7 %, unsearched ones to 61.2 and 61.5 %'
+WORTH = 'on CIFAR-10 scales that moved by 0.8% trained to 61.4 and 61.7 %, unsearched ones to 61.2 and 61.5 %'
 """What `docs/evidence/search` measured of them: two seeds, RepOpt-VGG of B1's depths and a quarter of its widths."""
 
 _Vectors = Mapping[str, Mapping[str, Tensor]]
