@@ -411,7 +411,9 @@ def test_parameters_added_later_are_multiplied_too():
 def test_a_head_can_be_trained_first_and_the_rest_be_added(rule):
     model = scaled_model().requires_grad_(False)
     model.head.requires_grad_(True)
-    optimizer = timm.optim.create_optimizer_v2(model, f'repopt_{rule}', lr=0.01, weight_decay=0.0)
+    # Some versions of timm's factory take frozen parameters too.
+    settings = {'lr': 0.01, 'weight_decay': 0.0, 'param_group_fn': lambda net: [{'params': [*net.head.parameters()]}]}
+    optimizer = timm.optim.create_optimizer_v2(model, f'repopt_{rule}', **settings)
     rest = [param for param in model.parameters() if not param.requires_grad]
     model.requires_grad_(True)
     optimizer.add_param_group({'params': rest})
