@@ -22,7 +22,7 @@ _NOTE = 'images in the mode '
 
 
 def color_mode(channels: int, stated: str | None = None) -> str:
-    """Returns the mode of a model's images: the one that is stated, or else that of their number of channels.
+    """Returns the mode of a model's images: the stated one, or else what their number of channels implies.
 
     Raises:
         ValueError: If none is stated, and images cannot have as many channels.
@@ -63,7 +63,7 @@ def note_color_mode(model: Any, mode: str | None) -> None:
 
     Args:
         model: The model.
-        mode: The mode; none for that of their number of channels.
+        mode: The mode; None for what their number of channels implies.
     """
     if mode in COLOR_MODES.values():
         mode = None

@@ -91,8 +91,8 @@ def save_pretrained(
         precision: `float32`, or `float16` or `int8` for smaller kernels, see `packing.pack`; loading restores them.
         repo_id: Name that the repository has on the Hub, for the snippets in the card.
         scales_file: Put the scales into `scales.safetensors` beside the card.
-        license: Identifier of the weights' licence, such as `mit`, for a card that states none. Defaults to that of the
-            weights that they were trained from, as far as known; without one the card states none.
+        license: Identifier of the weights' licence, such as `mit`, for a card that states none. Defaults to the
+            licence of the weights that they were trained from, as far as known; without one the card states none.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint or source of scales.

@@ -47,7 +47,7 @@ def write_card(
         training: How the weights were trained. Defaults to what the card says already.
         published: Names of further files that the repository has.
         scales_file: Put the vectors into `scales.safetensors` beside the card; a card that has done so goes on.
-        license_name: Licence of a card that states none. Defaults to that of the weights, or, without weights, to
+        license_name: Licence of a card that states none. Defaults to the weights' own, or, without weights, to
             what the provenance of the scales names.
         weights_license: Licence of the weights, as far as known.
 

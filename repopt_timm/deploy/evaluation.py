@@ -144,7 +144,7 @@ def check_classes(classifier: Classifier, images: ImageFolder) -> None:
         # Names of neither, such as WordNet's beside words, say nothing of the order.
         if numbers.get(name, number) != number:
             raise ValueError(
-                f"Class {number} of the model is '{name}', but that of the folder '{images.folder}' is "
+                f"Class {number} of the model is '{name}', but in the folder '{images.folder}' it is "
                 f"'{found[number]}'. Give the --class-map that the model was trained with."
             )
 

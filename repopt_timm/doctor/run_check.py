@@ -50,8 +50,8 @@ def check_run(folder: str | os.PathLike) -> list[Finding]:
     parts = parts or [path.parent for path in sorted(folder.glob(f'*/{LAST_CHECKPOINT}'))]
     if not parts:
         raise FileNotFoundError(
-            f"There is no run in '{folder}', expected a folder with {LAST_CHECKPOINT}. Name that of a run, such as "
-            f'output/RUN.'
+            f"There is no run in '{folder}', expected a folder with {LAST_CHECKPOINT}. Name the folder of a run, such "
+            f'as output/RUN.'
         )
     findings = []
     for part in parts:

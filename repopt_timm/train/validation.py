@@ -21,6 +21,7 @@ from ..color_modes import COLOR_MODES
 from ..errors import explaining
 from ..models import ensure_registered
 from ..names import PREFIX, ModelName
+from ..reparam.convolutions import pair
 
 __all__ = ['check_arguments', 'check_classes', 'check_device_name', 'check_images', 'check_layout', 'check_model']
 
@@ -373,7 +374,7 @@ def check_layout(model: torch.nn.Module, input_size: tuple[int, ...], device: to
         return
     for name, conv in model.named_modules():
         small = isinstance(conv, torch.nn.Conv2d) and tuple(conv.kernel_size) == (1, 1) and 2 <= conv.in_channels < 16
-        if small and max(conv.stride) > 1:
+        if small and max(pair(conv.stride)) > 1:
             raise ValueError(
                 f"--channels-last: torch corrupts memory on a CPU as it trains '{name}', a strided 1x1 convolution of "
                 f'{conv.in_channels} channels, on images of {max(input_size[1:])} px, expected at most 64. Remove the '
