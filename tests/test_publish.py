@@ -13,9 +13,9 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from repopt_timm import Scales, attach_scales, load_scales, prepare, push_scales
-from repopt_timm.cards.document import read_card_scales
+from repopt_timm.cards.card import read_card_scales
 from repopt_timm.cards.text import render_body
-from repopt_timm.cards.writing import save_scales_card
+from repopt_timm.cards.publish import save_scales_card
 from repopt_timm.optim import build_repopt_sgd
 from repopt_timm.publish import push_to_hub, save_pretrained
 from repopt_timm.reparam import kind_of

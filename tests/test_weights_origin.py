@@ -8,7 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from repopt_timm import save_pretrained
-from repopt_timm.cards.writing import save_scales_card
+from repopt_timm.cards.publish import save_scales_card
 from repopt_timm.checkpoint_model import model_from_checkpoint
 from repopt_timm.merge_checkpoint import merge_trained
 from repopt_timm.train.command import main as train

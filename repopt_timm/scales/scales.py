@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from ..checkpoints.bounds import check_header
@@ -290,6 +292,12 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         """
         if Path(path).suffix != '.safetensors':
             raise ValueError(f"'{path}': scales are saved as .safetensors, choose a name with that ending.")
+        with replacing(path) as temporary:
+            temporary.write_bytes(self.to_bytes())
+            check_header(temporary)
+
+    def to_bytes(self) -> bytes:
+        """Returns the content of the file that `save` writes."""
         tensors = {
             f'{module}.{branch}': v for module, vectors in self._modules.items() for branch, v in vectors.items()
         }
@@ -303,9 +311,29 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
             'fingerprint': self._fingerprint,
             'provenance': self._provenance,
         }
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata)
-            check_header(temporary)
+        return save_tensors(tensors, metadata)
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = '') -> 'Scales':
+        """Reads what `to_bytes` gave.
+
+        Raises:
+            ValueError: If it is damaged, of another version, or does not match its fingerprint.
+        """
+        try:
+            tensors = load_tensors(data)
+            metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])['__metadata__']
+            modules: dict[str, dict[str, Tensor]] = {name: {} for name in json.loads(metadata['modules'])}
+            for key, vector in tensors.items():
+                module, _, branch = key.rpartition('.')
+                modules[module][branch] = vector
+            geometry = {name: Geometry.parse(text) for name, text in json.loads(metadata['geometry']).items()}
+            counts, provenance = json.loads(metadata['counts']), json.loads(metadata['provenance'])
+            scales = cls(metadata['architecture'], modules, geometry, counts, provenance, source)
+        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, SafetensorError) as error:
+            raise ValueError(f'{source}: the scales are damaged ({type(error).__name__}: {error}).') from None
+        scales.check_fingerprint(metadata['fingerprint'])
+        return scales
 
 
 def _check_branch(branch: str, count: int, shape: Geometry | None, where: str) -> None:

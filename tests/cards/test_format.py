@@ -11,9 +11,9 @@ from huggingface_hub import ModelCard
 
 from repopt_timm import Scales, load_scales, save_scales_card
 from repopt_timm.cards import document
-from repopt_timm.cards.document import BEGIN, END, eval_results, read_card_scales
+from repopt_timm.cards.card import BEGIN, END, eval_results, read_card_scales
 from repopt_timm.cards.format import decode_scales, encode_scales
-from repopt_timm.cards.writing import write_card
+from repopt_timm.cards.publish import write_card
 
 from ..helpers import TINY, random_scales
 

@@ -8,10 +8,10 @@ from huggingface_hub import HfApi, ModelCard, constants
 
 from repopt_timm import load_scales, push_scales, save_scales_card
 from repopt_timm.cards import transfer
-from repopt_timm.cards.document import eval_results
+from repopt_timm.cards.card import eval_results
 from repopt_timm.cards.format import encode_scales
-from repopt_timm.cards.transfer import HubError, HubFileNotFoundError, download, parse_hub_source, push_folder
-from repopt_timm.cards.writing import write_card
+from repopt_timm.cards.hub import HubError, HubFileNotFoundError, download, parse_hub_source, push_folder
+from repopt_timm.cards.publish import write_card
 
 from ..helpers import TINY, random_scales
 
