@@ -1,14 +1,12 @@
 """Models with their scales as repositories in timm's format: local folders, and the Hugging Face Hub."""
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import EvalResult
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
@@ -86,7 +84,7 @@ def save_pretrained(
     files = (WEIGHTS_FILE, CONFIG_FILE, SCALES_PICTURE, SCALES_FILE, CURVES_FILE, CARD_FILE)
     for file in files:
         check_output(directory / file, *(() if isinstance(model, nn.Module) else (model,)))
-    publication = _prepare(model, scales, metrics, training, curves, precision, license)
+    write = _prepare(model, scales, metrics, training, curves, precision, license)
     repo_id = repo_id or f'USER/{directory.resolve().name}'
     directory.mkdir(parents=True, exist_ok=True)
     # Everything is made beside its place first: an error in the middle leaves the directory as it was.
@@ -96,7 +94,7 @@ def save_pretrained(
             if (directory / file).is_file():
                 (folder / file).write_bytes((directory / file).read_bytes())
         published = frozenset(file.name for file in directory.iterdir())
-        publication.write(folder, directory, repo_id, published, scales_file)
+        write(folder, repo_id, published, scales_file, directory)
         for file in files:
             if (folder / file).is_file():
                 with replacing(directory / file) as temporary:
@@ -152,54 +150,8 @@ def push_to_hub(
     Example:
         >>> push_to_hub(model, 'user/a0', metrics={'dataset': 'cifar10', 'top1': 93.1})  # doctest: +SKIP
     """
-    publication = _prepare(model, scales, metrics, training, curves, precision, license)
-
-    def write(folder: Path, name: str, published: frozenset[str], too_large: bool) -> None:
-        publication.write(folder, name, name, published, scales_file or too_large)
-
-    return push_folder(repo_id, write, commit_message, private, revision, create_pr, token)
-
-
-@dataclass(frozen=True)
-class _Publication:
-    """What a repository gets: the model, its scales, and what the card says of them."""
-
-    model: nn.Module
-    name: str
-    weights: Mapping[str, Tensor]
-    scales: Scales | None
-    results: Sequence[EvalResult]
-    training: Mapping[str, Any]
-    curves: bytes
-    history: Sequence[Mapping[str, Any]]
-    license_name: str
-
-    def write(
-        self, folder: Path, target: str | os.PathLike, repo_id: str, published: frozenset[str], scales_file: bool
-    ) -> None:
-        """Writes the files into an empty folder, but for the card as it is; `target` is what errors call it."""
-        with naming_write_errors(Path(target) / WEIGHTS_FILE):
-            save_file(dict(self.weights), folder / WEIGHTS_FILE, {'format': 'pt'})
-        config_file: Any = folder / CONFIG_FILE  # timm before 1.0.31 opens it as a path
-        save_config_for_hf(self.model, config_file, model_args=stated_arguments(self.model))
-        if self.curves:
-            (folder / CURVES_FILE).write_bytes(self.curves)
-        elif self.history:
-            draw(plot_curves, {self.name: self.history}, folder / CURVES_FILE)
-        write_card(
-            folder,
-            repo_id,
-            self.name,
-            self.scales,
-            # A picture that is there already is of other weights' training.
-            published - {CURVES_FILE},
-            scales_file,
-            self.license_name,
-            self.training,
-            self.results,
-            origin_of(self.model).get('license', ''),
-            target,
-        )
+    write = _prepare(model, scales, metrics, training, curves, precision, license)
+    return push_folder(repo_id, write, commit_message, private, revision, create_pr, token, scales_file)
 
 
 def _prepare(
@@ -210,10 +162,11 @@ def _prepare(
     curves: str | os.PathLike | None,
     precision: str,
     license: str | None,
-) -> _Publication:
+) -> Callable[..., None]:
+    """Checks everything, and returns a function that writes the files; see `push_folder` for its arguments."""
     license_name = checked_license(license)
     picture = b'' if curves is None else Path(curves).read_bytes()
-    if picture and not picture.startswith(_PNG):
+    if curves is not None and not picture.startswith(_PNG):
         raise ValueError(f"'{curves}' is not a picture, expected a PNG file.")
     history: Sequence[Mapping[str, Any]] = []
     facts = dict(training or {})
@@ -258,7 +211,34 @@ def _prepare(
         encode_scales(found, facts)
     results = eval_results(metrics) if metrics else []
     packed = pack(weights, precision)
-    return _Publication(model, name, packed, found, results, facts, picture, history, license_name)
+
+    def write(
+        folder: Path, repo_id: str, published: frozenset[str], scales_file: bool, target: str | os.PathLike = ''
+    ) -> None:
+        with naming_write_errors(Path(target) / WEIGHTS_FILE):
+            save_file(packed, folder / WEIGHTS_FILE, {'format': 'pt'})
+        config_file: Any = folder / CONFIG_FILE  # timm before 1.0.31 opens it as a path
+        save_config_for_hf(model, config_file, model_args=stated_arguments(model))
+        if picture:
+            (folder / CURVES_FILE).write_bytes(picture)
+        elif history:
+            draw(plot_curves, {name: history}, folder / CURVES_FILE)
+        write_card(
+            folder,
+            repo_id,
+            # A picture that is there already is of other weights' training.
+            published - {CURVES_FILE},
+            scales_file,
+            model_name=name,
+            scales=found,
+            license_name=license_name,
+            training=facts,
+            results=results,
+            weights_license=origin_of(model).get('license', ''),
+            source=target,
+        )
+
+    return write
 
 
 def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:

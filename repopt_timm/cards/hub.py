@@ -137,6 +137,7 @@ def push_folder(
     revision: str | None = None,
     create_pr: bool = False,
     token: str | bool | None = None,
+    scales_file: bool = False,
 ) -> str:
     """Writes files into a folder and uploads them in one commit; the repository and the branch are made if need be.
 
@@ -144,14 +145,15 @@ def push_folder(
 
     Args:
         repo_id: Name of the repository, `user/repo`, or `repo` for one of the token's owner.
-        write: Called with a folder that has the repository's card, if there is one, with the repository's full name,
-            with the names of its files, and with whether the Hub refused what it wrote before as too large; writes
-            what is to be uploaded into the folder. Called again for each attempt.
+        write: Writes what is to be uploaded into a folder that has the repository's card, if there is one. Its
+            arguments are the folder, the repository's full name, the names of its files, and `scales_file`.
         message: Title of the commit.
         private: Whether a new repository is private. Defaults to the owner's setting.
         revision: Branch to commit to.
         create_pr: Open a pull request instead of changing the branch.
         token: Defaults to the token of `hf auth login`.
+        scales_file: Put scales into a file beside the card. So it is done, too, if the Hub refuses the card as too
+            large.
 
     Returns:
         Address of the commit or pull request.
@@ -165,47 +167,35 @@ def push_folder(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith('refs/'):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-    too_large = False
+    source = HubSource(repo_id, revision)
     for attempt in itertools.count(1):
         try:
             with TemporaryDirectory(prefix='repopt-timm-') as folder:
-                return _commit(api, HubSource(repo_id, revision), Path(folder), write, too_large, message, create_pr)
+                with _explained(source, '', token):
+                    # The Hub refuses a commit (412) if the branch has moved since.
+                    info = api.model_info(repo_id, revision=revision)
+                    files = frozenset(each.rfilename for each in info.siblings or ())
+                    for name in files & {CARD_FILE, SCALES_FILE}:
+                        api.hf_hub_download(repo_id, name, revision=info.sha, local_dir=folder)
+                write(Path(folder), repo_id, files, scales_file)
+                with _explained(source, '', token):
+                    commit = api.upload_folder(
+                        repo_id=repo_id,
+                        folder_path=folder,
+                        revision=revision,
+                        create_pr=create_pr,
+                        commit_message=message,
+                        parent_commit=info.sha,
+                    )
+            return commit.pr_url or commit.commit_url
         except HubError as error:
-            if error.status == _TOO_LARGE and not too_large:
-                too_large = True
-            elif error.status in _MOVED and attempt < _ATTEMPTS:
-                time.sleep(random.uniform(0, min(_LONGEST_WAIT, 0.25 * 2**attempt)))
-            else:
+            if error.status == _TOO_LARGE and not scales_file:
+                scales_file = True
+            elif error.status not in _MOVED or attempt == _ATTEMPTS:
                 raise
+            else:
+                time.sleep(random.uniform(0, min(_LONGEST_WAIT, 0.25 * 2**attempt)))
     raise AssertionError('the loop returns or raises')
-
-
-def _commit(
-    api: HfApi,
-    source: HubSource,
-    folder: Path,
-    write: Callable[[Path, str, frozenset[str], bool], None],
-    too_large: bool,
-    message: str,
-    create_pr: bool,
-) -> str:
-    """Makes one commit on what the branch is now; the Hub refuses it (412) if the branch moves meanwhile."""
-    with _explained(source, '', api.token):
-        info = api.model_info(source.repo_id, revision=source.revision)
-        files = frozenset(each.rfilename for each in info.siblings or ())
-        for name in files & {CARD_FILE, SCALES_FILE}:
-            api.hf_hub_download(source.repo_id, name, revision=info.sha, local_dir=folder)
-    write(folder, source.repo_id, files, too_large)
-    with _explained(source, '', api.token):
-        commit = api.upload_folder(
-            repo_id=source.repo_id,
-            folder_path=folder,
-            revision=source.revision,
-            create_pr=create_pr,
-            commit_message=message,
-            parent_commit=info.sha,
-        )
-    return commit.pr_url or commit.commit_url
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import base64
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,47 +38,47 @@ _LARGE = 1 << 20
 def write_card(
     folder: Path,
     repo_id: str,
+    published: Collection[str],
+    scales_file: bool,
+    *,
     model_name: str,
     scales: Scales | None,
-    published: Collection[str] = (),
-    scales_file: bool = False,
     license_name: str = '',
     training: Mapping[str, Any] | None = None,
     results: Sequence[EvalResult] = (),
     weights_license: str = '',
-    source: str | os.PathLike | None = None,
+    source: str | os.PathLike = '',
 ) -> None:
     """Writes the card of a folder, and the picture of its scales; what else an existing card says survives.
 
     Args:
         folder: Folder of the card, and of the files that it describes.
         repo_id: Name that the repository has on the Hub.
-        model_name: Name of the model in timm.
-        scales: The scales. Defaults to what the card has already.
         published: Names of further files that the repository has.
         scales_file: Put the scales into `scales.safetensors` beside the card; a card that has done so goes on.
+        model_name: Name of the model in timm.
+        scales: The scales. Defaults to what the card has already.
         license_name: Licence of a card that states none. Defaults to the weights' own, or, without weights, to
             what the provenance of the scales names.
         training: How the weights beside it were trained; None if they stay as they are, with what the card says.
         results: Accuracies of these weights.
         weights_license: Licence of the weights, as far as known.
-        source: What to call the folder in errors.
+        source: What to call the folder in errors. Defaults to `repo_id`.
 
     Raises:
         ValueError: If the existing card cannot be read, or could not be carried through unchanged.
     """
-    path = folder / CARD_FILE
-    where = f'{folder if source is None else source}/{CARD_FILE}'
+    path, where = folder / CARD_FILE, f'{source or repo_id}/{CARD_FILE}'
     before = read_metadata(path, where) if path.is_file() else {}
     found = before.get(METADATA_KEY)
     if scales is None and found is not None:
         scales = decode_scales(found, where, lambda name: folder / name)
     found = found if isinstance(found, Mapping) else {}
     new_weights = training is not None
-    training = found.get('training') if training is None else training
+    training = training if new_weights else found.get('training')
     files = {file.name for file in folder.iterdir()} | set(published)
     files -= {SCALES_FILE}
-    entry = None
+    entry, known = None, weights_license
     if scales is not None:
         entry, data = encode_scales(scales, training)
         training = entry.get('training')
@@ -88,11 +89,11 @@ def write_card(
                 temporary.write_bytes(data)
         else:
             entry['scales'] = base64.b64encode(data).decode()
-        drawn = draw(plot_scales, scales, folder / SCALES_PICTURE, scales.title)
-        files = files - {SCALES_PICTURE} | ({SCALES_PICTURE} if drawn else set())
-    known = weights_license
-    if scales is not None and WEIGHTS_FILE not in files:
-        known = license_identifier(scales.provenance.get('license'))
+        files -= {SCALES_PICTURE}
+        if draw(plot_scales, scales, folder / SCALES_PICTURE, scales.title):
+            files.add(SCALES_PICTURE)
+        if WEIGHTS_FILE not in files:
+            known = license_identifier(scales.provenance.get('license'))
     title = repo_id.split('/')[-1]
     license_name = choose_license(title, stated_license(before), license_name, known)
 
@@ -129,7 +130,10 @@ def save_scales_card(
     folder, license_name = Path(directory), checked_license(license)
     folder.mkdir(parents=True, exist_ok=True)
     repo_id = repo_id or f'USER/{folder.resolve().name}'
-    write_card(folder, repo_id, model_for(scales.architecture), scales, (), scales_file, license_name)
+    model_name = model_for(scales.architecture)
+    write_card(
+        folder, repo_id, (), scales_file, model_name=model_name, scales=scales, license_name=license_name, source=folder
+    )
 
 
 def push_scales(
@@ -168,12 +172,9 @@ def push_scales(
     """
     # What no card can hold is an error before the repository is made.
     encode_scales(scales)
-    license_name, model_name = checked_license(license), model_for(scales.architecture)
-
-    def write(folder: Path, name: str, published: frozenset[str], too_large: bool) -> None:
-        write_card(folder, name, model_name, scales, published, scales_file or too_large, license_name, source=name)
-
-    return push_folder(repo_id, write, commit_message, private, revision, create_pr, token)
+    model_name, license_name = model_for(scales.architecture), checked_license(license)
+    write = partial(write_card, model_name=model_name, scales=scales, license_name=license_name)
+    return push_folder(repo_id, write, commit_message, private, revision, create_pr, token, scales_file)
 
 
 def draw(plot: Callable[..., None], content: Any, path: Path, *args: Any) -> bool:
