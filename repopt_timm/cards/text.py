@@ -141,7 +141,7 @@ def _figures(results: Sequence[EvalResult], training: Mapping[str, Any]) -> str:
     for name in ('parameters', 'multiply_adds'):
         if name in training:
             figures[name.replace('_', ' ')] = f'{training[name] / 1e6:,.1f} M'
-    return _table([*figures], [figures.values()] if figures else [], '---:')
+    return _table([*figures], [figures.values()] if figures else [], ['---:'] * len(figures))
 
 
 def _image_mode(training: Mapping[str, Any]) -> str:
@@ -235,7 +235,7 @@ def _scales_section(scales: Scales) -> list[str]:
         '## Scales',
         f'One value per branch and channel of {len(scales)} convolutions.{searched} Fingerprint '
         f'`{scales.fingerprint}`.',
-        _table(('stage', 'branch', 'mean', 'min', 'max'), rows),
+        _table(('stage', 'branch', 'mean', 'min', 'max'), rows, ('---', '---', '---:', '---:', '---:')),
     ]
 
 
@@ -243,9 +243,9 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return _table(('what', 'value'), [(name.replace('_', ' '), value) for name, value in facts.items()])
 
 
-def _table(head: Sequence[str], rows: Any, align: str = '---') -> str:
+def _table(head: Sequence[str], rows: Any, align: Sequence[str] = ('---', '---')) -> str:
     lines = [f'| {" | ".join(_cell(_text(cell)) for cell in row)} |' for row in rows]
-    return '\n'.join([f'| {" | ".join(map(_cell, head))} |', f'|{"|".join([align] * len(head))}|', *lines]) * bool(
+    return '\n'.join([f'| {" | ".join(map(_cell, head))} |', f'|{"|".join(align)}|', *lines]) * bool(
         lines
     )
 
