@@ -25,7 +25,7 @@ from .model_size import size_of
 from .models import RepOptVgg
 from .models.strided_byobnet import stated_arguments
 from .plot import plot_curves
-from .reparam import is_sharded, kind_of, uncompiled_name, unwrap
+from .reparam import carried_scales, is_sharded, kind_of, uncompiled_name, unwrap
 from .scales import Scales
 from .sources import ScalesSource, load_scales
 from .trained_scales import arguments_of
@@ -187,7 +187,8 @@ def _prepare(
     weights = _weights_of(model, source)
     if precision == 'int8' and not isinstance(model, RepOptVgg):
         raise ValueError(f"{name} cannot load 8-bit weights, RepOpt-VGG alone restores them: use 'float16'.")
-    found = _scales_of(model)
+    has_scales = kind_of(model) != 'target' or carried_scales(model)
+    found = Scales.from_model(model) if has_scales else None
     if scales is not None:
         given = load_scales(scales, model)
         if found is not None and found != given:
@@ -260,15 +261,6 @@ def _timm_name(model: nn.Module) -> str:
             f'{type(model).__name__} is not a model of timm: create it with timm.create_model, then publish it.'
         )
     return config['architecture']
-
-
-def _scales_of(model: nn.Module) -> Scales | None:
-    try:
-        return Scales.from_model(model)
-    except ValueError:
-        if kind_of(model) == 'target':
-            return None
-        raise
 
 
 def _training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
     implied = args.scales == IMPLIED
     name = Path(args.checkpoint).name if Path(args.checkpoint).is_file() else args.checkpoint
     if args.model or is_multi_branch_source(args.checkpoint):
-        model = merge_trained(args.checkpoint, args.model, args.data, implied=implied)
+        model: Any = merge_trained(args.checkpoint, args.model, args.data, implied=implied)
         measured = f'measured on images of {Path(args.data).resolve().name}' if args.data else 'estimated from branches'
         how = {'trained_with': 'branches; merged into plain kernels', 'batchnorm': measured}
     elif args.data or implied:

@@ -45,7 +45,11 @@ def test_a_model_that_did_not_take_the_weights_has_no_origin(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'start', [('--model', 'local-dir:{}', '--pretrained'), ('--model', TINY, '--initial-checkpoint', '{}/model.pth')]
+    'start',
+    [
+        pytest.param(('--model', 'local-dir:{}', '--pretrained'), marks=pytest.mark.slow),
+        ('--model', TINY, '--initial-checkpoint', '{}/model.pth'),
+    ],
 )
 def test_fine_tuning_keeps_the_origin(start, tmp_path):
     save_pretrained(merged(), tmp_path / 'merged')

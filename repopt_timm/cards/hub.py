@@ -213,10 +213,10 @@ def _explained(source: HubSource, file: str, token: str | bool | None) -> Iterat
         raised.status = getattr(getattr(cause, 'response', None), 'status_code', None)
         text = ' '.join(str(cause).split()) or type(cause).__name__
         if constants.HF_HUB_OFFLINE and not missing:
-            command = f'`hf download {source.repo_id} {file}{f" --revision {source.revision}" * bool(source.revision)}`'
-            text = 'HF_HUB_OFFLINE=1 forbids asking the Hub. Unset it.'
+            text = 'HF_HUB_OFFLINE forbids asking the Hub: unset it.'
             if file:
-                text = f'not in the cache {constants.HF_HUB_CACHE}, and {text} Or run {command} once with a network.'
+                revision = f' --revision {source.revision}' if source.revision else ''
+                text += f' Or run `hf download {source.repo_id} {file}{revision}` once with a network.'
         elif raised.status in (401, 403):
             text += ' Log in with `hf auth login`, or set HF_TOKEN to a token that has access.'
         where = f'{source}, file {file}' if file else str(source)

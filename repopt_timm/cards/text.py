@@ -245,9 +245,7 @@ def _facts(facts: Mapping[str, Any]) -> str:
 
 def _table(head: Sequence[str], rows: Any, align: Sequence[str] = ('---', '---')) -> str:
     lines = [f'| {" | ".join(_cell(_text(cell)) for cell in row)} |' for row in rows]
-    return '\n'.join([f'| {" | ".join(map(_cell, head))} |', f'|{"|".join(align)}|', *lines]) * bool(
-        lines
-    )
+    return '\n'.join([f'| {" | ".join(map(_cell, head))} |', f'|{"|".join(align)}|', *lines]) * bool(lines)
 
 
 def _text(value: Any) -> str:
