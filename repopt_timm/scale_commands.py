@@ -7,8 +7,8 @@ from typing import Any
 import timm
 import torch
 
-from .cards.transfer import HUB_PREFIX
-from .cards.writing import push_scales, save_scales_card
+from .cards.hub import HUB_PREFIX
+from .cards.publish import push_scales, save_scales_card
 from .commands import COMMANDS
 from .files import check_output, check_output_folder
 from .models import ensure_registered

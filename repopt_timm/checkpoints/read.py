@@ -3,8 +3,10 @@
 import argparse
 import os
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from ..errors import reason_of
 from .bounds import check_archive, check_content, check_header, check_pickle
 from .packing import unpack
 
-__all__ = ['read_checkpoint', 'select_state_dict']
+__all__ = ['check_weights', 'read_checkpoint', 'select_state_dict']
+
+_INTEGER = re.compile(r'.*(num_batches_tracked|idx|index)[^.]*')
 
 # In the order in which timm's own loader looks for them.
 _STATE_DICT_KEYS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
@@ -125,3 +129,30 @@ def _refusal(path: Path) -> str:
     if names:
         return f'it would run code to restore {", ".join(sorted(names))}. Save its tensors alone and load those.'
     return f'it is not a pickle of tensors. {_AGAIN}'
+
+
+def check_weights(state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Checks that a network with these weights computes numbers.
+
+    A tensor whose sum of squares exceeds float32 is refused as no network survives it: a norm above 1.8e19.
+
+    Args:
+        state_dict: Name to tensor, 8-bit ones restored.
+        source: File that they come from, or model, for errors.
+
+    Raises:
+        ValueError: If a value is NaN, infinite or too large, a weight is complex or an integer, or a variance is
+            negative; names the source and the tensor.
+    """
+    for name, tensor in state_dict.items():
+        problem = ''
+        if not tensor.is_floating_point():
+            if tensor.is_complex() or not _INTEGER.fullmatch(name):
+                problem = f'has the type {tensor.dtype}, expected floating point numbers'
+        elif not tensor.float().square().sum().isfinite():
+            largest = tensor.abs().max().item()
+            problem = f'has values up to {largest:g}, which no network survives'
+        elif name.endswith('running_var') and (tensor < 0).any():
+            problem = f'has a negative variance, {tensor.min().item():g}'
+        if problem:
+            raise ValueError(f"{source}: '{name}' {problem}. Take a checkpoint from before it diverged or was damaged.")
