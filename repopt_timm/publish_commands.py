@@ -9,12 +9,12 @@ from typing import Any
 from .checkpoints.packing import PRECISIONS
 from .deploy import add_class_map, evaluate
 from .files import check_output_folder
-from .merge_checkpoint import is_multi_branch_source, merge_trained
-from .models.reference_weights import model_from_reference
+from .merge_checkpoint import merge_trained
 from .publish import push_to_hub, save_pretrained
 from .reporting import add_command, print_result
 from .scale_commands import SOURCE, add_license, add_publishing, add_scales_file
 from .sources import IMPLIED
+from .weights_origin import merged_from
 
 __all__ = ['add_commands']
 
@@ -118,9 +118,16 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
     if args.out:
         check_output_folder(args.out)
     implied = args.scales == IMPLIED
-    model, training = (
-        _merged(args, implied) if args.model or is_multi_branch_source(args.checkpoint) else _of_authors(args)
-    )
+    model = merge_trained(args.checkpoint, args.model, args.data, args.images, implied)
+    source = Path(args.checkpoint)
+    training = {'converted_from': source.name if source.is_file() else args.checkpoint}
+    if merged_from(model):
+        training['trained_with'] = 'branches; merged into plain kernels'
+        training['batchnorm'] = (
+            f'measured on images of {Path(args.data).resolve().name}' if args.data else 'estimated from the branches'
+        )
+    else:
+        training['method'] = "published by the method's authors"
     scales = None if implied else args.scales
     values: dict[str, Any] = {'architecture': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes}
     if args.out:
@@ -138,24 +145,3 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
             license=args.license,
         )
     print_result(args, values, ', '.join(f'{name} {value}' for name, value in values.items()))
-
-
-def _of_authors(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    if args.data or args.scales == IMPLIED:
-        raise ValueError(
-            f'{args.checkpoint}: --data and --scales {IMPLIED} are for trained branches; a target of the reference '
-            f'repository has none. Leave them out, or name the multi-branch network with --model.'
-        )
-    training = {'converted_from': Path(args.checkpoint).name, 'method': "published by the method's authors"}
-    return model_from_reference(args.checkpoint), training
-
-
-def _merged(args: argparse.Namespace, implied: bool) -> tuple[Any, dict[str, Any]]:
-    model = merge_trained(args.checkpoint, args.model, args.data, args.images, implied)
-    is_file = Path(args.checkpoint).is_file()
-    measured = f'measured on images of {Path(args.data).resolve().name}' if args.data else 'estimated from the branches'
-    return model, {
-        'converted_from': Path(args.checkpoint).name if is_file else args.checkpoint,
-        'trained_with': 'branches; merged into plain kernels',
-        'batchnorm': measured,
-    }

@@ -7,7 +7,6 @@ from typing import Any
 import timm
 import torch
 
-from .cards.transfer import HUB_PREFIX
 from .cards.writing import push_scales, save_scales_card
 from .commands import COMMANDS
 from .files import check_output, check_output_folder
@@ -17,7 +16,7 @@ from .names import ModelName
 from .plot import check_picture, plot_scales
 from .reporting import add_command, markdown_table, print_result
 from .scales import Scales
-from .scales.table import scales_table
+from .scales.summary import movement, scales_table
 from .sources import known_scales, load_scales
 
 __all__ = ['SOURCE', 'add_commands', 'add_license', 'add_publishing', 'add_scales_file']
@@ -37,32 +36,22 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser('scales', help=COMMANDS['scales'].summary)
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     add_command(commands, 'list', _list, 'list the scales that ship, are published, or are in the cache of the Hub')
-    show = add_command(commands, 'show', _show, 'show scales')
+    show = add_command(commands, 'show', _show, 'show scales, and how far they are from their initial values')
     _add_source(show)
-    extract = add_command(commands, 'extract', _write, 'take the scales out of the checkpoint of a hyper-search')
+    extract = add_command(commands, 'extract', _extract, 'write scales, from the checkpoint of a search or any source')
     _add_source(extract)
     extract.add_argument('out', help='.safetensors file, or folder for a model card')
     add_license(extract)
-    convert = add_command(
-        commands, 'convert', _write, 'write scales as a .safetensors file, or as a folder with a model card'
-    )
-    _add_source(convert)
-    convert.add_argument('out', help='.safetensors file, or folder for a model card')
-    add_license(convert)
-    add_scales_file(convert)
+    add_scales_file(extract)
     plot = add_command(commands, 'plot', _plot, 'draw scales against depth')
     _add_source(plot)
     plot.add_argument('out', help='picture to write')
-    push = add_command(commands, 'push', _push_scales, 'publish scales on the Hub')
+    push = add_command(commands, 'push', _push, 'publish scales on the Hub')
     _add_source(push)
     add_license(push)
     add_scales_file(push)
     push.add_argument('repo', help='repository on the Hub, user/repo')
     add_publishing(push)
-    pull = add_command(commands, 'pull', _pull, 'get scales from the Hub')
-    pull.add_argument('repo', help='repository on the Hub, user/repo[@revision]')
-    pull.add_argument('out', help='.safetensors file, or folder for a model card')
-    add_license(pull)
 
 
 def _add_source(parser: argparse.ArgumentParser) -> None:
@@ -93,19 +82,16 @@ def _load(args: argparse.Namespace) -> Scales:
     if args.architecture is None:
         return load_scales(args.source)
     ensure_registered(args.architecture)
-    name = ModelName.parse(args.architecture)
-    if not timm.is_model(name.variant):
-        raise ValueError(f"timm does not know a model '{args.architecture}'; expected a name such as repopt_vgg_a0.")
     with torch.device('meta'):
-        model = timm.create_model(name.of_kind('target'))
+        model = timm.create_model(ModelName.parse(args.architecture).of_kind('target'))
     return load_scales(args.source, model)
 
 
 def _list(args: argparse.Namespace) -> None:
     rows = known_scales()
-    head = ('name', 'network', 'searched on', 'licence', 'where')
-    cells = [[str(row[key] or '') for key in ('name', 'network', 'dataset', 'license', 'where')] for row in rows]
-    print_result(args, {'scales': rows}, markdown_table(head, cells, align=True))
+    head = {'name': 'name', 'network': 'network', 'dataset': 'searched on', 'license': 'licence', 'where': 'where'}
+    cells = [[str(row[key] or '') for key in head] for row in rows]
+    print_result(args, {'scales': rows}, markdown_table(list(head.values()), cells, align=True))
 
 
 def _summary(scales: Scales) -> dict[str, Any]:
@@ -119,43 +105,34 @@ def _summary(scales: Scales) -> dict[str, Any]:
 
 def _show(args: argparse.Namespace) -> None:
     scales = _load(args)
-    rows = scales_table(scales)
-    lines = [f'{name:<13} {value}' for name, value in _summary(scales).items() if name != 'provenance']
-    lines += [f'{name:<13} {value}' for name, value in scales.provenance.items()]
-    lines += ['', f'{"stage":<10} {"branch":<10} {"mean":>9} {"min":>9} {"max":>9}']
-    lines += [
-        f'{row["stage"]:<10} {row["branch"]:<10} {row["mean"]:9.4f} {row["min"]:9.4f} {row["max"]:9.4f}' for row in rows
-    ]
-    print_result(args, {**_summary(scales), 'stages': rows}, '\n'.join(lines))
+    summary, rows, initial = _summary(scales), scales_table(scales), initial_values(scales)
+    if initial is not None:
+        summary['movement'] = str(movement([scales], initial))
+    facts = {**summary, **summary['provenance']}
+    lines = [f'{name:<13} {value}' for name, value in facts.items() if name != 'provenance']
+    cells = [[row['stage'], row['branch'], *(f'{row[key]:.4f}' for key in ('mean', 'min', 'max'))] for row in rows]
+    table = markdown_table(('stage', 'branch', 'mean', 'min', 'max'), cells, align=True)
+    print_result(args, {**summary, 'stages': rows}, '\n'.join([*lines, '', table]))
 
 
-def _check_out(args: argparse.Namespace, source: str = '') -> None:
-    if Path(args.out).suffix == '.safetensors':
-        if args.license:
-            raise ValueError(f"'{args.out}': --license goes into a model card, expected a folder. Leave it out.")
-        check_output(args.out, source)
-    elif Path(args.out).suffix in _FILE_SUFFIXES:
+def _extract(args: argparse.Namespace) -> None:
+    is_file = Path(args.out).suffix == '.safetensors'
+    if is_file and (args.license or args.scales_file):
+        raise ValueError(
+            f"'{args.out}': --license and --scales-file are for a folder with a model card. Name a folder."
+        )
+    if Path(args.out).suffix in _FILE_SUFFIXES:
         raise ValueError(f"'{args.out}': scales are written as .safetensors or as a folder with a model card.")
+    if is_file:
+        check_output(args.out, args.source)
     else:
         check_output_folder(args.out)
-
-
-def _write_scales(scales: Scales, args: argparse.Namespace) -> None:
-    if Path(args.out).suffix == '.safetensors':
+    scales = _load(args)
+    if is_file:
         scales.save(args.out)
     else:
-        save_scales_card(scales, args.out, scales_file=getattr(args, 'scales_file', False), license=args.license)
+        save_scales_card(scales, args.out, scales_file=args.scales_file, license=args.license)
     print_result(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
-
-
-def _write(args: argparse.Namespace) -> None:
-    _check_out(args, args.source)
-    _write_scales(_load(args), args)
-
-
-def _pull(args: argparse.Namespace) -> None:
-    _check_out(args)
-    _write_scales(load_scales(HUB_PREFIX + args.repo), args)
 
 
 def _plot(args: argparse.Namespace) -> None:
@@ -165,15 +142,8 @@ def _plot(args: argparse.Namespace) -> None:
     print_result(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
 
 
-def _push_scales(args: argparse.Namespace) -> None:
+def _push(args: argparse.Namespace) -> None:
     scales = _load(args)
-    url = push_scales(
-        scales,
-        args.repo,
-        args.private,
-        args.revision,
-        args.create_pr,
-        scales_file=args.scales_file,
-        license=args.license,
-    )
+    names = ('private', 'revision', 'create_pr', 'scales_file', 'license')
+    url = push_scales(scales, args.repo, **{name: getattr(args, name) for name in names})
     print_result(args, {**_summary(scales), 'url': url}, f'{scales.title} -> {url}')

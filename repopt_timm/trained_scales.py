@@ -40,8 +40,6 @@ def check_trained_with(scales: Scales, checkpoint: Mapping[str, Any], source: st
 def find_scales(checkpoint: Mapping[str, Any], model: nn.Module, source: str) -> Scales | None:
     """Finds the scales of a target's checkpoint: in it, or where its arguments say.
 
-    That is `--scales`, `--model-kwargs`, or without them the pretrained model that the run started from.
-
     A name in a file from anyone may lead anywhere, so only scales of the optimizer's own fingerprint are taken.
 
     Args:
@@ -57,30 +55,25 @@ def find_scales(checkpoint: Mapping[str, Any], model: nn.Module, source: str) ->
     """
     if not trained_with(checkpoint):
         return None
-    if isinstance(stored := checkpoint.get(IMPLIED_KEY), Mapping):
-        modules, counts = stored['modules'], stored['counts']
-        geometry = geometry_of(model, modules)
-        scales = Scales(network_name(model), modules, geometry, counts, stored['provenance'], source)
+    try:
+        if stored := checkpoint.get(IMPLIED_KEY):
+            modules, geometry = stored['modules'], geometry_of(model, stored['modules'])
+            scales = Scales(network_name(model), modules, geometry, stored['counts'], stored['provenance'], source)
+        else:
+            scales = load_scales(named_scales(checkpoint, source), model)
         check_trained_with(scales, checkpoint, source)
-        return scales
-    given = _given_scales(checkpoint)
-    key, name = ('model', arguments_of(checkpoint).get('model')) if given is None else ('scales', given)
-    problem = ''
-    if isinstance(name, str):
-        try:
-            scales = default_scales(name).for_model(model) if key == 'model' else load_scales(name, model)
-            check_trained_with(scales, checkpoint, name)
-            return scales
-        except (OSError, ValueError) as error:
-            problem = f' It says {key}={name}, which does not help: {error}'
-    raise ValueError(
-        f'{source}: its model was trained with scales, which are not in its checkpoint. Name the scales of the run '
-        f'(scales=..., --scales).{problem}'
-    )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f'{source}: its model was trained with scales that it does not hold, and they are not found: {error} Name '
+            f'the scales of the run (scales=..., --scales).'
+        ) from None
+    return scales
 
 
 def named_scales(checkpoint: Mapping[str, Any], source: str) -> str:
     """Returns what `load_scales` takes for the scales that a target was trained with; `initial` if with none.
+
+    That is `--scales`, `--model-kwargs`, or without them the pretrained model that the run started from.
 
     Args:
         checkpoint: Content of its checkpoint.
@@ -92,17 +85,13 @@ def named_scales(checkpoint: Mapping[str, Any], source: str) -> str:
     """
     if not trained_with(checkpoint):
         return 'initial'
-    name, model = _given_scales(checkpoint), arguments_of(checkpoint).get('model')
-    if name is None and isinstance(model, str):
-        name = default_scales(model).source
+    args = arguments_of(checkpoint)
+    name = args.get('scales') or (args.get('model_kwargs') or {}).get('scales')
+    if name is None and isinstance(args.get('model'), str):
+        name = default_scales(args['model']).source
     if not isinstance(name, str):
-        raise ValueError(f"'{source}' was trained with scales that it does not name. Name them with --scales.")
+        raise ValueError(f"'{source}' was trained with scales and does not name them. Give them with --scales.")
     return name
-
-
-def _given_scales(checkpoint: Mapping[str, Any]) -> Any:
-    values = arguments_of(checkpoint)
-    return values.get('scales') or (values.get('model_kwargs') or {}).get('scales')
 
 
 def arguments_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..checkpoints.bounds import check_header
 from ..files import replacing
 from ..reparam import (
     CSLAConv2d,
@@ -276,6 +275,19 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
                 f'{expected}. They were changed or damaged after they were written; get them again.'
             )
 
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str) -> 'Scales':
+        import struct
+
+        from safetensors.torch import load
+
+        size = struct.unpack('<Q', data[:8])[0]
+        metadata = json.loads(data[8 : 8 + size])['__metadata__']
+        try:
+            return _from_own_file(load(data), metadata, source)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f'{source}: its header is damaged ({type(error).__name__}: {error}).') from None
+
     def save(self, path: str | os.PathLike) -> None:
         """Writes a `.safetensors` file: tensors `<module>.<branch>`, everything else in the header's metadata.
 
@@ -305,7 +317,6 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         }
         with replacing(path) as temporary:
             save_file(tensors, temporary, metadata)
-            check_header(temporary)
 
 
 def _check_branch(branch: str, count: int, shape: Geometry | None, where: str) -> None:
@@ -330,3 +341,43 @@ def _checked(modules: Mapping[str, Any], source: str) -> list[tuple[str, Mapping
             raise ValueError(f"{source or 'Scales'}: '{module}' has a {type(vectors).__name__}, expected a mapping.")
         check_vectors(module, vectors, source=source)
     return list(modules.items())
+
+
+def _from_own_file(tensors: dict[str, Any], metadata: Mapping[str, str], source: str) -> Scales:
+    version = _parsed(metadata, 'version', source)
+    if version != FORMAT_VERSION:
+        newer = version > FORMAT_VERSION
+        advice = 'Upgrade repopt-timm.' if newer else 'Extract the scales from their checkpoint again.'
+        raise ValueError(
+            f'{source}: written in version {version} of its format, this package reads version {FORMAT_VERSION}. '
+            f'{advice}'
+        )
+    names, geometry, counts, provenance = (
+        _parsed(metadata, key, source) for key in ('modules', 'geometry', 'counts', 'provenance')
+    )
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, vector in tensors.items():
+        if key != '__metadata__':
+            module, _, branch = key.rpartition('.')
+            found.setdefault(module, {})[branch] = vector
+    modules = {module: found.pop(module) for module in names}
+    if found:
+        raise ValueError(f"{source}: its header does not list the module '{next(iter(found))}'. The file is damaged.")
+    shapes = _parse_geometry(geometry, source)
+    scales = Scales(metadata['architecture'], modules, shapes, counts, provenance, source)
+    scales.check_fingerprint(metadata['fingerprint'])
+    return scales
+
+
+def _parsed(metadata: Mapping[str, str], key: str, source: str) -> Any:
+    try:
+        return json.loads(metadata[key])
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{source}: '{key}' of its header is damaged ({type(error).__name__}: {error}).") from None
+
+
+def _parse_geometry(geometry: Mapping[str, Any], source: str) -> dict[str, Geometry]:
+    try:
+        return {name: Geometry.parse(text) for name, text in geometry.items()}
+    except ValueError as error:
+        raise ValueError(f'{source}: {error} The file is damaged.') from None

@@ -1,6 +1,5 @@
 """Files that hold scales: our own, checkpoints of a Hyper-Search, and those of the method's reference repository."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -11,10 +10,10 @@ from torch import Tensor
 
 from ..architectures import infer_architecture
 from ..checkpoints.read import read_checkpoint, select_state_dict
-from ..checkpoints.reference_layout import scale_names
+from ..checkpoints.reference import refuse_fused, scale_names
 from ..names import ModelName
 from ..reparam import Geometry
-from .scales import FORMAT, FORMAT_VERSION, Scales
+from .scales import FORMAT, Scales
 
 __all__ = ['CHECKPOINT_KEY', 'checkpoint_entry', 'read_scale_file']
 
@@ -22,7 +21,7 @@ CHECKPOINT_KEY = 'repopt'
 """Key under which a checkpoint states what its scales belong to, see `checkpoint_entry`."""
 
 # Key of a scale, or of the identity's operator, in a state dict of ours: module, branch.
-_OWN_KEY = re.compile(r'(.+)\.branches\.(?:([^.]+)\.scale|(identity)\.weight)')
+_SCALE_KEY = re.compile(r'(.+)\.branches\.(?:([^.]+)\.scale|(identity)\.weight)')
 _OPERATOR_KEY = re.compile(r'(.+)\.branches\.([^.]+)\.weight')
 
 
@@ -43,28 +42,32 @@ def read_scale_file(path: str | os.PathLike, architecture: str | None = None) ->
     """
     source = os.fspath(path)
     checkpoint = read_checkpoint(path)
-    metadata = checkpoint.get('__metadata__', {})
-    if metadata.get('format') == FORMAT:
-        try:
-            return _from_own_file(checkpoint, metadata, source)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f'{source}: its header is damaged ({type(error).__name__}: {error}).') from None
+    if checkpoint.get('__metadata__', {}).get('format') == FORMAT:
+        return Scales.from_bytes(Path(path).read_bytes(), source)
     state_dict = select_state_dict(checkpoint)
-    modules = _modules_of(state_dict)
+    modules, counts = _modules_of(state_dict), _counts_of(state_dict)
     if not modules:
+        refuse_fused(state_dict, source)
+        if any('.rbr_dense.' in key for key in state_dict):
+            raise ValueError(
+                f'{source} is a RepVGG as its authors train it: no scales were searched. Read those that its branches '
+                f'imply: repopt-timm convert-checkpoint {source} --scales implied --out DIR.'
+            )
         raise ValueError(
             f'{source}: no scales in it. Expected a file of scales or a checkpoint of a hyper-search (_hs) model.'
         )
-    provenance = {'converted_from': Path(source).name}
-    entry = checkpoint.get(CHECKPOINT_KEY)
-    geometry: Mapping[str, Geometry] = {}
-    if isinstance(entry, Mapping) and isinstance(entry.get('geometry'), Mapping):
-        geometry = _parse_geometry(entry['geometry'], source)
+    entry = checkpoint.get(CHECKPOINT_KEY) or {}
+    geometry = {name: Geometry.parse(text) for name, text in entry.get('geometry', {}).items()}
     order = list(geometry) if set(geometry) == set(modules) else sorted(modules, key=_depth_key)
     modules = {name: modules[name] for name in order}
-    name = _network_of(checkpoint) or _infer(modules, architecture)
-    counts = {module: each for module, each in _counts_of(state_dict).items() if module in modules}
-    return Scales(name, modules, geometry, counts, provenance, source)
+    counts = {module: each for module, each in counts.items() if module in modules}
+    name = checkpoint.get('arch')
+    if isinstance(name, str):
+        network = ModelName.parse(name).network
+    else:
+        channels = {module: len(vectors['kxk']) for module, vectors in modules.items() if 'kxk' in vectors}
+        network = infer_architecture(channels, architecture) or ''
+    return Scales(network, modules, geometry, counts, {'converted_from': Path(source).name}, source)
 
 
 def checkpoint_entry(scales: Scales) -> dict[str, Any]:
@@ -72,51 +75,11 @@ def checkpoint_entry(scales: Scales) -> dict[str, Any]:
     return {'architecture': scales.architecture, 'geometry': {n: str(each) for n, each in scales.geometry.items()}}
 
 
-def _parse_geometry(geometry: Mapping[str, Any], source: str) -> dict[str, Geometry]:
-    try:
-        return {name: Geometry.parse(text) for name, text in geometry.items()}
-    except ValueError as error:
-        raise ValueError(f'{source}: {error} The file is damaged.') from None
-
-
-def _from_own_file(tensors: dict[str, Any], metadata: Mapping[str, str], source: str) -> Scales:
-    version = _parsed(metadata, 'version', source)
-    if version != FORMAT_VERSION:
-        newer = version > FORMAT_VERSION
-        advice = 'Upgrade repopt-timm.' if newer else 'Extract the scales from their checkpoint again.'
-        raise ValueError(
-            f'{source}: written in version {version} of its format, this package reads version {FORMAT_VERSION}. '
-            f'{advice}'
-        )
-    names, geometry, counts, provenance = (
-        _parsed(metadata, key, source) for key in ('modules', 'geometry', 'counts', 'provenance')
-    )
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, vector in tensors.items():
-        if key != '__metadata__':
-            module, _, branch = key.rpartition('.')
-            found.setdefault(module, {})[branch] = vector
-    modules = {module: found.pop(module) for module in names}
-    if found:
-        raise ValueError(f"{source}: its header does not list the module '{next(iter(found))}'. The file is damaged.")
-    shapes = _parse_geometry(geometry, source)
-    scales = Scales(metadata['architecture'], modules, shapes, counts, provenance, source)
-    scales.check_fingerprint(metadata['fingerprint'])
-    return scales
-
-
-def _parsed(metadata: Mapping[str, str], key: str, source: str) -> Any:
-    try:
-        return json.loads(metadata[key])
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{source}: '{key}' of its header is damaged ({type(error).__name__}: {error}).") from None
-
-
 def _modules_of(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     modules: dict[str, dict[str, Tensor]] = {}
     published = scale_names(state_dict.keys())
     for key, tensor in state_dict.items():
-        if match := _OWN_KEY.fullmatch(key):
+        if match := _SCALE_KEY.fullmatch(key):
             module, branch = match[1], match[2] or match[3]
         elif key in published:
             module, branch = published[key]
@@ -137,16 +100,6 @@ def _counts_of(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
         if match and tensor.ndim == 5:
             counts.setdefault(match[1], {})[match[2]] = len(tensor)
     return counts
-
-
-def _network_of(checkpoint: Mapping[str, Any]) -> str:
-    name = checkpoint.get('arch')
-    return ModelName.parse(name).network if isinstance(name, str) else ''
-
-
-def _infer(modules: Mapping[str, Mapping[str, Tensor]], preferred: str | None) -> str:
-    channels = {module: len(vectors['kxk']) for module, vectors in modules.items() if 'kxk' in vectors}
-    return infer_architecture(channels, preferred) or ''
 
 
 def _depth_key(module: str) -> tuple[bool, list[tuple[int, str]]]:

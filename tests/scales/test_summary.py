@@ -5,7 +5,7 @@ import torch
 from repopt_timm import Scales
 from repopt_timm.models import ensure_registered
 from repopt_timm.models.initial_values import initial_values
-from repopt_timm.scales.movement import movement
+from repopt_timm.scales.summary import movement, scales_table
 
 from ..helpers import TINY, tiny_model
 
@@ -73,3 +73,12 @@ def test_scales_of_a_part_of_a_network_have_initial_values_too():
     model = timm.create_model('repopt_vgg_a0', device='meta')
     part = Scales.initial(model, {'stages.0.1.conv': ['kxk', '1x1']})
     assert 'stages.0.1.conv' in initial_values(part)
+
+
+def test_a_table_has_a_row_for_each_stage_and_branch(initial):
+    rows = scales_table({**initial, 'stages.1.0.conv': {'kxk': torch.tensor([1.0, 4.0]), '1x1': torch.ones(2)}})
+    assert [(row['stage'], row['branch']) for row in rows[:3]] == [('stem', '1x1'), ('stem', 'kxk'), ('stage 1', '1x1')]
+    row = next(row for row in rows if (row['stage'], row['branch']) == ('stage 2', 'kxk'))
+    assert (row['min'], row['max']) == (1, 4)
+    second = initial['stages.1.1.conv']['kxk'].tolist()
+    assert row['mean'] == pytest.approx((5 + sum(second)) / (2 + len(second)))
