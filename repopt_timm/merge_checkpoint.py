@@ -23,14 +23,13 @@ from .weights_origin import note_merged
 
 __all__ = ['merge_trained']
 
-_BATCH = 64
+_IMAGES, _BATCH = 2048, 64
 
 
 def merge_trained(
     source: str,
     model_name: str = '',
     data: str | os.PathLike | None = None,
-    images: int = 2048,
     implied: bool = False,
 ) -> nn.Module:
     """Makes the plain network of a trained multi-branch one, under our name.
@@ -40,8 +39,7 @@ def merge_trained(
             or what `timm.create_model` takes, such as `mobileone_s0.apple_in1k`.
         model_name: timm's name of the network, for a file that does not state it.
         data: Image folder to measure the statistics of added BatchNorms on; its training split if it has one.
-            Defaults to estimates from the branches.
-        images: Number of images to measure on.
+            2048 of its images are used. Defaults to estimates from the branches.
         implied: Let the network carry the scales that the branches imply.
 
     Returns:
@@ -80,7 +78,7 @@ def merge_trained(
         prepare(plain, implied_scales(original).renamed(name.network), init=False)
     if data is not None:
         folder = ImageFolder(data, 'train', preprocessing(model=plain))
-        recalibrate(plain, folder.batches(folder.sample(images, seed=0), _BATCH, 'BatchNorm'))
+        recalibrate(plain, folder.batches(folder.sample(_IMAGES, seed=0), _BATCH, 'BatchNorm'))
     return plain
 
 

@@ -54,7 +54,6 @@ def add_commands(commands: Any) -> None:
         metavar='DIR',
         help='image folder to measure the BatchNorms of a merged network on [estimates from the branches]',
     )
-    convert.add_argument('--images', type=int, default=2048, metavar='N', help='how many of them')
     convert.add_argument('--out', metavar='DIR', help='folder to write, which local-dir:DIR loads')
     convert.add_argument('--push', metavar='REPO', help='repository on the Hub to publish it in')
     convert.add_argument(
@@ -118,7 +117,7 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
     if args.out:
         check_output_folder(args.out)
     implied = args.scales == IMPLIED
-    model = merge_trained(args.checkpoint, args.model, args.data, args.images, implied)
+    model = merge_trained(args.checkpoint, args.model, args.data, implied)
     source = Path(args.checkpoint)
     training = {'converted_from': source.name if source.is_file() else args.checkpoint}
     if merged_from(model):
