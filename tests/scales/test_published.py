@@ -131,7 +131,7 @@ def test_what_cannot_be_downloaded_is_one_line_without_the_password_and_leaves_n
 def test_a_target_without_scales_of_its_own_is_told_of_published_ones(scales):
     with pytest.raises(ValueError, match='--scales published'):
         default_scales(TINY)
-    with pytest.raises(ValueError, match="'resnet18'.*test_repopt_vgg"):
+    with pytest.raises(ValueError, match=r"'resnet18'.*test_repopt_vgg"):
         load_scales('published', timm.create_model('resnet18'))
 
 
