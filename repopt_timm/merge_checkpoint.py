@@ -17,8 +17,7 @@ from .models import ensure_registered, resolve_model
 from .models.reference_weights import model_from_reference
 from .models.timm_twins import plain_first_conv
 from .names import PREFIX, ModelName
-from .reparam import prepare
-from .reparam.convolutions import multi_branch_blocks
+from .reparam import multi_branch_blocks, prepare
 from .weights_origin import note_merged
 
 __all__ = ['merge_trained']

@@ -15,7 +15,7 @@ from .cards.licence import stated_license
 from .cards.transfer import HUB_PREFIX, HubFileNotFoundError, cached_files, download, parse_hub_source
 from .errors import explaining
 from .names import ModelName
-from .reparam import network_name
+from .reparam import network_name, scales_for
 from .resources import shipped_repositories
 from .scales import Scales, read_scale_file
 from .scales.published import PUBLISHED, find_published, published_table, read_published
@@ -52,7 +52,9 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
     if isinstance(source, Scales):
         scales = source
     elif isinstance(source, Mapping):
-        scales = Scales(network or '', source)
+        if model is None:
+            raise ValueError('A mapping of scales needs the model that it is for: load_scales(mapping, model).')
+        return scales_for(model, source)
     elif source == 'initial' and model is not None:
         return Scales.initial(model)
     elif source == PUBLISHED and network is not None:

@@ -12,17 +12,15 @@ from ..architectures import infer_architecture
 from ..checkpoints.read import read_checkpoint, select_state_dict
 from ..checkpoints.reference import refuse_fused, scale_names
 from ..names import ModelName
-from ..reparam import Geometry
-from .scales import FORMAT, Scales
+from ..reparam import Geometry, Scales
 
 __all__ = ['CHECKPOINT_KEY', 'checkpoint_entry', 'read_scale_file']
 
 CHECKPOINT_KEY = 'repopt'
 """Key under which a checkpoint states what its scales belong to, see `checkpoint_entry`."""
 
-# Key of a scale, or of the identity's operator, in a state dict of ours: module, branch.
-_SCALE_KEY = re.compile(r'(.+)\.branches\.(?:([^.]+)\.scale|(identity)\.weight)')
-_OPERATOR_KEY = re.compile(r'(.+)\.branches\.([^.]+)\.weight')
+# Key in the state dict of a twin: module, whether it is an operator or a scale, branch.
+_KEY = re.compile(r'(?:(.+)\.)?parametrizations\.weight\.(original|0\.(?:operators|scales)\.(.+))')
 
 
 def read_scale_file(path: str | os.PathLike, architecture: str | None = None) -> Scales:
@@ -42,10 +40,10 @@ def read_scale_file(path: str | os.PathLike, architecture: str | None = None) ->
     """
     source = os.fspath(path)
     checkpoint = read_checkpoint(path)
-    if checkpoint.get('__metadata__', {}).get('format') == FORMAT:
+    if 'fingerprint' in checkpoint.get('__metadata__', ()):
         return Scales.from_bytes(Path(path).read_bytes(), source)
     state_dict = select_state_dict(checkpoint)
-    modules, counts = _modules_of(state_dict), _counts_of(state_dict)
+    modules, counts = _branches_of(state_dict)
     if not modules:
         refuse_fused(state_dict, source)
         if any('.rbr_dense.' in key for key in state_dict):
@@ -56,18 +54,14 @@ def read_scale_file(path: str | os.PathLike, architecture: str | None = None) ->
         raise ValueError(
             f'{source}: no scales in it. Expected a file of scales or a checkpoint of a hyper-search (_hs) model.'
         )
-    entry = checkpoint.get(CHECKPOINT_KEY) or {}
-    geometry = {name: Geometry.parse(text) for name, text in entry.get('geometry', {}).items()}
+    stated = (checkpoint.get(CHECKPOINT_KEY) or {}).get('geometry', {})
+    geometry = {name: Geometry.parse(text) for name, text in stated.items()}
     order = list(geometry) if set(geometry) == set(modules) else sorted(modules, key=_depth_key)
     modules = {name: modules[name] for name in order}
-    counts = {module: each for module, each in counts.items() if module in modules}
-    name = checkpoint.get('arch')
-    if isinstance(name, str):
-        network = ModelName.parse(name).network
-    else:
-        channels = {module: len(vectors['kxk']) for module, vectors in modules.items() if 'kxk' in vectors}
-        network = infer_architecture(channels, architecture) or ''
-    return Scales(network, modules, geometry, counts, {'converted_from': Path(source).name}, source)
+    channels = {name: len(vectors['kxk']) for name, vectors in modules.items() if 'kxk' in vectors}
+    stated = checkpoint.get('arch')
+    network = ModelName.parse(stated).network if isinstance(stated, str) else infer_architecture(channels, architecture)
+    return Scales(network or '', modules, geometry, counts, {'converted_from': Path(source).name}, source)
 
 
 def checkpoint_entry(scales: Scales) -> dict[str, Any]:
@@ -75,31 +69,31 @@ def checkpoint_entry(scales: Scales) -> dict[str, Any]:
     return {'architecture': scales.architecture, 'geometry': {n: str(each) for n, each in scales.geometry.items()}}
 
 
-def _modules_of(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    modules: dict[str, dict[str, Tensor]] = {}
+def _branches_of(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, int]]]:
+    """Returns module name to branch name to scale, and to number of equal branches."""
+    vectors: dict[str, dict[str, Tensor]] = {}
+    rows: dict[tuple[str, str], int] = {}
     published = scale_names(state_dict.keys())
     for key, tensor in state_dict.items():
-        if match := _SCALE_KEY.fullmatch(key):
-            module, branch = match[1], match[2] or match[3]
-        elif key in published:
-            module, branch = published[key]
-        else:
+        match = _KEY.fullmatch(key)
+        if match is None and key not in published:
             continue
-        modules.setdefault(module, {})[branch] = tensor.flatten() if branch == 'identity' else tensor
+        module, branch = (match[1] or '', match[3] or 'kxk') if match else published[key]
+        if match and '0.scales' not in match[2]:
+            rows[module, branch] = len(tensor)
+        # An identity has no scale: its operator is what the search finds.
+        if not match or '0.scales' in match[2] or branch == 'identity':
+            vectors.setdefault(module, {})[branch] = tensor.flatten()
     # A convolution that is used in several places is there under each name, with the same memory.
     first: dict[Any, str] = {}
-    for module, vectors in modules.items():
-        first.setdefault(tuple(sorted((branch, each.data_ptr()) for branch, each in vectors.items())), module)
-    return {module: modules[module] for module in first.values()}
-
-
-def _counts_of(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
-    counts: dict[str, dict[str, int]] = {}
-    for key, tensor in state_dict.items():
-        match = _OPERATOR_KEY.fullmatch(key)
-        if match and tensor.ndim == 5:
-            counts.setdefault(match[1], {})[match[2]] = len(tensor)
-    return counts
+    for module, found in vectors.items():
+        first.setdefault(tuple(sorted((branch, each.data_ptr()) for branch, each in found.items())), module)
+    modules = {module: vectors[module] for module in first.values()}
+    counts = {
+        module: {branch: rows.get((module, branch), len(each)) // len(each) for branch, each in found.items()}
+        for module, found in modules.items()
+    }
+    return modules, counts
 
 
 def _depth_key(module: str) -> tuple[bool, list[tuple[int, str]]]:

@@ -21,8 +21,8 @@ from huggingface_hub.utils import get_session
 from ..errors import reason_of
 from ..files import replacing
 from ..names import ModelName
+from ..reparam import Scales
 from .files import read_scale_file
-from .scales import Scales
 
 __all__ = ['PUBLISHED', 'PublishedScales', 'find_published', 'published_table', 'read_published']
 
