@@ -21,9 +21,6 @@ from .sources import known_scales, load_scales
 
 __all__ = ['SOURCE', 'add_commands', 'add_license', 'add_publishing', 'add_scales_file']
 
-# Folders of repositories may have a dot in their names too.
-_FILE_SUFFIXES = {'.bin', '.json', '.md', '.pickle', '.pkl', '.png', '.pt', '.pth', '.tar'}
-
 SOURCE = "file, folder, model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, or 'published' or 'initial'"
 
 
@@ -36,27 +33,24 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser('scales', help=COMMANDS['scales'].summary)
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     add_command(commands, 'list', _list, 'list the scales that ship, are published, or are in the cache of the Hub')
-    show = add_command(commands, 'show', _show, 'show scales, and how far they are from their initial values')
-    _add_source(show)
-    extract = add_command(commands, 'extract', _extract, 'write scales, from the checkpoint of a search or any source')
-    _add_source(extract)
+    _add_command(commands, 'show', _show, 'show scales, and how far they are from their initial values')
+    extract = _add_command(commands, 'extract', _extract, 'write scales, from the checkpoint of a search or any source')
     extract.add_argument('out', help='.safetensors file, or folder for a model card')
-    add_license(extract)
-    add_scales_file(extract)
-    plot = add_command(commands, 'plot', _plot, 'draw scales against depth')
-    _add_source(plot)
+    plot = _add_command(commands, 'plot', _plot, 'draw scales against depth')
     plot.add_argument('out', help='picture to write')
-    push = add_command(commands, 'push', _push, 'publish scales on the Hub')
-    _add_source(push)
-    add_license(push)
-    add_scales_file(push)
+    push = _add_command(commands, 'push', _push, 'publish scales on the Hub')
     push.add_argument('repo', help='repository on the Hub, user/repo')
+    for parser in (extract, push):
+        add_license(parser)
+        add_scales_file(parser)
     add_publishing(push)
 
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
+def _add_command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    parser = add_command(commands, name, run, summary)
     parser.add_argument('source', help=f'{SOURCE} with --architecture')
     parser.add_argument('--architecture', metavar='MODEL', help='plain model that the scales are for')
+    return parser
 
 
 def add_license(parser: argparse.ArgumentParser) -> None:
@@ -94,25 +88,21 @@ def _list(args: argparse.Namespace) -> None:
     print_result(args, {'scales': rows}, markdown_table(list(head.values()), cells, align=True))
 
 
-def _summary(scales: Scales) -> dict[str, Any]:
-    return {
-        'architecture': scales.architecture or 'unknown',
-        'modules': len(scales),
-        'fingerprint': scales.fingerprint,
-        'provenance': scales.provenance,
-    }
+def _print(args: argparse.Namespace, scales: Scales, text: str = '', **values: Any) -> None:
+    known = {'architecture': scales.architecture or 'unknown', 'modules': len(scales)}
+    known |= {'fingerprint': scales.fingerprint, 'provenance': scales.provenance}
+    print_result(args, {**known, **values}, text or f'{scales.title} -> {next(iter(values.values()))}')
 
 
 def _show(args: argparse.Namespace) -> None:
     scales = _load(args)
-    summary, rows, initial = _summary(scales), scales_table(scales), initial_values(scales)
-    if initial is not None:
-        summary['movement'] = str(movement([scales], initial))
-    facts = {**summary, **summary['provenance']}
-    lines = [f'{name:<13} {value}' for name, value in facts.items() if name != 'provenance']
+    rows, initial = scales_table(scales), initial_values(scales)
+    moved = {} if initial is None else {'movement': str(movement([scales], initial))}
+    facts = {'architecture': scales.architecture, 'modules': len(scales), 'fingerprint': scales.fingerprint, **moved}
+    lines = [f'{name:<13} {value}' for name, value in {**facts, **scales.provenance}.items()]
     cells = [[row['stage'], row['branch'], *(f'{row[key]:.4f}' for key in ('mean', 'min', 'max'))] for row in rows]
     table = markdown_table(('stage', 'branch', 'mean', 'min', 'max'), cells, align=True)
-    print_result(args, {**summary, 'stages': rows}, '\n'.join([*lines, '', table]))
+    _print(args, scales, '\n'.join([*lines, '', table]), stages=rows, **moved)
 
 
 def _extract(args: argparse.Namespace) -> None:
@@ -121,8 +111,6 @@ def _extract(args: argparse.Namespace) -> None:
         raise ValueError(
             f"'{args.out}': --license and --scales-file are for a folder with a model card. Name a folder."
         )
-    if Path(args.out).suffix in _FILE_SUFFIXES:
-        raise ValueError(f"'{args.out}': scales are written as .safetensors or as a folder with a model card.")
     if is_file:
         check_output(args.out, args.source)
     else:
@@ -132,18 +120,18 @@ def _extract(args: argparse.Namespace) -> None:
         scales.save(args.out)
     else:
         save_scales_card(scales, args.out, scales_file=args.scales_file, license=args.license)
-    print_result(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
+    _print(args, scales, out=args.out)
 
 
 def _plot(args: argparse.Namespace) -> None:
     picture = check_picture(args.out, args.source)
     scales = _load(args)
     plot_scales(scales, picture, scales.title, initial_values(scales))
-    print_result(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
+    _print(args, scales, out=args.out)
 
 
 def _push(args: argparse.Namespace) -> None:
     scales = _load(args)
     names = ('private', 'revision', 'create_pr', 'scales_file', 'license')
     url = push_scales(scales, args.repo, **{name: getattr(args, name) for name in names})
-    print_result(args, {**_summary(scales), 'url': url}, f'{scales.title} -> {url}')
+    _print(args, scales, url=url)

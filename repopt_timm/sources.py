@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,8 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
     if isinstance(source, Scales):
         scales = source
     elif isinstance(source, Mapping):
-        if model is None:
-            raise ValueError('A mapping of scales needs the model that it is for: load_scales(mapping, model).')
-        return scales_for(model, source)
+        # Without a model it lacks the counts of equal branches.
+        return scales_for(model, source) if model is not None else Scales('', source)
     elif source == 'initial' and model is not None:
         return Scales.initial(model)
     elif source == PUBLISHED and network is not None:
@@ -129,29 +129,20 @@ def known_scales() -> list[dict[str, Any]]:
         Rows with `name`, which `load_scales` takes; `network`, `dataset` and `license`, as far as known; `where`:
         `ships`, `published`, `published, cached` or `cached`.
     """
-    rows = []
-    for name, folder in shipped_repositories().items():
-        rows += _card_row(folder / CARD_FILE, name, 'ships')
+    cards = [(name, folder / CARD_FILE, 'ships') for name, folder in shipped_repositories().items()]
+    cards += [(str(source), card, 'cached') for source, card in cached_files(CARD_FILE)]
+    rows: list[dict[str, Any]] = []
+    for name, card, where in cards:
+        # A cache may hold any kind of card.
+        with suppress(OSError, ValueError):
+            if scales := _card_scales(card, name):
+                facts = {'dataset': scales.provenance.get('dataset'), 'license': stated_license(read_metadata(card))}
+                rows.append({'name': name, 'network': scales.architecture, **facts, 'where': where})
     for name, row in published_table().items():
+        facts = {'dataset': row.dataset, 'license': row.license}
         where = 'published, cached' if row.is_cached else 'published'
-        rows.append(
-            {'name': name, 'network': row.network, 'dataset': row.dataset, 'license': row.license, 'where': where}
-        )
-    for source, card in cached_files(CARD_FILE):
-        rows += _card_row(card, str(source), 'cached')
+        rows.append({'name': name, 'network': row.network, **facts, 'where': where})
     return rows
-
-
-def _card_row(card: Path, name: str, where: str) -> list[dict[str, Any]]:
-    try:
-        scales = _card_scales(card, name)
-        facts = {'license': stated_license(read_metadata(card)), 'where': where}
-    except (OSError, ValueError):
-        # Somebody else's card, of which there may be any kind in a cache.
-        scales = None
-    if scales is None:
-        return []
-    return [{'name': name, 'network': scales.architecture, 'dataset': scales.provenance.get('dataset'), **facts}]
 
 
 def scales_beside_weights(cfg: Mapping[str, Any]) -> Scales | None:

@@ -250,7 +250,6 @@ def test_help_waits_for_little_but_timm():
         ('scales plot {file} {tmp}/picture.docx', 'does not end in the suffix of a picture'),
         ('scales plot {file} {tmp}/pipe.png', "pipe.png' cannot be written: it is a device or a pipe"),
         ('scales extract {file} {file}', 'it is the input itself'),
-        ('scales extract {file} {tmp}/pipe.png', 'scales are written as .safetensors or as a folder'),
         ('scales extract {file} {tmp}/device.safetensors', 'it is a device or a pipe'),
         ('scales extract {file} {file}/folder', 'is not a folder'),
         ('scales extract hf-hub:nobody/nothing {tmp}/device.safetensors', 'it is a device or a pipe'),
