@@ -16,8 +16,8 @@ from .models import ensure_registered
 from .names import ModelName
 from .reparam import attach_scales, kind_of
 from .scales import read_scale_file
-from .sources import ScalesSource, load_scales
-from .trained_scales import arguments_of, check_trained_with, find_scales
+from .sources import ScalesSource
+from .trained_scales import arguments_of, find_scales
 from .weights_origin import restore_origin
 
 __all__ = ['model_from_checkpoint', 'model_of']
@@ -85,12 +85,10 @@ def model_of(
                 f'from. Name the checkpoint of its training.'
             ) from None
         raise ValueError(f'{source}: its weights are not those of {name}: {error}') from None
-    if kind_of(model) == 'target' and (need_scales or scales is not None):
-        given = find_scales(checkpoint, model, source) if scales is None else load_scales(scales, model)
-        if given is not None:
-            check_trained_with(given, checkpoint, source)
-            attach_scales(model, given)
-            model.scales_provenance = given.provenance
+    wanted = kind_of(model) == 'target' and (need_scales or scales is not None)
+    if wanted and (found := find_scales(checkpoint, model, source, scales)):
+        attach_scales(model, found)
+        model.scales_provenance = found.provenance
     data, names = data_config_of(args, model), checkpoint.get('label_names')
     model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
     # The tag names weights that timm publishes, not these.

@@ -8,9 +8,9 @@ from torch import nn
 
 from .reparam import geometry_of, network_name
 from .scales import Scales
-from .sources import default_scales, load_scales
+from .sources import ScalesSource, default_scales, load_scales
 
-__all__ = ['IMPLIED_KEY', 'arguments_of', 'check_trained_with', 'find_scales', 'named_scales', 'trained_with']
+__all__ = ['IMPLIED_KEY', 'arguments_of', 'find_scales', 'named_scales', 'trained_with']
 
 
 IMPLIED_KEY = 'implied_scales'
@@ -23,22 +23,10 @@ def trained_with(checkpoint: Mapping[str, Any]) -> set[str]:
     return {group['scales_fingerprint'] for group in groups if 'scales_fingerprint' in group}
 
 
-def check_trained_with(scales: Scales, checkpoint: Mapping[str, Any], source: str) -> None:
-    """Checks scales against the fingerprint in a checkpoint's optimizer.
-
-    Raises:
-        ValueError: If they are others; names the checkpoint, `source`.
-    """
-    found = trained_with(checkpoint)
-    if found and found != {scales.fingerprint}:
-        raise ValueError(
-            f'{source}: it was trained with the scales {", ".join(found)}, but those given are {scales.fingerprint}. '
-            f'Name the scales that the run had.'
-        )
-
-
-def find_scales(checkpoint: Mapping[str, Any], model: nn.Module, source: str) -> Scales | None:
-    """Finds the scales of a target's checkpoint: in it, or where its arguments say.
+def find_scales(
+    checkpoint: Mapping[str, Any], model: nn.Module, source: str, given: ScalesSource | None = None
+) -> Scales | None:
+    """Finds the scales of a target's checkpoint: those given, those in it, or where its arguments say.
 
     A name in a file from anyone may lead anywhere, so only scales of the optimizer's own fingerprint are taken.
 
@@ -46,27 +34,35 @@ def find_scales(checkpoint: Mapping[str, Any], model: nn.Module, source: str) ->
         checkpoint: Content of the checkpoint.
         model: Its model.
         source: What to call it in errors.
+        given: What the user names.
 
     Returns:
-        The scales; None if it was trained without.
+        The scales; None if it was trained without and none are given.
 
     Raises:
-        ValueError: If it was trained with scales that are not where it says, or it says nothing.
+        ValueError: If it was trained with others, or they are not where it says, or it says nothing.
     """
-    if not trained_with(checkpoint):
+    fingerprints = trained_with(checkpoint)
+    if given is not None:
+        scales = load_scales(given, model)
+    elif not fingerprints:
         return None
-    try:
-        if stored := checkpoint.get(IMPLIED_KEY):
-            modules, geometry = stored['modules'], geometry_of(model, stored['modules'])
-            scales = Scales(network_name(model), modules, geometry, stored['counts'], stored['provenance'], source)
-        else:
+    elif stored := checkpoint.get(IMPLIED_KEY):
+        modules, geometry = stored['modules'], geometry_of(model, stored['modules'])
+        scales = Scales(network_name(model), modules, geometry, stored['counts'], stored['provenance'], source)
+    else:
+        try:
             scales = load_scales(named_scales(checkpoint, source), model)
-        check_trained_with(scales, checkpoint, source)
-    except (OSError, ValueError) as error:
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f'{source}: its model was trained with scales that it does not hold, and they are not found: {error} '
+                f'Name the scales of the run (scales=..., --scales).'
+            ) from None
+    if fingerprints and fingerprints != {scales.fingerprint}:
         raise ValueError(
-            f'{source}: its model was trained with scales that it does not hold, and they are not found: {error} Name '
-            f'the scales of the run (scales=..., --scales).'
-        ) from None
+            f'{source}: it was trained with the scales {", ".join(fingerprints)}, but those of '
+            f"'{scales.source}' are {scales.fingerprint}. Name the scales that the run had (scales=..., --scales)."
+        )
     return scales
 
 

@@ -11,7 +11,6 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from huggingface_hub import constants
@@ -77,18 +76,6 @@ class PublishedScales:
         """Whether it is in the cache, whole and unchanged."""
         return self.path.is_file() and _digest(self.path.read_bytes()) == self.sha256
 
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """Where the scales come from, for a card."""
-        return {
-            'method': "hyper-search of the method's authors",
-            'dataset': self.dataset,
-            'epochs': int(self.epochs),
-            'source': f'https://github.com/{self.repository}/blob/{self.commit}/{self.file}',
-            'license': self.license,
-            'sha256': self.sha256,
-        }
-
 
 @cache
 def published_table() -> dict[str, PublishedScales]:
@@ -125,8 +112,15 @@ def read_published(model_name: str) -> Scales:
         raise ValueError(f"No scales are published for '{model_name}', expected one of {', '.join(published_table())}.")
     if not row.is_cached:
         _download(row)
-    scales = read_scale_file(row.path, row.network).with_provenance(row.provenance, row.name)
-    return scales if scales.architecture else scales.renamed(row.network)
+    provenance = {
+        'method': "hyper-search of the method's authors",
+        'dataset': row.dataset,
+        'epochs': int(row.epochs),
+        'source': f'https://github.com/{row.repository}/blob/{row.commit}/{row.file}',
+        'license': row.license,
+        'sha256': row.sha256,
+    }
+    return read_scale_file(row.path, row.network).renamed(row.network).with_provenance(provenance, row.name)
 
 
 def _download(row: PublishedScales) -> None:
