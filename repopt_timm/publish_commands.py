@@ -1,7 +1,6 @@
 """The commands that write models as repositories: save, push and convert-checkpoint."""
 
 import argparse
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,7 +42,7 @@ def add_commands(commands: Any) -> None:
     convert = add_command(commands, 'convert-checkpoint', _convert_checkpoint)
     convert.add_argument(
         'checkpoint',
-        help='target checkpoint of the reference repository, such as RepOpt-VGG-B1-acc78.62.pth; checkpoint of a '
+        help='file of the authors, such as RepOpt-VGG-B1-acc78.62.pth or RepVGG-A0-train.pth; checkpoint of a '
         'multi-branch network; or what timm.create_model takes, such as mobileone_s0.apple_in1k',
     )
     convert.add_argument(
@@ -71,43 +70,30 @@ def _add_contents(parser: argparse.ArgumentParser) -> None:
     add_scales_file(parser)
 
 
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
+
+
 def _save(args: argparse.Namespace) -> None:
-    save = partial(
-        save_pretrained,
-        args.checkpoint,
-        scales=args.scales,
-        curves=args.curves,
-        precision=args.precision,
-        license=args.license,
-    )
-    values, text = {'checkpoint': args.checkpoint, 'out': args.out}, f'{args.checkpoint} -> {args.out}'
+    contents = _given(args, 'scales', 'curves', 'precision', 'license')
+    values, text = _given(args, 'checkpoint', 'out'), f'{args.checkpoint} -> {args.out}'
     metrics = None
     check_output_folder(args.out)
     if args.data:
         with TemporaryDirectory() as folder:
-            save(folder)
+            save_pretrained(args.checkpoint, folder, **contents)
             found = evaluate(folder, args.data, class_map=args.class_map)
         measured = {name: round(found[name], 3) for name in ('top1', 'top5')}
         metrics = {'dataset': Path(args.data).resolve().name, **measured}
         values |= measured
         text += f': top-1 {measured["top1"]:.2f} %, top-5 {measured["top5"]:.2f} % of {found["images"]} images'
-    save(args.out, metrics=metrics, scales_file=args.scales_file)
+    save_pretrained(args.checkpoint, args.out, metrics=metrics, scales_file=args.scales_file, **contents)
     print_result(args, values, text)
 
 
 def _push(args: argparse.Namespace) -> None:
-    url = push_to_hub(
-        args.checkpoint,
-        args.repo,
-        scales=args.scales,
-        curves=args.curves,
-        precision=args.precision,
-        private=args.private,
-        revision=args.revision,
-        create_pr=args.create_pr,
-        scales_file=args.scales_file,
-        license=args.license,
-    )
+    names = ('scales', 'curves', 'precision', 'license', 'scales_file', 'private', 'revision', 'create_pr')
+    url = push_to_hub(args.checkpoint, args.repo, **_given(args, *names))
     print_result(args, {'checkpoint': args.checkpoint, 'url': url}, f'{args.checkpoint} -> {url}')
 
 
@@ -117,30 +103,22 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
     if args.out:
         check_output_folder(args.out)
     implied = args.scales == IMPLIED
+    name = Path(args.checkpoint).name if Path(args.checkpoint).is_file() else args.checkpoint
     model = merge_trained(args.checkpoint, args.model, args.data, implied)
-    source = Path(args.checkpoint)
-    training = {'converted_from': source.name if source.is_file() else args.checkpoint}
     if merged_from(model):
-        training['trained_with'] = 'branches; merged into plain kernels'
-        training['batchnorm'] = (
-            f'measured on images of {Path(args.data).resolve().name}' if args.data else 'estimated from the branches'
-        )
+        measured = f'measured on images of {Path(args.data).resolve().name}' if args.data else 'estimated from branches'
+        how = {'trained_with': 'branches; merged into plain kernels', 'batchnorm': measured}
     else:
-        training['method'] = "published by the method's authors"
-    scales = None if implied else args.scales
+        how = {'method': "published by the method's authors"}
+    contents: dict[str, Any] = {
+        'scales': None if implied else args.scales,
+        'training': {'converted_from': name, **how},
+        'license': args.license,
+    }
     values: dict[str, Any] = {'architecture': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes}
     if args.out:
-        save_pretrained(model, args.out, scales=scales, training=training, license=args.license)
+        save_pretrained(model, args.out, **contents)
         values['out'] = args.out
     if args.push:
-        values['url'] = push_to_hub(
-            model,
-            args.push,
-            scales=scales,
-            training=training,
-            private=args.private,
-            revision=args.revision,
-            create_pr=args.create_pr,
-            license=args.license,
-        )
+        values['url'] = push_to_hub(model, args.push, **contents, **_given(args, 'private', 'revision', 'create_pr'))
     print_result(args, values, ', '.join(f'{name} {value}' for name, value in values.items()))
