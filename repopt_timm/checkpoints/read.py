@@ -101,7 +101,7 @@ def check_weights(state_dict: Mapping[str, Tensor], source: str) -> None:
                 problem = f'has the type {tensor.dtype}, expected floating point numbers'
         elif not tensor.float().square().sum().isfinite():
             largest = tensor.abs().max().item()
-            problem = f'has values up to {largest:g}, which no network survives'
+            problem = f'has the largest value {largest:g}, which no network survives'
         elif name.endswith('running_var') and (tensor < 0).any():
             problem = f'has a negative variance, {tensor.min().item():g}'
         if problem:
