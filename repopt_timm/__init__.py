@@ -4,7 +4,7 @@ The method is in `repopt_timm.reparam`, in plain PyTorch.
 """
 
 from .blocks import implied_scales, plain_state_dict, plain_twin, recalibrate, report_twin
-from .cards.writing import push_scales, save_scales_card
+from .cards.publish import push_scales, save_scales_card
 from .models import RepOptVgg, register_twins, to_plain
 from .optim import RepOptAdamW, RepOptSGD, build_repopt_sgd, clip_grad_norm_
 from .publish import push_to_hub, save_pretrained

@@ -104,7 +104,7 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
         check_output_folder(args.out)
     implied = args.scales == IMPLIED
     name = Path(args.checkpoint).name if Path(args.checkpoint).is_file() else args.checkpoint
-    model = merge_trained(args.checkpoint, args.model, args.data, implied)
+    model: Any = merge_trained(args.checkpoint, args.model, args.data, implied)
     if merged_from(model):
         measured = f'measured on images of {Path(args.data).resolve().name}' if args.data else 'estimated from branches'
         how = {'trained_with': 'branches; merged into plain kernels', 'batchnorm': measured}

@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 
-from .cards.writing import push_scales, save_scales_card
+from .cards.publish import push_scales, save_scales_card
 from .commands import COMMANDS
 from .files import check_output, check_output_folder
 from .models import ensure_registered

@@ -10,10 +10,9 @@ from typing import Any
 from timm.models import is_model_pretrained, parse_model_name
 from torch import nn
 
-from .cards.document import CARD_FILE, read_card_scales, read_metadata
-from .cards.format import METADATA_KEY
+from .cards.card import CARD_FILE, METADATA_KEY, read_card_scales, read_metadata
+from .cards.hub import HUB_PREFIX, HubFileNotFoundError, cached_files, download, parse_hub_source
 from .cards.licence import stated_license
-from .cards.transfer import HUB_PREFIX, HubFileNotFoundError, cached_files, download, parse_hub_source
 from .errors import explaining
 from .names import ModelName
 from .reparam import network_name, scales_for

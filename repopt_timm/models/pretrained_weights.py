@@ -13,8 +13,8 @@ from timm.models._pretrained import PretrainedCfg
 from timm.models._registry import get_arch_pretrained_cfgs
 
 from ..architectures import ARCHITECTURES
+from ..cards.hub import HUB_PREFIX, HubFileNotFoundError, download, parse_hub_source
 from ..cards.text import WEIGHTS_FILE
-from ..cards.transfer import HUB_PREFIX, HubFileNotFoundError, download, parse_hub_source
 from ..names import ModelName
 from ..resources import shipped_repositories
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import yaml
 
-from ..cards.document import PlainLoader, refused_feature
 from ..console import CommandParser, default_text, did_you_mean
 from ..resources import resource_dir
 from .argument import Argument
@@ -93,7 +92,6 @@ def read_config(name: str) -> dict[str, Any]:
     try:
         problem = f'it has more than {_MAX_CONFIG} bytes' if path.stat().st_size > _MAX_CONFIG else None
         text = path.read_text(encoding='utf-8') if problem is None else ''
-        problem = problem or refused_feature(text)
         config = yaml.load(text, _Loader) if problem is None else {}
     except UnicodeDecodeError:
         raise ValueError(f"'{path}' is not UTF-8 text, expected a YAML file of 'argument: value' lines.") from None
@@ -106,7 +104,7 @@ def read_config(name: str) -> dict[str, Any]:
     return config
 
 
-class _Loader(PlainLoader):
+class _Loader(yaml.SafeLoader):
     """YAML's own takes the last of two equal keys."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:

@@ -6,7 +6,7 @@ import torch
 from timm.models import push_to_hf_hub
 
 from repopt_timm import Scales, implied_scales, make_grad_mults, plain_twin, save_pretrained
-from repopt_timm.cards.transfer import HubError
+from repopt_timm.cards.hub import HubError
 from repopt_timm.train.command import main as train
 from repopt_timm.weights_origin import merged_from
 

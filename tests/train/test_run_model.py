@@ -3,7 +3,7 @@ import re
 import pytest
 
 from repopt_timm import Scales, save_pretrained
-from repopt_timm.cards.writing import save_scales_card
+from repopt_timm.cards.publish import save_scales_card
 from repopt_timm.checkpoint_model import model_from_checkpoint
 from repopt_timm.color_modes import noted_color_mode
 from repopt_timm.sources import default_scales

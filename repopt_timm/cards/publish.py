@@ -1,5 +1,6 @@
-"""The files that describe scales in a repository: its card, and a picture of the scales."""
+"""Repositories of scales: a card, and a picture of them, in a folder or on the Hub."""
 
+import base64
 import logging
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -9,81 +10,98 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..files import write_text
+from ..files import replacing
 from ..plot import plot_scales
 from ..scales import Scales
 from ..weights_origin import license_identifier
-from .document import CARD_FILE, beside, read_metadata, results_in, update_card
-from .format import METADATA_KEY, SCALES_FILE, decode_scales, encode_scales, has_scales_file
+from .card import (
+    CARD_FILE,
+    METADATA_KEY,
+    SCALES_FILE,
+    decode_scales,
+    encode_scales,
+    read_metadata,
+    update_card,
+)
+from .hub import push_folder
 from .licence import checked_license, choose_license, stated_license
 from .text import SCALES_PICTURE, WEIGHTS_FILE, model_for, render_body
-from .transfer import push_folder
 
 __all__ = ['draw', 'push_scales', 'save_scales_card', 'write_card']
 
 _logger = logging.getLogger(__name__)
 
+# A card that is half as large as one that is still read.
+_LARGE = 1 << 20
+
 
 def write_card(
-    directory: Path,
-    repo_id: str | None,
+    folder: Path,
+    repo_id: str,
+    published: Collection[str],
+    scales_file: bool,
+    *,
     model_name: str,
     scales: Scales | None,
-    results: Sequence[EvalResult] | None = (),
-    training: Mapping[str, Any] | None = None,
-    published: Collection[str] = (),
-    scales_file: bool = False,
     license_name: str = '',
+    training: Mapping[str, Any] | None = None,
+    results: Sequence[EvalResult] = (),
     weights_license: str = '',
+    source: str | os.PathLike = '',
 ) -> None:
-    """Writes the card of a directory, and the picture of its scales; what else an existing card says survives.
+    """Writes the card of a folder, and the picture of its scales; what else an existing card says survives.
 
     Args:
-        directory: Folder of the card, and of the files that it describes.
-        repo_id: Name that the repository has on the Hub. Defaults to a placeholder with the directory's name.
+        folder: Folder of the card, and of the files that it describes.
+        repo_id: Name that the repository has on the Hub.
+        published: Names of further files that the repository has.
+        scales_file: Put the scales into `scales.safetensors` beside the card; a card that has done so goes on.
         model_name: Name of the model in timm.
         scales: The scales. Defaults to what the card has already.
-        results: Measured accuracies; None if what the card states is of other weights.
-        training: How the weights were trained. Defaults to what the card says already.
-        published: Names of further files that the repository has.
-        scales_file: Put the vectors into `scales.safetensors` beside the card; a card that has done so goes on.
         license_name: Licence of a card that states none. Defaults to the weights' own, or, without weights, to
             what the provenance of the scales names.
+        training: How the weights beside it were trained; None if they stay as they are, with what the card says.
+        results: Accuracies of these weights.
         weights_license: Licence of the weights, as far as known.
+        source: What to call the folder in errors. Defaults to `repo_id`.
 
     Raises:
         ValueError: If the existing card cannot be read, or could not be carried through unchanged.
     """
-    repo_id = repo_id or f'USER/{directory.resolve().name}'
-    path = directory / CARD_FILE
-    previous = read_metadata(path) if path.is_file() else {}
-    published_entry = previous.get(METADATA_KEY)
-    # Those of a card whose weights stay as they are.
-    shown = results_in(previous, path) if training is None else results or ()
-    if scales is None and published_entry is not None:
-        scales = decode_scales(published_entry, str(path), partial(beside, path))
-    if training is None and isinstance(published_entry, Mapping):
-        kept = published_entry.get('training')
-        training = kept if isinstance(kept, Mapping) else None
-    scales_file = scales is not None and (scales_file or has_scales_file(published_entry))
-    files = {file.name for file in directory.iterdir()} | set(published)
-    files = files - {SCALES_FILE} | ({SCALES_FILE} if scales_file else set())
-    metadata = None
+    path, where = folder / CARD_FILE, f'{source or repo_id}/{CARD_FILE}'
+    before = read_metadata(path, where) if path.is_file() else {}
+    found = before.get(METADATA_KEY)
+    if scales is None and found is not None:
+        scales = decode_scales(found, where, lambda name: folder / name)
+    found = found if isinstance(found, Mapping) else {}
+    new_weights = training is not None
+    training = training if new_weights else found.get('training')
+    files = {file.name for file in folder.iterdir()} | set(published)
+    files -= {SCALES_FILE}
+    entry, known = None, weights_license
     if scales is not None:
-        metadata = encode_scales(scales, training, scales_file)
-        if scales_file:
-            scales.with_provenance(metadata['provenance']).save(directory / SCALES_FILE)
-        drawn = draw(plot_scales, scales, directory / SCALES_PICTURE, scales.title)
-        files = files - {SCALES_PICTURE} | ({SCALES_PICTURE} if drawn else set())
-    known = weights_license
-    if scales is not None and WEIGHTS_FILE not in files:
-        known = license_identifier(scales.provenance.get('license'))
+        entry, data = encode_scales(scales, training)
+        training = entry.get('training')
+        if scales_file or 'file' in found or len(data) > _LARGE:
+            files.add(SCALES_FILE)
+            entry['file'] = SCALES_FILE
+            with replacing(folder / SCALES_FILE) as temporary:
+                temporary.write_bytes(data)
+        else:
+            entry['scales'] = base64.b64encode(data).decode()
+        files -= {SCALES_PICTURE}
+        if draw(plot_scales, scales, folder / SCALES_PICTURE, scales.title):
+            files.add(SCALES_PICTURE)
+        if WEIGHTS_FILE not in files:
+            known = license_identifier(scales.provenance.get('license'))
     title = repo_id.split('/')[-1]
-    license_name = choose_license(title, stated_license(previous), license_name, known)
-    body = render_body(repo_id, model_name, files, scales, training, license_name, shown)
+    license_name = choose_license(title, stated_license(before), license_name, known)
+
+    def render(shown: Sequence[EvalResult]) -> str:
+        return render_body(repo_id, model_name, files, scales, training, license_name, shown)
+
     dataset = (training or {}).get('dataset', '') if WEIGHTS_FILE in files else ''
-    text = update_card(path, body, title, metadata, results, license_name, dataset)
-    write_text(path, text)
+    update_card(path, where, title, render, entry, results if new_weights else None, license_name, dataset)
 
 
 def save_scales_card(
@@ -100,8 +118,8 @@ def save_scales_card(
     Args:
         scales: The scales.
         directory: Folder to write.
-        repo_id: Name that it has on the Hub, for the snippets in the card.
-        scales_file: Put the vectors into `scales.safetensors` beside the card.
+        repo_id: Name that it has on the Hub, for the snippets in the card. Defaults to `USER/<name of the folder>`.
+        scales_file: Put the scales into `scales.safetensors` beside the card.
         license: Identifier of the licence, such as `mit`, for a card that states none. Defaults to what the provenance
             of the scales names; without one the card states none.
 
@@ -109,10 +127,13 @@ def save_scales_card(
         ValueError: If an existing card cannot be read, or could not be carried through unchanged, or the licence is
             not an identifier.
     """
-    directory, license_name = Path(directory), checked_license(license)
-    directory.mkdir(parents=True, exist_ok=True)
+    folder, license_name = Path(directory), checked_license(license)
+    folder.mkdir(parents=True, exist_ok=True)
+    repo_id = repo_id or f'USER/{folder.resolve().name}'
     model_name = model_for(scales.architecture)
-    write_card(directory, repo_id, model_name, scales, scales_file=scales_file, license_name=license_name)
+    write_card(
+        folder, repo_id, (), scales_file, model_name=model_name, scales=scales, license_name=license_name, source=folder
+    )
 
 
 def push_scales(
@@ -136,7 +157,7 @@ def push_scales(
         create_pr: Open a pull request instead of changing the branch.
         token: Defaults to the token of `hf auth login`.
         commit_message: Title of the commit.
-        scales_file: Put the vectors into `scales.safetensors` beside the card, as is done when the Hub refuses the card
+        scales_file: Put the scales into `scales.safetensors` beside the card, as is done when the Hub refuses the card
             as too large.
         license: Identifier of the licence, such as `mit`, for a card that states none. Defaults to what the provenance
             of the scales names; without one the card states none.
@@ -151,20 +172,9 @@ def push_scales(
     """
     # What no card can hold is an error before the repository is made.
     encode_scales(scales)
-    license_name = checked_license(license)
-
-    def write(folder: Path, name: str, published: frozenset[str], too_large: bool) -> None:
-        write_card(
-            folder,
-            name,
-            model_for(scales.architecture),
-            scales,
-            published=published,
-            scales_file=scales_file or too_large,
-            license_name=license_name,
-        )
-
-    return push_folder(repo_id, write, commit_message, private, revision, create_pr, token)
+    model_name, license_name = model_for(scales.architecture), checked_license(license)
+    write = partial(write_card, model_name=model_name, scales=scales, license_name=license_name)
+    return push_folder(repo_id, write, commit_message, private, revision, create_pr, token, scales_file)
 
 
 def draw(plot: Callable[..., None], content: Any, path: Path, *args: Any) -> bool:
