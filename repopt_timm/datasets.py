@@ -16,8 +16,6 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 
-from .checkpoints.bounds import check_pickle
-
 __all__ = [
     'check_same_classes',
     'check_two_splits',
@@ -219,8 +217,6 @@ def read_class_map(class_map: str | None, root: str | os.PathLike | None) -> dic
             # Like timm, which numbers the lines.
             return {line.strip(): number for number, line in enumerate(paths[0].read_text('utf-8').splitlines())}
         with open(paths[0], 'rb') as file:
-            check_pickle(file, 1)
-            file.seek(0)
             numbers = _PlainUnpickler(file).load()
     except (UnicodeDecodeError, pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError) as error:
         raise ValueError(f"The class map '{class_map}' cannot be read: {error}.") from None

@@ -8,12 +8,12 @@ from typing import Any
 from .checkpoints.packing import PRECISIONS
 from .deploy import add_class_map, evaluate
 from .files import check_output_folder
-from .merge_checkpoint import is_multi_branch_source, merge_trained
-from .models.reference_weights import model_from_reference
+from .merge_checkpoint import merge_trained
 from .publish import push_to_hub, save_pretrained
 from .reporting import add_command, print_result
 from .scale_commands import SOURCE, add_license, add_publishing, add_scales_file
 from .sources import IMPLIED
+from .weights_origin import merged_from
 
 __all__ = ['add_commands']
 
@@ -42,7 +42,7 @@ def add_commands(commands: Any) -> None:
     convert = add_command(commands, 'convert-checkpoint', _convert_checkpoint)
     convert.add_argument(
         'checkpoint',
-        help='target checkpoint of the reference repository, such as RepOpt-VGG-B1-acc78.62.pth; checkpoint of a '
+        help='file of the authors, such as RepOpt-VGG-B1-acc78.62.pth or RepVGG-A0-train.pth; checkpoint of a '
         'multi-branch network; or what timm.create_model takes, such as mobileone_s0.apple_in1k',
     )
     convert.add_argument(
@@ -104,17 +104,11 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
         check_output_folder(args.out)
     implied = args.scales == IMPLIED
     name = Path(args.checkpoint).name if Path(args.checkpoint).is_file() else args.checkpoint
-    if args.model or is_multi_branch_source(args.checkpoint):
-        model: Any = merge_trained(args.checkpoint, args.model, args.data, implied=implied)
+    model: Any = merge_trained(args.checkpoint, args.model, args.data, implied)
+    if merged_from(model):
         measured = f'measured on images of {Path(args.data).resolve().name}' if args.data else 'estimated from branches'
         how = {'trained_with': 'branches; merged into plain kernels', 'batchnorm': measured}
-    elif args.data or implied:
-        raise ValueError(
-            f'{args.checkpoint}: --data and --scales {IMPLIED} are for trained branches; a target of the reference '
-            f'repository has none. Leave them out, or name the multi-branch network with --model.'
-        )
     else:
-        model = model_from_reference(args.checkpoint)
         how = {'method': "published by the method's authors"}
     contents: dict[str, Any] = {
         'scales': None if implied else args.scales,

@@ -41,7 +41,7 @@ def search(tmp_path):
 def test_scales_go_from_a_checkpoint_to_files_and_folders(search, tmp_path, capsys):
     file, folder = tmp_path / 'scales.safetensors', tmp_path / 'folder'
     assert main(['scales', 'extract', str(search), str(file)]) == 0
-    assert main(['scales', 'convert', str(file), str(folder)]) == 0
+    assert main(['scales', 'extract', str(file), str(folder)]) == 0
     assert main(['scales', 'plot', str(folder), str(tmp_path / 'scales.png')]) == 0
     capsys.readouterr()
     for source in (search, file, folder, folder / 'README.md'):
@@ -53,17 +53,17 @@ def test_a_table_is_shown_on_a_terminal(capsys):
     assert main(['scales', 'show', 'initial', '--architecture', 'repopt_vgg_b1']) == 0
     out = capsys.readouterr().out
     assert 'initial values, not searched' in out
-    assert 'stage 3    identity      1.0000    1.0000    1.0000' in out
+    assert '| stage 3 | identity | 1.0000 | 1.0000 | 1.0000 |' in out
 
 
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (['scales', 'show', 'nowhere'], "No scales found at 'nowhere'"),
+        (['scales', 'show', 'nowhere'], "'nowhere' is not a file"),
         (['scales', 'show', 'hf-hub:a/b@'], 'names no revision'),
         (
             ['scales', 'show', 'initial'],
-            "needs a model to make the values for: load_scales('initial', model), or --arch",
+            "scales='initial' needs a model",
         ),
         (['convert-checkpoint', 'x.pth'], 'Name a folder'),
         (
@@ -150,7 +150,7 @@ def test_each_command_has_a_help_that_calls_it_by_its_name(command, capsys):
         'evaluate': ['images at a time [32]', 'class map used in training', 'split to evaluate [validation]'],
         'compare-int8': ['batch sizes to time [1 32]', 'each measured [minmax entropy percentile]'],
         'save': ['number format of stored kernels [float32]'],
-        'convert-checkpoint': ['timm name of the network, if the file does not state it', 'how many of them [2048]'],
+        'convert-checkpoint': ['timm name of the network, if the file does not state it'],
         'doctor': ['steps to train [20]', 'height and width [64]', 'target to train on this machine [repopt_vgg_a0]'],
         'predict': ['classes to show [5]'],
         'bench train': [
@@ -249,11 +249,10 @@ def test_help_waits_for_little_but_timm():
         ('scales plot {file} {tmp}/picture', "picture' does not end in the suffix of a picture, such as picture.png"),
         ('scales plot {file} {tmp}/picture.docx', 'does not end in the suffix of a picture'),
         ('scales plot {file} {tmp}/pipe.png', "pipe.png' cannot be written: it is a device or a pipe"),
-        ('scales convert {file} {file}', 'it is the input itself'),
-        ('scales convert {file} {tmp}/pipe.png', 'scales are written as .safetensors or as a folder'),
-        ('scales convert {file} {tmp}/device.safetensors', 'it is a device or a pipe'),
+        ('scales extract {file} {file}', 'it is the input itself'),
+        ('scales extract {file} {tmp}/device.safetensors', 'it is a device or a pipe'),
         ('scales extract {file} {file}/folder', 'is not a folder'),
-        ('scales pull nobody/nothing {tmp}/device.safetensors', 'it is a device or a pipe'),
+        ('scales extract hf-hub:nobody/nothing {tmp}/device.safetensors', 'it is a device or a pipe'),
         ('save nowhere.pth {file}', 'is not a folder'),
         ('save {tmp}/model.safetensors {tmp}', "model.safetensors' cannot be written: it is the input itself"),
         ('convert-checkpoint nowhere.pth --out {file}', 'is not a folder'),

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..plot import plot_scales
 from ..scales import Scales
-from ..scales.movement import WORTH, movement
+from ..scales.summary import WORTH, movement
 from .run_checkpoints import versions
 from .run_folder import SCALES_FILE
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..scales import Scales, read_scale_file
-from ..scales.movement import Movement, movement
+from ..scales.summary import Movement, movement
 from ..train.run_folder import SCALES_FILE
 from .arms import arm_of
 from .intervals import Interval

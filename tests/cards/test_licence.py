@@ -101,7 +101,7 @@ def test_what_is_not_an_identifier_is_refused_before_anything_is_made(hub, clien
     'command',
     [
         'save {checkpoint} {out} --license mit',
-        'scales convert {scales} {out} --license mit',
+        'scales extract {scales} {out} --license mit',
         'convert-checkpoint {checkpoint} --out {out} --license mit',
     ],
 )

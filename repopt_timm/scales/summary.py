@@ -1,26 +1,47 @@
-"""How far a search moved scales from where they started."""
+"""Summaries of scales: per stage and branch, and how far a search moved them from where they started."""
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-__all__ = ['HARDLY', 'WORTH', 'Movement', 'movement']
+__all__ = ['WORTH', 'Movement', 'movement', 'scales_table']
 
-HARDLY = 0.02
-"""Scales that moved less than this, relative to their initial values, count as unmoved; a choice, not a measurement.
-
-A search of 8 epochs moved layers by 0.008 on average and trained a target within 0.2 points of the initial values'; the
-published search of RepOpt-VGG-B1, of 240 epochs, moved them by 0.31.
-"""
+# A choice, not a measurement. A search of 8 epochs moved layers by 0.008 on average and trained a target within 0.2
+# points of the initial values'; the published search of RepOpt-VGG-B1, of 240 epochs, moved them by 0.31.
+_HARDLY = 0.02
 
 WORTH = 'on CIFAR-10 scales that moved by 0.8 % trained to 61.4 and 61.7 %, unsearched ones to 61.2 and 61.5 %'
-"""What `docs/evidence/search` measured of them: two seeds at one learning rate, RepOpt-VGG of B1's depths and a
-quarter of its widths.
+"""What `docs/evidence/search` measured of scales that hardly moved: two seeds at one learning rate, RepOpt-VGG of B1's
+depths and a quarter of its widths.
 """
 
 _Vectors = Mapping[str, Mapping[str, Tensor]]
+
+
+def scales_table(modules: _Vectors) -> list[dict[str, Any]]:
+    """Summarizes scales per stage and branch.
+
+    Args:
+        modules: Module name to branch name to vector.
+
+    Returns:
+        Rows with `stage`, `branch` and, over all channels, `mean`, `min` and `max`.
+    """
+    found: dict[tuple[str, str], list[float]] = {}
+    for module, vectors in modules.items():
+        match = re.match(r'stages[._](\d+)', module)
+        stage = f'stage {int(match[1]) + 1}' if match else module.split('.')[0]
+        for branch in sorted(vectors):
+            found.setdefault((stage, branch), []).extend(vectors[branch].tolist())
+    order = list(dict.fromkeys(stage for stage, _ in found))
+    return [
+        {'stage': stage, 'branch': branch, 'mean': statistics.fmean(values), 'min': min(values), 'max': max(values)}
+        for (stage, branch), values in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
+    ]
 
 
 @dataclass(frozen=True)
@@ -43,8 +64,8 @@ class Movement:
 
     @property
     def hardly(self) -> bool:
-        """Whether the scales are, for a training, where they started."""
-        return self.mean < HARDLY
+        """Whether the scales are, for a training, where they started: moved by less than 2 %."""
+        return self.mean < _HARDLY
 
     def __str__(self) -> str:
         text = f'layer means moved by {self.mean:.1%} on average, by {self.largest:.1%} at most ({self.where})'
@@ -78,10 +99,10 @@ def movement(searched: Sequence[_Vectors], initial: _Vectors) -> Movement:
     changes: dict[tuple[str, str], list[float]] = {}
     for module in initial:
         for branch, start in initial[module].items():
-            if all(module in scales and branch in scales[module] for scales in searched):
+            if all(branch in scales.get(module, ()) for scales in searched):
                 base = start.double().mean().item()
-                found = [scales[module][branch].double().mean().item() for scales in searched]
-                changes[module, branch] = [(value - base) / abs(base) for value in found]
+                means = [scales[module][branch].double().mean().item() for scales in searched]
+                changes[module, branch] = [(mean - base) / abs(base) for mean in means]
     scaled = {key: values for key, values in changes.items() if key[1] != 'identity'}
     if not scaled:
         raise ValueError('The searched and the initial scales have no branch in common: they are of two networks.')
