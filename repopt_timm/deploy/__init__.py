@@ -10,7 +10,7 @@ from .onnx_export import ExportOptions, export_onnx, to_onnx
 from .prediction import predict
 from .quantization import Quantization, QuantizationOptions, calibrate, quantize, quantize_onnx
 from .runtime import save_onnx
-from .sensitivity import keep_in_float, layer_sensitivity, plot_sensitivity, sensitivity_table
+from .sensitivity import layer_sensitivity, plot_sensitivity, sensitivity_table
 from .trained_model import load_model
 
 __all__ = [
@@ -27,7 +27,6 @@ __all__ = [
     'equalize',
     'evaluate',
     'export_onnx',
-    'keep_in_float',
     'layer_report',
     'layer_sensitivity',
     'load_classifier',

@@ -125,7 +125,9 @@ def remove_dead_channels(
         Layer to numbers of channels: input channels that were removed, output channels that were, and dead input
         channels that stayed.
     """
-    removed, unread, kept = {}, {}, {}
+    removed: dict[str, int] = {}
+    unread: dict[str, int] = {}
+    kept: dict[str, int] = {}
     for layer, values in constants.items():
         kernel = graph.kernel(layer)
         if kernel is None:
@@ -150,7 +152,8 @@ def remove_dead_channels(
         if bias is not None:
             bias *= columns > 0
         unread[layer] = int(needless.sum())
-    return tuple({layer: n for layer, n in found.items() if n} for found in (removed, unread, kept))  # type: ignore[return-value]
+    removed, unread, kept = ({layer: n for layer, n in found.items() if n} for found in (removed, unread, kept))
+    return removed, unread, kept
 
 
 def equalize_layers(graph: Graph) -> tuple[dict[str, list[str]], dict[str, str]]:
