@@ -43,7 +43,7 @@ _BATCH = 8
 
 # Below either of these INT8 is said to have damaged the model.
 _AGREEMENT = 95.0
-_DECIBELS = 15.0
+_DECIBELS = 10.0
 
 # TensorRT fuses what follows a layer into it if no rounding stands between, and takes symmetric ranges only.
 _TENSORRT = {
@@ -130,7 +130,7 @@ class Quantization:
     logits_snr_db: float
 
     def warnings(self) -> list[str]:
-        """Returns a line for each thing that is wrong: dead channels, outliers in kernels, a result unlike the model."""
+        """Returns a line for each problem: dead channels, outliers in kernels, a result unlike the model."""
         lines = health_warnings({} if self.equalization else self.dead, kernel_outliers(self.model), len(self.indices))
         if self.agreement >= _AGREEMENT and self.logits_snr_db >= _DECIBELS:
             return lines
