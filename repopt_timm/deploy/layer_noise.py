@@ -20,7 +20,7 @@ __all__ = ['layer_report', 'plot_layers']
 
 
 def layer_report(quantization: Quantization, images: int = 16) -> dict[str, Any]:
-    """Compares a model with its quantized form, layer by layer, as `onnxruntime.quantization.qdq_loss_debug` does.
+    """Compares a model with its quantized form, layer by layer.
 
     The signal-to-noise ratios are `20 log10(|x| / |x - x'|)` in dB, x being float32 values and x' their
     quantized form. Higher is better; a bit is worth 6 dB.
@@ -38,26 +38,29 @@ def layer_report(quantization: Quantization, images: int = 16) -> dict[str, Any]
         `accumulated_snr_db`, for the noise in this input with everything before quantized too.
         Layers that stayed in float32 have no ratios.
     """
-    debug = require('onnxruntime.quantization.qdq_loss_debug')
-    ratio = debug.compute_signal_to_quantization_noice_ratio
-    exact, rounded = (
-        _activations(quantization, model, images) for model in (quantization.model, quantization.quantized)
-    )
-    noise = debug.compute_activation_error(debug.create_activation_matching(rounded, exact))
+    ratio = require('onnxruntime.quantization.qdq_loss_debug').compute_signal_to_quantization_noice_ratio
+    exact = _activations(quantization, quantization.model, images)
+    rounded = _activations(quantization, quantization.quantized, images)
+    nodes = {node.name: node for node in require('onnx_ir').from_proto(quantization.quantized).graph}
     rows = []
     for name, node in layers_of(quantization.model).items():
         weight = node.inputs[1].const_value.numpy()
         row = {'layer': name, 'operator': node.op_type, 'shape': list(weight.shape), **_moments(weight)}
-        restored = rounded.get(f'{node.inputs[1].name}_DequantizeLinear_Output')
+        restoring = nodes[node.name].inputs[0].producer()
+        if restoring is not None and restoring.op_type == 'DequantizeLinear':
+            scale, zero = (value.const_value.numpy() for value in restoring.inputs[1:3])
+            limits, values = np.iinfo(zero.dtype), exact[node.inputs[0].name]
+            codes = [np.clip(np.rint(part / scale) + zero, limits.min, limits.max) for part in values]
+            row['input_snr_db'] = ratio(values, [(part - np.float32(zero)) * scale for part in codes])
+            row['accumulated_snr_db'] = ratio(values, rounded[restoring.outputs[0].name])
+        restored = rounded.get(nodes[node.name].inputs[1].name)
         if restored:
             axis = {'Conv': 0, 'Gemm': 1 - node.attributes.get_int('transB', 0)}.get(node.op_type, -1)
-            pairs = [np.moveaxis(values.reshape(weight.shape), axis, 0) for values in (weight, restored[0])]
+            pairs = [np.moveaxis(part.reshape(weight.shape), axis, 0) for part in (weight, restored[0])]
+            row['weight_snr_db'] = ratio(*pairs)
             # In the sum over all channels, strong ones hide that a common scale rounds weak ones away.
             channels = [ratio(*pair) for pair in zip(*pairs) if pair[0].any()]
-            row['weight_snr_db'] = ratio(*pairs)
             row['weak_channels_snr_db'] = float(np.percentile(channels, 5)) if channels else 0.0
-            found = noise[node.inputs[0].name]
-            row |= {'input_snr_db': found['qdq_err'], 'accumulated_snr_db': found['xmodel_err']}
         rows.append(row)
     return {
         'options': asdict(quantization.options),

@@ -187,7 +187,7 @@ def test_logits_that_are_not_finite_are_refused(network):
 def test_int8_survives_one_scale_for_all_weights_after_it(damaged, broken_by_int8, images):
     options = QuantizationOptions(images=20, weights='per-tensor', equalize=True)
     done = quantize_onnx(damaged, images, options)
-    assert broken_by_int8.agreement() < 70 < 90 < done.agreement()
+    assert broken_by_int8.agreement < 70 < 90 < done.agreement
     assert broken_by_int8.warnings() and not done.warnings()
     assert done.equalization.removed['stages.1.1.conv'] >= 1
     assert not kernel_outliers(done.model)

@@ -30,7 +30,7 @@ def test_every_model_is_measured_in_every_way(results):
     assert found == [(model, *way) for model in ('run', 'file') for way in ways]
     for row in results['accuracy']:
         reference = next(other['top1'] for other in results['accuracy'] if other['model'] == row['model'])
-        assert row.get('drop', 0) == reference - row['top1']
+        assert row['drop'] == reference - row['top1']
     assert results['settings']['validation_images'] == 36
     assert results['settings']['calibration_images'] == 12
 

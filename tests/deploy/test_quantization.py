@@ -87,7 +87,9 @@ def test_percentiles_cut_ranges_off(quantization):
 
 @pytest.mark.parametrize('target', ['ort', 'tensorrt'])
 def test_logits_are_not_rounded(target, quantization):
-    found = open_session(quantization(target=target).quantized).run(None, {'input': torch.randn(300, 3, 32, 32).numpy()})
+    found = open_session(quantization(target=target).quantized).run(
+        None, {'input': torch.randn(300, 3, 32, 32).numpy()}
+    )
     # INT8 has 256 values, among which the largest two of a photograph may be equal.
     assert len(np.unique(found[0])) > 600
 
