@@ -55,8 +55,8 @@ def add_commands(commands: Any) -> None:
     defaults = QuantizationOptions()
     add('--weights', choices=WEIGHTS, default=defaults.weights, help='one scale per output channel, or one per tensor')
     calibration_help = (
-        'way to find the ranges of activations; auto tries all, and takes the one whose file classifies most other '
-        'images as before'
+        'auto tries all, and takes the one whose file classifies most other images as before; ways to find the ranges '
+        'of activations'
     )
     add('--calibration', choices=(*CALIBRATIONS, 'auto'), default=defaults.calibration, help=calibration_help)
     add('--equalize', action='store_true', help=f'first {_EQUALIZE}')

@@ -16,7 +16,7 @@ from .equalization import describe, equalize
 from .evaluation import UNSTEADY, accuracies, alternate, check_classes, is_steady, random_images
 from .image_folder import ImageFolder
 from .onnx_export import float_onnx
-from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, calibrate, draw, naming, quantize
+from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, calibrate, draw, quantize
 from .runtime import require
 from .trained_model import load_model
 
@@ -81,8 +81,7 @@ def compare_int8(
         check_classes(float32, images)
         forms = {False: model}
         if options.equalize:
-            with naming(source):
-                done = equalize(model, pool, [*indices, *others[: len(indices)]], others[len(indices) :])
+            done = equalize(model, pool, [*indices, *others[: len(indices)]], others[len(indices) :])
             forms[True], equalization[label] = done.model, done.counts
         classifiers: dict[tuple[Any, ...], Classifier] = {}
         for equalized, form in forms.items():

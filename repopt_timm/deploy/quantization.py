@@ -3,7 +3,6 @@
 import fnmatch
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -29,7 +28,6 @@ __all__ = [
     'QuantizationOptions',
     'calibrate',
     'draw',
-    'naming',
     'quantize',
     'quantize_onnx',
 ]
@@ -175,43 +173,31 @@ def quantize_onnx(
     options = options or QuantizationOptions()
     model = float_onnx(source, overrides)
     images = ImageFolder(data, split, data_config(model, overrides), class_map)
-    with naming(source):
-        indices, others = draw(images, options)
-        if options.calibration == 'auto' and not others:
-            raise ValueError(
-                f'--calibration auto compares on images that calibrated nothing, but all {len(images)} of '
-                f"'{images.folder}' calibrate. Lower --images."
-            )
-        # Before the work.
-        _excluded_nodes(model, options.exclude)
-        dead, equalization = {}, None
-        if options.equalize:
-            equalization = equalize(model, images, [*indices, *others[: len(indices)]], others[len(indices) :])
-            model = equalization.model
-        else:
-            dead = dead_channels(constant_inputs(model, images, indices))
-        judged = others[: len(indices)] or indices
-        found = []
-        for calibration in CALIBRATIONS if options.calibration == 'auto' else (options.calibration,):
-            ranges = calibrate(model, images, indices, replace(options, calibration=calibration))
-            chosen = replace(options, calibration=calibration)
-            quantized = quantize(model, ranges, chosen)
-            closeness = _compare(model, quantized, images, judged)
-            found.append(
-                Quantization(model, quantized, images, indices, chosen, ranges, dead, equalization, judged, *closeness)
-            )
-        return max(found, key=lambda done: (done.agreement, done.logits_snr_db))
-
-
-@contextmanager
-def naming(source: str | os.PathLike) -> Iterator[None]:
-    """Names a model in errors about its `onnx.ModelProto`, which has no name by which its user knows it."""
-    try:
-        yield
-    except ValueError as error:
-        if not str(error).startswith(('ONNX Runtime', 'The equalized model')):
-            raise
-        raise ValueError(f"'{os.fspath(source)}' cannot be quantized: {error}") from None
+    indices, others = draw(images, options)
+    if options.calibration == 'auto' and not others:
+        raise ValueError(
+            f'--calibration auto compares on images that calibrated nothing, but all {len(images)} of '
+            f"'{images.folder}' calibrate. Lower --images."
+        )
+    # Before the work.
+    _excluded_nodes(model, options.exclude)
+    dead, equalization = {}, None
+    if options.equalize:
+        equalization = equalize(model, images, [*indices, *others[: len(indices)]], others[len(indices) :])
+        model = equalization.model
+    else:
+        dead = dead_channels(constant_inputs(model, images, indices))
+    judged = others[: len(indices)] or indices
+    found = []
+    for calibration in CALIBRATIONS if options.calibration == 'auto' else (options.calibration,):
+        ranges = calibrate(model, images, indices, replace(options, calibration=calibration))
+        chosen = replace(options, calibration=calibration)
+        quantized = quantize(model, ranges, chosen)
+        closeness = _compare(model, quantized, images, judged)
+        found.append(
+            Quantization(model, quantized, images, indices, chosen, ranges, dead, equalization, judged, *closeness)
+        )
+    return max(found, key=lambda done: (done.agreement, done.logits_snr_db))
 
 
 def draw(images: ImageFolder, options: QuantizationOptions) -> tuple[list[int], list[int]]:
