@@ -1,4 +1,4 @@
-"""The deployment commands of `repopt-timm` and their arguments: export, quantize, evaluate and compare-int8."""
+"""The deployment commands of `repopt-timm` and their arguments: export, quantize and compare-int8."""
 
 import argparse
 import json
@@ -10,10 +10,10 @@ from typing import Any
 
 from ..files import check_output, write_text
 from ..reporting import add_command, positive, print_result
-from ..train.schema import INTERPOLATIONS
 from .channel_health import health_warnings, kernel_outliers
 from .equalization import describe
-from .evaluation import UNSTEADY, evaluate
+from .evaluate_commands import DATA_HELP, MODEL_HELP, add_class_map, add_preprocessing, add_threads, overrides_of
+from .evaluation import UNSTEADY
 from .int8_table import compare_int8, comparison_table
 from .layer_noise import layer_report, plot_layers
 from .onnx_export import OPSET, ExportOptions, export_onnx
@@ -21,25 +21,23 @@ from .quantization import CALIBRATIONS, TARGETS, WEIGHTS, Quantization, Quantiza
 from .runtime import require, save_onnx
 from .sensitivity import keep_in_float, layer_sensitivity, plot_sensitivity, sensitivity_table
 
-__all__ = ['add_class_map', 'add_commands', 'add_form', 'add_quantization', 'form_options']
+__all__ = ['add_commands', 'add_form', 'add_quantization', 'form_options']
 
 _logger = logging.getLogger(__name__)
 
-_MODEL = 'checkpoint, folder in the format of timm, or name for timm.create_model'
 _EQUALIZE = 'remove dead channels and equalize layers, which changes no logit'
 _REPORT_FILES = ('layers.png', 'layers.json')
 _SENSITIVITY_FILES = ('sensitivity.md', 'sensitivity.json', 'sensitivity.png')
-_DATA = 'folder of images, <class>/..., or one with a folder for each split'
 
 
 def add_commands(commands: Any) -> None:
-    """Adds export, quantize, evaluate and compare-int8 to the commands of `repopt-timm`.
+    """Adds export, quantize and compare-int8 to the commands of `repopt-timm`.
 
     Args:
         commands: What `ArgumentParser.add_subparsers` returned.
     """
     export = add_command(commands, 'export', _export)
-    export.add_argument('model', help=_MODEL)
+    export.add_argument('model', help=MODEL_HELP)
     export.add_argument('--onnx', metavar='FILE', required=True, help='file to write')
     export.add_argument(
         '--opset', type=positive(int), default=OPSET, metavar='N', help=f"version of ONNX's operators, {OPSET} or later"
@@ -48,11 +46,11 @@ def add_commands(commands: Any) -> None:
         '--fixed-batch', type=positive(int), metavar='N', help='take N images at a time, no other number'
     )
     export.add_argument('--fp16', action='store_true', help='weights and computation in float16')
-    _add_preprocessing(export)
+    add_preprocessing(export)
 
     quantized = add_command(commands, 'quantize', _quantize)
-    quantized.add_argument('model', help=f'{_MODEL}, or .onnx file')
-    quantized.add_argument('--data', metavar='DIR', required=True, help=f'{_DATA}, to calibrate on')
+    quantized.add_argument('model', help=f'{MODEL_HELP}, or .onnx file')
+    quantized.add_argument('--data', metavar='DIR', required=True, help=f'{DATA_HELP}, to calibrate on')
     quantized.add_argument('--split', default='train', help='split to calibrate on')
     quantized.add_argument('--out', metavar='FILE', required=True, help='file to write')
     add_form(quantized)
@@ -66,20 +64,11 @@ def add_commands(commands: Any) -> None:
         'on the calibration images'
     )
     quantized.add_argument('--max-drop', type=float, metavar='POINTS', help=drop_help)
-    _add_preprocessing(quantized)
-
-    evaluated = add_command(commands, 'evaluate', _evaluate)
-    evaluated.add_argument('model', help=f'{_MODEL}, or .onnx file')
-    evaluated.add_argument('--data', metavar='DIR', required=True, help=_DATA)
-    evaluated.add_argument('--split', default='validation', help='split to evaluate')
-    add_class_map(evaluated)
-    evaluated.add_argument('-b', '--batch-size', type=positive(int), default=32, metavar='N', help='images at a time')
-    _add_threads(evaluated)
-    _add_preprocessing(evaluated)
+    add_preprocessing(quantized)
 
     compared = add_command(commands, 'compare-int8', _compare)
-    compared.add_argument('models', nargs='+', metavar='[LABEL=]MODEL', help=f'{_MODEL}, or .onnx file')
-    compared.add_argument('--data', metavar='DIR', required=True, help=f'{_DATA}; validation is evaluated')
+    compared.add_argument('models', nargs='+', metavar='[LABEL=]MODEL', help=f'{MODEL_HELP}, or .onnx file')
+    compared.add_argument('--data', metavar='DIR', required=True, help=f'{DATA_HELP}; validation is evaluated')
     add_class_map(compared)
     compared.add_argument('--calibration-data', metavar='DIR', help='calibrate on the train split of this [--data]')
     compared.add_argument('--out', metavar='DIR', help='write int8.md and int8.json')
@@ -100,13 +89,8 @@ def add_commands(commands: Any) -> None:
         metavar='N',
         help='batch sizes to time',
     )
-    _add_threads(compared)
-    _add_preprocessing(compared)
-
-
-def add_class_map(parser: argparse.ArgumentParser) -> None:
-    """Adds `--class-map` to a command that evaluates."""
-    parser.add_argument('--class-map', default='', metavar='FILE', help='class map used in training')
+    add_threads(compared)
+    add_preprocessing(compared)
 
 
 def add_form(parser: argparse.ArgumentParser) -> None:
@@ -128,27 +112,6 @@ def add_quantization(parser: argparse.ArgumentParser) -> None:
     add('--reduce-range', action='store_true', help='7-bit weights, for x86 without VNNI')
     exclude_help = "leave in float32, such as head.fc, 'stages.3.*', Add"
     add('--exclude', nargs='+', default=(), metavar='LAYER', help=exclude_help)
-
-
-def _add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--threads', type=positive(int), metavar='N', help='threads of the model [all cores]')
-
-
-def _add_preprocessing(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("preprocessing, where it differs from the model's own")
-    add = group.add_argument
-    size_help = 'channels, height and width of the images'
-    add('--input-size', nargs=3, type=positive(int), metavar=('C', 'H', 'W'), help=size_help)
-    add('--mean', nargs='+', type=float, help='mean pixel value, or one for each channel')
-    add('--std', nargs='+', type=float, help='standard deviation of pixel values, or one for each channel')
-    add('--interpolation', choices=INTERPOLATIONS, help='resize interpolation')
-    add('--crop-pct', type=positive(float), help='share of the resized image that the crop keeps')
-    add('--crop-mode', choices=('center', 'squash', 'border'), help='way to crop')
-
-
-def _overrides(args: argparse.Namespace) -> dict[str, Any]:
-    names = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _options(args: argparse.Namespace, **more: Any) -> QuantizationOptions:
@@ -173,7 +136,7 @@ def _short(source: str) -> str:
 def _export(args: argparse.Namespace) -> None:
     path = check_output(args.onnx, args.model)
     options = ExportOptions(args.opset, args.fixed_batch or 0, args.fp16)
-    result = {**export_onnx(args.model, path, _overrides(args), options), 'out': args.onnx}
+    result = {**export_onnx(args.model, path, overrides_of(args), options), 'out': args.onnx}
     _warn(health_warnings({}, result['outliers'], still=result['still_channels']))
     left = f', {result["batchnorms"]} BatchNorms without a convolution before them' if result['batchnorms'] else ''
     text = (
@@ -187,7 +150,7 @@ def _quantize(args: argparse.Namespace) -> None:
     files = _quantize_files(args)
     options = form_options(args)
     labelled = args.max_drop is not None
-    done = quantize_onnx(args.model, args.data, options, args.split, _overrides(args), labelled)
+    done = quantize_onnx(args.model, args.data, options, args.split, overrides_of(args), labelled)
     unhealthy = done.warnings()
     _warn(unhealthy)
     if labelled:
@@ -232,7 +195,7 @@ def _quantize_files(args: argparse.Namespace) -> dict[str, Path]:
 def _layer_reports(args: argparse.Namespace, done: Quantization) -> dict[str, Any]:
     reports = {args.model: layer_report(done)}
     if args.versus:
-        other = quantize_onnx(args.versus, args.data, form_options(args), args.split, _overrides(args))
+        other = quantize_onnx(args.versus, args.data, form_options(args), args.split, overrides_of(args))
         reports[args.versus] = layer_report(other)
     name = _short if len(set(map(_short, reports))) == len(reports) else str
     return {name(source): report for source, report in reports.items()}
@@ -298,22 +261,6 @@ def _warn(lines: Iterable[str]) -> None:
         _logger.warning(line)
 
 
-def _evaluate(args: argparse.Namespace) -> None:
-    result = evaluate(
-        args.model, args.data, args.split, args.batch_size, args.threads, _overrides(args), args.class_map
-    )
-    lines = [
-        f'top-1       {result["top1"]:.2f} %',
-        f'top-5       {result["top5"]:.2f} %  of {result["images"]} images',
-        f'latency     {result["latency_ms"]:.2f} ms median, {result["latency_p90_ms"]:.2f} ms p90 at batch '
-        f'{result["latency_batch"]}',
-        f'throughput  {result["throughput"]:.0f} images/s at batch {result["batch_size"]}',
-        f'size        {_megabytes(result["bytes"])}, {result["backend"]}',
-    ]
-    _warn([] if result['steady'] else [UNSTEADY])
-    print_result(args, result, '\n'.join(lines))
-
-
 def _compare(args: argparse.Namespace) -> None:
     models = dict(_labelled(text) for text in args.models)
     if len(models) < len(args.models):
@@ -328,7 +275,7 @@ def _compare(args: argparse.Namespace) -> None:
         _options(args, equalize=args.equalize),
         args.latency_batches,
         args.threads,
-        _overrides(args),
+        overrides_of(args),
         args.class_map,
         args.targets,
     )

@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 import timm
 import torch
 
+from ..datasets import Images, open_evaluation
 from ..reporting import cpu_name, markdown_table, package_versions
 from .classifier import Classifier, data_config, is_onnx, onnx_classifier, torch_classifier
 from .equalization import describe, equalize
-from .evaluation import UNSTEADY, accuracies, alternate, check_classes, is_steady, random_images
-from .image_folder import ImageFolder
+from .evaluation import UNSTEADY, alternate, check_classes, classify, is_steady, random_images
 from .onnx_export import float_onnx
 from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, calibrate, equalization_images, naming, quantize
 from .runtime import require
@@ -51,7 +51,7 @@ def compare_int8(
         latency_batches: Batch sizes to time, rounded up to multiples of the batch of a fixed-batch ONNX file.
         threads: Number of threads. Defaults to all cores.
         overrides: Preprocessing that differs from the models' own, by timm's names.
-        class_map: See `ImageFolder`; the one that the models were trained with.
+        class_map: See `open_split`; the one that the models were trained with.
         targets: Forms to try, see `QuantizationOptions`. ONNX Runtime runs all of them; the first one is timed.
 
     Returns:
@@ -72,8 +72,9 @@ def compare_int8(
     for label, source in models.items():
         model = float_onnx(source, overrides)
         config = data_config(model, overrides)
-        images = ImageFolder(data, 'validation', config, class_map)
-        pool = ImageFolder(data if calibration_data is None else calibration_data, 'train', config)
+        names = onnx_classifier(model).class_names
+        images = open_evaluation(data, 'validation', config, class_map, names)
+        pool = open_evaluation(data if calibration_data is None else calibration_data, 'train', config)
         indices = pool.sample(options.images, options.seed)
         counted = {'validation_images': len(images), 'calibration_images': len(indices)}
         # Before the calibrations, which take long.
@@ -107,14 +108,14 @@ def compare_int8(
     return {'settings': settings, 'accuracy': accuracy, 'latency': latency, 'equalization': equalization}
 
 
-def _accuracy_rows(label: str, classifiers: Mapping[_Way, Classifier], images: ImageFolder) -> list[dict[str, Any]]:
+def _accuracy_rows(label: str, classifiers: Mapping[_Way, Classifier], images: Images) -> list[dict[str, Any]]:
     named = {str(way): classifier for way, classifier in classifiers.items()}
-    found = accuracies(named, images, title=f'{label}: evaluation')
-    reference = found[str(('float32', '', '', False))][0]
+    found = classify(named, images, title=f'{label}: evaluation')
+    reference = found[str(('float32', '', '', False))].accuracy()
     rows = []
     for way in classifiers:
         weights, calibration, target, equalized = way
-        top1, top5 = found[str(way)]
+        top1, top5 = found[str(way)].accuracy(), found[str(way)].accuracy(5)
         row = {'model': label, 'weights': weights, 'calibration': calibration, 'top1': top1, 'top5': top5}
         if weights != 'float32':
             row |= {'target': target, 'drop': reference - top1}

@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..datasets import check_two_splits
+from ..datasets import Images, open_evaluation
 from ..reparam import GradMults, carried_scales, make_grad_mults, network_name
 from ..scales import Scales
 from ..train.run import train
 from ..train.run_checkpoints import find_checkpoint
 from .classifier import image_input, onnx_classifier, preprocessing, torch_classifier
-from .evaluation import accuracies, check_classes, random_images
-from .image_folder import ImageFolder
+from .evaluation import check_classes, classify, random_images
 from .onnx_export import to_onnx
 from .onnx_graph import constants_of
 from .onnx_network import OnnxNetwork
@@ -58,7 +57,7 @@ class FakeQuantized:
 
 def fake_quantize(
     model: nn.Module,
-    images: ImageFolder,
+    images: Images,
     config: Mapping[str, Any],
     options: QuantizationOptions | None = None,
     weight_bits: int = 8,
@@ -187,8 +186,6 @@ def train_quantized(
         ImportError: If the `[deploy]` extra is not installed.
     """
     options = options or QuantizationOptions()
-    # With --holdout too: what it holds out is not what the accuracy of the result is measured on.
-    check_two_splits(args.data_dir)
     with_scales = args.opt is None or 'repopt' in args.opt
     model = load_trained(source, args.scales or None, need_scales=with_scales)
     if args.opt is None:
@@ -214,7 +211,7 @@ def train_quantized(
     made: list[FakeQuantized] = []
 
     def make(args: argparse.Namespace, dataset: Any, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-        images = ImageFolder(args.data_dir, args.train_split, config, args.class_map)
+        images = open_evaluation(args.data_dir, args.train_split, config, args.class_map)
         check_classes(torch_classifier(model.eval(), overrides=config), images)
         made.append(fake_quantize(model, images, config, options, weight_bits))
         for line in made[0].quantization.warnings():
@@ -229,21 +226,21 @@ def train_quantized(
     network = trained.cpu().eval()
     file = network.write_to(done.quantized)
     save_onnx(file, out)
-    images = ImageFolder(args.data_dir, args.val_split, config, args.class_map)
+    images = open_evaluation(args.data_dir, args.val_split, config, args.class_map)
     classifiers = {
         'float32': onnx_classifier(done.model),
         'untrained': onnx_classifier(made[0].initial),
         'fake_quantized': torch_classifier(network, overrides=config),
         'top1': onnx_classifier(file),
     }
-    found = accuracies(classifiers, images)
+    found = classify(classifiers, images)
     return {
         'out': os.fspath(out),
         'bytes': file.ByteSize(),
         'run': os.fspath(result.folder),
         'epochs': len(result.history),
         'images': len(images),
-        **{name: top1 for name, (top1, _) in found.items()},
+        **{name: answers.accuracy() for name, answers in found.items()},
     }
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from ..datasets import Images, open_evaluation
 from .channel_health import constant_inputs, dead_channels, health_warnings, kernel_outliers
 from .classifier import data_config, image_input, onnx_classifier
 from .equalization import Equalization, equalize
-from .evaluation import check_labels
-from .image_folder import ImageFolder
+from .evaluation import check_classes
 from .onnx_export import float_onnx
 from .onnx_graph import LAYERS, layers_of, next_layer
 from .runtime import explained, quiet, require, save_onnx
@@ -118,7 +118,7 @@ class Quantization:
 
     model: Any
     quantized: Any
-    images: ImageFolder
+    images: Images
     indices: Sequence[int]
     options: QuantizationOptions
     ranges: Any
@@ -151,7 +151,7 @@ def quantize_onnx(
 
     Args:
         source: An `.onnx` file, or what `load_model` takes.
-        data: Image folder to calibrate on, see `ImageFolder`.
+        data: Image folder to calibrate on, see `open_split`.
         options: See there.
         split: Split of `data` to draw from: images that the model will not be judged by.
         overrides: Preprocessing that differs from the model's own, by timm's names.
@@ -163,14 +163,15 @@ def quantize_onnx(
         ImportError: If the `[deploy]` extra is not installed.
     """
     model = float_onnx(source, overrides)
-    images = ImageFolder(data, split, data_config(model, overrides))
+    names = onnx_classifier(model).class_names
+    images = open_evaluation(data, split, data_config(model, overrides), class_names=names)
     with naming(source):
         if labelled:
-            check_labels(onnx_classifier(model), images)
+            check_classes(onnx_classifier(model), images)
         return quantize_calibrated(model, images, options or QuantizationOptions())
 
 
-def quantize_calibrated(model: Any, images: ImageFolder, options: QuantizationOptions) -> Quantization:
+def quantize_calibrated(model: Any, images: Images, options: QuantizationOptions) -> Quantization:
     """Quantizes a float `onnx.ModelProto` as `quantize_onnx` does."""
     indices = images.sample(options.images, options.seed)
     # Before the work.
@@ -197,14 +198,14 @@ def naming(source: str | os.PathLike) -> Iterator[None]:
         raise ValueError(f"'{os.fspath(source)}' cannot be quantized: {error}") from None
 
 
-def equalization_images(images: ImageFolder, options: QuantizationOptions) -> tuple[list[int], list[int]]:
+def equalization_images(images: Images, options: QuantizationOptions) -> tuple[list[int], list[int]]:
     """Draws the images for `equalize`: those of the calibration and as many others, and all further ones."""
     first = images.sample(options.images, options.seed)
     drawn = list(dict.fromkeys([*first, *images.sample(len(images), options.seed + 1)]))
     return drawn[: 2 * len(first)], drawn[2 * len(first) :]
 
 
-def calibrate(model: Any, images: ImageFolder, indices: Sequence[int], options: QuantizationOptions) -> Any:
+def calibrate(model: Any, images: Images, indices: Sequence[int], options: QuantizationOptions) -> Any:
     """Finds the ranges of a model's activations.
 
     Args:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..plot import save_figure, subplots
 from ..reporting import markdown_table
 from .classifier import image_input, onnx_classifier
-from .evaluation import alternate, check_classes, check_labels, is_steady, random_images
+from .evaluation import alternate, check_classes, is_steady, random_images
 from .onnx_graph import layers_of, next_layer
 from .quantization import Quantization, excluded_nodes, quantize_nodes, requantized_layers
 
@@ -69,7 +69,7 @@ def keep_in_float(
         ValueError: If the images have no labels, one does not decode, or float32 in all layers still loses more.
     """
     judge = _Judge(done)
-    check_labels(judge.reference, done.images)
+    check_classes(judge.reference, done.images)
     ranking = [row['layer'] for row in report['layers']]
     kept: list[str] = []
     chosen, drop = done, report['int8']['drop']

@@ -15,6 +15,7 @@ from ..errors import explaining, reason_of
 from ..models import resolve_model, to_plain
 from ..reparam import attach_scales, kind_of
 from ..sources import ScalesSource, load_scales
+from ..train.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT
 
 __all__ = ['deployed', 'load_model', 'load_trained']
 
@@ -25,7 +26,7 @@ def load_model(source: str | os.PathLike) -> nn.Module:
     Multi-branch models become plain: `_hs`, `_csla`, and whatever timm can reparameterize, such as `repvgg_*`.
 
     Args:
-        source: A checkpoint of a training run, a folder in timm's format, or a name for `timm.create_model`.
+        source: A checkpoint or folder of a training run, a folder in timm's format, or a name for `timm.create_model`.
 
     Returns:
         The model, in evaluation mode on the CPU, with its data configuration in `pretrained_cfg`.
@@ -54,6 +55,9 @@ def load_trained(source: str | os.PathLike, scales: ScalesSource | None = None, 
     path = Path(source)
     if path.suffix == '.onnx':
         raise ValueError(f"'{source}' is an ONNX file already; name the checkpoint that it comes from.")
+    best, last = path / BEST_CHECKPOINT, path / LAST_CHECKPOINT
+    if last.is_file():
+        path = best if best.is_file() else last
     if path.is_dir():
         model = _create(f'local-dir:{path}', pretrained=True)
     elif path.is_file() or path.suffix in ('.tar', '.pth', '.pt', '.safetensors'):

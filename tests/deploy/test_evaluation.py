@@ -4,12 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from repopt_timm.deploy.image_folder import ImageFolder
 
 from repopt_timm import save_pretrained
 from repopt_timm.deploy import Classifier, QuantizationOptions, evaluate, export_onnx, quantize_onnx, save_onnx
 from repopt_timm.deploy.classifier import data_config, load_classifier, onnx_classifier
 from repopt_timm.deploy.evaluation import accuracies, alternate, check_classes, is_steady
-from repopt_timm.deploy.image_folder import ImageFolder
 from repopt_timm.deploy.runtime import load_onnx
 
 from .conftest import ARGS

@@ -168,8 +168,8 @@ ROWS = [
     ('no channels', '--in-chans 0', '--in-chans is 0'),
     ('channels twice', '--in-chans 1', '--in-chans is 1 and --input-size has 3 channels'),
     ('many channels', '--input-size 12 32 32', '--input-size has 12 channels, expected 1 to 4'),
-    ('four channels', '--input-size 4 32 32', 'Images of 4 channels need --input-img-mode, such as RGBA'),
-    ('grey images for a color model', '--input-img-mode L', '--input-img-mode L has 1 channels and the model 3'),
+    ('two channels', '--input-size 2 32 32', 'expected 1, 3 or 4'),
+    ('grey images for a color model', '--input-img-mode L', 'images of 3 channels in the mode L'),
     ('size twice', '--img-size 64', '--img-size is 64 and --input-size [3, 32, 32]: give one of them'),
     # Combinations.
     ('mixup of an odd batch', '--mixup 0.2 -b 7', '--batch-size is 7, expected an even number'),
