@@ -213,9 +213,10 @@ def open_split(
     place = next((root / name for name in (split, *synonyms) if (root / name).exists()), root)
     others = [name for names in _SPLITS for name in names if (root / name).is_dir()]
     if place == root and (need_split or others):
+        but = f', but with {", ".join(others)}' if others else ''
         raise ValueError(
-            f"'{root}' has no split '{split}', but {', '.join(others) or 'one set of images only'}. Make a folder "
-            f"'{root / split}' with a folder for each class, or name another split."
+            f"'{root}' is not a folder with the split '{split}'{but}: expected images in {split}/<class>/. Make these, "
+            f'or name another split.'
         )
     archive, files, classes = (_in_tar if place.suffix == '.tar' and place.is_file() else _in_folder)(place)
     numbers = read_class_map(class_map, root)
@@ -223,7 +224,10 @@ def open_split(
         numbers, classes = _number(classes, class_names, place)
     kept = [index for index, name in enumerate(classes) if name in numbers]
     if not kept:
-        raise ValueError(f"There are no images for the split '{split}' in '{root}', expected some in {place}/<class>/.")
+        of_map = f" of the classes in '{class_map}'" if class_map else ''
+        raise ValueError(
+            f"There are no images for the split '{split}' in '{root}', expected {place}/<class>/…{of_map}."
+        )
     if left_out := len(classes) - len(kept):
         _logger.warning(f"'{place}': {left_out} images of classes that the class map lacks are left out.")
     if archive is not None:
@@ -379,8 +383,10 @@ def read_class_map(class_map: str | None, root: str | os.PathLike | None) -> dic
 def class_numbers(dataset: Any) -> dict[str, int]:
     """Returns the numbers of a dataset's classes by name; none if it does not name them."""
     owners = (dataset, getattr(dataset, 'reader', None))
-    found = next(filter(None, (getattr(owner, 'class_to_idx', None) for owner in owners)), None)
-    return {str(name): int(number) for name, number in (found or {}).items()}
+    for owner in owners:
+        if found := getattr(owner, 'class_to_idx', None):
+            return {str(name): int(number) for name, number in found.items()}
+    return {str(name): number for number, name in enumerate(getattr(dataset, 'classes', ()))}
 
 
 def count_classes(dataset: Any) -> int | None:

@@ -143,9 +143,7 @@ def test_workers_share_no_position_in_a_tar_file(tmp_path):
     # An open file cannot be sent to other workers.
     started_anew = pickle.loads(pickle.dumps(dataset))
     assert [started_anew[index][0].tobytes() for index in range(len(dataset))] == alone
-    evaluation = open_evaluation(
-        tmp_path / 'train.tar', 'validation', {**CONFIG, 'crop_pct': 1, 'input_size': (3, 64, 64)}
-    )
+    evaluation = open_evaluation(tmp_path / 'train.tar', 'validation', {**CONFIG, 'input_size': (3, 64, 64)})
     for (batch, _), start in zip(evaluation.batches(range(200), 32, ''), range(0, 200, 32)):
         assert torch.equal(batch, torch.stack([evaluation[start + place][0] for place in range(len(batch))]))
 
@@ -189,7 +187,7 @@ def test_the_classes_that_differ_between_splits_are_named(tmp_path, train, valid
     [
         ([], 'nowhere', 'nowhere'),
         ([], '', "no images for the split 'train'"),
-        (['val/cat', 'test/cat'], '', "has no split 'train', but val, test"),
+        (['val/cat', 'test/cat'], '', "the split 'train', but with val, test"),
         (['val/.hidden', 'train/.hidden'], '', "no images for the split 'train'"),
     ],
 )
@@ -202,7 +200,7 @@ def test_what_is_missing_is_named(tmp_path, folders, where, words):
 def test_folders_without_splits_are_taken_whole_where_two_splits_are_not_needed(tmp_path):
     make_images(tmp_path, 'cat', 'dog')
     assert len(open_split(tmp_path, 'validation')) == 2
-    with pytest.raises(ValueError, match='no split'):
+    with pytest.raises(ValueError, match="the split 'validation'"):
         open_split(tmp_path, 'validation', need_split=True)
 
 
