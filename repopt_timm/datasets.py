@@ -225,9 +225,7 @@ def open_split(
     kept = [index for index, name in enumerate(classes) if name in numbers]
     if not kept:
         of_map = f" of the classes in '{class_map}'" if class_map else ''
-        raise ValueError(
-            f"There are no images for the split '{split}' in '{root}', expected {place}/<class>/…{of_map}."
-        )
+        raise ValueError(f"There are no images for the split '{split}' in '{root}', in {place}/<class>/{of_map}.")
     if left_out := len(classes) - len(kept):
         _logger.warning(f"'{place}': {left_out} images of classes that the class map lacks are left out.")
     if archive is not None:
