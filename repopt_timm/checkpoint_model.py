@@ -8,8 +8,7 @@ import timm
 from torch import nn
 
 from .checkpoints.read import read_checkpoint, select_state_dict
-from .color_modes import note_color_mode
-from .datasets import data_config_of
+from .datasets import color_mode, data_config_of
 from .errors import explaining
 from .models import ensure_registered
 from .names import ModelName
@@ -89,6 +88,8 @@ def model_of(
             attach_scales(model, given)
             model.scales_provenance = given.provenance
     data = data_config_of(args, model)
+    if mode := args.get('input_img_mode'):
+        color_mode(data['input_size'][0], mode)
     names = checkpoint.get('label_names')
     model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
     # The tag names weights that timm publishes, not these.
@@ -96,5 +97,4 @@ def model_of(
     if 'origin' in checkpoint or not args.get('pretrained'):
         # timm's script does not state it; it fine-tunes what timm knows for the model.
         restore_origin(model, checkpoint.get('origin'))
-    note_color_mode(model, args.get('input_img_mode'))
     return model.eval()

@@ -8,7 +8,7 @@ from huggingface_hub import EvalResult
 from torch import Tensor
 
 from ..architectures import ARCHITECTURES
-from ..color_modes import evaluated_mode
+from ..datasets import color_mode
 from ..names import PREFIX, ModelName
 from ..reparam import Geometry
 from ..scales import Scales, scales_table
@@ -146,11 +146,8 @@ def _image_size(training: Mapping[str, Any]) -> list[int] | None:
 
 def _image_mode(training: Mapping[str, Any]) -> str | None:
     """Returns PIL's name of the images that a model takes; None if PIL opens none of so many channels."""
-    mode = training.get('image_mode')
-    if mode is not None and not isinstance(mode, str):
-        return None
     try:
-        return evaluated_mode({'input_size': _image_size(training) or [3], 'input_img_mode': mode})
+        return color_mode((_image_size(training) or [3])[0], training.get('image_mode'))
     except ValueError:
         return None
 

@@ -1,8 +1,9 @@
 """From a trained model to an INT8 one with measured accuracy and speed: ONNX, and ONNX Runtime on the CPU."""
 
 from .classifier import Classifier, load_classifier
-from .deploy_commands import add_class_map, add_commands
+from .deploy_commands import add_commands
 from .equalization import Equalization, equalize
+from .evaluate_commands import add_class_map
 from .evaluation import evaluate
 from .int8_table import compare_int8, comparison_table
 from .layer_noise import layer_report, plot_layers

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..datasets import Images
 from .classifier import image_input
-from .image_folder import ImageFolder
 from .onnx_graph import layers_of, with_outputs
 from .runtime import open_session
 
@@ -23,7 +23,7 @@ _OUTLIER = 100
 _STILL = 1e-3
 
 
-def constant_inputs(model: Any, images: ImageFolder, indices: Sequence[int]) -> dict[str, np.ndarray]:
+def constant_inputs(model: Any, images: Images, indices: Sequence[int]) -> dict[str, np.ndarray]:
     """Finds the input channels of layers that have the same value everywhere, in all of some images.
 
     Args:

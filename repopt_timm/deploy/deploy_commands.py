@@ -1,4 +1,4 @@
-"""The deployment commands of `repopt-timm` and their arguments: export, quantize, evaluate and compare-int8."""
+"""The deployment commands of `repopt-timm` and their arguments: export, quantize and compare-int8."""
 
 import argparse
 import json
@@ -9,10 +9,9 @@ from typing import Any
 
 from ..files import check_output, write_text
 from ..reporting import add_command, positive, print_result
-from ..train.schema import INTERPOLATIONS
 from .channel_health import health_warnings, kernel_outliers
 from .equalization import describe
-from .evaluation import UNSTEADY, evaluate
+from .evaluate_commands import DATA_HELP, MODEL_HELP, add_class_map, add_preprocessing, add_threads, overrides_of
 from .int8_table import compare_int8, comparison_table
 from .layer_noise import layer_report, plot_layers
 from .onnx_export import OPSET, ExportOptions, export_onnx
@@ -20,35 +19,33 @@ from .quantization import CALIBRATIONS, TARGETS, WEIGHTS, QuantizationOptions, q
 from .runtime import require, save_onnx
 from .sensitivity import layer_sensitivity, plot_sensitivity, sensitivity_table
 
-__all__ = ['add_class_map', 'add_commands']
+__all__ = ['add_commands']
 
 _logger = logging.getLogger(__name__)
 
-_MODEL = 'checkpoint, folder in the format of timm, or name for timm.create_model'
 _EQUALIZE = 'remove dead channels and equalize layers, which changes no logit'
-_DATA = 'folder of images, <class>/..., or one with a folder for each split'
 
 
 def add_commands(commands: Any) -> None:
-    """Adds export, quantize, evaluate and compare-int8 to the commands of `repopt-timm`.
+    """Adds export, quantize and compare-int8 to the commands of `repopt-timm`.
 
     Args:
         commands: What `ArgumentParser.add_subparsers` returned.
     """
     export = add_command(commands, 'export', _export)
     add = export.add_argument
-    add('model', help=_MODEL)
+    add('model', help=MODEL_HELP)
     add('--onnx', metavar='FILE', type=_onnx_file, required=True, help='file to write')
     opset_help = f"version of ONNX's operators, {OPSET} or later"
     add('--opset', type=positive(int), default=OPSET, metavar='N', help=opset_help)
     add('--fixed-batch', type=positive(int), metavar='N', help='take N images at a time, no other number')
     add('--fp16', action='store_true', help='weights and computation in float16')
-    _add_preprocessing(export)
+    add_preprocessing(export)
 
     quantized = add_command(commands, 'quantize', _quantize)
     add = quantized.add_argument
-    add('model', help=f'{_MODEL}, or .onnx file')
-    add('--data', metavar='DIR', required=True, help=f'{_DATA}, to calibrate on')
+    add('model', help=f'{MODEL_HELP}, or .onnx file')
+    add('--data', metavar='DIR', required=True, help=f'{DATA_HELP}, to calibrate on')
     add('--split', default='train', help='split to calibrate on')
     add_class_map(quantized)
     add('--out', metavar='FILE', type=_onnx_file, required=True, help='file to write')
@@ -66,21 +63,12 @@ def add_commands(commands: Any) -> None:
     add('--versus', metavar='MODEL', help='with --report, another model to draw beside')
     sensitivity_help = 'write sensitivity.md, .png and .json: accuracy with one layer at a time in INT8'
     add('--sensitivity', metavar='DIR', type=_folder, help=sensitivity_help)
-    _add_preprocessing(quantized)
-
-    evaluated = add_command(commands, 'evaluate', _evaluate)
-    evaluated.add_argument('model', help=f'{_MODEL}, or .onnx file')
-    evaluated.add_argument('--data', metavar='DIR', required=True, help=_DATA)
-    evaluated.add_argument('--split', default='validation', help='split to evaluate')
-    add_class_map(evaluated)
-    evaluated.add_argument('-b', '--batch-size', type=positive(int), default=32, metavar='N', help='images at a time')
-    _add_threads(evaluated)
-    _add_preprocessing(evaluated)
+    add_preprocessing(quantized)
 
     compared = add_command(commands, 'compare-int8', _compare)
     add = compared.add_argument
-    add('models', nargs='+', metavar='[LABEL=]MODEL', help=f'{_MODEL}, or .onnx file')
-    add('--data', metavar='DIR', required=True, help=f'{_DATA}; validation is evaluated')
+    add('models', nargs='+', metavar='[LABEL=]MODEL', help=f'{MODEL_HELP}, or .onnx file')
+    add('--data', metavar='DIR', required=True, help=f'{DATA_HELP}; validation is evaluated')
     add_class_map(compared)
     add('--calibration-data', metavar='DIR', help='calibrate on the train split of this [--data]')
     add('--out', metavar='DIR', type=_folder, help='write int8.md and int8.json')
@@ -93,13 +81,8 @@ def add_commands(commands: Any) -> None:
     add('--equalize', action='store_true', help=f'measure each model a second time: {_EQUALIZE}')
     batches_help = 'batch sizes to time'
     add('--latency-batches', nargs='*', type=positive(int), default=(1, 32), metavar='N', help=batches_help)
-    _add_threads(compared)
-    _add_preprocessing(compared)
-
-
-def add_class_map(parser: argparse.ArgumentParser) -> None:
-    """Adds `--class-map` to a command that looks at classes."""
-    parser.add_argument('--class-map', default='', metavar='FILE', help='class map used in training')
+    add_threads(compared)
+    add_preprocessing(compared)
 
 
 def _onnx_file(text: str) -> str:
@@ -125,27 +108,6 @@ def _add_quantization(parser: argparse.ArgumentParser) -> None:
     add('--exclude', nargs='+', default=(), metavar='LAYER', help=exclude_help)
 
 
-def _add_threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--threads', type=positive(int), metavar='N', help='threads of the model [all cores]')
-
-
-def _add_preprocessing(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("preprocessing, where it differs from the model's own")
-    add = group.add_argument
-    size_help = 'channels, height and width of the images'
-    add('--input-size', nargs=3, type=positive(int), metavar=('C', 'H', 'W'), help=size_help)
-    add('--mean', nargs='+', type=float, help='mean pixel value, or one for each channel')
-    add('--std', nargs='+', type=float, help='standard deviation of pixel values, or one for each channel')
-    add('--interpolation', choices=INTERPOLATIONS, help='resize interpolation')
-    add('--crop-pct', type=positive(float), help='share of the resized image that the crop keeps')
-    add('--crop-mode', choices=('center', 'squash', 'border'), help='way to crop')
-
-
-def _overrides(args: argparse.Namespace) -> dict[str, Any]:
-    names = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
 def _options(args: argparse.Namespace, *more: str) -> QuantizationOptions:
     names = ('percentile', 'images', 'seed', 'reduce_range', 'equalize', *more)
     return QuantizationOptions(exclude=tuple(args.exclude), **{name: getattr(args, name) for name in names})
@@ -167,7 +129,7 @@ def _warn(lines: Iterable[str]) -> None:
 def _export(args: argparse.Namespace) -> None:
     path = check_output(args.onnx, args.model)
     options = ExportOptions(args.opset, args.fixed_batch or 0, args.fp16)
-    result = {**export_onnx(args.model, path, _overrides(args), options), 'out': args.onnx}
+    result = {**export_onnx(args.model, path, overrides_of(args), options), 'out': args.onnx}
     _warn(health_warnings({}, result['outliers'], still=result['still_channels']))
     left = f', {result["batchnorms"]} BatchNorms without a convolution before them' if result['batchnorms'] else ''
     text = (
@@ -192,7 +154,7 @@ def _quantize(args: argparse.Namespace) -> None:
         files |= {f'{name}.{suffix}': Path(folder, f'{name}.{suffix}') for suffix in suffixes.split() if folder}
     files = {name: check_output(file, *filter(None, (args.model, args.versus))) for name, file in files.items()}
     options = _options(args, 'weights', 'calibration', 'target')
-    how = args.data, options, args.split, _overrides(args), args.class_map
+    how = args.data, options, args.split, overrides_of(args), args.class_map
     done = quantize_onnx(args.model, *how)
     _warn(done.warnings())
     if args.sensitivity:
@@ -236,22 +198,6 @@ def _quantize(args: argparse.Namespace) -> None:
     print_result(args, result, '; '.join(parts) + table)
 
 
-def _evaluate(args: argparse.Namespace) -> None:
-    result = evaluate(
-        args.model, args.data, args.split, args.batch_size, args.threads, _overrides(args), args.class_map
-    )
-    lines = [
-        f'top-1       {result["top1"]:.2f} %',
-        f'top-5       {result["top5"]:.2f} %  of {result["images"]} images',
-        f'latency     {result["latency_ms"]:.2f} ms median, {result["latency_p90_ms"]:.2f} ms p90 at batch '
-        f'{result["latency_batch"]}',
-        f'throughput  {result["throughput"]:.0f} images/s at batch {result["batch_size"]}',
-        f'size        {_megabytes(result["bytes"])}, {result["backend"]}',
-    ]
-    _warn([] if result['steady'] else [UNSTEADY])
-    print_result(args, result, '\n'.join(lines))
-
-
 def _compare(args: argparse.Namespace) -> None:
     models = dict(_labelled(text) for text in args.models)
     if len(models) < len(args.models):
@@ -266,7 +212,7 @@ def _compare(args: argparse.Namespace) -> None:
         _options(args),
         args.latency_batches,
         args.threads,
-        _overrides(args),
+        overrides_of(args),
         args.class_map,
         args.targets,
     )

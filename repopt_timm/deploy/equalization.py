@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from ..datasets import Images
 from ..reporting import amount
 from .channel_health import constant_inputs
 from .classifier import image_input, onnx_classifier
-from .image_folder import ImageFolder
 from .onnx_graph import Graph
 
 __all__ = ['Equalization', 'describe', 'equalize', 'equalize_layers', 'remove_dead_channels']
@@ -66,7 +66,7 @@ def describe(counts: Mapping[str, Any]) -> str:
 
 
 def equalize(
-    model: Any, images: ImageFolder, indices: Sequence[int], others: Sequence[int] = (), tolerance: float = 1e-4
+    model: Any, images: Images, indices: Sequence[int], others: Sequence[int] = (), tolerance: float = 1e-4
 ) -> Equalization:
     """Removes dead channels, then equalizes layers.
 
@@ -218,7 +218,7 @@ def _read_columns(graph: Graph, layer: str) -> np.ndarray | None:
     return found
 
 
-def _difference(model: Any, changed: Any, images: ImageFolder, indices: Sequence[int]) -> float:
+def _difference(model: Any, changed: Any, images: Images, indices: Sequence[int]) -> float:
     first, second = onnx_classifier(model), onnx_classifier(changed)
     difference = largest = 0.0
     fixed = image_input(model)[1][0]

@@ -10,11 +10,11 @@ from typing import Any
 import timm
 import torch
 
+from ..datasets import open_evaluation
 from ..reporting import cpu_name, markdown_table, package_versions
 from .classifier import Classifier, data_config, is_onnx, onnx_classifier, torch_classifier
 from .equalization import describe, equalize
-from .evaluation import UNSTEADY, accuracies, alternate, check_classes, is_steady, random_images
-from .image_folder import ImageFolder
+from .evaluation import UNSTEADY, alternate, check_classes, classify, is_steady, random_images
 from .onnx_export import float_onnx
 from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, calibrate, draw, quantize
 from .runtime import require
@@ -51,7 +51,7 @@ def compare_int8(
         latency_batches: Batch sizes to time, rounded up to multiples of the batch of a fixed-batch ONNX file.
         threads: Number of threads. Defaults to all cores.
         overrides: Preprocessing that differs from the models' own, by timm's names.
-        class_map: See `ImageFolder`; the one that the models were trained with.
+        class_map: See `open_split`; the one that the models were trained with.
         targets: Forms to try, see `QuantizationOptions`. ONNX Runtime runs all of them; the first one is timed.
 
     Returns:
@@ -72,11 +72,12 @@ def compare_int8(
     for label, source in models.items():
         model = float_onnx(source, overrides)
         config = data_config(model, overrides)
-        images = ImageFolder(data, 'validation', config, class_map)
-        pool = ImageFolder(data if calibration_data is None else calibration_data, 'train', config)
+        float32 = onnx_classifier(model, threads, overrides)
+        names = float32.class_names
+        images = open_evaluation(data, 'validation', config, class_map, names)
+        pool = open_evaluation(calibration_data or data, 'train', config, class_map, names)
         indices, others = draw(pool, options)
         counted = {'validation_images': len(images), 'calibration_images': len(indices)}
-        float32 = onnx_classifier(model, threads, overrides)
         # Before the calibrations, which take long.
         check_classes(float32, images)
         forms = {False: model}
@@ -93,10 +94,10 @@ def compare_int8(
                     int8 = quantize(form, ranges, replace(chosen, weights=kind, target=target))
                     classifiers[kind, calibration, target, equalized] = onnx_classifier(int8, threads, overrides)
         named = {str(way): classifier for way, classifier in classifiers.items()}
-        found = accuracies(named, images, title=f'{label}: evaluation')
+        found = classify(named, images, title=f'{label}: evaluation')
         for way in classifiers:
-            top1, top5 = found[str(way)]
-            drop = found[str(('float32', '', '', False))][0] - top1
+            top1, top5 = (found[str(way)].accuracy(count) for count in (1, 5))
+            drop = found[str(('float32', '', '', False))].accuracy() - top1
             accuracy.append({'model': label, **dict(zip(_WAY, way)), 'top1': top1, 'top5': top5, 'drop': drop})
         timed = {} if is_onnx(source) else {'pytorch': torch_classifier(load_model(source), threads)}
         # Calibration and equalizing change values, not the work.

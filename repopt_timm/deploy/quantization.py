@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..datasets import Images, open_evaluation
 from .channel_health import constant_inputs, dead_channels, health_warnings, kernel_outliers
 from .classifier import data_config, image_input, onnx_classifier
 from .equalization import Equalization, equalize
-from .image_folder import ImageFolder
 from .onnx_export import float_onnx
 from .onnx_graph import LAYERS, layers_of
 from .runtime import explained, quiet, require, save_onnx
@@ -117,7 +117,7 @@ class Quantization:
 
     model: Any
     quantized: Any
-    images: ImageFolder
+    images: Images
     indices: Sequence[int]
     options: QuantizationOptions
     ranges: bytes
@@ -159,11 +159,11 @@ def quantize_onnx(
 
     Args:
         source: An `.onnx` file, or what `load_model` takes.
-        data: Image folder to calibrate on, see `ImageFolder`.
+        data: Image folder to calibrate on, see `open_split`.
         options: See there.
         split: Split of `data` to draw from: images that the model will not be judged by.
         overrides: Preprocessing that differs from the model's own, by timm's names.
-        class_map: See `ImageFolder`; the one that the model was trained with. Only `layer_sensitivity` looks at labels.
+        class_map: See `open_split`; the one that the model was trained with. Only `layer_sensitivity` looks at labels.
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
@@ -172,7 +172,8 @@ def quantize_onnx(
     """
     options = options or QuantizationOptions()
     model = float_onnx(source, overrides)
-    images = ImageFolder(data, split, data_config(model, overrides), class_map)
+    names = onnx_classifier(model).class_names
+    images = open_evaluation(data, split, data_config(model, overrides), class_map, names)
     indices, others = draw(images, options)
     if options.calibration == 'auto' and not others:
         raise ValueError(
@@ -200,14 +201,14 @@ def quantize_onnx(
     return max(found, key=lambda done: (done.agreement, done.logits_snr_db))
 
 
-def draw(images: ImageFolder, options: QuantizationOptions) -> tuple[list[int], list[int]]:
+def draw(images: Images, options: QuantizationOptions) -> tuple[list[int], list[int]]:
     """Draws the images to calibrate on, and all others in random order."""
     first = images.sample(options.images, options.seed)
     chosen = set(first)
     return first, [index for index in images.sample(len(images), options.seed + 1) if index not in chosen]
 
 
-def _compare(model: Any, quantized: Any, images: ImageFolder, indices: Sequence[int]) -> tuple[float, float]:
+def _compare(model: Any, quantized: Any, images: Images, indices: Sequence[int]) -> tuple[float, float]:
     """Returns agreement in percent and the logits' signal to noise in dB."""
     ratio = require('onnxruntime.quantization.qdq_loss_debug').compute_signal_to_quantization_noice_ratio
     first, second = onnx_classifier(model), onnx_classifier(quantized)
@@ -217,7 +218,7 @@ def _compare(model: Any, quantized: Any, images: ImageFolder, indices: Sequence[
     return 100 * agreement, ratio(expected.numpy(), found.numpy())
 
 
-def calibrate(model: Any, images: ImageFolder, indices: Sequence[int], options: QuantizationOptions) -> bytes:
+def calibrate(model: Any, images: Images, indices: Sequence[int], options: QuantizationOptions) -> bytes:
     """Finds the ranges of a model's activations.
 
     Args:
@@ -313,7 +314,7 @@ class _Feeds:
     each calibration; `CalibMaxIntermediateOutputs` of ONNX Runtime 1.32 drops the batches instead of merging them.
     """
 
-    def __init__(self, model: Any, images: ImageFolder, indices: Sequence[int], title: str):
+    def __init__(self, model: Any, images: Images, indices: Sequence[int], title: str):
         self._name, (fixed, *_) = image_input(model)
         size = fixed or _BATCH
         self._count = -(-len(indices) // size)

@@ -13,6 +13,7 @@ from ..checkpoint_model import model_from_checkpoint
 from ..errors import explaining, reason_of
 from ..models import resolve_model, to_plain
 from ..reparam import kind_of
+from ..train.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT
 
 __all__ = ['load_model', 'load_trained']
 
@@ -23,7 +24,7 @@ def load_model(source: str | os.PathLike) -> nn.Module:
     Multi-branch models become plain: `_hs`, `_csla`, and whatever timm can reparameterize, such as `repvgg_*`.
 
     Args:
-        source: A checkpoint of a training run, a folder in timm's format, or a name for `timm.create_model`.
+        source: A checkpoint or folder of a training run, a folder in timm's format, or a name for `timm.create_model`.
 
     Returns:
         The model, in evaluation mode on the CPU, with its data configuration in `pretrained_cfg`.
@@ -52,6 +53,9 @@ def load_trained(source: str | os.PathLike) -> nn.Module:
     path = Path(source)
     if path.suffix == '.onnx':
         raise ValueError(f"'{source}' is an ONNX file already; name the checkpoint that it comes from.")
+    best, last = path / BEST_CHECKPOINT, path / LAST_CHECKPOINT
+    if last.is_file():
+        path = best if best.is_file() else last
     if path.is_dir():
         model = _create(f'local-dir:{path}')
     elif path.is_file() or path.suffix in ('.tar', '.pth', '.pt', '.safetensors'):

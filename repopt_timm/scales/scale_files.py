@@ -96,8 +96,10 @@ def _counts_of(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     for key, tensor in state_dict.items():
         match = _OPERATOR_KEY.fullmatch(key)
-        scale = None if match is None else state_dict.get(
-            f'{match[1]}.parametrizations.weight.0.scales.{match[2] or "kxk"}'
+        scale = (
+            None
+            if match is None
+            else state_dict.get(f'{match[1]}.parametrizations.weight.0.scales.{match[2] or "kxk"}')
         )
         if match and scale is not None:
             counts.setdefault(match[1], {})[match[2] or 'kxk'] = len(tensor) // len(scale)

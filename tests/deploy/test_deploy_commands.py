@@ -8,8 +8,8 @@ import torch
 from huggingface_hub import ModelCard
 
 from repopt_timm.cli import main
+from repopt_timm.datasets import Images
 from repopt_timm.deploy import evaluate, save_onnx
-from repopt_timm.deploy.image_folder import ImageFolder
 
 from ..helpers import tiny_model
 from .conftest import write_checkpoint
@@ -135,7 +135,7 @@ def five_classes(tmp_path):
         ('export {five} --onnx {five}/new.onnx', 'cannot be written'),
         ('quantize {model} --data {tmp}/nowhere --out {tmp}/new.onnx', 'There is no image folder'),
         ('quantize {model} --data {tmp}/empty --out {tmp}/new.onnx', 'There are no images'),
-        ('quantize {model} --data {tmp}/broken --out {tmp}/new.onnx', "broken/train/a/1.png' cannot be read"),
+        ('quantize {model} --data {tmp}/broken --out {tmp}/new.onnx', "broken/train/a/1.png' is damaged"),
         (
             'quantize {model} --data {images} --out {tmp}/new.onnx --exclude conv9',
             "exclude 'conv9': no layer",
@@ -202,7 +202,7 @@ def test_what_is_known_beforehand_is_said_before_the_calibration(
 ):
     done = quantization()
     save_onnx(done.quantized if kind == 'int8' else done.model, tmp_path / 'model.onnx')
-    monkeypatch.setattr(ImageFolder, 'batches', lambda *args, **kwargs: pytest.fail('images were read'))
+    monkeypatch.setattr(Images, 'batches', lambda *args, **kwargs: pytest.fail('images were read'))
     paths = ['--data', str(images), '--out', str(tmp_path / 'new.onnx')]
     assert main(['quantize', str(tmp_path / 'model.onnx'), *paths, *arguments.split()]) == 1
     assert message in capsys.readouterr().err
