@@ -304,7 +304,11 @@ def _quantize_static(
                 calibration_cache_path=cache,
                 extra_options=extra,
             )
-            return _finish(require('onnx').load(result), options.target), cache.read_bytes()
+            quantized = _finish(require('onnx').load(result), options.target)
+            # Without notes of ONNX Runtime that are no JSON.
+            del quantized.metadata_props[:]
+            quantized.metadata_props.extend(model.metadata_props)
+            return quantized, cache.read_bytes()
 
 
 class _Feeds:

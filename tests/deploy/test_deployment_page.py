@@ -20,7 +20,7 @@ BLOCKS = re.findall(r'^```python\n(.+?)^```', PAGE, re.M | re.S)
 
 def run(word, **names):
     (block,) = (block for block in BLOCKS if word in block)
-    exec(compile(block, 'docs/deployment.md', 'exec'), names)
+    exec(compile(block, '<docs/deployment.md>', 'exec'), names)
     return names
 
 

@@ -141,6 +141,7 @@ def test_preprocessing_stays_in_the_file_and_the_float_model_as_it_is(quantizati
     done = quantization()
     assert onnx_classifier(done.quantized).config == onnx_classifier(done.model).config
     assert onnx_classifier(done.quantized).config['mean'] == (0.5, 0.4, 0.3)
+    assert list(done.quantized.metadata_props) == list(exported.metadata_props)
     assert done.model.SerializeToString() == exported.SerializeToString()
 
 
