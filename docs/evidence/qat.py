@@ -10,6 +10,7 @@ import copy
 import random
 import sys
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import timm
@@ -57,7 +58,7 @@ def row(weights: str) -> list[str]:
     network = prepare_qat_pt2e(graph, x86.X86InductorQuantizer().set_global(config))
     allow_exported_model_train_eval(network)
     with torch.no_grad():  # finds the ranges of activations
-        for images, _ in train:
+        for images, _ in islice(train, 8):
             network.eval()(images)
     before = accuracy(copy.deepcopy(network).apply(disable_observer), validation)
     mults = make_grad_mults(network, scales)
