@@ -57,9 +57,10 @@ def row(weights: str) -> list[str]:
     graph = torch.export.export(model.train(), example, dynamic_shapes=({0: torch.export.Dim.AUTO},)).module()
     network = prepare_qat_pt2e(graph, x86.X86InductorQuantizer().set_global(config))
     allow_exported_model_train_eval(network)
+    network.eval()
     with torch.no_grad():  # finds the ranges of activations
         for images, _ in islice(train, 8):
-            network.eval()(images)
+            network(images)
     before = accuracy(copy.deepcopy(network).apply(disable_observer), validation)
     mults = make_grad_mults(network, scales)
     optimizer = RepOptSGD(network.parameters(), lr=0.002, momentum=0.9, weight_decay=4e-5, grad_mults=mults)
@@ -68,7 +69,8 @@ def row(weights: str) -> list[str]:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(network(images), labels).backward()
         optimizer.step()
-    after = accuracy(network.eval().apply(disable_observer), validation)
+    network.eval()
+    after = accuracy(network.apply(disable_observer), validation)
     return [weights, *(f'{value:.2f}' for value in (float32, before, after))]
 
 
