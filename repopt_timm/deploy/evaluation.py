@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -39,8 +40,8 @@ _logger = logging.getLogger(__name__)
 # The 90th percentile of times, of their median. With twice as many busy processes as cores it is 1.2 to 3.2.
 _STEADY = 1.25
 
-# Classes of a picture with their names.
-_LEGIBLE = 20
+# Most classes of a picture with their names.
+_LEGIBLE = 40
 
 UNSTEADY = (
     f'The times are not steady, their 90th percentile is over {_STEADY} times their median: speed-ups are not stated. '
@@ -114,7 +115,10 @@ def evaluate(
     if out is not None:
         write_confusion(found.labels, found.ranked[:, 0], names, out)
     latency_batch, batch_size = map(classifier.images_for, (1, batch_size))
-    single, many = (time_runs(_run(classifier, count)) for count in (latency_batch, batch_size))
+    single, many = (
+        time_runs(partial(classifier.run, random_images(classifier.config, count)))
+        for count in (latency_batch, batch_size)
+    )
     return {
         'model': os.fspath(source),
         'backend': classifier.backend,
@@ -211,12 +215,20 @@ def write_confusion(labels: Tensor, predictions: Tensor, classes: Sequence[str],
     table, counts = class_table(labels, predictions, classes), _confusion(labels, predictions, classes)
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    figure, axes = subplots(1, 1, (6, 5), 'constrained')
     legible = len(classes) <= _LEGIBLE
-    shares = counts / counts.sum(1, keepdims=True).clip(1)
-    display = ConfusionMatrixDisplay(shares, display_labels=classes)
-    display.plot(ax=axes, cmap='Blues', include_values=legible, xticks_rotation='vertical', values_format='.2f')
-    axes.set(xlabel='predicted class', ylabel='class of the image', title='Share of the images of a class')
+    side = 3 + 0.4 * len(classes) if legible else 7
+    figure, axes = subplots(1, 1, (side + 1, side), 'constrained')
+    percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    display = ConfusionMatrixDisplay(percent, display_labels=[f'{name:.30}' for name in classes])
+    display.plot(
+        ax=axes,
+        cmap='Blues',
+        include_values=legible,
+        xticks_rotation='vertical',
+        values_format='.0f',
+        im_kw={'vmin': 0, 'vmax': 100},
+    )
+    axes.set(xlabel='predicted class', ylabel='class of the image', title='Percent of the images of a class')
     if not legible:
         axes.set(xticks=[], yticks=[])
     save_figure(figure, Path(folder, 'confusion.png'))
@@ -319,8 +331,3 @@ def alternate(
         return turn
 
     return take_turns({name: make_turn(run) for name, run in runs.items()}, rounds)
-
-
-def _run(classifier: Classifier, batch_size: int) -> Callable[[], Any]:
-    images = random_images(classifier.config, batch_size)
-    return lambda: classifier.run(images)
