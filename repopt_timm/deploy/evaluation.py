@@ -30,6 +30,7 @@ __all__ = [
     'evaluate',
     'is_steady',
     'random_images',
+    'sklearn_metrics',
     'time_runs',
     'write_confusion',
     'write_csv',
@@ -182,8 +183,9 @@ def class_table(labels: Tensor, predictions: Tensor, classes: Sequence[str]) -> 
     Raises:
         ImportError: If scikit-learn is not installed.
     """
+    confusion = sklearn_metrics().confusion_matrix(labels, predictions, labels=range(len(classes)))
     rows = []
-    for number, counts in enumerate(_confusion(labels, predictions, classes)):
+    for number, counts in enumerate(confusion):
         images, right = int(counts.sum()), int(counts[number])
         counts[number] = 0
         worst = int(counts.argmax())
@@ -212,14 +214,13 @@ def write_confusion(labels: Tensor, predictions: Tensor, classes: Sequence[str],
     Raises:
         ImportError: If matplotlib or scikit-learn is not installed.
     """
-    table, counts = class_table(labels, predictions, classes), _confusion(labels, predictions, classes)
-    from sklearn.metrics import ConfusionMatrixDisplay
-
+    table, metrics = class_table(labels, predictions, classes), sklearn_metrics()
+    counts = metrics.confusion_matrix(labels, predictions, labels=range(len(classes)))
     legible = len(classes) <= _LEGIBLE
     side = 3 + 0.4 * len(classes) if legible else 7
     figure, axes = subplots(1, 1, (side + 1, side), 'constrained')
     percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
-    display = ConfusionMatrixDisplay(percent, display_labels=[f'{name:.30}' for name in classes])
+    display = metrics.ConfusionMatrixDisplay(percent, display_labels=[f'{name:.30}' for name in classes])
     display.plot(
         ax=axes,
         cmap='Blues',
@@ -246,12 +247,17 @@ def write_csv(path: str | os.PathLike, head: Iterable[str], rows: Iterable[Itera
         csv.writer(file).writerows([head, *rows])
 
 
-def _confusion(labels: Tensor, predictions: Tensor, classes: Sequence[str]) -> Any:
+def sklearn_metrics() -> Any:
+    """Returns `sklearn.metrics`.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+    """
     try:
-        from sklearn.metrics import confusion_matrix
+        from sklearn import metrics
     except ImportError:
         raise ImportError("A table of the classes needs scikit-learn: pip install 'repopt-timm[deploy]'.") from None
-    return confusion_matrix(labels, predictions, labels=range(len(classes)))
+    return metrics
 
 
 def check_logits(logits: Tensor) -> Tensor:
