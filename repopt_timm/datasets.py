@@ -7,6 +7,7 @@ import tarfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import cycle, islice
 from pathlib import Path, PurePath
 from typing import Any
@@ -106,8 +107,10 @@ class Images(Dataset):
                     open(name, 'rb') if self.archive is None else self.archive[place][0] as file,
                     Image.open(file) as image,
                 ):
-                    ImageOps.exif_transpose(image, in_place=True)
                     image.load()
+                    # An orientation that cannot be read is none.
+                    with suppress(SyntaxError):
+                        ImageOps.exif_transpose(image, in_place=True)
                 break
             # Pillow's PNG reader raises SyntaxError on broken headers.
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

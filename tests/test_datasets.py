@@ -167,6 +167,7 @@ def test_the_names_of_a_models_classes_number_the_folders(tmp_path, caplog):
 def test_a_class_map_is_a_name_on_each_line(tmp_path, caplog):
     (tmp_path / 'map.txt').write_text('dog\ncat\n\n')
     assert read_class_map('map.txt', tmp_path) == {'dog': 0, 'cat': 1}
+    # A folder without splits is taken whole.
     make_images(tmp_path, 'cat', 'dog', 'fox')
     assert open_split(tmp_path, 'train', class_map='map.txt').labels == [1, 0]
     assert '1 images of classes that the class map lacks' in caplog.text
@@ -186,22 +187,16 @@ def test_the_classes_that_differ_between_splits_are_named(tmp_path, train, valid
     ('folders', 'where', 'words'),
     [
         ([], 'nowhere', 'nowhere'),
-        ([], '', "no images for the split 'train'"),
+        ([], '', "the split 'train'"),
         (['val/cat', 'test/cat'], '', "the split 'train', but with val, test"),
         (['val/.hidden', 'train/.hidden'], '', "no images for the split 'train'"),
+        (['cat', 'dog'], '', "the split 'train'"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path, folders, where, words):
     make_images(tmp_path, *folders)
     with pytest.raises((FileNotFoundError, ValueError), match=words):
-        open_split(tmp_path / where, 'train')
-
-
-def test_folders_without_splits_are_taken_whole_where_two_splits_are_not_needed(tmp_path):
-    make_images(tmp_path, 'cat', 'dog')
-    assert len(open_split(tmp_path, 'validation')) == 2
-    with pytest.raises(ValueError, match="the split 'validation'"):
-        open_split(tmp_path, 'validation', need_split=True)
+        open_split(tmp_path / where, 'train', need_split=True)
 
 
 def test_a_damaged_image_is_named_and_skipped_in_training_alone(images, tmp_path, caplog):

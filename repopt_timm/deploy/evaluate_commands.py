@@ -7,7 +7,7 @@ from typing import Any
 from ..files import check_output, check_output_folder
 from ..plot import figure_class
 from ..reporting import add_command, markdown_table, positive, print_result
-from .evaluation import UNSTEADY, evaluate, write_csv
+from .evaluation import UNSTEADY, evaluate, sklearn_metrics, write_csv
 from .prediction import predict
 
 __all__ = [
@@ -84,6 +84,7 @@ def overrides_of(args: argparse.Namespace) -> dict[str, Any]:
 def _evaluate(args: argparse.Namespace) -> None:
     if args.out:
         figure_class()
+        sklearn_metrics()
         check_output_folder(args.out)
     result = evaluate(
         args.model, args.data, args.split, args.batch_size, args.threads, overrides_of(args), args.class_map, args.out
@@ -105,10 +106,13 @@ def _evaluate(args: argparse.Namespace) -> None:
         lines += ['', f'The {_MOST_CLASSES} classes of the lowest accuracy; --out writes all of them.']
     if seen:
         rows = [
-            [row['class'], str(row['images']), f'{row["accuracy"]:.2f}', f'{row["confused_with"]} ({row["confused"]})']
+            [row['class'], str(row['images']), f'{row["accuracy"]:.2f}', row['confused_with'], str(row['confused'])]
             for row in seen[:_MOST_CLASSES]
         ]
-        lines += ['', markdown_table(['class', 'images', 'top-1 %', 'most often taken for'], rows, align=True)]
+        lines += [
+            '',
+            markdown_table(['class', 'images', 'top-1 %', 'most often taken for', 'images'], rows, align=True),
+        ]
     print_result(args, result, '\n'.join(lines))
 
 

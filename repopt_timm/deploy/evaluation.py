@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     'evaluate',
     'is_steady',
     'random_images',
+    'sklearn_metrics',
     'time_runs',
     'write_confusion',
     'write_csv',
@@ -39,8 +41,8 @@ _logger = logging.getLogger(__name__)
 # The 90th percentile of times, of their median. With twice as many busy processes as cores it is 1.2 to 3.2.
 _STEADY = 1.25
 
-# Classes of a picture with their names.
-_LEGIBLE = 20
+# Most classes of a picture with their names.
+_LEGIBLE = 40
 
 UNSTEADY = (
     f'The times are not steady, their 90th percentile is over {_STEADY} times their median: speed-ups are not stated. '
@@ -114,7 +116,10 @@ def evaluate(
     if out is not None:
         write_confusion(found.labels, found.ranked[:, 0], names, out)
     latency_batch, batch_size = map(classifier.images_for, (1, batch_size))
-    single, many = (time_runs(_run(classifier, count)) for count in (latency_batch, batch_size))
+    single, many = (
+        time_runs(partial(classifier.run, random_images(classifier.config, count)))
+        for count in (latency_batch, batch_size)
+    )
     return {
         'model': os.fspath(source),
         'backend': classifier.backend,
@@ -178,8 +183,9 @@ def class_table(labels: Tensor, predictions: Tensor, classes: Sequence[str]) -> 
     Raises:
         ImportError: If scikit-learn is not installed.
     """
+    confusion = sklearn_metrics().confusion_matrix(labels, predictions, labels=range(len(classes)))
     rows = []
-    for number, counts in enumerate(_confusion(labels, predictions, classes)):
+    for number, counts in enumerate(confusion):
         images, right = int(counts.sum()), int(counts[number])
         counts[number] = 0
         worst = int(counts.argmax())
@@ -208,15 +214,22 @@ def write_confusion(labels: Tensor, predictions: Tensor, classes: Sequence[str],
     Raises:
         ImportError: If matplotlib or scikit-learn is not installed.
     """
-    table, counts = class_table(labels, predictions, classes), _confusion(labels, predictions, classes)
-    from sklearn.metrics import ConfusionMatrixDisplay
-
-    figure, axes = subplots(1, 1, (6, 5), 'constrained')
+    table, metrics = class_table(labels, predictions, classes), sklearn_metrics()
+    counts = metrics.confusion_matrix(labels, predictions, labels=range(len(classes)))
     legible = len(classes) <= _LEGIBLE
-    shares = counts / counts.sum(1, keepdims=True).clip(1)
-    display = ConfusionMatrixDisplay(shares, display_labels=classes)
-    display.plot(ax=axes, cmap='Blues', include_values=legible, xticks_rotation='vertical', values_format='.2f')
-    axes.set(xlabel='predicted class', ylabel='class of the image', title='Share of the images of a class')
+    side = 3 + 0.4 * len(classes) if legible else 7
+    figure, axes = subplots(1, 1, (side + 1, side), 'constrained')
+    percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    display = metrics.ConfusionMatrixDisplay(percent, display_labels=[f'{name:.30}' for name in classes])
+    display.plot(
+        ax=axes,
+        cmap='Blues',
+        include_values=legible,
+        xticks_rotation='vertical',
+        values_format='.0f',
+        im_kw={'vmin': 0, 'vmax': 100},
+    )
+    axes.set(xlabel='predicted class', ylabel='class of the image', title='Percent of the images of a class')
     if not legible:
         axes.set(xticks=[], yticks=[])
     save_figure(figure, Path(folder, 'confusion.png'))
@@ -234,12 +247,17 @@ def write_csv(path: str | os.PathLike, head: Iterable[str], rows: Iterable[Itera
         csv.writer(file).writerows([head, *rows])
 
 
-def _confusion(labels: Tensor, predictions: Tensor, classes: Sequence[str]) -> Any:
+def sklearn_metrics() -> Any:
+    """Returns `sklearn.metrics`.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+    """
     try:
-        from sklearn.metrics import confusion_matrix
+        from sklearn import metrics
     except ImportError:
         raise ImportError("A table of the classes needs scikit-learn: pip install 'repopt-timm[deploy]'.") from None
-    return confusion_matrix(labels, predictions, labels=range(len(classes)))
+    return metrics
 
 
 def check_logits(logits: Tensor) -> Tensor:
@@ -319,8 +337,3 @@ def alternate(
         return turn
 
     return take_turns({name: make_turn(run) for name, run in runs.items()}, rounds)
-
-
-def _run(classifier: Classifier, batch_size: int) -> Callable[[], Any]:
-    images = random_images(classifier.config, batch_size)
-    return lambda: classifier.run(images)

@@ -156,7 +156,7 @@ def five_classes(tmp_path):
         ('evaluate {tmp}/nowhere.onnx --data {images}', 'Check the path, or write one with `repopt-timm export`'),
         ('evaluate {five} --data {images}', 'The model has 5 classes, but the folder'),
         ('evaluate {model} --data {images} --input-size 3 8 8', 'ONNX Runtime cannot run the model'),
-        ('evaluate {model} --data {images} --mean 0.5 0.5', 'expected one value, or one for each channel'),
+        ('evaluate {model} --data {images} --mean 0.5 0.5', 'Images cannot be prepared with'),
         ('quantize {future} --data {images} --out {tmp}/new.onnx', 'cannot run the model'),
         ('compare-int8 {model} {model} --data {images}', 'same label'),
         ('compare-int8 {five} --data {images} --images 8 --calibrations minmax', 'The model has 5 classes'),
