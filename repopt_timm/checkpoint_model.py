@@ -9,8 +9,7 @@ from timm.models import reparameterize_model
 from torch import nn
 
 from .checkpoints.read import check_weights, read_checkpoint, select_state_dict
-from .color_modes import note_color_mode
-from .datasets import data_config_of
+from .datasets import color_mode, data_config_of
 from .errors import explaining
 from .models import ensure_registered
 from .names import ModelName
@@ -90,11 +89,12 @@ def model_of(
         attach_scales(model, found)
         model.scales_provenance = found.provenance
     data, names = data_config_of(args, model), checkpoint.get('label_names')
+    if mode := args.get('input_img_mode'):
+        color_mode(data['input_size'][0], mode)
     model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
     # The tag names weights that timm publishes, not these.
     model.pretrained_cfg.pop('tag', None)
     if 'origin' in checkpoint or not args.get('pretrained'):
         # timm's script does not state it; it fine-tunes what timm knows for the model.
         restore_origin(model, checkpoint.get('origin'))
-    note_color_mode(model, args.get('input_img_mode'))
     return model.eval()

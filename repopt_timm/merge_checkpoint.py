@@ -11,8 +11,8 @@ from .architectures import ARCHITECTURES
 from .blocks import implied_scales, plain_twin, recalibrate
 from .checkpoint_model import model_from_checkpoint
 from .checkpoints.read import check_weights, read_checkpoint
+from .datasets import open_evaluation
 from .deploy.classifier import preprocessing
-from .deploy.image_folder import ImageFolder
 from .models import ensure_registered, resolve_model
 from .models.reference_weights import model_from_reference
 from .models.timm_twins import plain_first_conv
@@ -76,7 +76,7 @@ def merge_trained(
     if implied:
         prepare(plain, implied_scales(original).renamed(name.network), init=False)
     if data is not None:
-        folder = ImageFolder(data, 'train', preprocessing(model=plain))
+        folder = open_evaluation(data, 'train', preprocessing(model=plain))
         recalibrate(plain, folder.batches(folder.sample(_IMAGES, seed=0), _BATCH, 'BatchNorm'))
     return plain
 

@@ -142,10 +142,6 @@ def test_each_command_has_a_help_that_calls_it_by_its_name(command, capsys):
             *('one scale per output channel, or one per tensor [per-channel]', 'ranges of activations [minmax]'),
             *('seed for choosing calibration images [0]', 'height and width of the images'),
         ],
-        'qat': [
-            *('bits per weight [8]', '--epochs 3, --warmup-epochs 0, --lr-base 0.01, --weight-decay 4e-05.'),
-            'so that qat refuses --dataset, --model, --pretrained, ',
-        ],
         'export': ['18 or later [18]'],
         'evaluate': ['images at a time [32]', 'class map used in training', 'split to evaluate [validation]'],
         'compare-int8': ['batch sizes to time [1 32]', 'each measured [minmax entropy percentile]'],

@@ -7,7 +7,7 @@ import timm
 from huggingface_hub import EvalResult
 
 from ..architectures import ARCHITECTURES
-from ..color_modes import evaluated_mode
+from ..datasets import color_mode
 from ..names import PREFIX, ModelName
 from ..reparam import Geometry
 from ..scales import Scales, scales_table
@@ -147,9 +147,7 @@ def _figures(results: Sequence[EvalResult], training: Mapping[str, Any]) -> str:
 def _image_mode(training: Mapping[str, Any]) -> str:
     """Returns Pillow's name of the images that a model takes; empty if it opens none of so many channels."""
     try:
-        return evaluated_mode(
-            {'input_size': training.get('image_size', [3]), 'input_img_mode': training.get('image_mode')}
-        )
+        return color_mode(training.get('image_size', [3])[0], training.get('image_mode'))
     except ValueError:
         return ''
 

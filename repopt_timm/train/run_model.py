@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoints.read import read_checkpoint, select_state_dict
-from ..color_modes import note_color_mode, noted_color_mode
 from ..datasets import class_names, count_classes
 from ..errors import explaining
 from ..model_size import count_parameters
@@ -137,7 +136,6 @@ def make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: A
             load_weights(model, select_state_dict(checkpoint), args.initial_checkpoint)
             restore_origin(model, checkpoint.get('origin'))
             _note_other_scales(model, checkpoint, args)
-    _note_other_mode(model, args)
     # Not those of the data that pretrained weights come from.
     model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names if len(names) == model.num_classes else None}
     if args.grad_checkpointing:
@@ -162,16 +160,6 @@ def _note_other_scales(model: Any, checkpoint: Mapping[str, Any], args: argparse
             f"'{args.initial_checkpoint}' was trained with the scales {min(before)[:12]}, this run multiplies with "
             f'{carried.fingerprint[:12]}.'
         )
-
-
-def _note_other_mode(model: Any, args: argparse.Namespace) -> None:
-    before = noted_color_mode(model)
-    if args.rank == 0 and before not in (None, args.input_img_mode):
-        _logger.warning(
-            f'The initial weights were trained on images in the mode {before}, this run reads others: give '
-            f'--input-img-mode {before}.'
-        )
-    note_color_mode(model, args.input_img_mode)
 
 
 def wrap(model: Any, args: argparse.Namespace, device: torch.device) -> nn.Module:

@@ -11,13 +11,12 @@ from typing import Any
 
 import timm
 import torch
-from PIL import ImageMode
 from timm.data import dataset_factory
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.models import parse_model_name
 from timm.optim import get_optimizer_info, list_optimizers
 
-from ..color_modes import COLOR_MODES
+from ..datasets import color_mode
 from ..errors import explaining
 from ..models import ensure_registered
 from ..names import PREFIX, ModelName
@@ -119,17 +118,7 @@ def _check_channels(args: argparse.Namespace) -> None:
     if size and args.img_size and size[1:] != [args.img_size] * 2:
         raise ValueError(f'--img-size is {args.img_size} and --input-size {size}: give one of them.')
     channels = channels or (size[0] if size else 3)
-    if channels not in COLOR_MODES:
-        raise ValueError(f'--input-size has {channels} channels, expected 1 to 4, which images can have.')
-    if args.input_img_mode:
-        bands = len(ImageMode.getmode(args.input_img_mode).bands)
-        if bands != channels:
-            raise ValueError(
-                f'--input-img-mode {args.input_img_mode} has {bands} channels and the model {channels}: choose '
-                f'--input-img-mode {COLOR_MODES[channels]} or --in-chans {bands}.'
-            )
-    elif channels in (2, 4):
-        raise ValueError(f'Images of {channels} channels need --input-img-mode, such as {COLOR_MODES[channels]}.')
+    color_mode(channels, args.input_img_mode)
     for name in ('mean', 'std'):
         values = getattr(args, name)
         if values and len(values) not in (1, channels):
@@ -345,7 +334,7 @@ def check_images(datasets: tuple[Any, Any], input_size: tuple[int, ...]) -> None
         if len(image) != input_size[0]:
             raise ValueError(
                 f'The {split} images have {len(image)} channels and the model {input_size[0]}: give --in-chans '
-                f'{len(image)}, or --input-img-mode {COLOR_MODES.get(input_size[0], "")}.'
+                f'{len(image)}.'
             )
 
 

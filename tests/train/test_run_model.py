@@ -4,8 +4,6 @@ import pytest
 
 from repopt_timm import Scales, save_pretrained
 from repopt_timm.cards.publish import save_scales_card
-from repopt_timm.checkpoint_model import model_from_checkpoint
-from repopt_timm.color_modes import noted_color_mode
 from repopt_timm.sources import default_scales
 from repopt_timm.train.command import main
 
@@ -60,18 +58,6 @@ def test_an_initial_checkpoint_of_a_fine_tuned_model_brings_the_scales_of_its_re
     main(arguments('--pretrained', '--epochs', '1', model=f'local-dir:{tmp_path / "published"}', experiment='tuned'))
     main(arguments('--epochs', '1', '--initial-checkpoint', str(tmp_path / 'tuned/last.pth.tar')))
     assert fingerprint(tmp_path / 'run') == fingerprint(tmp_path / 'tuned')
-
-
-def test_a_run_notes_the_mode_of_its_images(arguments, tmp_path, capsys):
-    def noted(experiment):
-        return noted_color_mode(model_from_checkpoint(tmp_path / experiment / 'last.pth.tar', need_scales=False))
-
-    main(arguments('--epochs', '1', '--input-img-mode', 'HSV', experiment='hsv'))
-    assert noted('hsv') == 'HSV'
-    assert 'this run reads others' not in ''.join(capsys.readouterr())
-    main(arguments('--epochs', '1', '--initial-checkpoint', str(tmp_path / 'hsv/last.pth.tar')))
-    assert noted('run') is None
-    assert 'trained on images in the mode HSV, this run reads others' in ''.join(capsys.readouterr())
 
 
 def test_weights_of_another_tag_are_not_trained_with_shipped_scales(tmp_path, monkeypatch):
