@@ -3,7 +3,7 @@
 The method is in `repopt_timm.reparam`, in plain PyTorch.
 """
 
-from .blocks import implied_scales, plain_state_dict, plain_twin, recalibrate, report_twin
+from .blocks import implied_scales, plain_twin, recalibrate, report_twin
 from .cards.writing import push_scales, save_scales_card
 from .models import RepOptVgg, register_twins, to_plain
 from .optim import RepOptAdamW, RepOptSGD, build_repopt_sgd, clip_grad_norm_
@@ -45,7 +45,6 @@ __all__ = [
     'keep_branches',
     'load_scales',
     'make_grad_mults',
-    'plain_state_dict',
     'plain_twin',
     'prepare',
     'push_scales',

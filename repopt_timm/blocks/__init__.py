@@ -1,16 +1,6 @@
-"""Plain twins of timm's structurally re-parameterized networks: one file for each family of blocks."""
+"""Plain twins of timm's structurally re-parameterized networks. Read `readers`, `merge`, `conversion`, `recalibration`."""
 
-from .implied import implied_scales
-from .plain_block import PlainBlock
-from .plain_twin import BlockReport, plain_state_dict, plain_twin, report_twin
+from .conversion import BlockReport, PlainBlock, implied_scales, plain_twin, report_twin
 from .recalibration import recalibrate
 
-__all__ = [
-    'BlockReport',
-    'PlainBlock',
-    'implied_scales',
-    'plain_state_dict',
-    'plain_twin',
-    'recalibrate',
-    'report_twin',
-]
+__all__ = ['BlockReport', 'PlainBlock', 'implied_scales', 'plain_twin', 'recalibrate', 'report_twin']

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..architectures import ARCHITECTURES, Architecture
-from ..blocks.plain_block import fold
+from ..blocks import PlainBlock
 from ..checkpoints.packing import unpack
 from ..names import KINDS, ModelName
 from ..reparam import ConvPrior, CSLAConv2d, carried_scales, stage_scale
@@ -98,7 +98,7 @@ class RepOptVggBlock(nn.Module):
 
     def reparameterize(self) -> None:
         """Merges the branches and folds BatchNorm, for inference; `timm.utils.reparameterize_model` calls it."""
-        fold(self)
+        PlainBlock.fuse(self)
 
     def activate(self, x: Tensor) -> Tensor:
         """Returns what follows the convolution's output `x`."""
