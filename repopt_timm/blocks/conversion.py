@@ -10,17 +10,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..reparam import ConvPrior, CSLAConv2d, geometry_of, keep_branches, network_name, resolve_prior
-from ..reparam.convolutions import multi_branch_blocks
-from ..reparam.initialization import drop_scales
-from ..reparam.twins import replace_modules, take_over_hooks
-from ..scales import Scales
+from ..reparam import (
+    FOLDING_CLASSES,
+    ConvPrior,
+    Scales,
+    branches_of,
+    drop_scales,
+    geometry_of,
+    keep_branches,
+    merge_branches,
+    multi_branch_blocks,
+    network_name,
+    resolve_prior,
+)
 from .merge import implied_vectors, load_merged_
 from .readers import KEPT, READERS, BranchSum
 
 __all__ = ['BlockReport', 'PlainBlock', 'implied_scales', 'plain_twin', 'report_twin']
 
 _logger = logging.getLogger(__name__)
+
+# Classes whose `fuse()` or `reparameterize()` folds normalization into one convolution, or calls that of its children.
+FOLDING_CLASSES.update(
+    ['Conv2dNorm', 'ConvLayer1d', 'ConvLayer2d', 'ConvNorm', 'IFormer', 'LinearNorm', 'NextConvBlock']
+    + ['NextTransformerBlock', 'NormLinear', 'PlainBlock', 'RepOptVggBlock', 'RepVit', 'RepVitClassifier', 'SHViT']
+)
+
+_HOOKS = (
+    '_backward_hooks',
+    '_backward_pre_hooks',
+    '_forward_hooks',
+    '_forward_hooks_always_called',
+    '_forward_hooks_with_kwargs',
+    '_forward_pre_hooks',
+    '_forward_pre_hooks_with_kwargs',
+    '_state_dict_hooks',
+    '_state_dict_pre_hooks',
+)
 
 # SGD multiplies gradients with the square: a channel may train a thousand times slower than a typical one.
 _RANGE = 30.0
@@ -53,9 +79,10 @@ class PlainBlock(nn.Module):
 
         `timm.utils.reparameterize_model` calls it. A norm without running statistics stays.
         """
-        if isinstance(self.conv, CSLAConv2d):
-            self.conv = self.conv.to_conv()
-        conv, norm = self.conv, self.bn
+        conv: Any = self.conv
+        norm: Any = self.bn
+        if branches_of(conv):
+            merge_branches(conv)
         # Also those of a frozen or synchronized BatchNorm, which is of another class.
         mean, variance = (getattr(norm, name, None) for name in ('running_mean', 'running_var'))
         if mean is not None and variance is not None:
@@ -177,8 +204,13 @@ def _convert(model: nn.Module, weights: bool = False) -> tuple[nn.Module, dict[s
             raise ValueError(f'{where} is a {type(block).__name__} that cannot become plain: {error}.') from None
         if new is not block:
             converted[block] = new
-            take_over_hooks(block, new)
-    twin = replace_modules(twin, converted)
+            for hooks in _HOOKS:
+                getattr(new, hooks).update(getattr(block, hooks))
+            new._is_full_backward_hook = block._is_full_backward_hook
+    twin = converted.get(twin, twin)
+    # Wherever a block is used: a shared one stays shared.
+    for parent in list(twin.modules()):
+        parent._modules.update({name: converted[child] for name, child in parent._modules.items() if child in converted})
     sums: dict[str, BranchSum] = {}
     prior: dict[str, Any] = {}
     for conv_name, conv in twin.named_modules():

@@ -11,8 +11,7 @@ import torch
 from timm.models.repghost import RepGhostBottleneck
 from torch import nn
 
-from ..reparam import run_scale, stage_scale
-from ..reparam.convolutions import refusal
+from ..reparam import refusal, run_scale, stage_scale
 
 __all__ = ['KEPT', 'READERS', 'BranchSum', 'MakePlain', 'Part']
 
