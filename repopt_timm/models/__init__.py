@@ -5,7 +5,7 @@ Read `byobnet`, `weights`, `twins`, `repopt_vgg`.
 
 from ..reparam import to_plain
 from .repopt_vgg import RepOptVgg, RepOptVggBlock
-from .twins import ensure_registered, make_kind, register_multi_branch, register_twins, resolve_model
+from .twins import ensure_registered, make_kind, register_multi_branch, register_twins, resolve_model, take_name
 
 __all__ = [
     'RepOptVgg',
@@ -14,6 +14,7 @@ __all__ = [
     'make_kind',
     'register_twins',
     'resolve_model',
+    'take_name',
     'to_plain',
 ]
 

@@ -132,7 +132,7 @@ def test_fine_tuning_starts_from_merged_weights_with_implied_scales():
     scales = implied_scales(block)
     merged = prepare(plain_twin(block, weights=True), scales, init=False)
     assert torch.equal(merged.conv.weight, plain_twin(block, weights=True).conv.weight)
-    (mask,) = [make_grad_mults(merged)[merged.conv.weight]]
+    mask = make_grad_mults(merged)[merged.conv.weight]
     kxk = [branch.bn.weight / (branch.bn.running_var + branch.bn.eps).sqrt() for branch in block.conv_kxk]
     torch.testing.assert_close(mask[:, 0, 0, 0].double(), torch.stack(kxk).square().sum(0))
     assert Scales.from_model(csla(merged, scales)).counts == scales.counts

@@ -11,8 +11,7 @@ from torch import nn
 
 from repopt_timm import Scales, hyper_search, plain_twin, report_twin
 from repopt_timm.blocks.readers import KEPT, READERS
-from repopt_timm.reparam import repvgg_prior
-from repopt_timm.reparam.convolutions import FOLDING_CLASSES
+from repopt_timm.reparam import FOLDING_CLASSES, repvgg_prior
 
 from .block_examples import examples
 
