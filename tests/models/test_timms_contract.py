@@ -1,6 +1,7 @@
 """What timm promises of a model, and what twins promise besides, for networks of all kinds."""
 
 import copy
+import functools
 import json
 import pickle
 
@@ -16,11 +17,10 @@ from repopt_timm.reparam import kind_of
 from ..helpers import spread
 
 register_twins('test_resnet')
-# Reads the weights of a convolution, whatever the convolution is.
 register_twins('edgenext_xx_small')
-NETWORKS = ['test_repopt_vgg', 'repopt_test_resnet', 'repopt_mobileone_s0', 'repopt_edgenext_xx_small']
-OTHERS = ['fastvit_t8', 'ghostnetv3_050', 'lcnetv2_small', 'repghostnet_050', 'repvit_m0_9']
-NETWORKS += [pytest.param(f'repopt_{name}', marks=pytest.mark.slow) for name in OTHERS if timm.is_model(name)]
+NETWORKS: list = ['test_repopt_vgg', 'repopt_test_resnet', 'repopt_mobileone_s0']
+SLOW = ['edgenext_xx_small', 'fastvit_t8', 'ghostnetv3_050', 'lcnetv2_small', 'repghostnet_050', 'repvit_m0_9']
+NETWORKS += [pytest.param(f'repopt_{name}', marks=pytest.mark.slow) for name in SLOW if timm.is_model(name)]
 KINDS = ['', '_hs', '_csla']
 IMAGES = torch.randn(2, 3, 64, 64)
 
@@ -33,6 +33,7 @@ def model_of(name, kind='', **kwargs):
     return timm.create_model(name + kind, scales=searched(name), **kwargs)
 
 
+@functools.cache
 def searched(name):
     torch.manual_seed(1)
     return spread(Scales.initial(timm.create_model(name, num_classes=5)))
@@ -115,8 +116,7 @@ def test_features_are_those_of_timm_with_its_preprocessing(name, kind):
 
 
 @networks
-@kinds
-@pytest.mark.parametrize('feature_cls', [None, 'list', 'hook'])
+@pytest.mark.parametrize(('kind', 'feature_cls'), [('', None), ('', 'list'), ('_hs', 'list'), ('_csla', 'hook')])
 def test_features_have_the_scales_of_the_whole_network(name, kind, feature_cls):
     features = model_of(name, kind, features_only=True, feature_cls=feature_cls)
     found = Scales.from_model(features)
@@ -157,8 +157,14 @@ def test_models_are_copied_compiled_and_exported(name, kind):
             torch.testing.assert_close(torch.jit.script(model)(IMAGES), expected)
 
 
+@pytest.mark.parametrize('kind', KINDS[1:])
+def test_a_network_that_reads_the_weights_of_its_convolutions_has_twins(kind):
+    model = model_of('repopt_edgenext_xx_small', kind).eval()
+    torch.testing.assert_close(to_plain(model)(IMAGES), model(IMAGES), rtol=1e-4, atol=1e-4)
+
+
 @kinds
-@pytest.mark.parametrize('name', ['test_repopt_vgg', 'repopt_test_resnet', 'repopt_mobileone_s0'])
+@pytest.mark.parametrize('name', NETWORKS[:3])
 def test_an_output_stride_does_not_change_what_scales_belong_to(name, kind):
     model = model_of(name, kind, output_stride=8).eval()
     assert Scales.from_model(model) == searched(name)
