@@ -83,12 +83,12 @@ def _activate_and_convolve(x: Tensor, block: RepOptVggBlock, following: RepOptVg
 @contextmanager
 def _without_counting(norm: Any) -> Iterator[None]:
     """Keeps a BatchNorm that runs on a batch a second time from counting it twice in its running statistics."""
-    tracks = getattr(norm, 'track_running_stats', None)
-    norm.track_running_stats = False
+    buffers = dict(norm._buffers)
+    norm._buffers.update({name: buffer.clone() for name, buffer in buffers.items() if buffer is not None})
     try:
         yield
     finally:
-        norm.track_running_stats = tracks
+        norm._buffers.update(buffers)
 
 
 class RepOptVgg(Twin, RepVgg):

@@ -21,7 +21,7 @@ from ..cards.text import WEIGHTS_FILE
 from ..cards.transfer import HUB_PREFIX, HubFileNotFoundError, download, parse_hub_source
 from ..checkpoints.packing import unpack
 from ..names import ModelName
-from ..reparam import branches_of, prepare
+from ..reparam import prepare
 from ..resources import shipped_repositories
 from ..sources import IMPLIED, ScalesSource, load_scales, scales_beside_weights
 from .byobnet import RepVgg
@@ -188,12 +188,10 @@ def restore(state_dict: dict[str, Tensor], model: Any, first_conv: str = '', imp
     if implied:
         # Raises an error that explains what implied scales require.
         load_scales(IMPLIED, model)
-    conv: Any = model.get_submodule(first_conv)
-    if branches_of(conv):
-        for key, tensor in state_dict.items():
-            if key.startswith(f'{first_conv}.parametrizations.weight.') and tensor.ndim == 4:
-                base = {} if tensor.shape[1] == 3 else {'base_chans': tensor.shape[1]}
-                state_dict[key] = adapt_input_conv(conv.in_channels, tensor, **base)
+    for key, tensor in state_dict.items():
+        if key.startswith(f'{first_conv}.parametrizations.weight.') and tensor.ndim == 4:
+            base = {} if tensor.shape[1] == 3 else {'base_chans': tensor.shape[1]}
+            state_dict[key] = adapt_input_conv(model.get_submodule(first_conv).in_channels, tensor, **base)
     return state_dict
 
 
