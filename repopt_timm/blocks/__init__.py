@@ -1,4 +1,7 @@
-"""Plain twins of timm's structurally re-parameterized networks. Read `readers`, `merge`, `conversion`, `recalibration`."""
+"""Plain twins of timm's structurally re-parameterized networks.
+
+Read `readers`, `merge`, `conversion`, `recalibration`.
+"""
 
 from .conversion import BlockReport, PlainBlock, implied_scales, plain_twin, report_twin
 from .recalibration import recalibrate

@@ -2,7 +2,6 @@
 
 import copy
 import logging
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,20 +31,8 @@ _logger = logging.getLogger(__name__)
 
 # Classes whose `fuse()` or `reparameterize()` folds normalization into one convolution, or calls that of its children.
 FOLDING_CLASSES.update(
-    ['Conv2dNorm', 'ConvLayer1d', 'ConvLayer2d', 'ConvNorm', 'IFormer', 'LinearNorm', 'NextConvBlock']
-    + ['NextTransformerBlock', 'NormLinear', 'PlainBlock', 'RepOptVggBlock', 'RepVit', 'RepVitClassifier', 'SHViT']
-)
-
-_HOOKS = (
-    '_backward_hooks',
-    '_backward_pre_hooks',
-    '_forward_hooks',
-    '_forward_hooks_always_called',
-    '_forward_hooks_with_kwargs',
-    '_forward_pre_hooks',
-    '_forward_pre_hooks_with_kwargs',
-    '_state_dict_hooks',
-    '_state_dict_pre_hooks',
+    'Conv2dNorm ConvLayer1d ConvLayer2d ConvNorm IFormer LinearNorm NextConvBlock NextTransformerBlock NormLinear '
+    'PlainBlock RepOptVggBlock RepVit RepVitClassifier SHViT'.split()
 )
 
 # SGD multiplies gradients with the square: a channel may train a thousand times slower than a typical one.
@@ -204,13 +191,16 @@ def _convert(model: nn.Module, weights: bool = False) -> tuple[nn.Module, dict[s
             raise ValueError(f'{where} is a {type(block).__name__} that cannot become plain: {error}.') from None
         if new is not block:
             converted[block] = new
-            for hooks in _HOOKS:
-                getattr(new, hooks).update(getattr(block, hooks))
+            for hooks, registered in vars(block).items():
+                if '_hooks' in hooks and 'load' not in hooks:
+                    getattr(new, hooks).update(registered)
             new._is_full_backward_hook = block._is_full_backward_hook
     twin = converted.get(twin, twin)
     # Wherever a block is used: a shared one stays shared.
     for parent in list(twin.modules()):
-        parent._modules.update({name: converted[child] for name, child in parent._modules.items() if child in converted})
+        parent._modules.update(
+            {name: converted[child] for name, child in parent._modules.items() if child in converted}
+        )
     sums: dict[str, BranchSum] = {}
     prior: dict[str, Any] = {}
     for conv_name, conv in twin.named_modules():
@@ -238,14 +228,14 @@ def _make_plain(
     source: BranchSum,
     **after: nn.Module,
 ) -> nn.Module:
-    """Makes a plain block of the multi-branch block called `name`, and notes in `made` what its convolution replaces."""
-    like: Any = source.kxk
-    geometry = {each: getattr(like, each) for each in ('stride', 'padding', 'dilation', 'groups')}
-    factory: dict[str, Any] = {'device': like.weight.device, 'dtype': like.weight.dtype}
-    conv = nn.Conv2d(like.in_channels, like.out_channels, like.kernel_size, bias=False, **geometry, **factory)
-    conv.weight = nn.Parameter(like.weight.detach().clone(), like.weight.requires_grad)
-    first: Any = source.parts[0].norm
-    norm = copy.deepcopy(source.norm) or nn.BatchNorm2d(like.out_channels, first.eps, first.momentum, **factory)
+    """Makes a plain block for the block called `name`, and notes in `made` what its convolution replaces."""
+    conv, first = copy.deepcopy(source.kxk), source.parts[0].norm
+    conv.bias = None
+    norm = copy.deepcopy(source.norm)
+    if norm is None:
+        assert first is not None
+        kernel = conv.weight
+        norm = nn.BatchNorm2d(len(kernel), first.eps, first.momentum, device=kernel.device, dtype=kernel.dtype)
     if weights:
         load_merged_(source, conv, norm)
     made[conv] = (name, source)

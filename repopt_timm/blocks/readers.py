@@ -234,7 +234,7 @@ READERS: dict[str, Callable[[Any, MakePlain], nn.Module]] = {
     'timm.models.repghost.RepGhostModule': _repghost_module,
     'timm.models.repvit.RepVggDw': _repvit,
 }
-"""Class of a block to its reader, which returns what takes its place: a plain block, or itself with plain ones inside."""
+"""Class of a block to its reader. It returns what takes its place: a plain block, or itself with plain ones inside."""
 
 _RESIDUAL = 'a residual connection around a normalized convolution, not a sum that is normalized'
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs
 from timm.models.byobnet import LayerFn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -234,77 +234,5 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-@register_model
-def repopt_vgg_a0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """RepOpt-VGG-A0."""
-    return _create_repopt_vgg('repopt_vgg_a0', pretrained, **kwargs)
-
-
-@register_model
-def repopt_vgg_a1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """RepOpt-VGG-A1."""
-    return _create_repopt_vgg('repopt_vgg_a1', pretrained, **kwargs)
-
-
-@register_model
-def repopt_vgg_a2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """RepOpt-VGG-A2."""
-    return _create_repopt_vgg('repopt_vgg_a2', pretrained, **kwargs)
-
-
-@register_model
-def repopt_vgg_b0(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """RepOpt-VGG-B0."""
-    return _create_repopt_vgg('repopt_vgg_b0', pretrained, **kwargs)
-
-
-@register_model
-def repopt_vgg_b1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """RepOpt-VGG-B1."""
-    return _create_repopt_vgg('repopt_vgg_b1', pretrained, **kwargs)
-
-
-@register_model
-def repopt_vgg_b2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """RepOpt-VGG-B2."""
-    return _create_repopt_vgg('repopt_vgg_b2', pretrained, **kwargs)
-
-
-@register_model
-def repopt_vgg_b3(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """RepOpt-VGG-B3."""
-    return _create_repopt_vgg('repopt_vgg_b3', pretrained, **kwargs)
-
-
-@register_model
-def repopt_vgg_l1(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """RepOpt-VGG-L1."""
-    return _create_repopt_vgg('repopt_vgg_l1', pretrained, **kwargs)
-
-
-@register_model
-def repopt_vgg_l2(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """RepOpt-VGG-L2."""
-    return _create_repopt_vgg('repopt_vgg_l2', pretrained, **kwargs)
-
-
-@register_model
-def repopt_vgg_d2se(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """RepOpt-VGG-D2se: L2 with squeeze-and-excitation after each ReLU."""
-    return _create_repopt_vgg('repopt_vgg_d2se', pretrained, **kwargs)
-
-
-@register_model
-def repopt_vgg(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """RepOpt-VGG of any `depths=`, `widths=` and `strides=`."""
-    return _create_repopt_vgg('repopt_vgg', pretrained, **kwargs)
-
-
-@register_model
-def test_repopt_vgg(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """A RepOpt-VGG of six narrow convolutions, for tests."""
-    return _create_repopt_vgg('test_repopt_vgg', pretrained, **kwargs)
-
-
 for _name in ARCHITECTURES:
-    register_kinds(_name, _create_repopt_vgg, __name__, ('hs', 'csla', 'branches'))
+    register_kinds(_name, _create_repopt_vgg, __name__, KINDS)

@@ -9,6 +9,7 @@ from typing import Any
 
 import timm
 from timm.models import (
+    _hub,
     build_model_with_cfg,
     get_pretrained_cfg,
     model_entrypoint,
@@ -17,7 +18,6 @@ from timm.models import (
     register_notrace_module,
     resolve_pretrained_cfg,
 )
-from timm.models import _hub
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from timm.models._pretrained import DefaultCfg, PretrainedCfg
 from timm.models._registry import get_arch_pretrained_cfgs
@@ -163,7 +163,9 @@ def _first_conv(config: PretrainedCfg | None, kind: str = 'target') -> Any:
     given = config.first_conv if config else None
     if kind == 'branches' or not given:
         return given
-    plain = {re.sub(r'\.conv_(kxk|scale|1x1)\..*', '.conv', each) for each in ([given] if isinstance(given, str) else given)}
+    plain = {
+        re.sub(r'\.conv_(kxk|scale|1x1)\..*', '.conv', each) for each in ([given] if isinstance(given, str) else given)
+    }
     return None if kind != 'target' else plain.pop() if len(plain) == 1 else tuple(given)
 
 
@@ -244,7 +246,7 @@ def build(
 
 
 def stated_arguments(model: nn.Module) -> dict[str, Any]:
-    """Returns the arguments of `timm.create_model` that a repository has to state, as timm does itself from 1.0.31 on."""
+    """Returns the arguments of `timm.create_model` that a repository has to state; from 1.0.31 on timm does so."""
     if hasattr(_hub, 'get_model_args'):
         return {}
     args: dict[str, Any] = getattr(model, '_model_args', {})
@@ -264,7 +266,7 @@ def register_kinds(architecture: str, create: Callable[..., nn.Module], module: 
         variant = ModelName(architecture, kind).variant
         entrypoint: Any = functools.partial(create, variant)
         entrypoint.__name__, entrypoint.__module__ = variant, module
-        entrypoint.__doc__ = f'{variant}, see `repopt_timm.register_twins`.'
+        entrypoint.__doc__ = f'The {kind} model of {architecture}.'
         setattr(sys.modules[module], variant, register_model(entrypoint))
 
 

@@ -167,7 +167,9 @@ def fetch(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None = None) -> str
     return source.repo_id
 
 
-def restore(state_dict: dict[str, Tensor], model: Any, first_conv: str = '', implied: bool = False) -> dict[str, Tensor]:
+def restore(
+    state_dict: dict[str, Tensor], model: Any, first_conv: str = '', implied: bool = False
+) -> dict[str, Tensor]:
     """Makes the tensors of a file those of a model, for timm's `load_pretrained`.
 
     Packed weights are unpacked, the branches of a RepVGG merged for a RepOpt-VGG. timm adapts `<first_conv>.weight` to

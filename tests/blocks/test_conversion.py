@@ -45,7 +45,12 @@ def test_a_merged_block_computes_what_its_branches_did(example):
 def test_a_folded_twin_has_no_batchnorm_in_the_place_of_a_block(example):
     x = images(example.channels)
     twin = plain_twin(copy.deepcopy(example.block).eval(), weights=True)
-    for model in (twin, hyper_search(twin), csla(twin, Scales.initial(twin)), freeze_batch_norm_2d(copy.deepcopy(twin))):
+    for model in (
+        twin,
+        hyper_search(twin),
+        csla(twin, Scales.initial(twin)),
+        freeze_batch_norm_2d(copy.deepcopy(twin)),
+    ):
         folded = reparameterize_model(nn.Sequential(model))
         blocks = [module for module in folded.modules() if isinstance(module, PlainBlock)]
         assert len(blocks) == len(example.branches)

@@ -23,7 +23,9 @@ def model_of(kind, **kwargs):
 
 
 def test_variants_have_their_published_sizes_and_the_convolutions_that_their_architecture_states():
-    assert set(timm.list_models('*repopt_vgg*')) == {name + kind for name in ARCHITECTURES for kind in [*KINDS, '_branches']}
+    assert set(timm.list_models('*repopt_vgg*')) == {
+        name + kind for name in ARCHITECTURES for kind in [*KINDS, '_branches']
+    }
     for name, architecture in ARCHITECTURES.items():
         model = timm.create_model(name, device='meta')
         convs = {name: module.out_channels for name, module in model.named_modules() if name.endswith('.conv')}
@@ -136,7 +138,7 @@ def test_an_untrained_model_has_imagenets_classes_and_size(name):
 
 @pytest.mark.parametrize('kwargs', [{'strides': (2, 2, 2)}, {'drop_path_rate': 0.1}])
 def test_strides_and_drop_path_are_checked(kwargs):
-    with pytest.raises(ValueError, match='5 values of 1 or 2|no residual branch'):
+    with pytest.raises(ValueError, match=r'5 values of 1 or 2|no residual branch'):
         tiny_model(scales='initial', **kwargs)
 
 
