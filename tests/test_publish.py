@@ -357,14 +357,6 @@ def test_an_unknown_precision_is_told_before_anything_is_written(tmp_path):
     assert not (tmp_path / 'new').exists()
 
 
-def test_a_config_states_what_timm_does_not_record_before_1_0_31(tmp_path):
-    model = trained(strides=(1, 2, 2, 2, 2), use_se=True)
-    vars(model).pop('_model_args', None)
-    save_pretrained(model, tmp_path)
-    args = json.loads((tmp_path / 'config.json').read_text())['model_args']
-    assert (args['strides'], args['use_se']) == ([1, 2, 2, 2, 2], True)
-
-
 def test_a_wrapped_model_is_saved_as_the_plain_one(tmp_path):
     model = trained()
     save_pretrained(model, tmp_path / 'plain')

@@ -30,10 +30,10 @@ __all__ = ['BlockReport', 'PlainBlock', 'implied_scales', 'plain_twin', 'report_
 _logger = logging.getLogger(__name__)
 
 # Classes whose `fuse()` or `reparameterize()` folds normalization into one convolution, or calls that of its children.
-FOLDING_CLASSES.update(
-    'Conv2dNorm ConvLayer1d ConvLayer2d ConvNorm IFormer LinearNorm NextConvBlock NextTransformerBlock NormLinear '
-    'PlainBlock RepOptVggBlock RepVit RepVitClassifier SHViT'.split()
-)
+FOLDING_CLASSES.update([
+    'Conv2dNorm', 'ConvLayer1d', 'ConvLayer2d', 'ConvNorm', 'IFormer', 'LinearNorm', 'NextConvBlock',
+    'NextTransformerBlock', 'NormLinear', 'PlainBlock', 'RepOptVggBlock', 'RepVit', 'RepVitClassifier', 'SHViT',
+])  # fmt: skip
 
 # SGD multiplies gradients with the square: a channel may train a thousand times slower than a typical one.
 _RANGE = 30.0
