@@ -50,6 +50,9 @@ class PlainBlock(nn.Module):
         after: Further modules by name, in the order in which they run.
     """
 
+    conv: Any
+    bn: Any
+
     def __init__(self, conv: nn.Conv2d, bn: nn.Module, adds_norm: bool = True, **after: nn.Module):
         super().__init__()
         for name, module in {'conv': conv, 'bn': bn, **after}.items():
@@ -66,8 +69,7 @@ class PlainBlock(nn.Module):
 
         `timm.utils.reparameterize_model` calls it. A norm without running statistics stays.
         """
-        conv: Any = self.conv
-        norm: Any = self.bn
+        conv, norm = self.conv, self.bn
         if branches_of(conv):
             merge_branches(conv)
         # Also those of a frozen or synchronized BatchNorm, which is of another class.
@@ -210,8 +212,8 @@ def _convert(model: nn.Module, weights: bool = False) -> tuple[nn.Module, dict[s
             report[block_name].branches[conv_name] = prior[conv_name] = source.counts
             if source.initial is not None:
                 prior[conv_name] = ConvPrior(source.counts, source.initial(twin, conv_name))
-    for conv_name, each in (resolve_prior(twin, prior) if prior else {}).items():
-        each.put_on(twin.get_submodule(conv_name))  # type: ignore[arg-type]
+    for conv_name, found in (resolve_prior(twin, prior) if prior else {}).items():
+        found.put_on(twin.get_submodule(conv_name))  # type: ignore[arg-type]
     return twin, sums, [each for each in report.values() if each.branches or each.reason]
 
 

@@ -5,7 +5,7 @@ of the same depths, widths and strides.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -91,6 +91,10 @@ def _without_counting(norm: Any) -> Iterator[None]:
         norm._buffers.update(buffers)
 
 
+def _contexts(norm: Any) -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _without_counting(norm)
+
+
 class RepOptVgg(Twin, RepVgg):
     """RepOpt-VGG. All that ByobNet offers works; see `RepVgg` and `timm.create_model` for further arguments.
 
@@ -164,7 +168,7 @@ class RepOptVgg(Twin, RepVgg):
                 block,
                 following,
                 use_reentrant=False,
-                context_fn=lambda norm=block.bn: (nullcontext(), _without_counting(norm)),
+                context_fn=partial(_contexts, block.bn),
             )
         return blocks[-1].attn(blocks[-1].bn(x))
 

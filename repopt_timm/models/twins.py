@@ -116,6 +116,8 @@ def resolve_model(model_name: str) -> tuple[str, dict[str, Any]]:
 class Twin(nn.Module):
     """What a timm network has besides its own class, as a model of this package."""
 
+    pretrained_cfg: dict[str, Any]
+
     def __setattr__(self, name: str, value: Any) -> None:
         # timm's factory records its arguments on the model and writes them to config.json. Scales are data, no setting.
         if name == '_model_args':
@@ -128,7 +130,7 @@ class Twin(nn.Module):
 
 
 @functools.cache
-def _twin_class(network: type) -> type:
+def _twin_class(network: Any) -> type:
     """Makes the class of a twin: a subclass, so that timm's own class stays as it is for the whole process."""
 
     def reduce(model: nn.Module, protocol: Any) -> tuple:
@@ -139,7 +141,7 @@ def _twin_class(network: type) -> type:
 
 
 def _new_twin(network: type) -> Any:
-    made = _twin_class(network)
+    made: Any = _twin_class(network)
     return made.__new__(made)
 
 
@@ -226,11 +228,12 @@ def build(
     if not pretrained:
         config = replace(config, license=None, notes=None)
     first_conv = _first_conv(get_pretrained_cfg(name.architecture))
+    config = replace(config, architecture=name.variant, first_conv=_first_conv(config, name.kind))
     model: Any = build_model_with_cfg(
         make_once,
         name.variant,
         pretrained and own,
-        pretrained_cfg=replace(config, architecture=name.variant, first_conv=_first_conv(config, name.kind)),
+        pretrained_cfg=config,  # type: ignore[arg-type]
         pretrained_filter_fn=functools.partial(restore, first_conv=first_conv, implied=implied),
         feature_cfg=feature_cfg,
         cache_dir=cache_dir,
@@ -316,7 +319,7 @@ def _create(
         plain, source = _plain(original, weights=of_timm), scales
         if of_timm and plain is not original and isinstance(source, str) and source == IMPLIED:
             source = implied_scales(original).renamed(name.network)
-        plain.__class__ = _twin_class(type(plain))
+        plain.__class__ = _twin_class(plain.__class__)
         take_name(plain, name)
         if 'output_stride' in arguments:
             _state_constructed_strides(plain, create, arguments)

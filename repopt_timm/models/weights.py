@@ -132,7 +132,8 @@ def requested_scales(
     if scales is not None and args is None and config.source in ('hf-hub', 'local-dir'):
         # Before 1.0.31 timm does not say which arguments come from the config.
         local = config.source == 'local-dir'
-        args = load_model_config_from_path(config.file)[2] if local else load_model_config_from_hf(config.hf_hub_id)[2]
+        load: Any = load_model_config_from_path if local else load_model_config_from_hf
+        args = load(config.file if local else config.hf_hub_id)[2]
     if scales is not None and args is not None and args.pop('scales', None) == scales:
         scales = None
     if scales is None and own and (pretrained or config.source in ('hf-hub', 'local-dir')):

@@ -140,7 +140,7 @@ def test_weights_of_ones_own_are_adapted_to_other_channels_and_classes(name, kin
     grey = timm.create_model(f'local-dir:{tmp_path}', pretrained=True, in_chans=1, num_classes=3).eval()
     alike = IMAGES[:, :1].expand(-1, 3, -1, -1)
     expected = model.forward_features(alike)
-    torch.testing.assert_close(grey.forward_features(IMAGES[:, :1]), expected, rtol=1e-3, atol=1e-4)
+    assert (grey.forward_features(IMAGES[:, :1]) - expected).norm() / expected.norm() < 1e-4
     assert grey(IMAGES[:, :1]).shape == (2, 3)
 
 
