@@ -13,9 +13,8 @@ from .checkpoint_model import model_from_checkpoint
 from .checkpoints.read import check_weights, read_checkpoint
 from .datasets import open_evaluation
 from .deploy.classifier import preprocessing
-from .models import ensure_registered, resolve_model
+from .models import ensure_registered, resolve_model, take_name
 from .models.reference_weights import model_from_reference
-from .models.timm_twins import plain_first_conv
 from .names import PREFIX, ModelName
 from .reparam import multi_branch_blocks, prepare
 from .weights_origin import note_merged
@@ -67,12 +66,8 @@ def merge_trained(
         raise ValueError(f'{source}: {cfg["architecture"]} has no branches to merge. {advice}')
     plain: Any = plain_twin(original, weights=True)
     name = _plain_name(cfg['architecture'])
-    plain.architecture = name.network
-    first_conv = plain_first_conv(plain, cfg.get('first_conv'))
-    plain.pretrained_cfg = plain.default_cfg = {**cfg, 'architecture': name.architecture, 'first_conv': first_conv}
+    take_name(plain, name)
     note_merged(plain, cfg['architecture'] if is_file else source)
-    if hasattr(plain, '_traits'):
-        plain._traits = {**plain._traits, 'first_conv': first_conv}
     if implied:
         prepare(plain, implied_scales(original).renamed(name.network), init=False)
     if data is not None:

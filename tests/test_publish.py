@@ -9,11 +9,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from timm.models import save_for_hf
 
-from repopt_timm import Scales, attach_scales, load_scales, prepare, push_scales, push_to_hub, save_pretrained
+from repopt_timm import Scales, load_scales, prepare, push_scales, push_to_hub, save_pretrained
 from repopt_timm.cards.publish import save_scales_card
 from repopt_timm.cli import main
 from repopt_timm.optim import build_repopt_sgd
-from repopt_timm.reparam import kind_of
+from repopt_timm.reparam import attach_scales, kind_of
 
 from .helpers import TINY, random_scales, tiny_model
 

@@ -3,7 +3,8 @@ import json
 import pytest
 import timm
 
-from repopt_timm import load_scales, save_scales_card
+from repopt_timm import load_scales
+from repopt_timm.cards.publish import save_scales_card
 from repopt_timm.cli import main
 
 from .helpers import TINY, random_scales, tiny_model

@@ -16,7 +16,7 @@ from torch.optim import SGD, Optimizer
 from ..architectures import ARCHITECTURES, Architecture
 from ..blocks import plain_twin
 from ..models import RepOptVgg, make_kind
-from ..models.strided_byobnet import RepVgg
+from ..models.byobnet import RepVgg
 from ..names import PREFIX
 from ..optim import RepOptSGD
 from ..reparam import CSLAConv2d, carried_scales, make_grad_mults, prepare

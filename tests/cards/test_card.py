@@ -5,8 +5,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from repopt_timm import Scales, load_scales, save_pretrained, save_scales_card
+from repopt_timm import Scales, load_scales, save_pretrained
 from repopt_timm.cards.card import BEGIN, END, read_card_scales
+from repopt_timm.cards.publish import save_scales_card
 
 from ..helpers import TINY, random_scales, tiny_model
 

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from huggingface_hub import HfApi, ModelCard, constants
 
-from repopt_timm import load_scales, push_scales, save_scales_card
+from repopt_timm import load_scales, push_scales
 from repopt_timm.cards.hub import HubError, HubFileNotFoundError, download, parse_hub_source, push_folder
+from repopt_timm.cards.publish import save_scales_card
 
 from ..helpers import random_scales
 

@@ -2,7 +2,8 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from repopt_timm import load_scales, push_scales, save_pretrained, save_scales_card
+from repopt_timm import load_scales, push_scales, save_pretrained
+from repopt_timm.cards.publish import save_scales_card
 from repopt_timm.cli import main
 from repopt_timm.resources import shipped_repositories
 from repopt_timm.weights_origin import restore_origin

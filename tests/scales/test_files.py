@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from repopt_timm import Scales, hyper_search, load_scales, save_scales_card
+from repopt_timm import Scales, hyper_search, load_scales
+from repopt_timm.cards.publish import save_scales_card
 from repopt_timm.scales import read_scale_file
 from repopt_timm.scales.files import checkpoint_entry
 

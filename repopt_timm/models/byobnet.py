@@ -22,10 +22,9 @@ from timm.models.byobnet import (
 )
 from torch import nn
 
-from ..architectures import ARCHITECTURES, Architecture
-from ..names import ModelName
+from ..architectures import Architecture
 
-__all__ = ['RepVgg', 'StridedByobNet', 'create_byobnet', 'feature_indices', 'stated_arguments']
+__all__ = ['RepVgg', 'StridedByobNet', 'create_byobnet', 'feature_indices']
 
 _STEMS: dict[str, Any] = {'rep': RepVggBlock, 'one': partial(MobileOneBlock, kernel_size=3)}
 
@@ -188,27 +187,3 @@ def create_byobnet(variant: str, pretrained: bool = False, strides: Sequence[int
 def feature_indices(strides: Sequence[int]) -> tuple[int, ...]:
     """Returns the indices of all features of a network with these strides of stem and stages."""
     return tuple(range(1 + sum(stride != 1 for stride in strides[1:])))
-
-
-def stated_arguments(model: nn.Module) -> dict[str, Any]:
-    """Returns the arguments of `timm.create_model` that a repository has to state for a model.
-
-    timm records them itself from 1.0.31 on; before, it writes only what is named here.
-    """
-    args: dict[str, Any] = {}
-    if not isinstance(model, StridedByobNet):
-        return args
-    if isinstance(model, RepVgg):
-        own = ARCHITECTURES[ModelName.parse(model.pretrained_cfg['architecture']).architecture]
-        chosen = own.arguments(model.depths, model.widths, model.strides)
-        args |= {name: list(numbers) for name, numbers in chosen.items()}
-        use_se = not isinstance(model.stem.attn, nn.Identity)
-        if use_se != own.use_se:
-            args['use_se'] = use_se
-    elif set(model.strides) != {2}:
-        args['strides'] = list(model.strides)
-    if model.in_chans != 3:
-        args['in_chans'] = model.in_chans
-    if model.head.global_pool.pool_type != 'avg':
-        args['global_pool'] = model.head.global_pool.pool_type
-    return args
