@@ -176,7 +176,7 @@ def _usage(hub: str, model_name: str, weights: bool, scales: Scales | None, mode
             yield _python('', *_scaled(hub, name, scales, 'hs'))
     if weights:
         plain = scales is not None and name.kind == 'target'
-        attach = [f'repopt_timm.attach_scales(model, repopt_timm.load_scales({hub}, model))']
+        attach = [f'repopt_timm.prepare(model, repopt_timm.load_scales({hub}, model), init=False)']
         yield 'Fine-tune:'
         yield _python(
             '',
