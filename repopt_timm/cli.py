@@ -47,7 +47,7 @@ def _run(argv: list[str]) -> None:
     # These have a way of their own to read arguments.
     if name in ('train', 'quickstart'):
         module.main(argv[1:], name)
-    elif name == 'qat':
+    elif name in ('qat', 'trial'):
         module.main(argv[1:])
     elif name == 'run':
         module.run_script(argv[1:])
