@@ -30,6 +30,11 @@ def spread(initial: Scales) -> Scales:
     return Scales(initial.architecture, modules, initial.geometry, initial.counts)
 
 
+def counted_scales(model: torch.nn.Module, prior=None) -> Scales:
+    """Random scales for the branches that a prior gives a network."""
+    return spread(Scales.initial(model, prior))
+
+
 def tiny_model(kind: str = '', **kwargs) -> torch.nn.Module:
     kwargs.setdefault('num_classes', 5)
     return timm.create_model(TINY + kind, **kwargs)
@@ -43,6 +48,13 @@ def save_unknown_twin(name: str, folder: Path) -> torch.nn.Module:
     assert not timm.is_model(f'repopt_{name}')
     config.write_text(config.read_text().replace(f'"architecture": "{name}"', f'"architecture": "repopt_{name}"'))
     return model
+
+
+class FakeQuantizeBase(torch.nn.Module):
+    """Rounds in the forward pass and lets gradients through, under the name that torchao's have."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + ((weight * 16).round() / 16 - weight).detach()
 
 
 def relative_difference(first: torch.nn.Module, second: torch.nn.Module) -> float:

@@ -21,7 +21,7 @@ from ..color_modes import COLOR_MODES
 from ..errors import explaining
 from ..models import ensure_registered
 from ..names import PREFIX, ModelName
-from ..reparam.convolutions import pair
+from ..reparam.modules import pair
 
 __all__ = ['check_arguments', 'check_classes', 'check_device_name', 'check_images', 'check_layout', 'check_model']
 
