@@ -9,7 +9,7 @@ import torch
 
 from .. import __version__
 from ..reporting import add_command, cpu_name, package_versions, positive, print_result
-from ..train.schema import ARGUMENTS
+from ..train.parsing import parse_arguments
 from ..train.validation import check_device_name
 from .equivalence_check import check_equivalence
 
@@ -36,7 +36,7 @@ def add_commands(commands: Any) -> None:
 def _doctor(args: argparse.Namespace) -> None:
     check_device_name(args.device)
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    kwargs = ARGUMENTS['model_kwargs'].parse(args.model_kwargs, '--model-kwargs')
+    kwargs = parse_arguments(['--model-kwargs', *args.model_kwargs]).model_kwargs
     machine = {
         'repopt-timm': __version__,
         'python': platform.python_version(),

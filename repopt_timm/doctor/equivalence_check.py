@@ -10,8 +10,9 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from ..models import ensure_registered, to_plain
+from ..models import ensure_registered
 from ..names import ModelName
+from ..reparam import to_plain
 from ..sources import ScalesSource, default_scales, load_scales
 
 __all__ = ['TOLERANCE', 'check_equivalence']
@@ -46,8 +47,8 @@ def check_equivalence(
         model_kwargs: Further arguments of `timm.create_model`.
 
     Returns:
-        `model`, `scales` (their fingerprint), `deviation` (the largest relative difference of a tensor, in the 2-norm) and
-        `right`, whether that is within `TOLERANCE`.
+        `model`, `scales` (their fingerprint), `deviation` (the largest relative difference of a tensor, in the 2-norm)
+        and `right`, whether that is within `TOLERANCE`.
 
     Raises:
         ValueError: If the model cannot be made, the scales are not its own, or the training diverges.
@@ -105,7 +106,5 @@ def _freeze_statistics(model: nn.Module, images: torch.Tensor) -> None:
 def _deviation(first: nn.Module, second: nn.Module) -> float:
     other = second.state_dict()
     tensors = [(a.double(), other[name].double()) for name, a in first.state_dict().items() if a.is_floating_point()]
-    # Of tensors: a NaN is the largest.
-    return (
-        torch.stack([(a - b).norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny) for a, b in tensors]).max().item()
-    )
+    # Of a tensor, as Python's own would pass over a NaN.
+    return torch.stack([(a - b).norm() / b.norm().clamp_min(1e-300) for a, b in tensors]).max().item()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..scales import Scales, read_scale_file
+from ..reparam import Scales
+from ..scales import read_scale_file
 from ..scales.movement import Movement, movement
 from ..train.run_folder import SCALES_FILE
 from .arms import arm_of
