@@ -102,10 +102,10 @@ def draw_trials(results: Sequence[TrialResult], path: Path) -> Any:
         if panels > 1:
             aside = 0.008 * depths[-1] * place
             deep.errorbar([result.convolutions + aside for result in members], fmt=style, **bars)
-    deep.set(ylabel='top-1 accuracy on validation images (%)')
-    times.set(xlabel='seconds of training of a run', xscale='log', title='mean, 95 % interval')
+    deep.set(ylabel='top-1 accuracy on validation images (%)', title='mean, 95 % interval')
+    times.set(xlabel='seconds of training of a run (arms beside each other)', xscale='log')
     if panels > 1:
-        deep.set(xlabel='convolutions', title='the same against depth', xticks=depths)
+        deep.set(xlabel='convolutions', xticks=depths)
     for axis in ('major', 'minor'):
         getattr(times.xaxis, f'set_{axis}_formatter')(
             lambda value, _: f'{value:g}' if f'{value:g}'[0] in '1235' else ''
