@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from .branches import Branch, make_branches, merge
 from .convolution import branches_of
 from .modules import is_sharded, modules_of, uncompiled_name, unwrap
-from .prior import kernel_of, log_convs_without, refusal
+from .prior import log_convs_without, refusal
 from .scales import CarriedScales, Scales, carried_scales
 from .twins import ScalesMapping, scales_for
 
@@ -112,9 +112,7 @@ def make_grad_mults(model: nn.Module, scales: ScalesMapping | None = None, updat
             f'give make_grad_mults(model, scales) the scales, to find kernels by the names of parameters.'
         )
     having = {kernel.weight for kernel in kernels}
-    named = [
-        name for name, each in modules_of(model).items() if isinstance(each, nn.Conv2d) and kernel_of(each) in having
-    ]
+    named = [name for name, each in modules_of(model).items() if isinstance(each, nn.Conv2d) and each.weight in having]
     log_convs_without(model, named, 'have no Grad Mult and train as without scales')
     found: dict[Tensor, _Kernel] = {}
     masks = {}
@@ -158,7 +156,7 @@ def _carrying_kernels(model: nn.Module) -> tuple[list[_Kernel], str]:
                 f'that, or leave its scales out.'
             )
         branches = make_branches(each.scales.counts[each.module], conv)
-        kernels.append(_Kernel(name, kernel_of(conv), branches, each.scales[each.module]))
+        kernels.append(_Kernel(name, conv.weight, branches, each.scales[each.module]))
     return kernels, '+'.join(sorted({each.scales.fingerprint for each in carried.values()}))
 
 
@@ -190,11 +188,15 @@ def _named_kernels(model: nn.Module, scales: ScalesMapping) -> tuple[list[_Kerne
         else:
             scales = scales_for(inner, scales)
         kernels = [
-            _Kernel(name, kernel_of(modules[name]), make_branches(scales.counts[name], modules[name]), scales[name])
+            _Kernel(name, modules[name].weight, make_branches(scales.counts[name], modules[name]), scales[name])
             for name in scales
         ]
         return kernels, scales.fingerprint
-    scales = scales if isinstance(scales, Scales) else Scales('', scales)
+    if not isinstance(scales, Scales) or not scales.geometry:
+        raise ValueError(
+            f'{type(model).__name__} has no convolutions that show their geometry. Give scales.for_model(model), made '
+            f'with the plain model.'
+        )
     params = {uncompiled_name(name): param for name, param in inner.named_parameters()}
     kernels = []
     for name, vectors in scales.items():
@@ -207,22 +209,15 @@ def _named_kernels(model: nn.Module, scales: ScalesMapping) -> tuple[list[_Kerne
                 f'{where} has scales, but {type(model).__name__} has neither such a convolution nor a parameter '
                 f"'{name}.weight' of four dimensions. Scales go by module name: use the scales of this network."
             )
-        counts, geometry, (rows, columns, *_) = scales.counts[name], scales.geometry.get(name), weight.shape
-        if geometry is None and 'identity' in counts and rows != columns:
-            raise ValueError(
-                f'{where} has an identity branch, but its kernel of shape {tuple(weight.shape)} does not show whether '
-                f'it has as many input as output channels. Give scales.for_model(model), made with the plain model.'
-            )
-        inputs = (
-            columns if geometry is None or geometry.in_channels is None else geometry.in_channels // geometry.groups
-        )
-        kernel_size = weight.shape[2:] if geometry is None else geometry.kernel_size
-        expected = (len(vectors['kxk']), inputs, *kernel_size)
+        searched = scales.geometry[name]
+        inputs = weight.shape[1] if searched.in_channels is None else searched.in_channels // searched.groups
+        expected = (searched.out_channels, inputs, *searched.kernel_size)
         if tuple(weight.shape) != expected:
             raise ValueError(
                 f'{where} was searched with a kernel of shape {expected}, but its kernel here has the shape '
                 f'{tuple(weight.shape)}. Use the scales of this network.'
             )
+        counts = scales.counts[name]
         branches = tuple(Branch.of(branch, weight.shape[2:], count) for branch, count in counts.items())
         kernels.append(_Kernel(name, weight, branches, vectors))
     return kernels, scales.fingerprint

@@ -7,7 +7,6 @@ from torch import nn
 
 from .branches import make_branches, merge
 from .modules import is_sharded, modules_of, unwrap
-from .prior import kernel_of
 from .scales import CarriedScales, Scales
 from .twins import ScalesMapping, scales_for
 
@@ -70,15 +69,14 @@ def initialize(model: nn.Module, scales: ScalesMapping) -> None:
     """
     fitting, convs = _fitting_convs(model, scales)
     for name, conv in convs.items():
-        if is_sharded(kernel_of(conv)):
+        if is_sharded(conv.weight):
             raise ValueError(
                 f"'{name}' of {type(model).__name__} is sharded already, so its kernel cannot be drawn. Prepare the "
                 f'model before sharding it with fully_shard.'
             )
     counts = fitting.counts
     for name, conv in convs.items():
-        # Under a fake quantization `weight` is computed anew at each access.
-        kernel, vectors = kernel_of(conv), fitting[name]
+        kernel, vectors = conv.weight, fitting[name]
         branches = make_branches(counts[name], conv)
         operators = {branch.name: branch.draw(kernel) for branch in branches}
         if 'identity' in operators:

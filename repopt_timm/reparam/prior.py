@@ -10,9 +10,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils import parametrize
 
 from .branches import BranchCounts, counted, make_branches
 from .modules import modules_of, pair
@@ -24,7 +23,6 @@ __all__ = [
     'RefusedConv',
     'conv_prior',
     'keep_branches',
-    'kernel_of',
     'log_convs_without',
     'multi_branch_blocks',
     'refusal',
@@ -208,19 +206,11 @@ def refusal(conv: nn.Module) -> str | None:
     Only a module that is exactly `nn.Conv2d`, and computes the convolution of its own `weight`, is one. A window can be
     embedded at the centre of a kernel only if all sizes are odd and the padding is `dilation * (kernel_size - 1) / 2`.
     """
-    if parametrize.is_parametrized(conv):
-        if not _only_fake_quantizes(conv):
-            return 'a parametrization computes its weight, so it trains another tensor than the kernel'
-    elif type(conv) is not nn.Conv2d:
+    if type(conv) is not nn.Conv2d:
         return f'{type(conv).__name__} is not exactly nn.Conv2d, so it may not compute the convolution of its weight'
-    elif conv._parameters.get('weight') is None:
-        return 'its weight is computed from other parameters (pruned or weight-normalized, or kept flat by FSDP1)'
-    elif conv.weight.ndim != 4:
-        return (
-            f'its weight has the shape {tuple(conv.weight.shape)}, to which FSDP1, FullyShardedDataParallel, has '
-            f'flattened it: use fully_shard, and prepare the model before sharding'
-        )
-    assert isinstance(conv, nn.Conv2d)
+    weight = conv._parameters.get('weight')
+    if weight is None or weight.ndim != 4:
+        return 'its weight is computed from other parameters (pruned, weight-normalized, or kept flat by FSDP1)'
     if {'forward', '_conv_forward'} & set(vars(conv)):
         return 'its forward method was replaced on the instance, so it may compute something else'
     if conv.padding_mode != 'zeros':
@@ -232,24 +222,6 @@ def refusal(conv: nn.Module) -> str | None:
     if padding != centred:
         return f'its padding is {padding}, expected dilation * (kernel_size - 1) / 2 = {centred}'
     return None
-
-
-def kernel_of(conv: nn.Conv2d) -> Tensor:
-    """Returns the tensor that training changes: `weight`, or what a fake quantization is applied to."""
-    if parametrize.is_parametrized(conv, 'weight'):
-        parametrizations: Any = conv.parametrizations
-        return parametrizations['weight'].original
-    return conv.weight
-
-
-def _only_fake_quantizes(conv: nn.Module) -> bool:
-    # Its gradient reaches the kernel unchanged (straight-through), so that the kernel is what is trained.
-    parametrizations: Any = conv.parametrizations
-    if list(parametrizations) != ['weight'] or parametrize.type_before_parametrizations(conv) is not nn.Conv2d:
-        return False
-    found = parametrizations['weight']
-    names = [{each.__name__ for each in type(parametrization).__mro__} for parametrization in found]
-    return hasattr(found, 'original') and all('FakeQuantizeBase' in each for each in names)
 
 
 def multi_branch_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from .branches import make_branches
 from .convolution import add_branches, branches_of, kind_of, merge_branches
@@ -135,8 +134,6 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
                 )
     log_convs_without(model, prior, 'stay without branches')
     for name, each in prior.items():
-        if is_parametrized(modules[name]):
-            raise ValueError(f"'{name}' cannot have branches: its weight is fake-quantized, which they would not be.")
         branches = make_branches(each.branches, modules[name])
         add_branches(modules[name], branches, None if scales is None else scales[name], trainable_scales)
         drop_scales(modules[name])

@@ -4,12 +4,12 @@ import pytest
 import timm
 import torch
 from torch import nn
-from torch.nn.utils import parametrize, prune
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import weight_norm
 
 from repopt_timm import RepOptSGD, Scales, build_repopt_sgd, make_grad_mults, prepare
 
-from ..helpers import FakeQuantizeBase, counted_scales, random_scales, tiny_model
+from ..helpers import counted_scales, random_scales, tiny_model
 
 IMAGES = torch.randn(2, 3, 32, 32)
 
@@ -64,23 +64,24 @@ def graph_of(*convs):
     return torch.export.export(nn.Sequential(*convs), (torch.randn(2, 4, 8, 8),)).module()
 
 
+def initial(*convs):
+    return Scales.initial(nn.Sequential(*convs))
+
+
+CONV = nn.Conv2d(4, 4, 3, padding=1)
+
+
 @pytest.mark.parametrize(
     ('model', 'scales', 'thing'),
     [
-        (lambda: graph_of(nn.Conv2d(4, 4, 3)), None, 'No convolution of GraphModule'),
-        (lambda: graph_of(nn.Conv2d(4, 4, 3)), {'9': {'kxk': torch.ones(4)}}, "'9'"),
-        (lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 3)), {'0': {'kxk': torch.ones(4)}}, "'0'"),
-        (lambda: graph_of(nn.Conv2d(4, 8, 3)), {'0': {'kxk': torch.ones(8), 'identity': torch.ones(8)}}, 'identity'),
-        (lambda: graph_of(nn.Conv2d(4, 4, 4)), {'0': {'kxk': torch.ones(4), '1x1': torch.ones(4)}}, "'1x1'"),
-        (lambda: graph_of(nn.Conv2d(4, 4, 3)), {'0': {'kxk': torch.ones(5)}}, "'0'.*5"),
+        (lambda: graph_of(CONV), None, 'No convolution of GraphModule'),
+        (lambda: graph_of(CONV), {'0': {'kxk': torch.ones(4)}}, 'for_model'),
+        (lambda: graph_of(CONV), initial(CONV, nn.Conv2d(4, 4, 1)), "'1'"),
+        (lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 3)), initial(CONV), "'0'"),
+        (lambda: graph_of(nn.Conv2d(4, 4, 5, padding=2)), initial(CONV), r"'0'.*\(4, 4, 5, 5\)"),
         (
-            lambda: graph_of(nn.Conv2d(4, 4, 5, padding=2)),
-            Scales.initial(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))),
-            r"'0'.*\(4, 4, 5, 5\)",
-        ),
-        (
-            lambda: graph_of(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1, groups=2)),
-            Scales.initial(nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 3, padding=1))),
+            lambda: graph_of(CONV, nn.Conv2d(4, 4, 3, padding=1, groups=2)),
+            initial(CONV, nn.Conv2d(4, 4, 3, padding=1)),
             r"'1'.*\(4, 2, 3, 3\)",
         ),
         (lambda: tiny_model(), None, 'No convolution'),
@@ -108,16 +109,6 @@ def test_a_kernel_whose_grad_mult_would_be_lost_is_named(change):
     change(model)
     with pytest.raises(ValueError, match=r"'stem\.conv'"):
         make_grad_mults(model)
-
-
-def test_a_fake_quantized_kernel_keeps_its_grad_mult():
-    scales = random_scales()
-    model = tiny_model(scales=scales)
-    expected = by_name(make_grad_mults(model))
-    parametrize.register_parametrization(model.stem.conv, 'weight', FakeQuantizeBase())
-    assert_same(by_name(make_grad_mults(model)), expected)
-    assert_same(by_name(make_grad_mults(model, scales)), expected)
-    assert model.stem.conv.parametrizations.weight.original in make_grad_mults(model)
 
 
 def test_tied_kernels_need_the_same_scales():

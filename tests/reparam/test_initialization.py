@@ -4,12 +4,11 @@ import pickle
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from repopt_timm import Scales, csla, load_scales, make_grad_mults, prepare
 from repopt_timm.reparam import ConvPrior, attach_scales, carried_scales, initialize
 
-from ..helpers import FakeQuantizeBase, random_scales, tiny_model
+from ..helpers import random_scales, tiny_model
 
 
 def net():
@@ -64,17 +63,6 @@ def test_initialization_and_fine_tuning_leave_what_they_should():
     prepare(model, {'0': vectors()})
     same = [torch.equal(before[name], tensor) for name, tensor in model.state_dict().items()]
     assert same == [name != '0.weight' for name in before]
-
-
-def test_a_fake_quantized_kernel_is_initialized_and_gets_no_branches():
-    model, plain = (nn.Sequential(nn.Conv2d(3, 8, 3, padding=1)) for _ in range(2))
-    parametrize.register_parametrization(model[0], 'weight', FakeQuantizeBase())
-    for each in (model, plain):
-        torch.manual_seed(0)
-        prepare(each, {'0': {'kxk': torch.ones(8)}})
-    assert torch.equal(model[0].parametrizations.weight.original, plain[0].weight)
-    with pytest.raises(ValueError, match='fake-quantized'):
-        csla(model)
 
 
 @pytest.mark.parametrize(
