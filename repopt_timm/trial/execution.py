@@ -72,7 +72,7 @@ def run_all(
                     raise_if_interrupted()
                     time.sleep(_POLL_SECONDS)
                 if not running:
-                    time.sleep(_POLL_SECONDS)
+                    time.sleep(10 * _POLL_SECONDS)
         except InterruptedRunError:
             raise KeyboardInterrupt from None
         finally:

@@ -37,8 +37,7 @@ def draw_trial(result: TrialResult, path: Path) -> Any:
     """
     figure, (epochs, times, differences) = subplots(1, 3, (14, 4), layout='constrained')
     colors = _colors(result.choices)
-    evaluated = result.epochs.dropna(subset='eval_top1') if 'eval_top1' in result.epochs else result.epochs
-    for arm, rows in evaluated.groupby('arm', sort=False):
+    for arm, rows in result.epochs.dropna(subset='eval_top1').groupby('arm', sort=False):
         curve = rows.groupby('epoch')['eval_top1'].agg(['mean', 'min', 'max'])
         for axes, x in ((epochs, curve.index), (times, result.seconds(arm, curve.index))):
             if not np.isnan(x).any():

@@ -87,7 +87,7 @@ def write_report(
         values = {str(each.trial.folder) if alike else name: _values(each) for name, each in zip(names, results)}
     write_text(folder / 'report.json', json.dumps(_finite(values), indent=2) + '\n')
     tables = [result.epochs.assign(trial=result.trial.folder.name) for result in results]
-    epochs = pd.concat(tables) if len(tables) > 1 else tables[0]
+    epochs = pd.concat([table for table in tables if len(table)] or tables[:1])
     write_text(folder / 'epochs.csv', epochs[['trial', *epochs.columns.drop('trial')]].to_csv(index=False))
     try:
         draw(folder / 'report.png')
@@ -121,7 +121,7 @@ def _values(result: TrialResult) -> dict[str, Any]:
             **result.networks.get(arm, {}),
         }
     return {
-        'settings': {**result.trial.settings.as_yaml(), 'reference': result.reference},
+        'settings': {**asdict(result.trial.settings), 'reference': result.reference},
         'epochs': result.trial.shared['epochs'],
         'convolutions': result.convolutions,
         'arms': arms,

@@ -13,7 +13,7 @@ from ..train.run_folder import SCALES_FILE
 from .arms import arm_of
 from .intervals import Interval
 from .networks import plain_network, read_networks
-from .trial_folder import Run, open_trial
+from .trial_folder import open_trial
 
 __all__ = ['SAME_TIME', 'TrialResult']
 
@@ -66,9 +66,9 @@ class TrialResult:
                     self.failures[arm][seed] = f'Its search diverged: {run.after.failure}'
                 elif run.failure:
                     self.failures[arm][seed] = run.failure
-        self.epochs = pd.DataFrame(rows)
-        if self.epochs.empty:
-            self.epochs = pd.DataFrame(columns=['arm', 'seed', 'epoch'])
+        found = pd.DataFrame(rows)
+        needed = ('arm', 'seed', 'epoch', 'train_seconds', 'eval_top1')
+        self.epochs = found.reindex(columns=list(dict.fromkeys([*found.columns, *needed])))
 
     @property
     def length(self) -> int:
@@ -101,13 +101,13 @@ class TrialResult:
         What sets those apart is what else the machine did meanwhile.
         """
         alike = [name for name in self.choices if arm_of(name).network_key == arm_of(arm).network_key]
-        return _median_seconds(self.epochs[self.epochs['arm'].isin(alike)])
+        return float(self.epochs.loc[self.epochs['arm'].isin(alike), 'train_seconds'].median())
 
     def search_seconds(self, arm: str) -> float:
         """Returns the time of the search that precedes a run, 0 without one; NaN if unknown."""
-        searches = self._searches(arm)
-        rows = pd.DataFrame([row for run in searches for row in run.history()])
-        return searches[0].epochs * _median_seconds(rows) if searches else 0.0
+        searches = [run for run in self.trial.searches(arm) if run.folder.name != 'tuning']
+        seconds = [row.get('train_seconds', math.nan) for run in searches for row in run.history()]
+        return searches[0].epochs * float(pd.Series(seconds, dtype=float).median()) if searches else 0.0
 
     def seconds(self, arm: str, epochs: float | None = None) -> float:
         """Returns the time in which a run trains so many epochs, or all, its search included; NaN if unknown."""
@@ -134,10 +134,3 @@ class TrialResult:
         if not found:
             return None
         return movement([read_scale_file(path) for path in found], Scales.initial(plain_network(trial)))
-
-    def _searches(self, arm: str) -> list[Run]:
-        return [run for run in self.trial.searches(arm) if run.folder.name != 'tuning']
-
-
-def _median_seconds(rows: pd.DataFrame) -> float:
-    return float(rows['train_seconds'].median()) if 'train_seconds' in rows else math.nan

@@ -10,7 +10,7 @@ trial knows of its progress is read from there.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -225,8 +225,8 @@ class Trial:
             )
         settings = replace(
             new,
-            arms=tuple(in_order([*old.arms, *new.arms])),
-            seeds=tuple(sorted({*old.seeds, *new.seeds})),
+            arms=in_order([*old.arms, *new.arms]),
+            seeds=sorted({*old.seeds, *new.seeds}),
             scales={**old.scales, **new.scales},
             search=old.search if 'search' in old.arms else new.search,
             reference=reference or old.reference,
@@ -251,7 +251,7 @@ class Trial:
     def write(self) -> None:
         """Writes `trial.yaml` and `shared.yaml`."""
         write_text(self.folder / _SHARED_FILE, yaml.safe_dump(self.shared, sort_keys=False))
-        write_text(self.folder / _SETTINGS_FILE, yaml.safe_dump(self.settings.as_yaml(), sort_keys=False))
+        write_text(self.folder / _SETTINGS_FILE, yaml.safe_dump(asdict(self.settings), sort_keys=False))
 
 
 def open_trial(folder: Path) -> Trial:

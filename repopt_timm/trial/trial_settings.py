@@ -4,7 +4,7 @@ import argparse
 import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,9 @@ _TUNING_SEED = 1000
 
 # What `trial.yaml` holds in numbers, whatever YAML takes an edited line for.
 _READERS: dict[str, Callable[[Any], Any]] = {
-    'arms': tuple,
-    'seeds': lambda values: tuple(map(int, values)),
-    'lrs': lambda values: tuple(map(float, values)),
+    'arms': list,
+    'seeds': lambda values: list(map(int, values)),
+    'lrs': lambda values: list(map(float, values)),
     'lr': lambda value: None if value is None else float(value),
     'holdout': float,
     'tuning_epochs': int,
@@ -67,9 +67,9 @@ class TrialSettings:
     """
 
     model: str
-    arms: tuple[str, ...]
-    seeds: tuple[int, ...]
-    lrs: tuple[float, ...]
+    arms: list[str]
+    seeds: list[int]
+    lrs: list[float]
     lr: float | None
     holdout: float
     tuning_epochs: int
@@ -98,10 +98,6 @@ class TrialSettings:
             raise ValueError(f"'{path}' is damaged: {error}.") from None
         return found
 
-    def as_yaml(self) -> dict[str, Any]:
-        """Returns plain values, which YAML and JSON can have."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
 
 def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Parses the command line of `repopt-timm trial`.
@@ -116,7 +112,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         prog='repopt-timm trial',
         description='Train a network in several ways, with paired seeds, and report whether they differ.',
         epilog='All other arguments of `repopt-timm train` go to each run, such as --epochs (here 10 by default), '
-        f'--batch-size or --model-kwargs, but for what the trial sets: {", ".join(sorted(_NOT_SHARED))}.',
+        '--batch-size or --model-kwargs, but for those that make an arm or a run, such as --opt or --seed.',
         allow_abbrev=False,
     )
     number, rate = positive(int), positive(float)
@@ -125,7 +121,12 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         add('model', nargs='?', help='plain network, such as repopt_vgg_a0, or any timm model'),
         add('-c', '--config', metavar='FILE', help='YAML file of training arguments, or the name of a shipped one'),
         add('--data', metavar='DIR', help='path to dataset: image folders, or .tar files'),
-        add('--arms', nargs='+', metavar='ARM', help=f'ways to train: {", ".join(ARMS)}, or NAMEs of --scales [all]'),
+        add(
+            '--arms',
+            nargs='+',
+            metavar='ARM',
+            help=f'ways to train: {", ".join(ARMS)}, or NAMEs of --scales [all that there can be but unit_branches]',
+        ),
         add('--seeds', type=number, default=3, metavar='N', help='number of seeds of each arm'),
         add('--first-seed', type=int, default=0, metavar='N', help='the first of them'),
         add(
@@ -185,16 +186,16 @@ def read_settings(args: argparse.Namespace, model: str, epochs: int) -> TrialSet
     """
     scales = _given_scales(args.scales)
     arms = arms_of(model, args.arms, scales, args.search)
-    seeds = tuple(range(args.first_seed, args.first_seed + args.seeds))
+    seeds = list(range(args.first_seed, args.first_seed + args.seeds))
     if args.lr is None and _TUNING_SEED in seeds:
         raise ValueError(f'--first-seed: learning rates are chosen with the seed {_TUNING_SEED}; take other seeds.')
     if args.holdout >= 1:
         raise ValueError(f'--holdout is {args.holdout}, expected a share below 1.')
     settings = TrialSettings(
         model=model,
-        arms=tuple(arms),
+        arms=arms,
         seeds=seeds,
-        lrs=tuple(sorted(set(args.lrs))),
+        lrs=sorted(set(args.lrs)),
         lr=args.lr,
         holdout=args.holdout,
         tuning_epochs=args.tuning_epochs or epochs,

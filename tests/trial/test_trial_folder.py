@@ -129,7 +129,7 @@ def test_an_argument_that_an_older_folder_lacks_had_its_default(trial, trained):
 def test_a_folder_in_which_nothing_has_trained_takes_other_arguments(trial):
     trial('--lr', '0.1', '--arms', 'init', '--epochs', '3')
     found = open_trial(trial('--lr', '0.2', '--arms', 'sgd', '--batch-size', '7').folder)
-    assert (found.settings.arms, found.settings.lr, found.shared['batch_size']) == (('sgd',), 0.2, 7)
+    assert (found.settings.arms, found.settings.lr, found.shared['batch_size']) == (['sgd'], 0.2, 7)
 
 
 def test_a_network_that_cannot_be_made_changes_nothing(images, trained, tmp_path, capsys):
@@ -157,7 +157,7 @@ def test_arms_without_a_search_leave_what_the_search_was(trial, trained):
     folder = trained('--lr', '0.1', '--arms', 'sgd', 'search', '--search', '3').folder
     trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5')
     found = open_trial(folder).settings
-    assert (found.arms, found.search, len(found.seeds)) == (('sgd', 'search'), 3, 5)
+    assert (found.arms, found.search, len(found.seeds)) == (['sgd', 'search'], 3, 5)
     with pytest.raises(ValueError, match='search 3 -> 4'):
         trial('--lr', '0.1', '--arms', 'search', '--search', '4')
 
@@ -168,7 +168,7 @@ def test_given_scales_have_an_arm_each(trial, trained):
     given = {arm: made.training(arm, 0, 0.1).arguments.get('scales') for arm in made.settings.arms}
     assert given == {'sgd': None, 'scales': 'mine.safetensors', 'published': 'b1.csv'}
     trial('--lr', '0.1', '--scales', 'third=c.csv')
-    assert open_trial(made.folder).settings.arms[-3:] == ('scales', 'published', 'third')
+    assert open_trial(made.folder).settings.arms[-3:] == ['scales', 'published', 'third']
     assert open_trial(made.folder).settings.scales['published'] == 'b1.csv'
     with pytest.raises(ValueError, match=r'published.*b1\.csv.* -> .*b2\.csv'):
         trial('--lr', '0.1', '--scales', 'published=b2.csv')

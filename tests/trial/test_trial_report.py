@@ -196,6 +196,16 @@ def test_budgets_are_compared_at_equal_wall_time(trial):
 
 
 @pytest.mark.filterwarnings('error')
+def test_a_report_is_made_before_the_first_validation(trial):
+    made = trial('--arms', 'sgd', 'repopt', '--epochs', '2', '--lr', '0.1', '--seeds', '1')
+    folder = made.training('sgd', 0, 0.1).folder
+    folder.mkdir(parents=True)
+    (folder / 'summary.csv').write_text('epoch,train_loss\n1,2.0\n')
+    assert '1 of 1 runs of sgd are not finished' in report(made)
+    reports(made, trial('--lr', '0.1', folder='other'))
+
+
+@pytest.mark.filterwarnings('error')
 def test_a_report_before_the_first_run_is_without_warnings(trial, caplog):
     made = trial('--arms', 'sgd', 'repopt')
     assert '3 of 3 runs of sgd are not finished.' in report(made)
