@@ -47,6 +47,8 @@ def _run(argv: list[str]) -> None:
     # These have a way of their own to read arguments.
     if name in ('train', 'quickstart'):
         module.main(argv[1:], name)
+    elif name == 'trial':
+        module.main(argv[1:])
     elif name == 'run':
         module.run_script(argv[1:])
     else:
