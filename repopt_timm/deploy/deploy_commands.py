@@ -10,7 +10,7 @@ from typing import Any
 
 from ..files import check_output, write_text
 from ..reporting import add_command, positive, print_result
-from ..train.schema import INTERPOLATIONS
+from ..train.arguments import INTERPOLATIONS
 from .channel_health import health_warnings, kernel_outliers
 from .equalization import describe
 from .evaluation import UNSTEADY, evaluate

@@ -141,6 +141,7 @@ def make_loaders(
         vflip=args.vflip,
         color_jitter=args.color_jitter,
         auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats,
         interpolation=args.train_interpolation,
         collate_fn=collate_mixup,
         **common,
