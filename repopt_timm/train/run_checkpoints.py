@@ -14,7 +14,7 @@ import torchvision
 from timm.utils import get_state_dict, unwrap_model
 
 from ..checkpoints.read import read_checkpoint
-from ..errors import explaining
+from ..errors import explaining, reason_of
 from ..files import replacing
 from ..reparam import carried_scales, kind_of
 from ..reporting import package_versions
@@ -270,23 +270,25 @@ def restore(state: TrainState, checkpoint: dict[str, Any], source: str, override
     Raises:
         ValueError: If the checkpoint lacks something that the run needs to go on, or is of another model or optimizer.
     """
-    groups = state.optimizer.param_groups
-    wanted = [{name: value for name, value in group.items() if name != 'params'} for group in groups]
-    with explaining(
-        f"'{source}' does not hold the state of this run; resume with the arguments of that run, or start a new one "
-        f'with --initial-checkpoint'
-    ):
+    optimizer = state.optimizer
+    wanted = [{name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups]
+    try:
         unwrap_model(state.model).load_state_dict(checkpoint['state_dict'])
-        lacking = set().union(*groups) - set().union(*checkpoint['optimizer']['param_groups']) - _NOT_OF_ALL_VERSIONS
-        if lacking:
+        saved = checkpoint['optimizer']['param_groups']
+        if lacking := set().union(*wanted) - set().union(*saved) - _NOT_OF_ALL_VERSIONS:
             raise KeyError(f'its optimizer has no {", ".join(sorted(lacking))}')
-        state.optimizer.load_state_dict(checkpoint['optimizer'])
+        optimizer.load_state_dict(checkpoint['optimizer'])
         if state.ema is not None:
             unwrap_model(state.ema).load_state_dict(checkpoint['state_dict_ema'])
         if state.scaler is not None:
             state.scaler.load_state_dict(checkpoint['amp_scaler'])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"'{source}' does not hold the state of this run ({reason_of(error)}): resume with the arguments of that "
+            f'run, or start a new one with --initial-checkpoint.'
+        ) from None
     if override:
-        for group, values in zip(groups, wanted):
+        for group, values in zip(optimizer.param_groups, wanted):
             group.update(values)
     state.history, state.times = checkpoint['history'], checkpoint.get('times', [])
 

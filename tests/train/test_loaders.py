@@ -62,17 +62,3 @@ def test_a_run_with_cached_images_ends_with_the_same_bits(arguments, tmp_path):
     for name, extra in (('plain', []), ('cached', ['--cache-images'])):
         main(arguments('--scales', 'initial', '--epochs', '2', *extra, experiment=name))
     assert_same_bits(read(tmp_path / 'plain')['state_dict'], read(tmp_path / 'cached')['state_dict'])
-
-
-@pytest.mark.parametrize(
-    ('extra', 'words'),
-    [
-        (['--train-images', '99'], 'there are 48 training images: lower it'),
-        (['--train-images', '40', '--holdout', '0.25'], 'there are 36 training images beside the 12 of --holdout'),
-        (['--holdout', '0.001'], 'leaves one part empty'),
-        (['--cache-images', '--workers', '2'], 'needs --workers 0'),
-    ],
-)
-def test_a_part_that_cannot_be_is_refused(arguments, extra, words):
-    with pytest.raises(ValueError, match=words):
-        main(arguments('--scales', 'initial', *extra))
