@@ -10,8 +10,8 @@ from .optim import RepOptAdamW, RepOptSGD, build_repopt_sgd, clip_grad_norm_
 from .publish import push_to_hub, save_pretrained
 from .reparam import (
     ConvPrior,
-    CSLAConv2d,
     GradMults,
+    Scales,
     attach_scales,
     csla,
     hyper_search,
@@ -22,13 +22,11 @@ from .reparam import (
     refused_convs,
     repvgg_prior,
 )
-from .scales import Scales
 from .sources import load_scales
 
 __version__ = '0.1.0'
 
 __all__ = [
-    'CSLAConv2d',
     'ConvPrior',
     'GradMults',
     'RepOptAdamW',

@@ -17,8 +17,7 @@ from .deploy.image_folder import ImageFolder
 from .models import ensure_registered, resolve_model
 from .models.timm_twins import plain_first_conv
 from .names import PREFIX, ModelName
-from .reparam import prepare
-from .reparam.convolutions import multi_branch_blocks
+from .reparam import multi_branch_blocks, prepare
 from .weights_origin import note_merged
 
 __all__ = ['is_multi_branch_source', 'merge_trained']

@@ -25,9 +25,7 @@ from .model_size import size_of
 from .models import RepOptVgg
 from .models.strided_byobnet import stated_arguments
 from .plot import plot_curves
-from .reparam import kind_of
-from .reparam.modules import uncompiled_name, unwrap
-from .reparam.shards import is_sharded
+from .reparam import is_sharded, kind_of, uncompiled_name, unwrap
 from .scales import Scales
 from .sources import ScalesSource, load_scales
 from .trained_scales import arguments_of

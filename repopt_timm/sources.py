@@ -14,9 +14,7 @@ from .cards.format import METADATA_KEY
 from .cards.transfer import HUB_PREFIX, HubFileNotFoundError, cached_files, download, parse_hub_source
 from .errors import explaining
 from .names import ModelName
-from .reparam import network_name
-from .reparam.initialization import ScalesMapping, branch_counts
-from .reparam.modules import modules_of, unwrap
+from .reparam import network_name, scales_for
 from .resources import shipped_repositories
 from .scales import Scales, read_scale_file
 from .scales.published import PUBLISHED, find_published, published_table, read_published
@@ -52,7 +50,7 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
     if isinstance(source, Mapping) and not isinstance(source, Scales):
         if model is None:
             raise ValueError('A mapping of scales needs the model that it is for: load_scales(mapping, model).')
-        return _scales_of_mapping(source, model).for_model(model)
+        return scales_for(model, source)
     if not isinstance(source, Scales | str | os.PathLike):
         raise ValueError(
             f"scales={source!r:.80} is a {type(source).__name__}, expected a file, a folder, 'hf-hub:user/repo', "
@@ -89,13 +87,6 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
     else:
         scales = _read_local(Path(source), None if model is None else network_name(model))
     return scales if model is None else scales.for_model(model)
-
-
-def _scales_of_mapping(mapping: ScalesMapping, model: nn.Module) -> Scales:
-    found = Scales(network_name(model), mapping)
-    modules = modules_of(unwrap(model))
-    counts = {name: branch_counts(mapping, name, modules.get(name)) for name in found}
-    return Scales(found.architecture, found, counts=counts)
 
 
 def _read_local(path: Path, architecture: str | None) -> Scales:

@@ -30,6 +30,11 @@ def spread(initial: Scales) -> Scales:
     return Scales(initial.architecture, modules, initial.geometry, initial.counts)
 
 
+def counted_scales(model: torch.nn.Module, prior=None) -> Scales:
+    """Random scales for the branches that a prior gives a network."""
+    return spread(Scales.initial(model, prior))
+
+
 def tiny_model(kind: str = '', **kwargs) -> torch.nn.Module:
     kwargs.setdefault('num_classes', 5)
     return timm.create_model(TINY + kind, **kwargs)
@@ -45,10 +50,17 @@ def save_unknown_twin(name: str, folder: Path) -> torch.nn.Module:
     return model
 
 
-def relative_difference(first: torch.nn.Module, second: torch.nn.Module) -> float:
-    """Largest relative difference of a parameter or buffer, in the 2-norm; NaN if one is."""
+def relative_difference(first: torch.nn.Module, second: torch.nn.Module, smallest: float = 0.0) -> float:
+    """Largest relative difference of a parameter or buffer, in the 2-norm; NaN if one is.
+
+    Tensors whose norm is `smallest` at most do not count: a bias in front of a BatchNorm stays zero but for rounding.
+    """
     pairs = zip(first.state_dict().values(), second.state_dict().values())
-    found = [(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in pairs if a.is_floating_point()]
+    found = [
+        (a - b).norm() / b.norm().clamp(min=1e-30)
+        for a, b in pairs
+        if a.is_floating_point() and not b.norm() <= smallest
+    ]
     return torch.stack(found).max().item()
 
 

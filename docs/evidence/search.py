@@ -40,7 +40,7 @@ def faster_scales(factor: float) -> Make:
     def make(args: argparse.Namespace, dataset: Any, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
         def groups(model: nn.Module) -> list[dict[str, Any]]:
             named = dict(model.named_parameters())
-            scales = {name for name in named if name.endswith('.scale')}
+            scales = {name for name in named if '.scales.' in name}
             flat = {name for name, parameter in named.items() if parameter.ndim < 2 and name not in scales}
             return [
                 {'params': [named[name] for name in named if name not in scales | flat]},
@@ -57,7 +57,7 @@ def layer_wise(args: argparse.Namespace, dataset: Any, device: torch.device) -> 
     """Makes a search model with one scale for each branch: its channels share their gradients."""
     model = make_model(args, None, dataset, device)
     for name, parameter in model.named_parameters():
-        if name.endswith('.scale'):
+        if '.scales.' in name:
             parameter.register_hook(lambda grad: grad.sum().expand_as(grad))
     return model, {}
 

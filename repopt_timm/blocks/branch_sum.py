@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..reparam.convolutions import refusal
+from ..reparam import refusal
 
 __all__ = ['BranchSum', 'InitialValue', 'MakePlain', 'Part', 'Reader', 'normalized']
 

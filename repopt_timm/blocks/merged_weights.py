@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..reparam.branches import Branch, embed
+from ..reparam import Branch, embed
 from .branch_sum import BranchSum, Part
 
 __all__ = ['load_merged_', 'scale_of']

@@ -5,8 +5,7 @@ from typing import Any
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from ..reparam import CSLAConv2d
-from ..reparam.initialization import drop_scales
+from ..reparam import branches_of, drop_scales, merge_branches
 
 __all__ = ['PlainBlock', 'fold']
 
@@ -42,8 +41,8 @@ class PlainBlock(nn.Sequential):
 
 def fold(block: Any) -> None:
     """Folds `block.bn` into `block.conv`, in place, which drops its scales; branches are merged first."""
-    if isinstance(block.conv, CSLAConv2d):
-        block.conv = block.conv.to_conv()
+    if branches_of(block.conv):
+        merge_branches(block.conv)
     conv, norm = block.conv, block.bn
     # Also those of a frozen or synchronized BatchNorm, which is of another class.
     mean, variance, eps = (getattr(norm, name, None) for name in ('running_mean', 'running_var', 'eps'))

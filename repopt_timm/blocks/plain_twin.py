@@ -7,9 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..reparam import ConvPrior, resolve_prior
-from ..reparam.convolutions import keep_branches, multi_branch_blocks
-from ..reparam.twins import replace_modules, take_over_hooks
+from ..reparam import ConvPrior, keep_branches, multi_branch_blocks, resolve_prior
 from . import (
     byobnet_blocks,
     fastvit_blocks,
@@ -40,6 +38,19 @@ READERS = {f'timm.models.{file}.{name}': reader for file, each in _FAMILIES.item
 KEPT = {f'timm.models.fastvit.{name}': reason for name, reason in fastvit_blocks.KEPT.items()}
 KEPT |= {f'timm.models.{name}': reason for name, reason in residual_blocks.KEPT.items()}
 """Class of a block that keeps its branches, to the reason."""
+
+
+_HOOKS = (
+    '_backward_hooks',
+    '_backward_pre_hooks',
+    '_forward_hooks',
+    '_forward_hooks_always_called',
+    '_forward_hooks_with_kwargs',
+    '_forward_pre_hooks',
+    '_forward_pre_hooks_with_kwargs',
+    '_state_dict_hooks',
+    '_state_dict_pre_hooks',
+)
 
 
 class BlockReport(NamedTuple):
@@ -202,3 +213,22 @@ def _carry_prior(twin: nn.Module, sums: Mapping[str, BranchSum]) -> None:
         prior[name] = source.counts if source.initial is None else ConvPrior(source.counts, source.initial(twin, name))
     for name, each in (resolve_prior(twin, prior) if prior else {}).items():
         each.put_on(twin.get_submodule(name))  # type: ignore[arg-type]
+
+
+def take_over_hooks(old: nn.Module, new: nn.Module) -> None:
+    """Gives a module the hooks of the one whose place it takes."""
+    for name in _HOOKS:
+        if hasattr(old, name):
+            getattr(new, name).update(getattr(old, name))
+    new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def replace_modules(model: nn.Module, converted: Mapping[nn.Module, nn.Module]) -> nn.Module:
+    """Replaces modules wherever they are used; a shared one stays shared."""
+    if model in converted:
+        return converted[model]
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and child in converted:
+                parent._modules[name] = converted[child]
+    return model

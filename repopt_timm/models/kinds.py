@@ -14,8 +14,7 @@ from torch import nn
 
 from .. import reparam
 from ..names import ModelName
-from ..reparam import CSLAConv2d, convert_, prepare, repvgg_prior
-from ..reparam.modules import name_as_part
+from ..reparam import Branches, convert_, name_as_part, prepare, repvgg_prior
 from ..sources import ScalesSource, load_scales, scales_beside_weights
 
 __all__ = [
@@ -28,7 +27,7 @@ __all__ = [
     'to_plain',
 ]
 
-register_notrace_module(CSLAConv2d)
+register_notrace_module(Branches)
 
 
 def name_features(features: Any, architecture: str, names: dict[str, str]) -> nn.Module:
@@ -106,7 +105,7 @@ def to_plain(twin: nn.Module) -> nn.Module:
     if isinstance(config, dict) and 'architecture' in config:
         first_conv = config.get('first_conv')
         if isinstance(first_conv, tuple | list):
-            first_conv = first_conv[0].partition('.branches.')[0]
+            first_conv = first_conv[0].partition('.parametrizations.')[0]
         name = ModelName.parse(config['architecture']).architecture
         plain.pretrained_cfg = plain.default_cfg = {**config, 'architecture': name, 'first_conv': first_conv}
         if hasattr(plain, '_traits'):

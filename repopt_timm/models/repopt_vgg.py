@@ -27,8 +27,7 @@ from ..architectures import ARCHITECTURES, Architecture
 from ..blocks.plain_block import fold
 from ..checkpoints.packing import unpack
 from ..names import KINDS, ModelName
-from ..reparam import ConvPrior, CSLAConv2d, carried_scales, stage_scale
-from ..reparam.prior import repvgg_branches
+from ..reparam import ConvPrior, branches_of, carried_scales, repvgg_branches, stage_scale
 from ..scales import Scales
 from ..sources import IMPLIED, ScalesSource, load_scales
 from ..weights_origin import forget_origin, note_merged
@@ -164,7 +163,7 @@ class RepOptVgg(RepVgg):
     @property
     def scales(self) -> Scales | None:
         """The scales of an `_hs` or `_csla` model, or what a plain one carries; None without any."""
-        if carried_scales(self) or any(isinstance(m, CSLAConv2d) and m.has_scales for m in self.modules()):
+        if carried_scales(self) or any(b.complete for m in self.modules() if (b := branches_of(m))):
             return Scales.from_model(self)
         return None
 
@@ -204,7 +203,7 @@ class RepOptVgg(RepVgg):
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Names of the trainable scales, which are never decayed."""
-        return {name for name, _ in self.named_parameters() if name.endswith('.scale')}
+        return {name for name, _ in self.named_parameters() if '.scales.' in name}
 
 
 def _create_repopt_vgg(
@@ -271,8 +270,8 @@ def _restore(state_dict: dict[str, Tensor], model: Any, implied: bool) -> dict[s
 
 _FIRST_CONV = {
     'target': 'stem.conv',
-    'hs': ('stem.conv.branches.1x1', 'stem.conv.branches.kxk'),
-    'csla': ('stem.conv.branches.1x1', 'stem.conv.branches.kxk'),
+    'hs': None,
+    'csla': None,
     'branches': ('stem.conv_1x1.conv', 'stem.conv_kxk.conv'),
 }
 

@@ -15,8 +15,7 @@ from torch import nn
 
 from ..blocks import PlainBlock, implied_scales, plain_twin
 from ..names import KINDS, MULTI_BRANCH, PREFIX, ModelName
-from ..reparam import CSLAConv2d, network_name, repvgg_prior
-from ..reparam.convolutions import multi_branch_blocks
+from ..reparam import branches_of, multi_branch_blocks, network_name, repvgg_prior
 from ..sources import IMPLIED, ScalesSource
 from ..weights_origin import forget_origin, note_merged
 from .kinds import ModelArgsWithoutScales, make_kind, name_features, refuse_scales, register_kinds, requested_scales
@@ -222,9 +221,7 @@ def plain_first_conv(model: nn.Module, names: Any) -> Any:
         if isinstance(modules.get(block), PlainBlock):
             name = names = f'{block}.conv'
     conv = modules.get(name)
-    if not isinstance(conv, CSLAConv2d):
-        return names
-    return tuple(f'{name}.branches.{branch}' for branch in conv.branches if branch != 'identity')
+    return names if conv is None or branches_of(conv) is None else None
 
 
 def _state_constructed_strides(plain: nn.Module, create: Callable[..., nn.Module], kwargs: dict[str, Any]) -> None:

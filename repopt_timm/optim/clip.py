@@ -1,14 +1,13 @@
 """Gradient clipping that keeps the equivalence with the CSLA network."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ..reparam import GradMult, GradMults
-from .base import gradient
-from .chunks import rows_of
-from .sharding import sum_over_shards
+from ..reparam import GradMults, is_sharded
 
 __all__ = ['clip_grad_norm_']
 
@@ -38,7 +37,7 @@ def clip_grad_norm_(
 
     Raises:
         ValueError: If the Grad Mults are those of another update rule, or of none of the kernels.
-        RuntimeError: If a gradient is sparse, or the norm is not finite and `error_if_nonfinite` is set.
+        RuntimeError: If the norm is not finite and `error_if_nonfinite` is set.
     """
     if grad_mults.update_rule != 'sgd':
         raise ValueError(
@@ -46,26 +45,6 @@ def clip_grad_norm_(
             f"with make_grad_mults(model, update_rule='sgd'), for every optimizer."
         )
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    _check_kernels(parameters, grad_mults)
-    parameters = [param for param in parameters if param.grad is not None]
-    if not parameters:
-        return torch.tensor(0.0)
-    plain = [param for param in parameters if param not in grad_mults]
-    squares = [(param, norm.square()) for param, norm in zip(plain, _norms([gradient(param) for param in plain]))]
-    for param in parameters:
-        if param in grad_mults:
-            grad = gradient(param)
-            of_rows = [_square(rows.of(grad), rows.mult) for rows in rows_of(param, grad_mults[param])]
-            # This process may hold none of a kernel's rows.
-            squares += [(param, square) for square in of_rows or [grad.new_zeros((), dtype=torch.float32)]]
-    total_norm = sum_over_shards(*zip(*squares)).sqrt()
-    if error_if_nonfinite and not torch.isfinite(total_norm):
-        raise RuntimeError(f'The CSLA norm of the gradients is {total_norm.item()}, so they cannot be clipped.')
-    torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, total_norm, foreach=foreach)
-    return total_norm
-
-
-def _check_kernels(parameters: Sequence[Tensor], grad_mults: GradMults) -> None:
     kernels = [param for param in parameters if param.ndim == 4]
     if kernels and len(grad_mults) and not any(param in grad_mults for param in kernels):
         raise ValueError(
@@ -73,18 +52,12 @@ def _check_kernels(parameters: Sequence[Tensor], grad_mults: GradMults) -> None:
             f'Grad Mult, so that the norm would be the plain one. Make the Grad Mults from the very model whose '
             f'parameters these are, or clip with torch.nn.utils.clip_grad_norm_.'
         )
-
-
-def _square(grad: Tensor, mult: GradMult) -> Tensor:
-    if grad.dtype != mult.taps.dtype:
-        # Squares of small float16 gradients are zero in float16.
-        grad = grad.to(torch.promote_types(grad.dtype, mult.taps.dtype))
-    return mult.multiply(grad).mul_(grad).sum()
-
-
-def _norms(grads: list[Tensor]) -> list[Tensor]:
-    if any(grad.is_sparse for grad in grads):
-        raise RuntimeError('clip_grad_norm_ does not support sparse gradients: clip the other parameters.')
-    exact = [torch.promote_types(grad.dtype, torch.float32) for grad in grads]
-    alike = len(set(exact)) == 1
-    return list(torch._foreach_norm(grads, 2, exact[0])) if alike else [grad.double().norm() for grad in grads]
+    grads = []
+    for param in parameters:
+        if param.grad is not None:
+            # In the mask's float32: squares of small float16 gradients are zero in float16.
+            grads.append(param.grad * grad_mults[param].sqrt() if param in grad_mults else param.grad)
+    total_norm: Any = get_total_norm(grads, 2.0, error_if_nonfinite, foreach)
+    total_norm = total_norm.full_tensor() if is_sharded(total_norm) else total_norm
+    clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
+    return total_norm

@@ -1,32 +1,31 @@
 """RepOptSGD: SGD with Grad Mults, which trains a plain model as SGD trains its CSLA counterpart."""
 
-from typing import Any, ClassVar
+import inspect
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 from torch.optim.optimizer import ParamsT
-from torch.optim.sgd import sgd
 
-from ..reparam import GradMult, GradMults, make_grad_mults, prepare
-from ..reparam.initialization import ScalesMapping
-from .base import GradMultOptimizer, Update, as_scalars, gradient, gradients
-from .chunks import multiply
-from .compiled import compiled, sgd_updates
-from .sharding import local
+from ..reparam import GradMults, make_grad_mults, prepare
+from ..reparam.twins import ScalesMapping
+from .base import GradMultOptimizer
 
 __all__ = ['RepOptSGD', 'build_repopt_sgd']
+
+# Once there is an SGD, torch has wrapped `SGD.step` in hooks and a profiler; RepOptSGD's step has its own.
+_sgd_step = inspect.unwrap(SGD.step)
 
 
 class RepOptSGD(GradMultOptimizer, SGD):
     """SGD that multiplies each kernel's gradient with its Grad Mult, before weight decay and momentum.
 
-    `ReferenceRepOptSGD` in `reference.py` does the same in ten lines; read it first.
-
     Exactly equivalent to `torch.optim.SGD` on the CSLA network (section 3.3 of arXiv 2205.15242) for any learning rate,
     momentum, Nesterov and dampening, and for weight decay if all branches are decayed.
 
-    A step works in memory of 9 * 2^17 elements on a CPU, 2^25 on CUDA.
+    After `step`, `p.grad` of a kernel holds the product, as torch's fused kernels leave unscaled gradients in it.
 
     Args:
         params: Parameters or groups, as for `torch.optim.SGD`; those without a Grad Mult are updated as usual, also in
@@ -39,12 +38,8 @@ class RepOptSGD(GradMultOptimizer, SGD):
         grad_mults: What `make_grad_mults(model)` returned for the model whose parameters these are.
         maximize: Maximize instead of minimize.
         foreach: Use torch's multi-tensor implementation.
-        differentiable: Let autograd record the step.
-        fused: Use torch's fused implementation; the default on devices that have one, unless `foreach` is given. On a
-            CPU half-precision parameters go without: torch's before 2.14 does not update them.
-        compiled: Update kernels with code that `torch.compile` makes at the first step: one graph, one pass over
-            memory, at the price of 10 to 30 s and of the compiler that it needs.
-        dense: Keep Grad Mults as masks of the kernels' size: as much memory as the kernels, and few launches on CUDA.
+        fused: Use torch's fused implementation; the default on a CPU and on CUDA, unless `foreach` is given. On a CPU
+            half-precision parameters go without: torch's before 2.14 does not update them.
 
     Raises:
         ValueError: If the Grad Mults are missing, belong to other parameters or to another update rule, or if a
@@ -55,10 +50,6 @@ class RepOptSGD(GradMultOptimizer, SGD):
     """
 
     update_rule = 'sgd'
-    _places = 1
-    _not_fused: ClassVar[dict[str, tuple[torch.dtype, ...]]] = {'cpu': (torch.bfloat16, torch.float16)}
-    _settings = ('lr', 'momentum', 'dampening', 'weight_decay', 'nesterov', 'maximize', 'foreach')
-    _compiler_settings: ClassVar[dict[str, Any]] = {'foreach': True, 'fused': False}
 
     def __init__(
         self,
@@ -72,73 +63,29 @@ class RepOptSGD(GradMultOptimizer, SGD):
         grad_mults: GradMults | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
-        differentiable: bool = False,
         fused: bool | None = None,
-        compiled: bool = False,
-        dense: bool = False,
     ):
         super().__init__(
-            params,
-            lr,
-            momentum,
-            dampening,
-            weight_decay,
-            nesterov,
-            maximize=maximize,
-            foreach=foreach,
-            differentiable=differentiable,
-            fused=fused,
+            params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach, fused=fused
         )
-        self._set_up(grad_mults, compiled, dense)
+        self.take_grad_mults(grad_mults)
 
-    def _updates_of(self, settings: dict[str, Any], params: list[Tensor], whole: bool) -> list[Update]:
-        fresh: set[Tensor] = set()
-        if settings['momentum'] != 0:
-            fresh = {param for param in params if self.state[param].get('momentum_buffer') is None}
-            for param in fresh:
-                self.state[param]['momentum_buffer'] = torch.zeros_like(param)
-        # Torch's kernels take one dampening for a whole list, and nothing dampens a momentum's first step.
-        return [
-            *self._updates_alike({**settings, 'dampening': 0.0}, [param for param in params if param in fresh], whole),
-            *self._updates_alike(settings, [param for param in params if param not in fresh], whole),
-        ]
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Makes one step.
 
-    def _updates_alike(self, settings: dict[str, Any], params: list[Tensor], whole: bool) -> list[Update]:
-        def buffer(param: Tensor) -> Tensor | None:
-            return self._state_of(param, 'momentum_buffer')
-
-        plain = [param for param in params if param not in self.grad_mults]
-        grads = gradients(plain, settings['fused'])
-        updates: list[Update] = [(_update, (settings, list(map(local, plain)), grads, list(map(buffer, plain))))]
-        for chunk in self._chunks(params, whole):
-            kernels, grads, buffers = (chunk.each(get) for get in (local, gradient, buffer))
-            if self._compiled:
-                parts = [self._parts_of(rows.param) for rows in chunk.rows]
-                names = ('lr', 'momentum', 'dampening', 'weight_decay')
-                scalars = as_scalars({name: settings[name] for name in names}, kernels[0])
-                scalars.update(nesterov=settings['nesterov'], maximize=settings['maximize'])
-                kernels = [kernel.detach() for kernel in kernels]
-                updates.append((compiled(sgd_updates), (kernels, grads, buffers, parts, scalars)))
-            else:
-                arguments = (settings, kernels, grads, buffers, chunk.mults, *chunk.places)
-                updates.append((_update_kernels, arguments))
-        return updates
-
-
-def _update_kernels(
-    settings: dict[str, Any],
-    kernels: list[Tensor],
-    grads: list[Tensor],
-    buffers: list[Tensor | None],
-    mults: list[GradMult],
-    place: list[Tensor] | None = None,
-) -> None:
-    _update(settings, kernels, multiply(mults, grads, place), buffers)
-
-
-def _update(settings: dict[str, Any], params: list[Tensor], grads: list[Tensor], buffers: list[Tensor | None]) -> None:
-    if params:
-        sgd(params, grads, buffers, has_sparse_grad=any(grad.is_sparse for grad in grads), **settings)
+        Args:
+            closure: Evaluates the model again and returns the loss.
+        """
+        loss = self._evaluate(closure)
+        self._multiply()
+        for group in self.param_groups:
+            for param in group['params'] if group['fused'] and group['momentum'] and not group['dampening'] else ():
+                # Torch's fused kernels fail if a parameter has its first gradient later than others.
+                if param.grad is not None and self.state[param].get('momentum_buffer') is None:
+                    self.state[param]['momentum_buffer'] = torch.zeros_like(param)
+        _sgd_step(self)
+        return loss
 
 
 def build_repopt_sgd(

@@ -2,27 +2,36 @@
 
 from typing import Any
 
-from torch import nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor, nn
 
-__all__ = ['modules_of', 'name_as_part', 'uncompiled_name', 'unwrap']
-
+__all__ = ['is_sharded', 'modules_of', 'name_as_part', 'network_name', 'pair', 'uncompiled_name', 'unwrap', 'whole']
 
 _NAMES_ATTRIBUTE = 'repopt_names'
-_PARALLEL_OR_AVERAGED = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
-_AVERAGED_OF_TIMM = ('ModelEmaV2', 'ModelEmaV3')
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Returns the network inside of wrappers for compilation, parallel training and averages of weights."""
+    """Returns the network inside of wrappers for compilation, parallel training and averages of weights.
+
+    A wrapper is a module whose only child is called `module`, or what `torch.compile` returns.
+    """
     inner: Any = model
     while True:
         if hasattr(inner, '_orig_mod'):
             inner = inner._orig_mod
-        elif isinstance(inner, _PARALLEL_OR_AVERAGED) or type(inner).__name__ in _AVERAGED_OF_TIMM:
+        elif [name for name, _ in inner.named_children()] == ['module'] and not isinstance(inner, nn.ModuleDict):
             inner = inner.module
         else:
             return inner
+
+
+def network_name(model: nn.Module) -> str:
+    """Returns the name of a network: the name of its architecture in timm, else its class's."""
+    inner: Any = unwrap(model)
+    name = getattr(inner, 'architecture', None)
+    if not isinstance(name, str):
+        config = getattr(inner, 'pretrained_cfg', None)
+        name = config.get('architecture') if isinstance(config, dict) else None
+    return name or type(inner).__name__
 
 
 def uncompiled_name(name: str) -> str:
@@ -35,13 +44,13 @@ def name_as_part(model: nn.Module, names: dict[str, str]) -> None:
 
     Args:
         model: The network, changed in place.
-        names: Child of `model` to its name in the other network, where that differs.
+        names: Child of `model` to its name in the other network, where the two differ.
     """
     setattr(model, _NAMES_ATTRIBUTE, names)
 
 
 def modules_of(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
-    """Returns name to module, in the network's order; compiled parts by the names that they have uncompiled.
+    """Returns name to module, in the network's order; compiled parts by their uncompiled names.
 
     Args:
         model: The network.
@@ -54,3 +63,20 @@ def modules_of(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.
             child, _, rest = uncompiled_name(name).partition('.')
             modules['.'.join(filter(None, (names.get(child, child), rest)))] = module
     return modules
+
+
+def pair(value: Any) -> tuple[int, int]:
+    """Returns height and width of a convolution's setting; a single number stands for both."""
+    numbers = [value] if isinstance(value, int) else value
+    return numbers[0], numbers[-1]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Returns whether a tensor is a DTensor, as `fully_shard` (FSDP2) makes of parameters."""
+    # Looking for the method spares an import that takes long and that not every build of torch has.
+    return hasattr(tensor, 'to_local')
+
+
+def whole(tensor: Any) -> Any:
+    """Gathers a DTensor, for which all processes have to call this; any other tensor is returned as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor

@@ -1,26 +1,31 @@
 """The structural prior of a plain network: which convolution has which branches, and what their scales start from.
 
-`l` and `n` count convolutions; deeper ones start with smaller scales, so that a sum of branches does not grow with
-depth (section 4.1 of arXiv 2205.15242).
+Deeper convolutions start with smaller scales, so that a sum of branches does not grow with depth (section 4.1 of arXiv
+2205.15242).
 """
 
 import logging
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .branches import BranchCounts, counted, make_branches
-from .convolutions import ConvPrior, RefusedConv, check_no_branches, conv_prior, pair, refusal
-from .modules import modules_of
+from .modules import modules_of, pair
 
 __all__ = [
+    'ConvPrior',
+    'FOLDING_CLASSES',
     'Prior',
-    'initial_scales',
+    'RefusedConv',
+    'conv_prior',
+    'keep_branches',
+    'log_convs_without',
+    'multi_branch_blocks',
+    'refusal',
     'refused_convs',
     'repvgg_branches',
     'repvgg_prior',
@@ -29,10 +34,49 @@ __all__ = [
     'stage_scale',
 ]
 
+_PRIOR_ATTRIBUTE = 'repopt_prior'
+_KEPT_ATTRIBUTE = 'repopt_keeps_branches'
+
+FOLDING_CLASSES: set[str] = set()
+"""Names of classes whose `fuse()` or `reparameterize()` has no branches to merge: it only folds normalization."""
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ConvPrior:
+    """The branches that a convolution has in a Hyper-Search.
+
+    Attributes:
+        branches: Branch name to count.
+        initial: Value that its scales start from.
+        stride: Stride that it was constructed with, where an `output_stride` has changed it since.
+    """
+
+    branches: dict[str, int]
+    initial: float = 1.0
+    stride: tuple[int, int] | None = None
+
+    def put_on(self, conv: nn.Conv2d) -> None:
+        """Lets the convolution carry the prior."""
+        setattr(conv, _PRIOR_ATTRIBUTE, self)
+
+
 Prior = Mapping[str, BranchCounts | ConvPrior] | Callable[[nn.Module], Mapping[str, BranchCounts | ConvPrior]]
 """Module name to branches, or a function that returns such a mapping for a model."""
 
-_logger = logging.getLogger(__name__)
+
+class RefusedConv(NamedTuple):
+    """A convolution that cannot have branches."""
+
+    name: str
+    type: str
+    reason: str
+
+
+def conv_prior(conv: nn.Module) -> ConvPrior | None:
+    """Returns the prior that a convolution carries, if any."""
+    return getattr(conv, _PRIOR_ATTRIBUTE, None)
 
 
 def stage_scale(index: int) -> float:
@@ -61,7 +105,8 @@ def repvgg_prior(model: nn.Module) -> dict[str, ConvPrior]:
 
     A model whose convolutions carry a prior, as those of RepOpt-VGG do, states its own, which is returned. In others,
     scales start at `sqrt(2 / (n + 1))`, where n = 1, 2, … counts the convolutions of a run of equal channels and stride
-    1, and starts again where one of them changes. What cannot be converted is logged; `refused_convs` lists it.
+    1, and starts again where one of them changes. Convolutions that cannot be converted are left out; `refused_convs`
+    lists them.
 
     Args:
         model: Any network.
@@ -72,31 +117,14 @@ def repvgg_prior(model: nn.Module) -> dict[str, ConvPrior]:
     Raises:
         ValueError: If the model has multi-branch blocks of its own, or no convolution that can be converted.
     """
-    refused = refused_convs(model)
-    refused_names = {each.name for each in refused}
-    convs = {name: conv for name, conv in _convs(model) if name not in refused_names}
-    if refused:
-        listed = '; '.join(f"'{name}' ({kind}): {reason}" for name, kind, reason in refused)
-        _logger.info(f'{type(model).__name__}: {len(refused)} convolutions stay as they are: {listed}')
+    convs: dict[str, Any] = {
+        name: conv for name, conv in modules_of(model).items() if isinstance(conv, nn.Conv2d) and not refusal(conv)
+    }
     if not convs:
-        raise ValueError(
-            f'{type(model).__name__} has no convolution that can be converted'
-            + (f": '{refused[0].name}' is refused, as {refused[0].reason}." if refused else '.')
-        )
+        reasons = [f": '{name}' is refused, as {reason}" for name, _, reason in refused_convs(model)[:1]]
+        raise ValueError(f'{type(model).__name__} has no convolution that can be converted{"".join(reasons)}.')
     carried = {name: prior for name, conv in convs.items() if (prior := conv_prior(conv)) is not None}
     return resolve_prior(model, carried or {name: repvgg_branches(conv) for name, conv in convs.items()})
-
-
-def refused_convs(model: nn.Module) -> list[RefusedConv]:
-    """Lists the convolutions of a model, of any dimension, that cannot have branches: name, type and reason.
-
-    Raises:
-        ValueError: If the model has multi-branch blocks of its own.
-    """
-    check_no_branches(model)
-    convs = [(name, each) for name, each in modules_of(model).items() if isinstance(each, _ConvNd)]
-    reasons = [(name, type(conv).__name__, refusal(conv)) for name, conv in convs]
-    return [RefusedConv(name, kind, reason) for name, kind, reason in reasons if reason is not None]
 
 
 def resolve_prior(model: nn.Module, prior: Prior | None = None) -> dict[str, ConvPrior]:
@@ -116,64 +144,119 @@ def resolve_prior(model: nn.Module, prior: Prior | None = None) -> dict[str, Con
     """
     if prior is None:
         return repvgg_prior(model)
-    check_no_branches(model)
-    mapping = prior(model) if callable(prior) else prior
-    if not isinstance(mapping, Mapping) or not mapping:
-        raise ValueError(f'The prior is {mapping!r:.80}, expected a mapping of module names to branches.')
-    for name in mapping:
-        _check_convertible(model, name)
-    convs = [(name, conv) for name, conv in _convs(model) if name in mapping]
-    if len(convs) < len(mapping):
-        twice = sorted(set(mapping) - {name for name, _ in convs})
-        raise ValueError(f'The prior names a shared convolution twice: {", ".join(twice)}. Use its first name alone.')
+    for name, block in multi_branch_blocks(model):
+        raise ValueError(
+            f"'{name}' of {type(model).__name__} is a {type(block).__name__} with branches of its own, to judge by its "
+            f'method `reparameterize` or `fuse`. Make its plain twin first, plain_twin(model), which has one '
+            f'convolution in the place of each such block; if it has none, mark it: keep_branches(block).'
+        )
+    mapping = dict(prior(model) if callable(prior) else prior)
+    if not mapping:
+        raise ValueError('The prior is empty, expected a mapping of module names to branches.')
     resolved = {}
     position, channels = 0, 0
-    for name, conv in convs:
+    modules = modules_of(model)
+    for name, conv in modules.items():
+        if not isinstance(conv, nn.Conv2d) or name not in mapping:
+            continue
+        given: Any = mapping.pop(name)
         same = conv.in_channels == conv.out_channels == channels and pair(conv.stride) == (1, 1)
         position, channels = (position + 1 if same else 1), conv.out_channels
-        given: Any = mapping[name]
-        own = isinstance(given, ConvPrior)
-        branches = _counted(given.branches if own else given, name)
-        made = replace(given, branches=branches) if own else ConvPrior(branches, run_scale(position))
+        if reason := refusal(conv):
+            raise ValueError(f"'{name}' of {type(model).__name__} cannot have branches: {reason}.")
         try:
-            make_branches(made.branches, conv)
+            branches = counted(given.branches if isinstance(given, ConvPrior) else given)
+            make_branches(branches, conv)
         except ValueError as error:
             raise ValueError(f"'{name}': {error}") from None
-        resolved[name] = made
+        resolved[name] = (
+            replace(given, branches=branches)
+            if isinstance(given, ConvPrior)
+            else ConvPrior(branches, run_scale(position))
+        )
+    if mapping:
+        raise ValueError(
+            f"The prior names '{next(iter(mapping))}', but {type(model).__name__} has no such convolution, or has it "
+            f'under another name before.'
+        )
     return resolved
 
 
-def initial_scales(model: nn.Module, prior: Mapping[str, ConvPrior]) -> dict[str, dict[str, Tensor]]:
-    """Returns the values that a Hyper-Search starts from; 1 for an identity.
+def refused_convs(model: nn.Module) -> list[RefusedConv]:
+    """Lists the convolutions of a model, of any dimension, that cannot have branches: name, type and reason."""
+    convs = [(name, each) for name, each in modules_of(model).items() if isinstance(each, _ConvNd)]
+    reasons = [(name, type(conv).__name__, refusal(conv)) for name, conv in convs]
+    return [RefusedConv(name, kind, reason) for name, kind, reason in reasons if reason is not None]
 
-    Returns:
-        Module name to branch name to vector of shape (O,), float32.
+
+def log_convs_without(model: nn.Module, having: Collection[str], what: str) -> None:
+    """Logs one line with the convolutions of a model that are not among the names in `having`, and why."""
+    without = [
+        f'{name} ({refusal(conv) or "no scales"})'
+        for name, conv in modules_of(model).items()
+        if isinstance(conv, nn.Conv2d) and name not in having
+    ]
+    if without:
+        _logger.info(f'{type(model).__name__}: {len(without)} convolutions {what}: {", ".join(without)}')
+
+
+def refusal(conv: nn.Module) -> str | None:
+    """Says why a module cannot be converted to a CSLA convolution; None if it can.
+
+    Only a module that is exactly `nn.Conv2d`, and computes the convolution of its own `weight`, is one. A window can be
+    embedded at the centre of a kernel only if all sizes are odd and the padding is `dilation * (kernel_size - 1) / 2`.
     """
-    scales: dict[str, dict[str, Tensor]] = {}
-    convs = dict(_convs(model))
-    for name, each in prior.items():
-        channels = (convs[name].out_channels,)
-        values = {branch: 1.0 if branch == 'identity' else each.initial for branch in each.branches}
-        scales[name] = {branch: torch.full(channels, value, device='cpu') for branch, value in values.items()}
-    return scales
+    if type(conv) is not nn.Conv2d:
+        return f'{type(conv).__name__} is not exactly nn.Conv2d, so it may not compute the convolution of its weight'
+    weight = conv._parameters.get('weight')
+    if weight is None or weight.ndim != 4:
+        return 'its weight is computed from other parameters (pruned, weight-normalized, or kept flat by FSDP1)'
+    if {'forward', '_conv_forward'} & set(vars(conv)):
+        return 'its forward method was replaced on the instance, so it may compute something else'
+    if conv.padding_mode != 'zeros':
+        return f"it pads with padding_mode='{conv.padding_mode}', not with zeros"
+    if any(size % 2 == 0 for size in conv.kernel_size):
+        return f'its kernel size {tuple(conv.kernel_size)} is even, so no branch can be embedded at the centre'
+    centred = tuple(dilation * (size - 1) // 2 for dilation, size in zip(pair(conv.dilation), conv.kernel_size))
+    padding = (centred if conv.padding == 'same' else (0, 0)) if isinstance(conv.padding, str) else pair(conv.padding)
+    if padding != centred:
+        return f'its padding is {padding}, expected dilation * (kernel_size - 1) / 2 = {centred}'
+    return None
 
 
-def _counted(branches: BranchCounts, name: str) -> dict[str, int]:
-    try:
-        return counted(branches)
-    except TypeError:
-        raise ValueError(f"'{name}': its branches are {branches!r:.80}, expected names or {{name: count}}.") from None
-    except ValueError as error:
-        raise ValueError(f"'{name}': {error}") from None
+def multi_branch_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yields name and module of the blocks whose own `reparameterize()` or `fuse()` has branches to merge.
+
+    A block that `keep_branches` marks is not one of them, nor is any module inside of it.
+    """
+    kept: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if hasattr(module, _KEPT_ATTRIBUTE):
+            kept += (f'{name}.' if name else '',)
+        if f'{name}.'.startswith(kept) or type(module).__name__ in FOLDING_CLASSES or _is_merged(module):
+            continue
+        # A submodule of that name can be called too.
+        methods = [getattr(module, method, None) for method in ('reparameterize', 'fuse')]
+        if not any(callable(each) and not isinstance(each, nn.Module) for each in methods):
+            continue
+        if any(isinstance(part, nn.Conv2d) for part in module.modules()):
+            yield name, module
 
 
-def _convs(model: nn.Module) -> list[tuple[str, nn.Conv2d]]:
-    return [(name, module) for name, module in modules_of(model).items() if isinstance(module, nn.Conv2d)]
+def keep_branches(block: nn.Module) -> None:
+    """Marks a block as plain, or as one whose branches are meant to stay: its convolutions may get branches.
+
+    Without it a module that has convolutions and a method `reparameterize` or `fuse` counts as a multi-branch block.
+    """
+    setattr(block, _KEPT_ATTRIBUTE, True)
 
 
-def _check_convertible(model: nn.Module, name: str) -> None:
-    modules = modules_of(model, remove_duplicate=False)
-    if name not in modules:
-        raise ValueError(f"The prior names '{name}', but {type(model).__name__} has no such module.")
-    if reason := refusal(modules[name]):
-        raise ValueError(f"'{name}' of {type(model).__name__} cannot have branches: {reason}.")
+def _is_merged(block: Any) -> bool:
+    # How multi-branch blocks of timm remember that their branches are merged already.
+    return (
+        isinstance(getattr(block, 'reparam_conv', None), nn.Conv2d)
+        or getattr(block, 'infer_mode', None) is True
+        or getattr(block, 'fused', None) is True
+        or (hasattr(block, 'fusion_bn') and len(block.fusion_bn) == 0)
+        or (hasattr(block, 'dw_conv_list') and block.dw_conv_list is None)
+    )

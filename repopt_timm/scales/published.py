@@ -20,8 +20,8 @@ from huggingface_hub.file_download import http_get
 from ..errors import reason_of
 from ..files import replacing
 from ..names import ModelName
+from ..reparam import Scales
 from .scale_files import read_scale_file
-from .scales import Scales
 
 __all__ = ['PUBLISHED', 'PublishedScales', 'find_published', 'published_table', 'read_published']
 

@@ -1,6 +1,5 @@
 """Files that hold scales: our own, checkpoints of a Hyper-Search, and those of the method's reference repository."""
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -13,8 +12,7 @@ from ..architectures import infer_architecture
 from ..checkpoints.read import read_checkpoint, select_state_dict
 from ..checkpoints.reference_layout import scale_names
 from ..names import ModelName
-from ..reparam import Geometry
-from .scales import FORMAT, FORMAT_VERSION, Scales
+from ..reparam import Geometry, Scales
 
 __all__ = ['CHECKPOINT_KEY', 'checkpoint_entry', 'read_scale_file']
 
@@ -22,8 +20,8 @@ CHECKPOINT_KEY = 'repopt'
 """Key under which a checkpoint states what its scales belong to, see `checkpoint_entry`."""
 
 # Key of a scale, or of the identity's operator, in a state dict of ours: module, branch.
-_OWN_KEY = re.compile(r'(.+)\.branches\.(?:([^.]+)\.scale|(identity)\.weight)')
-_OPERATOR_KEY = re.compile(r'(.+)\.branches\.([^.]+)\.weight')
+_OWN_KEY = re.compile(r'(.+)\.parametrizations\.weight\.0\.(?:scales\.([^.]+)|operators\.(identity))')
+_OPERATOR_KEY = re.compile(r'(.+)\.parametrizations\.weight\.(?:0\.operators\.([^.]+)|(original))')
 
 
 def read_scale_file(path: str | os.PathLike, architecture: str | None = None) -> Scales:
@@ -44,11 +42,8 @@ def read_scale_file(path: str | os.PathLike, architecture: str | None = None) ->
     source = os.fspath(path)
     checkpoint = read_checkpoint(path)
     metadata = checkpoint.get('__metadata__', {})
-    if metadata.get('format') == FORMAT:
-        try:
-            return _from_own_file(checkpoint, metadata, source)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f'{source}: its header is damaged ({type(error).__name__}: {error}).') from None
+    if metadata.get('format'):
+        return Scales.from_bytes(Path(path).read_bytes(), source)
     state_dict = select_state_dict(checkpoint)
     modules = _modules_of(state_dict)
     if not modules:
@@ -79,39 +74,6 @@ def _parse_geometry(geometry: Mapping[str, Any], source: str) -> dict[str, Geome
         raise ValueError(f'{source}: {error} The file is damaged.') from None
 
 
-def _from_own_file(tensors: dict[str, Any], metadata: Mapping[str, str], source: str) -> Scales:
-    version = _parsed(metadata, 'version', source)
-    if version != FORMAT_VERSION:
-        newer = version > FORMAT_VERSION
-        advice = 'Upgrade repopt-timm.' if newer else 'Extract the scales from their checkpoint again.'
-        raise ValueError(
-            f'{source}: written in version {version} of its format, this package reads version {FORMAT_VERSION}. '
-            f'{advice}'
-        )
-    names, geometry, counts, provenance = (
-        _parsed(metadata, key, source) for key in ('modules', 'geometry', 'counts', 'provenance')
-    )
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, vector in tensors.items():
-        if key != '__metadata__':
-            module, _, branch = key.rpartition('.')
-            found.setdefault(module, {})[branch] = vector
-    modules = {module: found.pop(module) for module in names}
-    if found:
-        raise ValueError(f"{source}: its header does not list the module '{next(iter(found))}'. The file is damaged.")
-    shapes = _parse_geometry(geometry, source)
-    scales = Scales(metadata['architecture'], modules, shapes, counts, provenance, source)
-    scales.check_fingerprint(metadata['fingerprint'])
-    return scales
-
-
-def _parsed(metadata: Mapping[str, str], key: str, source: str) -> Any:
-    try:
-        return json.loads(metadata[key])
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"{source}: '{key}' of its header is damaged ({type(error).__name__}: {error}).") from None
-
-
 def _modules_of(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     modules: dict[str, dict[str, Tensor]] = {}
     published = scale_names(state_dict.keys())
@@ -134,8 +96,11 @@ def _counts_of(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, int]]:
     counts: dict[str, dict[str, int]] = {}
     for key, tensor in state_dict.items():
         match = _OPERATOR_KEY.fullmatch(key)
-        if match and tensor.ndim == 5:
-            counts.setdefault(match[1], {})[match[2]] = len(tensor)
+        scale = None if match is None else state_dict.get(
+            f'{match[1]}.parametrizations.weight.0.scales.{match[2] or "kxk"}'
+        )
+        if match and scale is not None:
+            counts.setdefault(match[1], {})[match[2] or 'kxk'] = len(tensor) // len(scale)
     return counts
 
 

@@ -13,6 +13,7 @@ from torch.utils.data import IterableDataset
 from ..console import did_you_mean
 from ..errors import explaining
 from ..names import PREFIX, ModelName
+from ..reparam.modules import pair
 
 __all__ = ['check_arguments', 'check_classes', 'check_device_name', 'check_images', 'check_layout', 'check_model']
 
@@ -206,8 +207,7 @@ def check_layout(model: torch.nn.Module, input_size: tuple[int, ...], device: to
     for name, conv in model.named_modules():
         if not isinstance(conv, torch.nn.Conv2d) or tuple(conv.kernel_size) != (1, 1):
             continue
-        # PyTorch takes one number for both strides.
-        if 2 <= conv.in_channels < 16 and torch.tensor(conv.stride).max() > 1:
+        if 2 <= conv.in_channels < 16 and max(pair(conv.stride)) > 1:
             raise ValueError(
                 f"--channels-last: torch corrupts memory on a CPU as it trains '{name}', a strided 1x1 convolution of "
                 f'{conv.in_channels} channels, on images of {max(input_size[1:])} px, expected at most 64. Remove the '

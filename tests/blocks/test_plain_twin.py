@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from repopt_timm.reparam.convolutions import FOLDING_CLASSES
 from timm.layers import GroupNormAct
 from timm.models import fastvit
 from timm.models.byobnet import LayerFn, MobileOneBlock, RepVggBlock
@@ -16,7 +17,6 @@ from repopt_timm import Scales, csla, hyper_search, plain_state_dict, plain_twin
 from repopt_timm.blocks import PlainBlock
 from repopt_timm.blocks.plain_twin import KEPT, READERS
 from repopt_timm.reparam import repvgg_prior
-from repopt_timm.reparam.convolutions import FOLDING_CLASSES
 
 from .block_examples import examples, images
 

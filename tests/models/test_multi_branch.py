@@ -4,6 +4,7 @@ import pickle
 import pytest
 import timm
 import torch
+from repopt_timm.reparam.convolutions import multi_branch_blocks
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -11,7 +12,6 @@ from repopt_timm import Scales, plain_twin, register_twins, save_pretrained, to_
 from repopt_timm.models.timm_twins import register_multi_branch
 from repopt_timm.names import KINDS, MULTI_BRANCH
 from repopt_timm.reparam import kind_of
-from repopt_timm.reparam.convolutions import multi_branch_blocks
 
 _OTHERS = ('fastvit_t8', 'ghostnetv3_050', 'lcnetv2_small', 'repghostnet_050', 'repvit_m0_9')
 SMALLEST = [

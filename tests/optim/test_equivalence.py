@@ -1,15 +1,21 @@
-import dataclasses
+import copy
 
 import pytest
+import timm
 import torch
+from timm.layers import freeze_batch_norm_2d
+from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from repopt_timm import RepOptSGD, make_grad_mults
+from repopt_timm import RepOptSGD, csla, make_grad_mults, to_plain
 from repopt_timm.reparam import GradMults
 
-from .equivalence import STEPS, optimizers, train, twins
+from ..helpers import counted_scales, relative_difference
+from .equivalence import optimizers, train, twins
 
-BASE = {'lr': 0.01, 'momentum': 0.9, 'weight_decay': 5e-3}
+SGD = {'lr': 0.01, 'momentum': 0.9, 'weight_decay': 5e-3, 'nesterov': True}
+# Adam divides by tiny second moments, so that rounding is amplified more than in SGD, and eps counts.
+ADAMW = {'lr': 1e-3, 'weight_decay': 0.05, 'eps': 1e-30}
 
 
 @pytest.mark.parametrize(
@@ -20,12 +26,17 @@ BASE = {'lr': 0.01, 'momentum': 0.9, 'weight_decay': 5e-3}
         {'nesterov': False, 'dampening': 0.3},
         {'momentum': 0.0, 'nesterov': False},
         {'weight_decay': 0.0},
+        {'maximize': True, 'lr': 1e-4},
+        {'fused': True},
+        {'foreach': True},
+        {'foreach': False},
     ],
-    ids=['nesterov', 'momentum', 'dampening', 'plain', 'no-decay'],
+    ids=str,
 )
 def test_sgd_on_the_csla_network_is_rep_opt_sgd_on_the_plain_one(settings):
-    csla, plain = twins()
-    assert train(csla, plain, *optimizers(csla, plain, 'sgd', **{**BASE, **settings})) < 1e-12
+    nets = twins()
+    train(nets, optimizers(*nets, 'sgd', **{**SGD, **settings}))
+    assert relative_difference(nets[1], nets[0].to_plain()) < 1e-12
 
 
 @pytest.mark.parametrize(
@@ -33,35 +44,86 @@ def test_sgd_on_the_csla_network_is_rep_opt_sgd_on_the_plain_one(settings):
     [
         {'accumulate': 2},
         {'max_norm': 0.5},
-        {'scheduler': lambda optimizer: OneCycleLR(optimizer, 0.05, total_steps=STEPS)},
+        {'scheduler': lambda optimizer: OneCycleLR(optimizer, 0.05, total_steps=50)},
     ],
     ids=['accumulation', 'clipping', 'schedule'],
 )
 def test_the_equivalence_holds_however_one_trains(how):
-    csla, plain = twins()
-    assert train(csla, plain, *optimizers(csla, plain, 'sgd', **BASE), **how) < 1e-12
+    nets = twins()
+    train(nets, optimizers(*nets, 'sgd', **SGD), **how)
+    assert relative_difference(nets[1], nets[0].to_plain()) < 1e-12
 
 
 @pytest.mark.parametrize('how', [{}, {'max_norm': 0.5}], ids=['plain', 'clipping'])
-@pytest.mark.parametrize('fused', [True, False])
-def test_adamw_is_equivalent_up_to_what_eps_does(fused, how):
-    csla, plain = twins()
-    pair = optimizers(csla, plain, 'adamw', lr=1e-3, weight_decay=0.05, eps=1e-30, fused=fused)
-    # Adam divides by tiny second moments, so that rounding is amplified more than in SGD.
-    assert train(csla, plain, *pair, **how) < 1e-9
+@pytest.mark.parametrize(
+    'settings', [{'fused': True}, {'fused': False}, {'foreach': True}, {'amsgrad': True}, {'maximize': True}], ids=str
+)
+def test_adamw_is_equivalent_up_to_the_effect_of_eps(settings, how):
+    nets = twins()
+    train(nets, optimizers(*nets, 'adamw', **ADAMW, **settings), **how)
+    assert relative_difference(nets[1], nets[0].to_plain()) < 1e-9
+
+
+@pytest.mark.parametrize('rule', ['sgd', 'adamw'])
+def test_equal_branches_train_as_one_with_a_count_and_dead_channels_stay_dead(rule):
+    def net():
+        return nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        ).double()
+
+    scales = counted_scales(net(), {'0': {'kxk': 4, '1x1': 2}, '2': {'kxk': 3}})
+    dead = {name: {branch: vector.clone() for branch, vector in scales[name].items()} for name in scales}
+    for vector in dead['0'].values():
+        vector[:2] = 0.0
+    twin = csla(net(), type(scales)('', dead, counts=scales.counts))
+    nets = twin, to_plain(twin)
+    train(nets, optimizers(*nets, rule, **(SGD if rule == 'sgd' else ADAMW)), steps=20)
+    assert relative_difference(nets[1], to_plain(twin)) < 1e-9
+    assert not nets[1][0].weight[:2].any()
+
+
+def large_kernels(model):
+    branches = {'kxk': 1, '3x3': 1, '1x1': 1, 'identity': 1}
+    return {name: branches for name, module in model.named_modules() if name.endswith('conv_dw')}
+
+
+NETWORKS = {
+    'resnet18': ({}, None),
+    'convnext_atto': ({'depths': (1, 1, 2, 1)}, large_kernels),
+    'regnetx_002': ({}, None),
+    'vgg11_bn': ({'mlp_ratio': 1 / 32}, None),
+    # BatchNorm on 1x1 maps is chaotic.
+    'ghostnet_100': ({'drop_rate': 0.0}, None),
+    'edgenext_xx_small': ({}, None),
+    'mobilenetv3_small_100': ({'drop_rate': 0.0}, None),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('rule', ['sgd', 'adamw'])
+@pytest.mark.parametrize('name', NETWORKS)
+def test_networks_of_timm_train_like_their_csla_twins(name, rule):
+    kwargs, prior = NETWORKS[name]
+    model = timm.create_model(name, num_classes=5, **kwargs).double()
+    if name in ('ghostnet_100', 'mobilenetv3_small_100', 'edgenext_xx_small'):
+        model = freeze_batch_norm_2d(model)
+    twin = csla(model, counted_scales(model, prior))
+    nets = twin, to_plain(twin)
+    before = copy.deepcopy(nets[1])
+    settings = {**SGD, 'lr': 1e-3} if rule == 'sgd' else ADAMW
+    train(nets, optimizers(*nets, rule, **settings), steps=4, size=64)
+    assert relative_difference(nets[1], to_plain(twin), smallest=1e-9) < 1e-11 * (1 if rule == 'sgd' else 1e3)
+    assert relative_difference(nets[1], before, smallest=1e-9) > 1e-4
 
 
 @pytest.mark.parametrize('mutation', ['power', 'diagonal', 'centre'])
 def test_a_wrong_grad_mult_would_be_noticed(mutation):
     csla, plain = twins()
     right = make_grad_mults(plain)
-    wrong = {}
-    for kernel, mult in right.items():
-        wrong[kernel] = {
-            'power': dataclasses.replace(mult, taps=mult.taps.sqrt()),
-            'diagonal': dataclasses.replace(mult, first_row=1),
-            'centre': dataclasses.replace(mult, taps=mult.taps.roll(1, -1)),
-        }[mutation]
-    csla_optimizer = torch.optim.SGD(csla.parameters(), lr=0.01)
-    optimizer = RepOptSGD(plain.parameters(), lr=0.01, grad_mults=GradMults(wrong, 'sgd', right.fingerprint))
-    assert train(csla, plain, csla_optimizer, optimizer, steps=2) > 1e-6
+    wrong = {
+        kernel: {'power': mask.sqrt(), 'diagonal': mask.roll(1, 1), 'centre': mask.roll(1, -1)}[mutation]
+        for kernel, mask in right.items()
+    }
+    ours = RepOptSGD(plain.parameters(), lr=0.01, grad_mults=GradMults(wrong, 'sgd', right.fingerprint))
+    train((csla, plain), (torch.optim.SGD(csla.parameters(), lr=0.01), ours), steps=2)
+    assert relative_difference(plain, csla.to_plain()) > 1e-6
