@@ -31,7 +31,6 @@ COMMANDS = {
     ),
     'export': Command('write a trained model as ONNX', '.deploy.deploy_commands'),
     'quantize': Command('write a trained model as INT8 ONNX', '.deploy.deploy_commands'),
-    'qat': Command('train a model in the form that it has in INT8, and write that as ONNX', '.deploy.qat_command'),
     'evaluate': Command('measure accuracy, latency, throughput and size of a model', '.deploy.deploy_commands'),
     'compare-int8': Command(
         'measure models in float32 and in all kinds of INT8, in one table', '.deploy.deploy_commands'
