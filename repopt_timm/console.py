@@ -24,6 +24,9 @@ class _HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         return (action.help or '') + default_text(action.default).replace('%', '%%')
 
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return 'N' if callable(action.type) else super()._get_default_metavar_for_optional(action)
+
 
 def default_text(value: Any) -> str:
     """Returns ` [value]`, which ends a help; nothing for a flag, or if there is nothing to show."""

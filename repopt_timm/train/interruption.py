@@ -60,7 +60,7 @@ def postponed_signals() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if 'killed by signal' in str(error):
+        if 'DataLoader worker' in str(error):
             # A signal to the whole group may end a loader's worker before it is heard here.
             time.sleep(0.2)
             raise_if_interrupted()
