@@ -26,45 +26,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[:1] == ['run']:
         # What follows belongs to the script.
         return exit_code(partial(_run, argv))
-    _escape_in_output()
-    debug = '--debug' in argv
-    return exit_code(partial(_run, [word for word in argv if word != '--debug']), debug)
-
-
-def _escape_in_output() -> None:
-    """Lets streams escape what they cannot encode: a name that cannot be shown must not undo the work before it."""
     for stream in (sys.stdout, sys.stderr):
+        # A name that cannot be shown must not undo the work before it.
         if isinstance(stream, TextIOWrapper) and stream.errors == 'strict':
             stream.reconfigure(errors='backslashreplace')
+    return exit_code(partial(_run, [word for word in argv if word != '--debug']), '--debug' in argv)
 
 
 def _run(argv: list[str]) -> None:
     name = argv[0] if argv else ''
     if name not in COMMANDS:
-        _parser().parse_args(argv)
+        parser = CommandParser(prog=PROGRAM, description='RepOpt-VGG and RepOptimizers for timm.')
+        parser.add_argument('--version', action='version', version=f'{PROGRAM} {__version__}')
+        commands = parser.add_subparsers(required=True, metavar='COMMAND')
+        for each, command in COMMANDS.items():
+            commands.add_parser(each, help=command.summary)
+        parser.parse_args(argv)
         return
     module = importlib.import_module(COMMANDS[name].module, __package__)
-    # These have a way of their own to read arguments.
-    if name in ('train', 'quickstart'):
+    if name == 'quickstart':
         module.main(argv[1:], name)
-    elif name == 'trial':
+    elif hasattr(module, 'main'):
+        # It reads its arguments itself, such as a config that replaces defaults.
         module.main(argv[1:])
-    elif name == 'run':
-        module.run_script(argv[1:])
     else:
         parser = CommandParser(prog=PROGRAM)
         module.add_commands(parser.add_subparsers())
         args = parser.parse_args(argv)
         args.run(args)
-
-
-def _parser() -> CommandParser:
-    parser = CommandParser(prog=PROGRAM, description='RepOpt-VGG and RepOptimizers for timm.')
-    parser.add_argument('--version', action='version', version=f'{PROGRAM} {__version__}')
-    commands = parser.add_subparsers(required=True, metavar='COMMAND')
-    for name, command in COMMANDS.items():
-        commands.add_parser(name, help=command.summary)
-    return parser
 
 
 if __name__ == '__main__':

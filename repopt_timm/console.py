@@ -1,13 +1,19 @@
 """How commands begin and end: arguments with a hint at what was meant, errors as one line, and the exit code."""
 
 import argparse
+import ast
 import difflib
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NoReturn
 
-__all__ = ['CommandParser', 'default_text', 'did_you_mean', 'exit_code']
+import yaml
+
+from .errors import one_line
+
+__all__ = ['CommandParser', 'Pairs', 'default_text', 'did_you_mean', 'exit_code', 'number']
 
 # Flags of other programs that are close to one of ours, and what to do.
 _OF_OTHERS = {'--device-modules': " It is for timm's own train.py, and not needed here: leave it out."}
@@ -17,6 +23,9 @@ _INVALID_CHOICE = re.compile(r"argument ([^:]+): invalid choice: '(.*)' \(choose
 class _HelpFormatter(argparse.HelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         return (action.help or '') + default_text(action.default).replace('%', '%%')
+
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return 'N' if callable(action.type) else super()._get_default_metavar_for_optional(action)
 
 
 def default_text(value: Any) -> str:
@@ -70,6 +79,63 @@ class CommandParser(argparse.ArgumentParser):
         raise ValueError(f'{message}{end} `{self.prog} --help` says more.')
 
 
+def number(
+    kind: type,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Callable[[str], Any]:
+    """Makes the argparse type of a finite number.
+
+    Args:
+        kind: `int` or `float`.
+        low: Smallest value.
+        high: Largest value. Defaults to that of 32 bits for integers.
+        above: Value that it has to exceed.
+        below: Value that it has to stay below.
+    """
+    limits = {'at least': low, 'above': above, 'at most': high, 'below': below}
+    expected = ' and '.join(f'{word} {limit:.10g}' for word, limit in limits.items() if limit is not None)
+    largest = high if high is not None else 2**31 - 1 if kind is int else math.inf
+
+    def parse(text: str) -> Any:
+        value = kind(text)
+        inside = (low is None or value >= low) and (above is None or value > above) and (below is None or value < below)
+        if not (inside and value <= largest and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f'{text} is not a number {expected}'.rstrip())
+        return value
+
+    # argparse names it in its own error.
+    parse.__name__ = kind.__name__
+    return parse
+
+
+class Pairs(argparse.Action):
+    """Collects K=V words in a dict. A value is a Python literal, as in timm's script, or else a YAML scalar."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        pairs: dict[str, Any] = {}
+        for word in values:
+            key, separator, text = word.partition('=')
+            if not (key and separator):
+                raise argparse.ArgumentError(self, f"expected K=V, such as name=value, but got '{word}'")
+            if key in pairs:
+                raise argparse.ArgumentError(self, f"'{key}' is given twice")
+            try:
+                pairs[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                pairs[key] = _yaml_scalar(text)
+        setattr(namespace, self.dest, pairs)
+
+
+def _yaml_scalar(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError):
+        return text
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Returns ` Did you mean '...'?` with the nearest of the known words; nothing if none is near."""
     near = difflib.get_close_matches(word, list(known), 1)
@@ -99,7 +165,7 @@ def exit_code(run: Callable[[], None], debug: bool = False) -> int:
             return 141
         if debug:
             raise
-        print(f'error: {_one_line(error)}', file=sys.stderr)
+        print(f'error: {one_line(error)}', file=sys.stderr)
         return 1
     return 0
 
@@ -112,22 +178,3 @@ def _output_is_closed() -> bool:
         sys.stdout = None  # type: ignore[assignment]
         return True
     return False
-
-
-def _one_line(error: Exception) -> str:
-    text = str(error)
-    if 'Original Traceback' in text:
-        # An error in a loader's worker: its own line is the last.
-        text = text.rstrip().rsplit('\n', 1)[-1].partition(': ')[2]
-    if 'weights_only' in text:
-        # torch advises to switch the check off.
-        start = text.partition('Weights only')[0] if 'Weights only' in text else ''
-        text = f'{start}it cannot be read without running code from it. Save its tensors alone and load those.'
-    line = ' '.join(text.split())
-    if isinstance(error, ValueError | OSError | ImportError) and line:
-        return line
-    log = getattr(error, 'repopt_log', None)
-    return (
-        f'{type(error).__name__}: {line or "no message"}. This was not foreseen: run the command with --debug for the '
-        f'traceback{"" if log is None else f"; the log of the run is {log}"}.'
-    )

@@ -1,10 +1,18 @@
-"""Errors that say what a user gave."""
+"""Errors that say what a user gave, in one line and without secrets."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ['explaining', 'naming', 'reason_of']
+from huggingface_hub import get_token
+
+from .tokens import scrub
+
+__all__ = ['explaining', 'naming', 'one_line', 'reason_of']
+
+# The part of an address with a user's name and password.
+_CREDENTIALS = re.compile(r'(?<=://)[^\s/?#]+@')
 
 
 @contextmanager
@@ -25,6 +33,28 @@ def explaining(what: str) -> Iterator[None]:
     ) as error:
         text = ' '.join(str(error).split()) or type(error).__name__
         raise ValueError(f'{what}: {text}') from error
+
+
+def one_line(error: BaseException) -> str:
+    """Returns what an error says on one line, without passwords and access tokens; its type if it was not foreseen."""
+    text = str(error)
+    if isinstance(error, UnicodeEncodeError) and not (get_token() or '').isascii():
+        text = 'The access token has characters that no token has: copy it again, into HF_TOKEN or by `hf auth login`.'
+    if 'Original Traceback' in text:
+        # An error in a loader's worker: its own line is the last.
+        text = text.rstrip().rsplit('\n', 1)[-1].partition(': ')[2]
+    if 'weights_only' in text:
+        # torch advises to switch the check off.
+        start = text.partition('Weights only')[0] if 'Weights only' in text else ''
+        text = f'{start}it cannot be read without running code from it. Save its tensors alone and load those.'
+    line = _CREDENTIALS.sub('***@', scrub(' '.join(text.split())))
+    if isinstance(error, ValueError | OSError | ImportError) and line:
+        return line
+    log = getattr(error, 'repopt_log', None)
+    return (
+        f'{type(error).__name__}: {line or "no message"}. This was not foreseen: run the command with --debug for the '
+        f'traceback{"" if log is None else f"; the log of the run is {log}"}.'
+    )
 
 
 def reason_of(error: BaseException) -> str:

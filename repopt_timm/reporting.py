@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from .commands import COMMANDS
+from .console import number
 
 __all__ = [
     'add_command',
@@ -51,16 +52,7 @@ def print_result(args: argparse.Namespace, values: dict[str, Any], text: str) ->
 
 def positive(kind: type) -> Callable[[str], Any]:
     """Returns an argparse type that accepts positive numbers only."""
-
-    def parse(text: str) -> Any:
-        value = kind(text)
-        if value <= 0:
-            raise argparse.ArgumentTypeError(f'expected a number above 0, but got {text}')
-        return value
-
-    # argparse names it in its own error.
-    parse.__name__ = kind.__name__
-    return parse
+    return number(kind, above=0)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], align: bool = False) -> str:

@@ -11,7 +11,7 @@ from .commands import PROGRAM
 from .errors import explaining
 from .models import resolve_model
 
-__all__ = ['run_script']
+__all__ = ['main']
 
 _HELP = f"""usage: {PROGRAM} run SCRIPT [ARGUMENT ...]
 
@@ -21,7 +21,7 @@ names, such as repopt_resnet18, is made known to timm first. In parallel:
 torchrun --nproc_per_node N -m repopt_timm.cli run SCRIPT ..."""
 
 
-def run_script(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Runs a script.
 
     Args:

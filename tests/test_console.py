@@ -39,6 +39,26 @@ def test_an_error_is_one_line(capsys, error, line):
     assert 'weights_only' not in told
 
 
+@pytest.mark.parametrize(
+    ('text', 'shown'),
+    [
+        ('http://ann:secret@hub.example:80/a failed', 'http://***@hub.example:80/a failed'),
+        ('https://secret@hub.example failed', 'https://***@hub.example failed'),
+        ('hf_abcdefghijklmnopqrstuvwxyz is refused', 'hf_*** is refused'),
+        ('ann@hub.example wrote https://hub.example/a@b', 'ann@hub.example wrote https://hub.example/a@b'),
+    ],
+)
+def test_an_error_has_no_password_and_no_token(capsys, text, shown):
+    assert exit_code(raising(OSError(text))) == 1
+    assert capsys.readouterr().err == f'error: {shown}\n'
+
+
+def test_a_token_of_other_characters_is_named(capsys, monkeypatch):
+    monkeypatch.setattr('repopt_timm.errors.get_token', lambda: 'hf_\u00e9')
+    assert exit_code(lambda: 'hf_\u00e9'.encode('ascii')) == 1
+    assert 'HF_TOKEN' in capsys.readouterr().err
+
+
 def test_debug_shows_the_traceback_of_an_error():
     with pytest.raises(KeyError):
         exit_code(raising(KeyError('step')), debug=True)

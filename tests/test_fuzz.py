@@ -11,8 +11,7 @@ from repopt_timm import load_scales
 from repopt_timm.cards.publish import save_scales_card
 from repopt_timm.checkpoints.read import read_checkpoint
 from repopt_timm.optim import build_repopt_sgd
-from repopt_timm.train.parsing import read_config
-from repopt_timm.train.schema import ARGUMENTS
+from repopt_timm.train.parsing import ARGUMENTS, read_config
 
 from .helpers import TINY, random_scales, tiny_model
 

@@ -1,7 +1,6 @@
 """The training command: one run, or search, scales, target and report in one call."""
 
 import argparse
-import copy
 import logging
 import shlex
 import sys
@@ -9,23 +8,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..commands import PROGRAM
-from ..console import CommandParser
 from ..files import write_text
-from ..models.initial_values import initial_values
 from ..names import ModelName
-from ..plot import plot_curves, plot_scales
-from ..scales import read_scale_file
+from ..plot import plot_curves
+from ..reporting import markdown_table
+from .arguments import SEARCH_DEFAULTS
 from .interruption import InterruptedRunError
 from .parsing import parse_arguments
+from .resolution import find_variant
 from .run import Result, prepare_device, train
 from .run_folder import LAST_CHECKPOINT, SCALES_FILE
-from .run_model import find_variant
-from .schema import SEARCH_DEFAULTS
 from .validation import check_arguments
 
 __all__ = ['continuation', 'main', 'set_up_logging']
 
 _logger = logging.getLogger(__name__)
+
+_QUICKSTART = (
+    'Train RepOpt-VGG-A0 from unsearched scales on the handwritten digits of scikit-learn, in about a minute on a CPU. '
+    f'With --search-first, a hyper-search of the scales comes before it. All arguments of {PROGRAM} train go here as '
+    f'well, and replace those of the shipped config.'
+)
 
 
 def main(argv: Sequence[str] | None = None, command: str = 'train') -> None:
@@ -44,36 +47,21 @@ def main(argv: Sequence[str] | None = None, command: str = 'train') -> None:
     """
     set_up_logging()
     argv = list(sys.argv[1:] if argv is None else argv)
-    if command == 'quickstart':
-        if {'-h', '--help'} & set(argv):
-            _quickstart_parser().parse_args(['--help'])
-        argv = ['-c', command, *argv]
-    args = parse_arguments(argv, ' '.join(_program()))
+    program = ['python', 'train.py'] if Path(sys.argv[0]).name == 'train.py' else [PROGRAM, command]
+    quickstart = command == 'quickstart'
+    words = ['-c', 'quickstart', *argv] if quickstart else argv
+    args = parse_arguments(words, ' '.join(program), _QUICKSTART if quickstart else None)
     prepare_device(args)
-    search_first = args.search_first
     try:
-        if search_first:
+        if args.search_first:
             _search_and_train(args)
         else:
             train(args)
     except InterruptedRunError as error:
         if args.rank == 0:
-            # The name that a run without one got; search and target have theirs from the model.
-            experiment = '' if search_first else args.experiment
-            print(f'{error}: continue with  {continuation(_program(), argv, args, experiment)}', file=sys.stderr)
+            folder = error.folder.parent if args.search_first else error.folder
+            print(f'{error}: {continuation(program, argv, folder)}', file=sys.stderr)
         raise SystemExit(128 + error.signum) from None
-
-
-def _quickstart_parser() -> CommandParser:
-    """Makes the parser of a help in a few lines."""
-    return CommandParser(
-        prog=f'{PROGRAM} quickstart',
-        usage='%(prog)s [ARGUMENT ...]',
-        description='Train RepOpt-VGG-A0 from unsearched scales on the handwritten digits of scikit-learn, in about a '
-        'minute on a CPU. With --search-first, a hyper-search of the scales comes before it.',
-        epilog=f'All arguments of {PROGRAM} train go here as well, such as --epochs or --output, and replace those of '
-        f'the shipped config: see {PROGRAM} train --help.',
-    )
 
 
 def set_up_logging() -> None:
@@ -82,30 +70,20 @@ def set_up_logging() -> None:
     logging.getLogger('repopt_timm').setLevel(logging.INFO)
 
 
-def continuation(program: Sequence[str], argv: Sequence[str], args: argparse.Namespace, experiment: str) -> str:
-    """Returns the command that continues a run.
+def continuation(program: Sequence[str], argv: Sequence[str], folder: Path) -> str:
+    """Says how a run that was interrupted goes on.
 
     Args:
         program: The command's own words.
         argv: Arguments that it was given.
-        args: The same, parsed.
-        experiment: Name of the run's folder; empty if the arguments imply it.
+        folder: Folder of the run.
     """
-    words = [*program, *argv, *([] if args.resume else ['--resume'])]
-    if args.resume in (None, 'auto'):
-        if experiment and not any(word.startswith('--exp') for word in argv):
-            words += ['--experiment', experiment]
-    else:
-        # Not from where this call began.
-        last = str(Path(args.resume).with_name(LAST_CHECKPOINT))
-        for index, word in enumerate(words):
-            if word == args.resume or (word.startswith('--res') and word.endswith(f'={args.resume}')):
-                words[index] = word.removesuffix(args.resume) + last
-    return shlex.join(words)
-
-
-def _program() -> list[str]:
-    return ['python', 'train.py'] if Path(sys.argv[0]).name == 'train.py' else [PROGRAM, 'train']
+    words = [*program, *argv]
+    if not any(folder.glob(f'**/{LAST_CHECKPOINT}')):
+        return f'no epoch was finished; start again with  {shlex.join(words)}'
+    # Later flags replace those before them: not from where this call began.
+    words += ['--output', str(folder.parent), '--experiment', folder.name, '--resume']
+    return f'continue with  {shlex.join(words)}'
 
 
 def _search_and_train(args: argparse.Namespace) -> None:
@@ -113,38 +91,35 @@ def _search_and_train(args: argparse.Namespace) -> None:
     check_arguments(args)
     # Before the search, whose error would name another model.
     find_variant(args.model)
-    experiment = args.experiment or args.model
-    folder = Path(args.output) / experiment
-    search_kwargs = args.search_kwargs
-    args.output, args.experiment, args.search_first, args.search_kwargs = str(folder), 'target', False, {}
-    search_args = copy.deepcopy(args)
-    search_args.model = ModelName.parse(args.model).of_kind('hs')
-    search_args.experiment, search_args.opt = 'search', 'sgd'
+    folder = Path(args.output) / (args.experiment or args.model)
+    both = {**vars(args), 'output': str(folder), 'search_first': False}
     # These are for the target.
-    search_args.pretrained, search_args.initial_checkpoint, search_args.opt_kwargs = False, '', {}
-    vars(search_args).update(SEARCH_DEFAULTS | search_kwargs)
+    ours = {'opt': 'sgd', 'opt_kwargs': {}, 'pretrained': False, 'initial_checkpoint': '', **SEARCH_DEFAULTS}
+    model = ModelName.parse(args.model).of_kind('hs')
+    search = train(argparse.Namespace(**{**both, **ours, 'model': model, 'experiment': 'search'}))
+    scales = str(search.folder / SCALES_FILE)
+    target = train(argparse.Namespace(**{**both, 'scales': scales, 'experiment': 'target'}))
+    if args.rank == 0:
+        _report(folder, {'search': search, 'target': target})
 
-    results = {'search': train(search_args)}
-    args.scales = str(results['search'].folder / SCALES_FILE)
-    results['target'] = train(args)
-    if results['target'].history and search_args.rank == 0:
-        _report(folder, {'search': search_args, 'target': args}, results)
 
-
-def _report(folder: Path, arguments: dict[str, argparse.Namespace], results: dict[str, Result]) -> None:
-    lines = ['| run | model | optimizer | epochs | top-1 | time |', '|---|---|---|---|---|---|']
-    for name, result in results.items():
-        args = arguments[name]
-        top1 = f'{result.history[-1]["eval_top1"]:.2f} %'
-        cells = (name, f'`{args.model}`', f'`{args.opt}`', len(result.history), top1, f'{result.seconds:.0f} s')
-        lines.append('| ' + ' | '.join(str(cell) for cell in cells) + ' |')
-    table = '\n'.join(lines)
+def _report(folder: Path, results: dict[str, Result]) -> None:
+    cells = [
+        [
+            name,
+            f'`{result.args.model}`',
+            f'`{result.args.opt}`',
+            str(len(result.history)),
+            f'{result.history[-1]["eval_top1"]:.2f} %',
+            f'{result.seconds:.0f} s',
+        ]
+        for name, result in results.items()
+    ]
+    table = markdown_table(['run', 'model', 'optimizer', 'epochs', 'top-1', 'time'], cells)
     write_text(folder / 'report.md', table + '\n')
     print(f'\n{table}\n')
-    scales = read_scale_file(results['search'].folder / SCALES_FILE)
     try:
         plot_curves({name: result.history for name, result in results.items()}, folder / 'curves.png')
-        plot_scales(scales, folder / 'scales.png', scales.title, initial_values(scales))
     except ImportError as error:
         _logger.warning(f'No pictures: {error}')
-    print(f'Report, scales, checkpoints and pictures are in {folder}')
+    print(f'Both runs, with a report of each, are in {folder}')

@@ -1,6 +1,7 @@
 """One epoch of training, and its evaluation."""
 
 import argparse
+import io
 import logging
 import math
 import sys
@@ -13,10 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from huggingface_hub.utils import tqdm
 from timm.utils import ModelEmaV3, accuracy, distribute_bn
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from .interruption import raise_if_interrupted
 from .loaders import Loaders
@@ -42,6 +42,8 @@ class TrainState:
         scaler: Scaler of float16 gradients.
         history: A row for each finished epoch: `epoch`, `lr`, `train_loss`, `train_accuracy` of unmixed labels; if it
             was validated `eval_loss`, `eval_top1`, `eval_top5`, and with a moving average the model's own `eval_raw_*`.
+        times: Seconds that the training of each epoch took; apart from the history, which is the same in each run.
+        predictions: Labels and predictions of the last validation in this process, of the shape (2, images).
         start: When this process began to train, by `time.perf_counter`.
         first_epoch: Index of the epoch that it began with.
     """
@@ -52,6 +54,8 @@ class TrainState:
     ema: ModelEmaV3 | None = None
     scaler: torch.amp.GradScaler | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
+    times: list[dict[str, Any]] = field(default_factory=list)
+    predictions: Tensor | None = None
     start: float = field(default_factory=time.perf_counter)
     first_epoch: int = 0
 
@@ -72,41 +76,38 @@ def ranked(history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 class _Progress:
-    """A bar on a terminal, plain lines elsewhere, nothing on other ranks."""
+    """tqdm's bar on a terminal, elsewhere a line every `log_interval` batches, nothing on other ranks."""
 
-    def __init__(
-        self, title: str, total: int, args: argparse.Namespace, of_run: Callable[[float], float] | None = None
-    ):
-        self.title = title
-        self.of_run = of_run
-        self.total = total
+    def __init__(self, title: str, total: int, args: argparse.Namespace, remaining: Callable | None = None):
+        self.lines = args.rank == 0 and not sys.stderr.isatty()
         self.interval = args.log_interval
-        self.primary = args.rank == 0
-        self.unit = 'img/s' if args.world_size == 1 else 'img/s per process'
-        self.start = time.perf_counter()
-        self.images = 0
-        terminal = self.primary and sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=title, unit='batch', leave=False) if terminal else None
+        self.remaining = remaining
+        bar_format = '{desc} {n_fmt}/{total_fmt}{postfix}, {rate_fmt}, ETA {remaining}' if self.lines else None
+        self.bar = tqdm(
+            total=total,
+            desc=title,
+            unit='batch',
+            leave=False,
+            disable=args.rank > 0,
+            # A line is the bar's own text, printed when it is due.
+            file=io.StringIO() if self.lines else None,
+            bar_format=bar_format,
+        )
 
-    def update(self, index: int, images: int, describe: Callable[[Tensor], str], sums: Tensor) -> None:
-        self.images += images
-        if self.bar is not None:
-            self.bar.update(1)
-        if self.primary and ((index + 1) % self.interval == 0 or index + 1 == self.total):
-            rate = self.images / (time.perf_counter() - self.start)
-            text = f'{describe(sums)} {rate:.0f} {self.unit}'
-            of_run = ''
-            if self.of_run is not None:
-                of_run = f', run ETA {timedelta(seconds=round(self.of_run((index + 1) / self.total)))}'
-            if self.bar is not None:
-                self.bar.set_postfix_str(text + of_run)
-            else:
-                remaining = (self.total - index - 1) * (time.perf_counter() - self.start) / (index + 1)
-                print(f'{self.title} [{index + 1}/{self.total}] {text} ETA {remaining:.0f}s{of_run}', flush=True)
+    def update(self, describe: Callable[[Tensor], str], sums: Tensor) -> None:
+        self.bar.update(1)
+        # The end of an epoch is told by the run.
+        if self.bar.disable or self.bar.n % self.interval or self.bar.n == self.bar.total:
+            return
+        text = describe(sums)
+        if self.remaining is not None:
+            text += f', run ETA {timedelta(seconds=round(self.remaining(self.bar.n / self.bar.total)))}'
+        self.bar.set_postfix_str(text, refresh=False)
+        if self.lines:
+            print(self.bar, flush=True)
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self.bar.close()
 
 
 def train_one_epoch(
@@ -136,14 +137,15 @@ def train_one_epoch(
     Returns:
         `loss`, the mean over the images, `accuracy` in percent over those whose label is unmixed, and `lr`.
     """
-    model, optimizer, scaler = state.model, state.optimizer, state.scaler
+    model: Any = state.model
+    optimizer, scaler = state.optimizer, state.scaler
     model.train()
     lr = optimizer.param_groups[0]['lr']
     batches = len(loaders.train)
     # A last, smaller group of accumulated batches is a step too.
     updates_per_epoch = -(-batches // args.grad_accum_steps)
     title, epochs = f'epoch {epoch + 1}/{args.total_epochs} train', args.total_epochs
-    progress = _Progress(title, batches, args, lambda fraction: state.remaining(epoch + fraction, epochs))
+    progress = _Progress(title, batches, args, lambda part: state.remaining(epoch + part, epochs))
     # On the device: reading a value every batch would make a GPU wait for the host.
     sums = torch.zeros(4, dtype=torch.float64, device=args.device)
     checked = 0
@@ -155,7 +157,7 @@ def train_one_epoch(
         update, position = divmod(index, args.grad_accum_steps)
         group = min(args.grad_accum_steps, batches - update * args.grad_accum_steps)
         last = position == group - 1
-        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
+        with model.no_sync() if args.distributed and not last else nullcontext():
             with autocast():
                 output = model(images)
                 loss = loss_fn(output, target)
@@ -182,7 +184,7 @@ def train_one_epoch(
         if target.ndim == 1:
             sums[2] += accuracy(output.detach().float(), target)[0] * count
             sums[3] += count
-        progress.update(index, count, _describe_training, sums)
+        progress.update(_describe_training, sums)
         if (index + 1) % args.log_interval == 0 or index + 1 == batches:
             _check_finite(sums, epoch, checked, index, optimizer, args)
             checked = index + 1
@@ -202,7 +204,7 @@ def validate(
     autocast: Callable[[], AbstractContextManager],
     title: str,
     args: argparse.Namespace,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Tensor]:
     """Evaluates a model.
 
     Args:
@@ -213,7 +215,8 @@ def validate(
         args: Arguments of the run.
 
     Returns:
-        `loss` (cross entropy), `top1` and `top5` in percent; `top5` is over as many classes as there are if fewer.
+        `loss` (cross entropy), `top1` and `top5` in percent, `top5` over as many classes as there are if fewer; and
+        labels and predictions of this process, of the shape (2, images).
 
     Raises:
         InterruptedRunError: If a signal asked the run to end; after a whole batch.
@@ -221,7 +224,8 @@ def validate(
     model.eval()
     progress = _Progress(title, len(loader), args)
     sums = torch.zeros(4, dtype=torch.float64, device=args.device)
-    for index, (images, target) in enumerate(loader):
+    found = []
+    for images, target in loader:
         images, target = _to_device(images, target, args)
         with autocast():
             output = model(images)
@@ -230,11 +234,12 @@ def validate(
         count = len(images)
         loss = nn.functional.cross_entropy(output, target)
         sums += torch.stack([loss, top1, top5, torch.ones_like(loss)]) * count
-        progress.update(index, count, _describe_validation, sums)
+        found.append(torch.stack([target, output.argmax(1)]))
+        progress.update(_describe_validation, sums)
         raise_if_interrupted()
     progress.close()
     loss, top1, top5, count = _reduce(sums, args).tolist()
-    return {'loss': loss / count, 'top1': top1 / count, 'top5': top5 / count}
+    return {'loss': loss / count, 'top1': top1 / count, 'top5': top5 / count}, torch.cat(found, 1).cpu()
 
 
 def _check_finite(
@@ -286,8 +291,8 @@ def evaluate(
         args: Arguments of the run.
 
     Returns:
-        What `validate` returns, as `eval_*`: of the average of the weights if the run keeps one, and then of the model
-        itself as `eval_raw_*`.
+        What `validate` measures, as `eval_*`: of the average of the weights if the run keeps one, and then of the model
+        itself as `eval_raw_*`. The predictions are kept in the state.
 
     Raises:
         InterruptedRunError: If a signal asked the run to end; after a whole batch.
@@ -295,12 +300,12 @@ def evaluate(
     title = f'epoch {epoch + 1}/{args.total_epochs} validation'
     if args.distributed and args.dist_bn:
         distribute_bn(state.model, args.world_size, args.dist_bn == 'reduce')
+    found, state.predictions = validate(state.model, loader, autocast, title, args)
     if state.ema is None:
-        return {f'eval_{name}': value for name, value in validate(state.model, loader, autocast, title, args).items()}
-    raw = validate(state.model, loader, autocast, title, args)
+        return {f'eval_{name}': value for name, value in found.items()}
     if args.distributed and args.dist_bn:
         distribute_bn(state.ema.module, args.world_size, args.dist_bn == 'reduce')
-    averaged = validate(state.ema.module, loader, autocast, f'{title} of the average', args)
+    averaged, state.predictions = validate(state.ema.module, loader, autocast, f'{title} of the average', args)
     share = _initial_share(state.ema, (epoch + 1) * updates)
     if share > 0.1 and args.rank == 0:
         _logger.warning(
@@ -309,7 +314,7 @@ def evaluate(
             f'warms up sooner.'
         )
     return {f'eval_{name}': value for name, value in averaged.items()} | {
-        f'eval_raw_{name}': value for name, value in raw.items()
+        f'eval_raw_{name}': value for name, value in found.items()
     }
 
 

@@ -3,8 +3,10 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 __all__ = ['InterruptedRunError', 'postponed_signals', 'raise_if_interrupted']
@@ -13,7 +15,16 @@ _received: list[int] = []
 
 
 class InterruptedRunError(Exception):
-    """A signal asked the run to end."""
+    """A signal asked the run to end.
+
+    Attributes:
+        signum: The signal.
+        folder: Folder of the run.
+        epochs: Epochs that it has finished.
+    """
+
+    folder = Path()
+    epochs = 0
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)
@@ -48,6 +59,12 @@ def postponed_signals() -> Iterator[None]:
     previous = {signum: signal.signal(signum, note) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except RuntimeError as error:
+        if 'DataLoader worker' in str(error):
+            # A signal to the whole group may end a loader's worker before it is heard here.
+            time.sleep(0.2)
+            raise_if_interrupted()
+        raise
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)

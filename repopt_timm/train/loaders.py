@@ -137,6 +137,7 @@ def make_loaders(
         re_mode=args.remode,
         re_count=args.recount,
         auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats,
         interpolation=args.train_interpolation,
         collate_fn=mix if prefetcher else None,
     )

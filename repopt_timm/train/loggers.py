@@ -29,10 +29,8 @@ def make_loggers(args: argparse.Namespace, folder: Path) -> list[Logger]:
 
 
 def _tensorboard(folder: Path) -> Logger:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ImportError('--log-tensorboard needs TensorBoard: pip install tensorboard.') from None
+    from torch.utils.tensorboard import SummaryWriter
+
     writer = SummaryWriter(str(folder))
 
     def log(row: Mapping[str, float]) -> None:
@@ -45,10 +43,8 @@ def _tensorboard(folder: Path) -> Logger:
 
 
 def _wandb(args: argparse.Namespace, folder: Path) -> Logger:
-    try:
-        import wandb
-    except ImportError:
-        raise ImportError('--log-wandb needs Weights & Biases: pip install wandb.') from None
+    import wandb
+
     if wandb.run is not None:
         # Of a search before this training, into which its numbers would go.
         wandb.finish()

@@ -1,12 +1,10 @@
 """Checkpoints of a run, one per epoch, in the format of timm's training script."""
 
 import argparse
-import csv
 import io
 import logging
 import os
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,10 @@ import timm
 import torch
 import torchvision
 from timm.utils import get_state_dict, unwrap_model
-from torch import nn
 
 from ..checkpoints.read import read_checkpoint
-from ..files import replacing, write_text
+from ..errors import explaining, reason_of
+from ..files import replacing
 from ..reparam import carried_scales, kind_of
 from ..reporting import package_versions
 from ..scales import Scales
@@ -26,30 +24,25 @@ from ..sources import IMPLIED
 from ..trained_scales import IMPLIED_KEY
 from ..weights_origin import origin_of
 from .engine import TrainState, ranked
-from .run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, SUMMARY_FILE
-from .schema import ARGUMENTS
+from .parsing import ARGUMENTS
+from .run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, SUMMARY_FILE, TIMES_FILE, write_epochs
 
-__all__ = [
-    'CheckpointSaver',
-    'changed_arguments',
-    'find_checkpoint',
-    'load_weights',
-    'restore',
-    'scales_fingerprint',
-    'versions',
-]
+__all__ = ['CheckpointSaver', 'changed_arguments', 'find_checkpoint', 'restore', 'scales_fingerprint', 'versions']
 
 _logger = logging.getLogger(__name__)
 
+# Arguments that do not change what is trained.
+_FREE = {
+    *('val_split', 'val_num_samples', 'cache_images', 'dataset_download', 'scales', 'pretrained', 'initial_checkpoint'),
+    *('resume', 'override', 'crop_pct', 'interpolation', 'validation_batch_size', 'channels_last'),
+    *('grad_checkpointing', 'torchcompile', 'device', 'epochs', 'cooldown_epochs', 'patience', 'log_interval'),
+    *('val_interval', 'checkpoint_hist', 'workers', 'pin_mem', 'output', 'experiment', 'log_tensorboard', 'log_wandb'),
+    *('debug', 'search_first'),
+}
+
 # Options in parameter groups that schedules add, or other versions of torch do not have.
 _NOT_OF_ALL_VERSIONS = {
-    'initial_lr',
-    'lr_scale',
-    'foreach',
-    'maximize',
-    'capturable',
-    'differentiable',
-    'fused',
+    *('initial_lr', 'lr_scale', 'foreach', 'maximize', 'capturable', 'differentiable', 'fused'),
     'decoupled_weight_decay',
 }
 
@@ -59,18 +52,16 @@ class CheckpointSaver:
 
     Files appear whole or not at all, and the history of the run is inside, so that it goes on after any interruption.
     timm's own script can resume from them, and its loaders read them. The numbers of epochs in names and in the
-    checkpoints are timm's, from 0; those of `summary.csv` are from 1, as in the log.
+    checkpoints are timm's, from 0; those of `summary.csv` and `times.csv` are from 1, as in the log.
 
     Args:
         folder: Where to.
-        args: Arguments of the run, stored along.
-        max_history: Number of best checkpoints to keep.
+        args: Arguments of the run, stored along; `checkpoint_hist` is the number of best checkpoints to keep.
     """
 
-    def __init__(self, folder: Path, args: argparse.Namespace, max_history: int):
+    def __init__(self, folder: Path, args: argparse.Namespace):
         self.folder = folder
         self.args = args
-        self.max_history = max_history
 
     def save(self, state: TrainState) -> None:
         """Saves the state after its last epoch.
@@ -78,108 +69,49 @@ class CheckpointSaver:
         Raises:
             OSError: If there is no room for it, or it cannot be written; the checkpoints before it are kept.
         """
-        kept = self._kept(state.history)
-        epoch = state.history[-1]['epoch']
+        # A file that torch writes itself loses the cause of an error.
+        buffer = io.BytesIO()
+        torch.save(_content(state, self.args), buffer)
         with replacing(self.folder / LAST_CHECKPOINT) as temporary:
-            _write(_content(state, self.args), temporary, self.folder / LAST_CHECKPOINT)
-            # What a kill leaves between here and the renaming is right too: the resumed run comes by again.
-            if epoch in kept:
-                _duplicate(temporary, self._path(epoch))
-            if kept[:1] == [epoch]:
-                _duplicate(temporary, self.folder / BEST_CHECKPOINT)
-            self._write_summary(state.history)
-        self._remove_others(kept)
+            temporary.write_bytes(buffer.getbuffer())
+            # If the process is killed before the renaming, the resumed run repeats this epoch and these files.
+            self._write_others(temporary, state)
 
-    def rebuild(self, history: list[dict[str, Any]], source: Path) -> None:
+    def rebuild(self, state: TrainState, source: Path) -> None:
         """Makes the folder what the history of the checkpoint that a run is resumed from says.
 
         Args:
-            history: Its history.
-            source: Its file.
+            state: The resumed state.
+            source: File of the checkpoint.
         """
-        kept = self._kept(history)
-        epoch = history[-1]['epoch']
         _duplicate(source, self.folder / LAST_CHECKPOINT)
+        self._write_others(source, state)
+
+    def _write_others(self, last: Path, state: TrainState) -> None:
+        epoch = state.history[-1]['epoch']
+        kept = self._kept(state.history)
         if epoch in kept:
-            _duplicate(source, self._path(epoch))
-        best = self.folder / BEST_CHECKPOINT
+            _duplicate(last, self._path(epoch))
         if kept:
-            _duplicate(self._path(kept[0]), best)
+            _duplicate(self._path(kept[0]), self.folder / BEST_CHECKPOINT)
         else:
-            best.unlink(missing_ok=True)
-        self._write_summary(history)
-        self._remove_others(kept)
+            (self.folder / BEST_CHECKPOINT).unlink(missing_ok=True)
+        write_epochs(self.folder / SUMMARY_FILE, state.history)
+        write_epochs(self.folder / TIMES_FILE, state.times)
+        paths = {self._path(each) for each in kept}
+        for path in self.folder.glob('checkpoint-*.pth.tar'):
+            if path not in paths:
+                path.unlink(missing_ok=True)
 
     def _kept(self, history: list[dict[str, Any]]) -> list[int]:
         """Returns the epochs of the best checkpoints, the best first: of those in the folder, and of the last epoch."""
         epochs = [row['epoch'] for row in ranked(history)]
         last = history[-1]['epoch']
-        return [epoch for epoch in epochs if epoch == last or self._path(epoch).exists()][: self.max_history]
-
-    def _write_summary(self, history: list[dict[str, Any]]) -> None:
-        columns = list(dict.fromkeys(name for row in history for name in row))
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, columns, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows({**row, 'epoch': row['epoch'] + 1} for row in history)
-        write_text(self.folder / SUMMARY_FILE, buffer.getvalue())
-
-    def _remove_others(self, kept: Iterable[int]) -> None:
-        paths = {self._path(epoch) for epoch in kept}
-        for path in self.folder.glob('checkpoint-*.pth.tar'):
-            if path not in paths:
-                path.unlink(missing_ok=True)
+        there = [epoch for epoch in epochs if epoch == last or self._path(epoch).exists()]
+        return there[: self.args.checkpoint_hist]
 
     def _path(self, epoch: int) -> Path:
         return self.folder / f'checkpoint-{epoch}.pth.tar'
-
-
-class _RecordingFile:
-    """Keeps the error of a failed write, which torch replaces by one of its own."""
-
-    def __init__(self, file: Any):
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
-def _write(content: dict[str, Any], temporary: Path, path: Path) -> None:
-    cause: Exception | None = None
-    recorder = None
-    try:
-        with open(temporary, 'wb') as file:
-            recorder = _RecordingFile(file)
-            torch.save(content, recorder)  # type: ignore[arg-type]
-    except (OSError, RuntimeError) as error:
-        cause = (recorder.error if recorder else None) or error
-    if cause is not None:
-        reason = (cause.strerror if isinstance(cause, OSError) else None) or ' '.join(str(cause).split())
-        kept = 'The checkpoint of the epoch before it is still there. ' if path.exists() else ''
-        raise OSError(f"Cannot write '{path}': {reason}. {kept}Make room and continue with --resume.")
-
-
-def _read(path: Path) -> dict[str, Any]:
-    checkpoint = read_checkpoint(path)
-    history: Any = checkpoint.get('history')
-    if not isinstance(history, list) or not history or [_epoch_of(row) for row in history] != list(range(len(history))):
-        raise ValueError(
-            f"'{path}' is not the checkpoint of a run: it has no history of its epochs. Start from its weights with "
-            f'--initial-checkpoint.'
-        )
-    return checkpoint
-
-
-def _epoch_of(row: Any) -> Any:
-    return row.get('epoch') if isinstance(row, dict) else None
 
 
 def find_checkpoint(folder: Path, resume: str, override: bool) -> tuple[Path, dict[str, Any]] | None:
@@ -202,10 +134,9 @@ def find_checkpoint(folder: Path, resume: str, override: bool) -> tuple[Path, di
         if not override:
             _check_newest(folder, path, checkpoint)
         return path, checkpoint
-    last = folder / LAST_CHECKPOINT
     others = sorted(folder.glob('checkpoint-*.pth.tar'), key=_number, reverse=True)
     complaint = ''
-    for path in (last, *others, folder / BEST_CHECKPOINT):
+    for path in (folder / LAST_CHECKPOINT, *others, folder / BEST_CHECKPOINT):
         if not path.exists():
             continue
         try:
@@ -224,6 +155,15 @@ def find_checkpoint(folder: Path, resume: str, override: bool) -> tuple[Path, di
 def _number(path: Path) -> int:
     number = path.name.removeprefix('checkpoint-').removesuffix('.pth.tar')
     return int(number) if number.isdecimal() else -1
+
+
+def _read(path: Path) -> dict[str, Any]:
+    checkpoint = read_checkpoint(path)
+    history: Any = checkpoint.get('history')
+    with explaining(f"'{path}' is not the checkpoint of a run; start from its weights with --initial-checkpoint"):
+        if not history or [row['epoch'] for row in history] != list(range(len(history))):
+            raise TypeError('it has no history of its epochs')
+    return checkpoint
 
 
 def _check_newest(folder: Path, path: Path, checkpoint: dict[str, Any]) -> None:
@@ -253,14 +193,11 @@ def changed_arguments(saved: Any, args: argparse.Namespace) -> dict[str, tuple[A
     Returns:
         Old and new values of the arguments that change the training, by name.
     """
-    names = [argument.name for argument in ARGUMENTS.values() if not argument.free] + ['world_size', 'quantization']
     changed = {}
-    for name in names:
-        if not hasattr(saved, name):
-            # An older version wrote it, or a run of another kind.
-            continue
-        old, new = getattr(saved, name), getattr(args, name, None)
-        if _comparable(name, old) != _comparable(name, new):
+    for name in [*(name for name in ARGUMENTS if name not in _FREE), 'world_size']:
+        # One that is not there is of an older version.
+        old, new = getattr(saved, name, None), getattr(args, name, None)
+        if hasattr(saved, name) and _comparable(name, old) != _comparable(name, new):
             changed[name] = (old, new)
     return changed
 
@@ -284,13 +221,15 @@ def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:
         'state_dict': get_state_dict(state.model, unwrap_model),
         'optimizer': state.optimizer.state_dict(),
         'version': 2,
-        'args': args,
+        # Of argparse's own class, which loads without running code.
+        'args': argparse.Namespace(**vars(args)),
         'label_names': model.pretrained_cfg.get('label_names'),
         'origin': origin_of(model),
         'versions': versions(),
         'scales_fingerprint': scales_fingerprint(model),
         'metric': state.history[-1].get('eval_top1'),
         'history': state.history,
+        'times': state.times,
     }
     if kind_of(model) != 'target':
         content[CHECKPOINT_KEY] = checkpoint_entry(Scales.from_model(model))
@@ -329,59 +268,29 @@ def restore(state: TrainState, checkpoint: dict[str, Any], source: str, override
         override: Keep the hyperparameters of the state's optimizer instead of those in the checkpoint.
 
     Raises:
-        ValueError: If the checkpoint lacks something that the run needs to go on, or has other scales.
+        ValueError: If the checkpoint lacks something that the run needs to go on, or is of another model or optimizer.
     """
-    needed = {'state_dict', 'optimizer', 'history'}
-    needed |= {'state_dict_ema'} if state.ema is not None else set()
-    needed |= {'amp_scaler'} if state.scaler is not None else set()
-    missing = sorted(needed - set(checkpoint))
-    if missing:
-        raise ValueError(
-            f"'{source}' has no {', '.join(missing)}, so the run cannot go on from it as if uninterrupted. Resume "
-            f'with the arguments of that run, or start a new one with --initial-checkpoint.'
-        )
-    load_weights(unwrap_model(state.model), checkpoint['state_dict'], source)
-    _restore_optimizer(state.optimizer, checkpoint['optimizer'], source, override)
-    if state.ema is not None:
-        load_weights(unwrap_model(state.ema), checkpoint['state_dict_ema'], source)
-    if state.scaler is not None:
-        state.scaler.load_state_dict(checkpoint['amp_scaler'])
-    state.history = checkpoint['history']
-
-
-def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], source: str, override: bool) -> None:
+    optimizer = state.optimizer
     wanted = [{name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups]
-    found = set().union(*saved.get('param_groups', []))
-    expected = set().union(*wanted) - _NOT_OF_ALL_VERSIONS
-    missing = sorted(expected - found)
-    if missing:
-        raise ValueError(
-            f"'{source}' has the state of another optimizer, without {', '.join(missing)}, so that "
-            f'{type(optimizer).__name__} cannot go on from it. Resume with the --opt of that run, or start a new one '
-            f'with --initial-checkpoint.'
-        )
     try:
-        optimizer.load_state_dict(saved)
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+        unwrap_model(state.model).load_state_dict(checkpoint['state_dict'])
+        saved = checkpoint['optimizer']['param_groups']
+        if lacking := set().union(*wanted) - set().union(*saved) - _NOT_OF_ALL_VERSIONS:
+            raise KeyError(f'its optimizer has no {", ".join(sorted(lacking))}')
+        optimizer.load_state_dict(checkpoint['optimizer'])
+        if state.ema is not None:
+            unwrap_model(state.ema).load_state_dict(checkpoint['state_dict_ema'])
+        if state.scaler is not None:
+            state.scaler.load_state_dict(checkpoint['amp_scaler'])
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"'{source}' has the state of another optimizer: {error}. Resume with the arguments of that run, or start "
-            f'a new one with --initial-checkpoint.'
+            f"'{source}' does not hold the state of this run ({reason_of(error)}): resume with the arguments of that "
+            f'run, or start a new one with --initial-checkpoint.'
         ) from None
     if override:
         for group, values in zip(optimizer.param_groups, wanted):
             group.update(values)
-
-
-def load_weights(model: nn.Module, state_dict: dict[str, Any], source: str) -> None:
-    """Loads weights.
-
-    Raises:
-        ValueError: If they are not those of the model; names the file.
-    """
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        raise ValueError(f"'{source}' does not hold the weights of this model: {error}") from None
+    state.history, state.times = checkpoint['history'], checkpoint.get('times', [])
 
 
 def _duplicate(source: Path, target: Path) -> None:

@@ -1,21 +1,21 @@
 """The folder of a run: one process trains in it, and a failure before the first checkpoint leaves none."""
 
+import csv
+import io
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
-
-import yaml
 
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-from ..files import remove_temporaries
+from ..files import remove_temporaries, write_text
 
 __all__ = [
     'ARGUMENTS_FILE',
@@ -26,9 +26,8 @@ __all__ = [
     'SUMMARY_FILE',
     'TIMES_FILE',
     'is_busy',
-    'note_time',
     'run_folder',
-    'saved_argument',
+    'write_epochs',
 ]
 
 ARGUMENTS_FILE = 'args.yaml'
@@ -57,7 +56,10 @@ def run_folder(folder: Path) -> Iterator[None]:
             yield
         except BaseException as error:
             if missing and not (folder / LAST_CHECKPOINT).exists():
-                _remove(missing)
+                shutil.rmtree(folder, ignore_errors=True)
+                with suppress(OSError):
+                    for parent in missing[1:]:
+                        parent.rmdir()
             if (folder / SUMMARY_FILE).exists():
                 # For the last resort of the command line.
                 error.repopt_log = folder / SUMMARY_FILE  # type: ignore[attr-defined]
@@ -78,25 +80,13 @@ def is_busy(folder: Path) -> bool:
     return False
 
 
-def saved_argument(folder: Path, name: str, kind: type) -> Any:
-    """Returns what `args.yaml` in a run's folder says of an argument; None if there is nothing of this kind."""
-    try:
-        saved = yaml.safe_load((folder / ARGUMENTS_FILE).read_text(encoding='utf-8'))
-    except (FileNotFoundError, yaml.YAMLError, UnicodeDecodeError):
-        return None
-    found = saved.get(name) if isinstance(saved, dict) else None
-    return found if isinstance(found, kind) else None
-
-
-def note_time(folder: Path, epoch: int, seconds: float) -> None:
-    """Adds the seconds that an epoch's training took to `times.csv`; of an epoch that was repeated the last line holds.
-
-    Apart from `summary.csv`, which is the same each time that a run is repeated.
-    """
-    path = folder / TIMES_FILE
-    head = '' if path.exists() else 'epoch,train_seconds\n'
-    with open(path, 'a', encoding='utf-8', newline='\n') as file:
-        file.write(f'{head}{epoch},{seconds:.3f}\n')
+def write_epochs(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes a row for each epoch as CSV. Epochs are counted from 1 there, as in the log."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows({**row, 'epoch': row['epoch'] + 1} for row in rows)
+    write_text(path, buffer.getvalue())
 
 
 def _acquire(lock: IO[str], folder: Path) -> None:
@@ -105,24 +95,15 @@ def _acquire(lock: IO[str], folder: Path) -> None:
     try:
         # Of this process alone, unlike flock's, which the workers of loaders would go on holding after its death.
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if not isinstance(error, BlockingIOError | PermissionError):
-            # A file system without locks.
-            return
+    except (BlockingIOError, PermissionError):
         lock.seek(0)
         raise ValueError(
             f"Another process trains in '{folder}' already ({lock.read().strip()}): wait for its end, or "
             f'choose another --experiment.'
         ) from None
+    except OSError:
+        # A file system without locks.
+        return
     lock.truncate(0)
     lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')
     lock.flush()
-
-
-def _remove(folders: list[Path]) -> None:
-    shutil.rmtree(folders[0], ignore_errors=True)
-    for folder in folders[1:]:
-        try:
-            folder.rmdir()
-        except OSError:
-            return

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..commands import PROGRAM
+from ..datasets import class_names
 from ..files import write_text
 from ..models.initial_values import initial_values
 from ..names import ModelName
@@ -17,10 +19,11 @@ from ..plot import plot_curves, plot_scales
 from ..reparam import kind_of
 from ..reporting import markdown_table
 from ..scales import Scales, scales_table
-from .engine import ranked
+from ..scales.summary import movement
+from .engine import TrainState, ranked
 from .loaders import image_folder
 from .run_checkpoints import versions
-from .run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, SCALES_FILE
+from .run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, SCALES_FILE, SUMMARY_FILE
 
 __all__ = ['write_report']
 
@@ -28,43 +31,61 @@ _logger = logging.getLogger(__name__)
 
 _REPORT_FILE = 'report.md'
 _MOST_EPOCHS = 20
+_MOST_CLASSES = 50
 
 
 def write_report(
-    folder: Path, model: nn.Module, args: argparse.Namespace, history: Sequence[dict[str, Any]], seconds: float
+    folder: Path, model: nn.Module, args: argparse.Namespace, state: TrainState, seconds: float, dataset: Any
 ) -> None:
-    """Writes `report.md` and its pictures.
+    """Writes `report.md` and its pictures, and tells the result and the next command.
 
     Args:
         folder: Folder of the run.
         model: What was trained.
         args: Arguments of the run.
-        history: A row for each epoch.
+        state: Its state, with the history and the predictions of the last validation.
         seconds: Time that the last call of the run took.
+        dataset: Training images, which may name their classes.
     """
-    scales, started = _scales_of(model)
-    drawn = _draw(folder, args.model, history, scales, started)
-    best = ''.join(f', at best {row["eval_top1"]:.2f} % after epoch {row["epoch"] + 1}' for row in ranked(history)[:1])
-    # `train` does not repeat a run of `qat`, and the other commands take no quantized network.
-    quantized = hasattr(args, 'quantization')
+    history, (scales, started) = state.history, _scales_of(model)
+    top1 = f'top-1 {history[-1]["eval_top1"]:.2f} % after {len(history)} epochs'
+    for row in ranked(history)[:1]:
+        top1 += f', at best {row["eval_top1"]:.2f} % after epoch {row["epoch"] + 1}'
+    files = [ARGUMENTS_FILE, SUMMARY_FILE, LAST_CHECKPOINT, BEST_CHECKPOINT]
+    files += [SCALES_FILE] if kind_of(model) == 'hs' else []
+    missing = [name for name in files if not (folder / name).is_file()]
     again = f'{PROGRAM} train -c {shlex.quote(str(folder / ARGUMENTS_FILE))} --experiment again'
     sections = [
         f'# {folder.name}',
-        f'`{args.model}` with `{args.opt}` on {args.dataset or Path(args.data_dir).name}: top-1 '
-        f'{history[-1]["eval_top1"]:.2f} % after {len(history)} epochs{best}; the last call took {seconds:.0f} s.',
-        *([] if quantized else ['## Command', _shell(again)]),
-        f'`{ARGUMENTS_FILE}` holds all arguments{" of the training" * quantized}. Versions: '
-        f'{", ".join(f"{k} {v}" for k, v in versions().items())}.',
+        f'`{args.model}` with `{args.opt}` on {args.dataset or Path(args.data_dir).name}: {top1}; the last call took '
+        f'{seconds:.0f} s.',
+        *([f'Missing: {", ".join(missing)}.'] if missing else []),
+        '## Command',
+        _shell(again),
+        f'`{ARGUMENTS_FILE}` holds all arguments. Versions: {", ".join(f"{k} {v}" for k, v in versions().items())}.',
         '## Curves',
-        *(['![Training loss and accuracy against epochs](curves.png)'] if drawn else []),
+        '![Training loss and accuracy against epochs](curves.png)',
         _rows(history),
     ]
+    pictures = {'curves.png': lambda path: plot_curves({args.model: history}, path)}
     if scales is not None:
-        sections += ['## Scales', f'Fingerprint `{scales.fingerprint}`.', _compared(scales, started)]
-        sections += ['![Scales against depth, and what they start from](scales.png)'] if drawn else []
-    sections += ['## Next', _shell(*_next(folder, args, 'quantized' if quantized else kind_of(model)))]
+        moved = [movement([scales], started).sentence()] if kind_of(model) == 'hs' and started is not None else []
+        sections += ['## Scales', f'Fingerprint `{scales.fingerprint}`.', *moved, _compared(scales, started)]
+        sections += ['![Scales against depth, and what they start from](scales.png)']
+        pictures['scales.png'] = lambda path: plot_scales(scales, path, scales.title, started)
+    names = class_names(dataset)
+    if state.predictions is not None and names:
+        sections += _classes(folder, state.predictions, names)
+    lines = _next(folder, args, kind_of(model))
+    sections += ['## Next', _shell(*lines)]
+    try:
+        for name, draw in pictures.items():
+            draw(folder / name)
+    except ImportError as error:
+        _logger.warning(f'The report has no pictures: {error}')
+        sections = [section for section in sections if not section.startswith('![')]
     write_text(folder / _REPORT_FILE, '\n\n'.join(sections) + '\n')
-    _logger.info(f'Report: {folder / _REPORT_FILE}')
+    _logger.info(f'{folder / _REPORT_FILE}: {top1}. Next:  {lines[0]}')
 
 
 def _scales_of(model: nn.Module) -> tuple[Scales | None, Scales | None]:
@@ -79,24 +100,9 @@ def _scales_of(model: nn.Module) -> tuple[Scales | None, Scales | None]:
         return scales, None
 
 
-def _draw(
-    folder: Path, name: str, history: Sequence[dict[str, Any]], scales: Scales | None, started: Scales | None
-) -> bool:
-    try:
-        plot_curves({name: history}, folder / 'curves.png')
-        # That of a search is there already.
-        if scales is not None and not (folder / 'scales.png').is_file():
-            plot_scales(scales, folder / 'scales.png', scales.title, started)
-    except ImportError as error:
-        _logger.warning(f'The report has no pictures: {error}')
-        return False
-    return True
-
-
 def _rows(history: Sequence[dict[str, Any]]) -> str:
-    columns = [
-        name for name in ('epoch', 'lr', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5') if name in history[-1]
-    ]
+    names = ('epoch', 'lr', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5')
+    columns = [name for name in names if name in history[-1]]
     step = -(-len(history) // _MOST_EPOCHS)
     # The last one, and as many before it as a reader looks at.
     shown = list(history)[::-step][::-1]
@@ -116,23 +122,55 @@ def _compared(scales: Scales, started: Scales | None) -> str:
     return markdown_table(['stage', 'branch', 'mean at the start of a search', 'mean', 'min', 'max'], cells)
 
 
+def _classes(folder: Path, found: Tensor, names: Sequence[str]) -> list[str]:
+    """Writes the confusion matrix of the last validation, and returns the section of the classes."""
+    try:
+        # Here, as it imports much that a training does not need.
+        from ..deploy.evaluation import class_table, write_confusion
+
+        rows = class_table(*found, names)
+        write_confusion(*found, names, folder)
+    except ImportError as error:
+        _logger.warning(f'The report has no table of the classes: {error}')
+        return []
+    rows.sort(key=lambda row: row['accuracy'] if row['images'] else torch.inf)
+    cells = [
+        [
+            row['class'],
+            str(row['images']),
+            f'{row["accuracy"]:.1f}' if row['images'] else '',
+            f'{row["confused_with"]} ({row["confused"]})' if row['confused'] else '',
+        ]
+        for row in rows[:_MOST_CLASSES]
+    ]
+    return [
+        '## Classes',
+        f'Of the last validation, the worst {_MOST_CLASSES} at most; all are in `classes.csv` and `confusion.csv`.',
+        markdown_table(['class', 'images', 'accuracy in percent', 'most often taken for (images)'], cells),
+        '![Share of the images of each class that are taken for which](confusion.png)',
+    ]
+
+
 def _next(folder: Path, args: argparse.Namespace, kind: str) -> list[str]:
+    """Returns the commands that go on from here, with the settings of this run."""
+    if kind == 'hs':
+        settings, scales = (shlex.quote(str(folder / name)) for name in (ARGUMENTS_FILE, SCALES_FILE))
+        target = ModelName.parse(args.model).of_kind('target')
+        experiment = shlex.quote(f'{args.experiment}-target')
+        return [
+            f'{PROGRAM} train -c {settings} --model {target} --opt repopt_sgd --scales {scales} '
+            f'--experiment {experiment}',
+            f'{PROGRAM} scales show {scales}',
+        ]
     best = folder / BEST_CHECKPOINT
     checkpoint = shlex.quote(str(best if best.exists() else folder / LAST_CHECKPOINT))
-    check = f'{PROGRAM} doctor {shlex.quote(str(folder))}'
-    if kind == 'quantized':
-        return [check]
-    if kind == 'hs':
-        target = ModelName.parse(args.model).of_kind('target')
-        scales = shlex.quote(str(folder / SCALES_FILE))
-        given = {'--dataset': args.dataset, '--data-dir': args.data_dir}
-        where = ' '.join(f'{flag} {shlex.quote(value)}' for flag, value in given.items() if value)
-        return [f'{PROGRAM} train {where} --model {target} --scales {scales}', f'{PROGRAM} scales show {scales}', check]
-    lines = [f'{PROGRAM} predict IMAGE --model {checkpoint}', f'{PROGRAM} push {checkpoint} USER/REPO', check]
+    lines = [f'{PROGRAM} predict IMAGE --model {checkpoint}', f'{PROGRAM} push {checkpoint} USER/REPO']
     if (images := image_folder(args)) is not None:
-        out = shlex.quote(str(folder / 'int8.onnx'))
+        out, images = shlex.quote(str(folder / 'int8.onnx')), shlex.quote(images)
+        split = '' if args.val_split == 'validation' else f' --split {shlex.quote(args.val_split)}'
+        lines.insert(0, f'{PROGRAM} evaluate {checkpoint} --data {images}{split}')
         split = '' if args.train_split == 'train' else f' --split {shlex.quote(args.train_split)}'
-        lines.insert(1, f'{PROGRAM} quantize {checkpoint} --data {shlex.quote(images)}{split} --out {out}')
+        lines.insert(2, f'{PROGRAM} quantize {checkpoint} --data {images}{split} --out {out}')
     return lines
 
 

@@ -1,38 +1,40 @@
 """The learning rate schedule of a run: how long it warms up, and where it is when a run is resumed."""
 
 import argparse
-import logging
-from pathlib import Path
+import math
 
 import timm
 import torch
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 
+from ..errors import explaining
 from .engine import TrainState
-from .run_folder import saved_argument
 
-__all__ = ['choose_warmup', 'make_schedule', 'replay_schedule']
+__all__ = ['choose_schedule', 'make_schedule', 'replay_schedule']
 
-_logger = logging.getLogger(__name__)
+_FEW_EPOCHS = 50
 
 
-def choose_warmup(args: argparse.Namespace, folder: Path) -> None:
-    """Sets `--warmup-epochs` of a run that was given none; one that is resumed keeps what it had.
+def choose_schedule(
+    epochs: int, sched: str = 'cosine', warmup: float | None = None, on_updates: bool = False
+) -> tuple[float, bool]:
+    """Returns the epochs of warm-up and whether the schedule is stepped on updates: the one rule of all commands.
+
+    A schedule that is stepped on epochs spends the first one at the learning rate that the warm-up starts from. Of few
+    epochs that would be a large part, so a run of fewer than 50 is stepped on updates, whatever it was asked for.
 
     Args:
-        args: Arguments of the run.
-        folder: Folder of the run.
+        epochs: Epochs of the run.
+        sched: timm's name of the schedule.
+        warmup: Epochs of warm-up that were asked for. Defaults to a tenth of the epochs, 5 at most.
+        on_updates: Whether steps on updates were asked for.
     """
-    given = args.warmup_epochs
-    if given is None:
-        saved = saved_argument(folder, 'warmup_epochs', int) if args.resume else None
-        args.warmup_epochs = min(5, args.epochs // 5) if saved is None else saved
-    elif given >= args.epochs and args.sched != 'none' and args.rank == 0:
-        _logger.warning(
-            f'--warmup-epochs is {given} and --epochs {args.epochs}, so that the learning rate never reaches '
-            f'{args.lr:g}: lower --warmup-epochs.'
-        )
+    on_updates = on_updates or (epochs < _FEW_EPOCHS and sched not in ('plateau', 'none'))
+    if warmup is None:
+        warmup = min(5.0, epochs / 10)
+        warmup = warmup if on_updates else math.floor(warmup)
+    return warmup, on_updates
 
 
 def make_schedule(
@@ -46,16 +48,17 @@ def make_schedule(
         updates: Steps of an epoch.
 
     Returns:
-        The schedule, None for `--sched none`, and the number of epochs with cool-down.
+        The schedule, None for `--sched none`, and the number of epochs with warm-up prefix and cool-down.
 
     Raises:
-        ValueError: If the installed timm does not have the schedule.
+        ValueError: If the installed timm does not have the schedule, or its arguments do not go together.
     """
-    scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
+    with explaining(f'timm cannot make the schedule {args.sched}'):
+        scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
     if scheduler is None and args.sched != 'none':
         # timm would train with a constant learning rate, without warm-up.
         raise ValueError(f"timm {timm.__version__} has no schedule '{args.sched}': upgrade timm, or choose another.")
-    return scheduler, epochs
+    return scheduler, math.ceil(epochs)
 
 
 def replay_schedule(state: TrainState, updates_per_epoch: int) -> None:

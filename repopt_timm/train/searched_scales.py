@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from ..plot import plot_scales
 from ..scales import Scales
 from ..scales.summary import WORTH, movement
 from .run_checkpoints import versions
@@ -23,7 +22,7 @@ _logger = logging.getLogger(__name__)
 def save_searched(
     model: nn.Module, started: Scales, folder: Path, args: argparse.Namespace, history: Sequence[dict[str, Any]]
 ) -> None:
-    """Writes the scales of a search with their provenance and picture, and says how far they moved.
+    """Writes the scales of a search with their provenance, and says how far they moved.
 
     Args:
         model: What was searched with.
@@ -48,25 +47,17 @@ def save_searched(
         'versions': versions(),
         'date': f'{datetime.now(timezone.utc):%Y-%m-%d}',
     }
-    if args.clip_grad is not None:
-        provenance['clip_grad'] = args.clip_grad
-    if args.train_images is not None:
-        provenance['train_images'] = args.train_images
+    provenance |= {name: getattr(args, name) for name in ('clip_grad', 'train_images') if getattr(args, name)}
     scales = Scales.from_model(model, provenance)
     scales.save(folder / SCALES_FILE)
     _logger.info(f'Scales {scales.fingerprint[:12]} are in {folder / SCALES_FILE}')
     _logger.info(movement([scales], started).sentence())
-    try:
-        plot_scales(scales, folder / 'scales.png', scales.title, started)
-    except ImportError as error:
-        _logger.warning(f'No picture of the scales: {error}')
 
 
 def note_movement(model: nn.Module) -> None:
     """Says if the scales that a plain network carries are close to the initial values."""
     try:
-        used = Scales.from_model(model)
-        moved = movement([used], Scales.initial(model))
+        moved = movement([Scales.from_model(model)], Scales.initial(model))
     except ValueError:
         # A twin, or a network whose prior is not known here.
         return

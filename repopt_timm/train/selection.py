@@ -1,4 +1,4 @@
-"""Parts of the training images, and decoded images in memory."""
+"""Parts of the training images, images of all classes alike, and decoded images in memory."""
 
 import argparse
 from collections.abc import Sequence
@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from ..datasets import class_numbers
 
-__all__ = ['SelectedImages', 'select_images']
+__all__ = ['SelectedImages', 'class_sizes', 'select_images']
 
 # The same images for each --seed: only then are runs of several seeds, and of several models, of one task.
 _SEED = 0
@@ -23,43 +24,57 @@ class SelectedImages(Dataset):
         dataset: Dataset of images and labels, without a transform.
         indices: The images.
         keep: Keep decoded images in memory.
+        balanced: Draw them anew for each epoch, with replacement, so that all classes come equally often.
 
     Attributes:
         transform: What is applied to an image; timm's loaders set it.
         class_to_idx: Numbers of the classes by name.
+        labels: Numbers of the classes of the images, as they are without drawing; None if the dataset has no list.
     """
 
-    def __init__(self, dataset: Any, indices: Sequence[int], keep: bool):
+    def __init__(self, dataset: Any, indices: Sequence[int], keep: bool, balanced: bool = False):
         self.dataset = dataset
         self.indices = indices
         self.transform: Any = None
         self.class_to_idx = class_numbers(dataset)
+        found = _labels(dataset)
+        self.labels = None if found is None else [found[index] for index in indices]
         # As bytes: an image of Pillow takes a third more.
-        self._kept: list[tuple[str, tuple[int, int], bytes, int] | None] | None = (
-            [None] * len(indices) if keep else None
-        )
+        self._kept: dict[int, tuple[str, tuple[int, int], bytes, int]] | None = {} if keep else None
+        self._order: list[int] | None = None
+        self._weights: Tensor | None = None
+        if balanced:
+            if self.labels is None:
+                raise ValueError('--sampler needs data that list their labels, such as a folder of images.')
+            labels = torch.tensor(self.labels)
+            self._weights = 1 / labels.bincount()[labels].double()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws the images of an epoch; its random numbers are those of the epoch."""
+        if self._weights is not None:
+            # The same on all ranks, whose samplers share the images out.
+            generator = torch.Generator().manual_seed(epoch)
+            self._order = torch.multinomial(self._weights, len(self), replacement=True, generator=generator).tolist()
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = self._read(index)
+        image, label = self._read(self.indices[index if self._order is None else self._order[index]])
         return (image if self.transform is None else self.transform(image)), label
 
     def _read(self, index: int) -> tuple[Any, int]:
         if self._kept is None:
-            return self.dataset[self.indices[index]]
-        kept = self._kept[index]
-        if kept is None:
-            image, label = self.dataset[self.indices[index]]
+            return self.dataset[index]
+        if index not in self._kept:
+            image, label = self.dataset[index]
             self._kept[index] = image.mode, image.size, image.tobytes(), label
-            return image, label
-        mode, size, content, label = kept
+        mode, size, content, label = self._kept[index]
         return Image.frombytes(mode, size, content), label
 
 
 def select_images(train: Any, validation: Any, held_out_from: Any, args: argparse.Namespace) -> tuple[Any, Any]:
-    """Applies `--train-images`, `--holdout` and `--cache-images`.
+    """Applies `--train-images`, `--holdout`, `--sampler` and `--cache-images`.
 
     Args:
         train: Training set.
@@ -73,10 +88,12 @@ def select_images(train: Any, validation: Any, held_out_from: Any, args: argpars
     Raises:
         ValueError: If the images are streamed, or there are fewer than asked for.
     """
-    if not (args.train_images or args.holdout or args.cache_images):
+    if not (args.train_images or args.holdout or args.cache_images or args.sampler):
         return train, validation
     if isinstance(train, IterableDataset):
-        raise ValueError('--train-images, --holdout and --cache-images need images that are not streamed. Remove them.')
+        raise ValueError(
+            '--train-images, --holdout, --sampler and --cache-images need images that are not streamed. Remove them.'
+        )
     count = len(train)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED)).tolist()
     held_out = round(args.holdout * count)
@@ -88,9 +105,24 @@ def select_images(train: Any, validation: Any, held_out_from: Any, args: argpars
         raise ValueError(
             f'--train-images is {args.train_images}, but there are {left} training images{beside}: lower it.'
         )
-    chosen = order[: args.train_images or left]
+    chosen = sorted(order[: args.train_images or left])
     if held_out:
         validation = SelectedImages(held_out_from, sorted(order[left:]), args.cache_images)
     elif args.cache_images:
         validation = SelectedImages(validation, range(len(validation)), True)
-    return SelectedImages(train, sorted(chosen), args.cache_images), validation
+    return SelectedImages(train, chosen, args.cache_images, args.sampler == 'balanced'), validation
+
+
+def class_sizes(dataset: Any, num_classes: int) -> Tensor | None:
+    """Returns the number of images of each class; None if the dataset does not list its labels."""
+    labels = _labels(dataset)
+    return None if labels is None else torch.tensor(labels).bincount(minlength=num_classes).float()
+
+
+def _labels(dataset: Any) -> list[int] | None:
+    """Returns the labels of timm's folders and archives, and of torchvision's data sets."""
+    labels = getattr(dataset, 'labels' if isinstance(dataset, SelectedImages) else 'targets', None)
+    samples = getattr(getattr(dataset, 'reader', None), 'samples', None)
+    if labels is None and isinstance(samples, Sequence):
+        labels = [sample[1] for sample in samples]
+    return None if labels is None else [int(label) for label in labels]

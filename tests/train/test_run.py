@@ -4,7 +4,6 @@ import subprocess
 import sys
 import tarfile
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 import timm
@@ -19,6 +18,8 @@ from repopt_timm.train.command import main
 
 from ..helpers import TINY, tiny_model
 from .runs import ENVIRONMENT, assert_same_bits, read
+
+TARGET = ['--scales', 'initial']
 
 
 class BrokenOffError(Exception):
@@ -42,14 +43,14 @@ def interrupt_after(monkeypatch, epochs):
 @pytest.mark.parametrize(
     ('model', 'extra'),
     [
-        (TINY, ['--scales', 'initial', '--model-ema', '--reprob', '0.5', '--drop', '0.3', '--clip-grad', '1']),
-        (TINY, ['--scales', 'initial', '--opt', 'lookahead_repopt_adamw', '--mixup', '0.5', '--sched', 'plateau']),
-        (f'{TINY}_hs', ['--sched-on-updates', '--grad-accum-steps', '4', '--aa', 'rand-m9', '--no-prefetcher']),
+        (TINY, '--scales initial --model-ema --reprob 0.5 --drop 0.3 --clip-grad 1 --sampler balanced'),
+        (TINY, '--scales initial --opt lookahead_repopt_adamw --mixup 0.5 --sched plateau --class-weights balanced'),
+        (f'{TINY}_hs', '--grad-accum-steps 4 --aa rand-m9 --no-prefetcher --patience 9'),
     ],
     ids=['target', 'lookahead', 'search'],
 )
 def test_a_resumed_run_ends_with_the_same_bits(arguments, tmp_path, monkeypatch, workers, model, extra):
-    extra = [*extra, '--workers', workers]
+    extra = [*extra.split(), '--workers', workers]
     main(arguments(*extra, model=model, experiment='whole'))
     with monkeypatch.context() as patch, pytest.raises(BrokenOffError):
         interrupt_after(patch, 2)
@@ -57,24 +58,31 @@ def test_a_resumed_run_ends_with_the_same_bits(arguments, tmp_path, monkeypatch,
     main(arguments(*extra, '--resume', model=model, experiment='cut'))
     whole, cut = read(tmp_path / 'whole'), read(tmp_path / 'cut')
     assert_same_bits(whole['state_dict'], cut['state_dict'])
-    if 'state_dict_ema' in whole:
-        assert_same_bits(whole['state_dict_ema'], cut['state_dict_ema'])
+    assert_same_bits(whole.get('state_dict_ema', {}), cut.get('state_dict_ema', {}))
     assert whole['history'] == cut['history']
     assert (tmp_path / 'whole/summary.csv').read_text() == (tmp_path / 'cut/summary.csv').read_text()
 
 
 @pytest.mark.slow
 def test_processes_that_find_different_checkpoints_do_not_go_on(arguments, tmp_path):
-    main(arguments('--scales', 'initial', '--epochs', '1'))
+    main(arguments(*TARGET, '--epochs', '1'))
     (tmp_path / 'train.py').write_text(
         'import os, sys\nfrom repopt_timm.cli import main\n'
         "sys.exit(main(['train', *sys.argv[1:], *(['--experiment', 'other'] if os.environ['RANK'] == '1' else [])]))"
     )
-    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    command = [sys.executable, *launch, str(tmp_path / 'train.py'), *arguments('--scales', 'initial', '--resume')]
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
+    command = [*launch, str(tmp_path / 'train.py'), *arguments(*TARGET, '--resume')]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
     assert done.returncode
-    assert 'The processes would go on after different epochs: 1, 0, by rank.' in done.stderr
+    assert 'different epochs: 1, 0, by rank' in done.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_compiled_network_together(arguments, tmp_path):
+    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'repopt_timm.cli', 'train']
+    extra = [*TARGET, '--epochs', '1', '--torchcompile', 'aot_eager', '--grad-accum-steps', '2', '--aug-repeats', '2']
+    subprocess.run([sys.executable, *launch, *arguments(*extra)], env=ENVIRONMENT, check=True)
+    assert 'stem.conv.weight' in read(tmp_path / 'run')['state_dict']
 
 
 def test_a_search_leaves_its_scales_with_their_provenance(arguments, tmp_path):
@@ -82,13 +90,11 @@ def test_a_search_leaves_its_scales_with_their_provenance(arguments, tmp_path):
     scales = read_scale_file(tmp_path / 'run/scales.safetensors')
     assert scales == read_scale_file(tmp_path / 'run/last.pth.tar')
     assert scales != Scales.initial(tiny_model(strides=(2, 1, 2, 2, 2)))
-    assert scales.provenance['epochs'] == 3
-    assert scales.provenance['seed'] == 1
-    assert (tmp_path / 'run/scales.png').stat().st_size > 1000
+    assert (scales.provenance['epochs'], scales.provenance['seed']) == (3, 1)
 
 
 def test_the_names_of_the_classes_go_into_the_checkpoint_and_from_there_into_a_repository(arguments, tmp_path):
-    main(arguments('--scales', 'initial', '--epochs', '1'))
+    main(arguments(*TARGET, '--epochs', '1'))
     assert read(tmp_path / 'run')['label_names'] == ['dark', 'light']
     save_pretrained(tmp_path / 'run/last.pth.tar', tmp_path / 'saved', scales=Scales.initial(tiny_model()))
     loaded = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True)
@@ -105,22 +111,32 @@ def test_a_target_is_trained_with_the_scales_it_is_given(arguments, tmp_path):
     rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
     assert [row['epoch'] for row in rows] == ['1', '2', '3']
     assert float(rows[-1]['eval_top1']) >= 50
+    assert [row['epoch'] for row in csv.DictReader((tmp_path / 'run/times.csv').open())] == ['1', '2', '3']
 
 
 def test_the_numbers_of_a_network_are_those_of_the_run_of_its_checkpoint_and_of_what_is_resumed(arguments, tmp_path):
     numbers = ['--model-kwargs', 'depths=(1,1)', 'widths=(8,8,16)', 'strides=(1,2,2)', '--warmup-epochs', '0']
     for epochs in ('1', '2'):
         main(arguments(*numbers, '--epochs', epochs, '--resume', model=f'{TINY}_branches'))
-    assert read(tmp_path / 'run')['args'].opt == 'sgd'
     model = model_from_checkpoint(tmp_path / 'run/last.pth.tar')
     assert (model.depths, model.widths, model.strides) == ((1, 1), (8, 8, 16), (1, 2, 2))
 
 
-def test_csla_validation_and_ordinary_models_train_too(arguments, tmp_path):
-    main(arguments('--scales', 'initial', '--epochs', '1', model=f'{TINY}_csla', experiment='csla'))
-    main(arguments('--epochs', '1', model='test_byobnet', experiment='other'))
-    assert (tmp_path / 'csla/last.pth.tar').exists()
-    assert read(tmp_path / 'other')['args'].opt == 'sgd'
+@pytest.mark.parametrize(
+    ('model', 'extra'),
+    [
+        (f'{TINY}_csla', '--scales initial'),
+        ('test_byobnet', ''),
+        (TINY, '--amp --amp-dtype bfloat16 --channels-last --log-tensorboard'),
+        (TINY, '--amp --amp-dtype float16'),
+        (f'{TINY}_hs', '--in-chans 1 --input-size 1 32 32 --mean 0.5 --std 0.25'),
+        ('test_byobnet', '--bce-loss --bce-sum --bce-target-thresh 0.2 --bce-pos-weight 2 --class-weights balanced'),
+        ('test_byobnet', '--drop-path 0.2 --warmup-prefix --bn-eps 1e-3'),
+    ],
+)
+def test_other_networks_and_recipes_train_too(arguments, tmp_path, model, extra):
+    main(arguments('--epochs', '1', *extra.split(), model=model))
+    assert read(tmp_path / 'run')['epoch'] >= 0
 
 
 @pytest.mark.parametrize(('mode', 'classifier'), [('agc', 100.0), ('value', 0.01)])
@@ -133,33 +149,14 @@ def test_adaptive_clipping_leaves_the_classifier_out(mode, classifier):
     assert all(conv.weight.grad.max() < 1 for conv in model.modules() if isinstance(conv, torch.nn.Conv2d))
 
 
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-def test_lower_precision_trains(arguments, tmp_path, dtype):
-    main(arguments('--scales', 'initial', '--amp', '--amp-dtype', dtype, '--epochs', '1', '--channels-last'))
-    assert read(tmp_path / 'run')['state_dict']['head.fc.weight'].dtype == torch.float32
-
-
 def test_a_compiled_run_resumes_like_any_other(arguments, tmp_path):
-    extra = [
-        '--scales',
-        'initial',
-        '--torchcompile',
-        'aot_eager',
-        '--momentum',
-        '0.8',
-        '--opt-kwargs',
-        'nesterov=False',
-    ]
+    extra = [*TARGET, '--torchcompile', 'aot_eager', '--momentum', '0.8', '--opt-kwargs', 'nesterov=false']
     main(arguments(*extra, '--epochs', '1'))
     main(arguments(*extra, '--epochs', '2', '--resume'))
     checkpoint = read(tmp_path / 'run')
     assert 'stem.conv.weight' in checkpoint['state_dict']
-    assert {group['momentum'] for group in checkpoint['optimizer']['param_groups']} == {0.8}
-
-
-def test_tensorboard_gets_every_epoch(arguments, tmp_path):
-    main(arguments('--scales', 'initial', '--epochs', '1', '--log-tensorboard'))
-    assert list((tmp_path / 'run').glob('events.out.tfevents.*'))
+    groups = checkpoint['optimizer']['param_groups']
+    assert {(group['momentum'], group['nesterov']) for group in groups} == {(0.8, False)}
 
 
 def test_archives_are_data_too(arguments, images, tmp_path):
@@ -167,12 +164,12 @@ def test_archives_are_data_too(arguments, images, tmp_path):
         with tarfile.open(tmp_path / f'{split}.tar', 'w') as archive:
             archive.add(images / split, split)
     extra = ['--train-split', 'train.tar', '--val-split', 'validation.tar', '--data-dir', str(tmp_path)]
-    main([*arguments('--scales', 'initial', '--epochs', '1', *extra)[1:]])
+    main([*arguments(*TARGET, '--epochs', '1', *extra)[1:]])
     assert len(read(tmp_path / 'run')['state_dict']['head.fc.bias']) == 2
 
 
 def test_timm_reads_the_checkpoints(arguments, tmp_path):
-    main(arguments('--scales', 'initial'))
+    main(arguments(*TARGET))
     last = tmp_path / 'run/last.pth.tar'
     model = timm.create_model(TINY, num_classes=2, scales='initial', checkpoint_path=last)
     assert_same_bits(model.state_dict(), read(tmp_path / 'run')['state_dict'])
@@ -181,7 +178,7 @@ def test_timm_reads_the_checkpoints(arguments, tmp_path):
 
 
 def test_only_the_best_checkpoints_are_kept(arguments, tmp_path):
-    main(arguments('--scales', 'initial', '--epochs', '5', '--checkpoint-hist', '2'))
+    main(arguments(*TARGET, '--epochs', '5', '--checkpoint-hist', '2'))
     kept = sorted(path.name for path in (tmp_path / 'run').glob('*.pth.tar'))
     history = read(tmp_path / 'run')['history']
     best = sorted(history, key=lambda row: (-row['eval_top1'], row['epoch']))[:2]
@@ -191,55 +188,32 @@ def test_only_the_best_checkpoints_are_kept(arguments, tmp_path):
 
 
 def test_the_whole_way_in_one_call(arguments, tmp_path, capsys):
-    extra = ['--weight-decay', '5e-4']
-    main(
-        arguments('--search-first', *extra, '--opt-kwargs', 'grad_mults=None', '--search-kwargs', 'epochs=2', 'lr=0.01')
-    )
-    search = read(tmp_path / 'run/search')
-    assert (len(search['history']), search['args'].weight_decay) == (2, 4e-5)
-    assert len(read(tmp_path / 'run/target')['history']) == 3
+    extra = ['--search-first', '--weight-decay', '5e-4', '--epochs', '2']
+    main(arguments(*extra, '--opt-kwargs', 'grad_mults=None'))
+    search, target = read(tmp_path / 'run/search'), read(tmp_path / 'run/target')
+    assert (search['args'].weight_decay, target['args'].weight_decay) == (4e-5, 5e-4)
+    assert target['args'].scales == str(tmp_path / 'run/search/scales.safetensors')
     table = (tmp_path / 'run/report.md').read_text()
-    assert f'| target | `{TINY}` | `repopt_sgd` | 3 |' in table
+    assert f'| target | `{TINY}` | `repopt_sgd` | 2 |' in table
     assert table in capsys.readouterr().out
-    assert (tmp_path / 'run/curves.png').exists()
-    main(arguments('--search-first', *extra, '--search-kwargs', 'epochs=2', 'lr=0.01', '--resume'))
+    main(arguments(*extra, '--resume'))
 
 
-def test_a_published_model_is_fine_tuned_with_its_own_scales(arguments, tmp_path):
-    scales = Scales.initial(tiny_model())
-    save_pretrained(timm.create_model(TINY, num_classes=7, scales=scales), tmp_path / 'published')
-    model = f'local-dir:{tmp_path / "published"}'
-    main(arguments('--pretrained', '--epochs', '1', model=model))
-    checkpoint = read(tmp_path / 'run')
-    assert checkpoint['arch'] == TINY
-    assert checkpoint['args'].opt == 'repopt_sgd'
-    assert checkpoint['optimizer']['param_groups'][0]['scales_fingerprint'] == scales.fingerprint
-
-
-def test_the_strides_of_a_published_model_are_those_of_the_checkpoint(arguments, tmp_path):
+def test_a_published_model_is_fine_tuned_with_its_own_scales_strides_and_images(arguments, tmp_path):
     strides = (1, 1, 2, 2, 2)
     scales = Scales.initial(tiny_model(strides=strides))
-    published = timm.create_model(TINY, num_classes=7, scales=scales, strides=strides)
-    save_pretrained(published, tmp_path / 'published')
-    main(arguments('--pretrained', '--epochs', '1', model=f'local-dir:{tmp_path / "published"}'))
-    loaded = model_from_checkpoint(tmp_path / 'run/last.pth.tar', need_scales=False)
-    assert tuple(loaded.strides) == strides
-
-
-def test_a_checkpoint_remembers_what_pretrained_weights_expect_of_images(arguments, tmp_path):
-    published = timm.create_model(TINY, num_classes=7, scales=Scales.initial(tiny_model()), global_pool='max')
+    published = timm.create_model(TINY, num_classes=7, scales=scales, strides=strides, global_pool='max')
     expected = {'mean': (0.3, 0.4, 0.5), 'std': (0.1, 0.2, 0.3), 'crop_pct': 0.9, 'interpolation': 'bilinear'}
     published.pretrained_cfg |= expected
     save_pretrained(published, tmp_path / 'published')
     main(arguments('--pretrained', '--epochs', '1', model=f'local-dir:{tmp_path / "published"}'))
+    checkpoint = read(tmp_path / 'run')
+    assert (checkpoint['arch'], checkpoint['args'].opt) == (TINY, 'repopt_sgd')
+    assert checkpoint['optimizer']['param_groups'][0]['scales_fingerprint'] == scales.fingerprint
     loaded = model_from_checkpoint(tmp_path / 'run/last.pth.tar', need_scales=False)
+    assert tuple(loaded.strides) == strides
     assert expected.items() <= timm.data.resolve_model_data_config(loaded).items()
     assert loaded.head.global_pool.pool_type == 'max'
-
-
-def test_grey_images_have_one_channel(arguments):
-    grey = '--in-chans 1 --input-size 1 32 32 --mean 0.5 --std 0.25 --epochs 1'
-    main(arguments(*grey.split(), model=f'{TINY}_hs'))
 
 
 def test_an_averaged_search_leaves_the_averaged_scales(arguments, tmp_path):
@@ -247,44 +221,75 @@ def test_an_averaged_search_leaves_the_averaged_scales(arguments, tmp_path):
     assert read_scale_file(tmp_path / 'run/scales.safetensors') == read_scale_file(tmp_path / 'run/last.pth.tar')
 
 
-@pytest.mark.parametrize(
-    ('extra', 'message'),
-    [
-        (['--pretrained'], r'has no scales, and none ship for it.*--scales initial'),
-        (['--scales', 'initial', '--clip-grad', '1', '--clip-mode', 'agc'], 'breaks the equivalence'),
-        (['--scales', 'initial', '--sync-bn'], '--sync-bn works on GPUs'),
-        (['--scales', 'nowhere.safetensors'], 'No scales found'),
-        (['--search-first', '--scales', 'initial'], 'does not go with --scales'),
-        (
-            ['--search-first', '--opt', 'repopt_adamw', '--lr', '0.001'],
-            r'The search uses SGD.*--search-kwargs lr=0\.1\.',
-        ),
-        (['--scales', 'initial', '--batch-size', '999'], 'do not fill one batch of 999'),
-        (['--model', 'repopt_vgg_a00'], "timm knows no model 'repopt_vgg_a00'. Did you mean repopt_vgg_a0"),
-        (['--val-split', 'test'], "has no split 'test', but train, validation"),
-        (['--search-kwargs', 'epoch=3'], "unknown argument 'epoch'. Did you mean 'epochs'"),
-    ],
-)
-def test_mistakes_are_told_before_the_training(arguments, tmp_path, extra, message):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        main(arguments(*extra))
-    assert not (tmp_path / 'run/last.pth.tar').exists()
-
-
-def test_a_folder_that_is_not_there_is_named(arguments):
-    with pytest.raises(FileNotFoundError, match=f"There is no image folder 'nowhere' in '{Path.cwd()}', expected"):
-        main(['nowhere', *arguments('--scales', 'initial')[1:]])
-
-
 def test_a_folder_whose_splits_number_their_classes_differently_is_refused(images, arguments, tmp_path):
     shutil.copytree(images, tmp_path / 'images')
     shutil.rmtree(tmp_path / 'images/train/dark')
-    with pytest.raises(ValueError, match="The training images lack the class 'dark'"):
-        main([str(tmp_path / 'images'), *arguments('--scales', 'initial')[1:]])
+    with pytest.raises(ValueError, match='dark'):
+        main([str(tmp_path / 'images'), *arguments(*TARGET)[1:]])
 
 
 def test_resuming_with_other_scales_is_refused(arguments):
-    main(arguments('--scales', 'initial', '--epochs', '1'))
-    other = ['--scales', 'initial', '--model-kwargs', 'strides=(2,2,2,2,1)']
+    main(arguments(*TARGET, '--epochs', '1'))
     with pytest.raises(ValueError, match='saved with the scales'):
-        main(arguments(*other, '--epochs', '2', '--resume'))
+        main(arguments(*TARGET, '--model-kwargs', 'strides=(2,2,2,2,1)', '--epochs', '2', '--resume'))
+
+
+def test_there_are_not_more_workers_than_cores(arguments, tmp_path, recwarn):
+    main(arguments(*TARGET, '--epochs', '1', '--workers', '64'))
+    assert not any('worker' in str(warning.message) for warning in recwarn)
+
+
+@pytest.fixture
+def unequal(images, tmp_path):
+    """One class has 24 images and the other two."""
+    shutil.copytree(images, tmp_path / 'unequal')
+    for path in sorted((tmp_path / 'unequal/train/dark').iterdir())[2:]:
+        path.unlink()
+    return str(tmp_path / 'unequal')
+
+
+def test_classes_of_unequal_size_are_told_and_weighed_on_request(unequal, arguments, tmp_path, capsys, monkeypatch):
+    words = [unequal, *arguments(*TARGET, '--epochs', '1')[1:]]
+    main(words)
+    assert 'largest class has 24 images, the smallest 2' in capsys.readouterr().err
+    losses = []
+    original = run._make_loss
+    monkeypatch.setattr(run, '_make_loss', lambda *args: losses.append(original(*args)) or losses[0])
+    main([*words, '--experiment', 'weighted', '--class-weights', 'balanced'])
+    assert losses[0].weight.tolist() == pytest.approx([26 / 4, 26 / 48])
+    assert 'largest class' not in capsys.readouterr().err
+
+
+def test_a_balanced_sampler_draws_all_classes_alike_and_others_each_epoch(unequal, arguments):
+    from repopt_timm.train.loaders import make_datasets
+    from repopt_timm.train.parsing import parse_arguments
+
+    train, validation = make_datasets(parse_arguments([unequal, *arguments('--sampler', 'balanced')[1:]]))
+    drawn = []
+    for epoch in range(40):
+        train.set_epoch(epoch)
+        drawn.append([label for _, label in train])
+    assert len(train) == 26 and len(set(map(tuple, drawn))) > 30
+    assert sum(map(sum, drawn)) / (40 * 26) == pytest.approx(0.5, abs=0.05)
+    assert len(validation) == 16
+
+
+def test_a_run_that_does_not_improve_stops_and_stays_stopped(arguments, tmp_path, monkeypatch):
+    tops = [50.0, 60.0, 40.0, 60.0, 55.0, 99.0]
+    found = torch.zeros(2, 16, dtype=torch.int64)
+    monkeypatch.setattr(
+        'repopt_timm.train.engine.validate', lambda *args: ({'loss': 1.0, 'top1': tops.pop(0), 'top5': 100.0}, found)
+    )
+    for _ in range(2):
+        main(arguments(*TARGET, '--epochs', '6', '--patience', '2', '--resume'))
+        assert len(read(tmp_path / 'run')['history']) == 4
+
+
+def test_a_run_that_gets_fewer_epochs_than_it_was_to_have_is_evaluated(arguments, tmp_path, monkeypatch):
+    long = [*TARGET, '--epochs', '400', '--val-interval', '400']
+    with monkeypatch.context() as patch, pytest.raises(BrokenOffError):
+        interrupt_after(patch, 2)
+        main(arguments(*long))
+    main(arguments(*long, '--epochs', '2', '--resume'))
+    assert 'eval_top1' in read(tmp_path / 'run')['history'][-1]
+    assert (tmp_path / 'run/report.md').exists()

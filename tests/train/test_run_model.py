@@ -8,7 +8,7 @@ from repopt_timm.sources import default_scales
 from repopt_timm.train.command import main
 
 from ..helpers import TINY, random_scales, tiny_model
-from .runs import read
+from .runs import assert_same_bits, read
 
 
 def fingerprint(folder):
@@ -19,8 +19,7 @@ def fingerprint(folder):
 
 def test_a_target_without_scales_starts_from_the_unsearched_values_and_says_so(arguments, tmp_path, capsys):
     main(arguments('--epochs', '1'))
-    checkpoint = read(tmp_path / 'run')
-    assert checkpoint['args'].scales == 'initial'
+    assert read(tmp_path / 'run')['args'].scales == 'initial'
     assert fingerprint(tmp_path / 'run') == Scales.initial(tiny_model()).fingerprint
     assert 'uses the unsearched values, --scales initial' in ''.join(capsys.readouterr())
     # Plain SGD multiplies nothing, and gets no scales.
@@ -32,13 +31,26 @@ def test_an_initial_checkpoint_brings_the_scales_that_it_was_trained_with(argume
     random_scales().save(tmp_path / 'mine.safetensors')
     main(arguments('--epochs', '1', '--scales', str(tmp_path / 'mine.safetensors'), experiment='first'))
     first = str(tmp_path / 'first/last.pth.tar')
-    main(arguments('--epochs', '1', '--initial-checkpoint', first))
-    assert fingerprint(tmp_path / 'run') == fingerprint(tmp_path / 'first')
     # A run that is resumed need not repeat what it started from.
-    main(arguments('--epochs', '2', '--resume'))
-    assert fingerprint(tmp_path / 'run') == fingerprint(tmp_path / 'first')
+    for extra in (['--epochs', '1', '--initial-checkpoint', first], ['--epochs', '2', '--resume']):
+        main(arguments(*extra))
+        assert fingerprint(tmp_path / 'run') == fingerprint(tmp_path / 'first')
     main(arguments('--epochs', '1', '--initial-checkpoint', first, '--scales', 'initial', experiment='other'))
     assert 'this run multiplies with' in ''.join(capsys.readouterr())
+
+
+@pytest.mark.parametrize('model', [TINY, 'test_byobnet'])
+def test_an_initial_checkpoint_of_other_classes_brings_all_but_the_classifier(arguments, tmp_path, capsys, model):
+    main(arguments('--epochs', '1', model=model, experiment='first'))
+    first = tmp_path / 'first/last.pth.tar'
+    extra = ['--num-classes', '5', '--epochs', '1', '--lr', '0', '--warmup-lr', '0', '--initial-checkpoint', str(first)]
+    main(arguments(*extra, model=model))
+    assert 'other classes than the 5 of this run: all weights are loaded but head.fc.bias, head.fc.weight' in (
+        capsys.readouterr().err
+    )
+    before, after = (read(tmp_path / name)['state_dict'] for name in ('first', 'run'))
+    kept = [name for name in before if not name.startswith('head.fc') and 'running' not in name and 'num_' not in name]
+    assert_same_bits({name: before[name] for name in kept}, {name: after[name] for name in kept})
 
 
 def test_a_run_that_was_begun_with_shipped_scales_keeps_them(arguments, tmp_path, monkeypatch):
@@ -63,21 +75,18 @@ def test_an_initial_checkpoint_of_a_fine_tuned_model_brings_the_scales_of_its_re
 def test_weights_of_another_tag_are_not_trained_with_shipped_scales(tmp_path, monkeypatch):
     save_scales_card(random_scales(), tmp_path / 'card')
     monkeypatch.setattr('repopt_timm.sources.shipped_repositories', lambda: {f'{TINY}.mine': tmp_path / 'card'})
-    with pytest.raises(ValueError, match=f'{TINY}.other has no scales, and none ship for it'):
+    with pytest.raises(ValueError, match=f'{TINY}.other has no scales'):
         default_scales(f'{TINY}.other')
 
 
-@pytest.mark.parametrize(
-    ('name', 'offered'),
-    [
-        ('repopt_mobileone_s0.apple_in1k', True),
-        ('repopt_mobileone_s0', True),
-        ('repopt_vgg_b1.rvgg_in1k', True),
-        ('repopt_resnet18.a1_in1k', False),
-        (f'{TINY}.other', False),
-    ],
-)
-def test_weights_of_branches_are_told_of_the_scales_that_these_imply(name, offered):
-    with pytest.raises(ValueError, match=r'has no scales.*--scales initial\.$') as error:
-        default_scales(name)
-    assert ('imply: --scales implied, ' in str(error.value)) == offered
+@pytest.mark.parametrize(('scales', 'said'), [('near', True), ('far', False), ('initial', False)])
+def test_a_training_says_if_its_scales_are_close_to_the_initial_values(arguments, tmp_path, capsys, scales, said):
+    source = scales
+    if scales != 'initial':
+        near = Scales.initial(tiny_model())
+        vectors = {m: {b: v * 1.01 for b, v in near[m].items()} for m in near}
+        made = Scales(near.architecture, vectors, near.geometry, near.counts) if scales == 'near' else random_scales()
+        source = str(tmp_path / 'scales.safetensors')
+        made.save(source)
+    main(arguments('--scales', source, '--epochs', '1'))
+    assert ('close to the values that a search starts from' in capsys.readouterr().err) == said

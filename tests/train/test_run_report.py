@@ -1,84 +1,74 @@
 import re
+import shlex
 
 import pytest
 
 from repopt_timm.cli import main
+from repopt_timm.plot import plot_curves, plot_scales
 from repopt_timm.train import run_report
-from repopt_timm.train.parsing import parse_arguments
 
-from ..helpers import TINY, tiny_model
+from ..helpers import TINY
+from .runs import read
 
-DRAW = run_report._draw
+
+@pytest.fixture
+def pictures(monkeypatch, no_pictures):
+    monkeypatch.setattr(run_report, 'plot_curves', plot_curves)
+    monkeypatch.setattr(run_report, 'plot_scales', plot_scales)
+
+
+def commands_of(folder):
+    """The next commands of a report."""
+    found = (folder / 'report.md').read_text().partition('## Next')[2]
+    return [shlex.split(line)[1:] for line in found.splitlines() if line.startswith('repopt-timm ')]
 
 
 @pytest.mark.parametrize('kind', [pytest.param('', marks=pytest.mark.slow), '_hs'])
-def test_a_run_ends_with_a_report_of_what_it_was_and_what_to_do_next(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_report, '_draw', DRAW)
+def test_a_run_ends_with_a_report_of_what_it_was(kind, tmp_path, pictures):
     where = ['--dataset', 'digits', '--output', str(tmp_path), '--experiment', 'my run', '--model', TINY + kind]
-    settings = '--input-size 1 16 16 --batch-size 512 --epochs 2 --warmup-epochs 0 --workers 0 --no-aug --lr 0.02'
-    scales = [] if kind else ['--scales', 'initial']
-    assert main(['train', *where, *settings.split(), *scales]) == 0
+    settings = '--input-size 1 16 16 --batch-size 512 --epochs 2 --workers 0 --no-aug --lr 0.02'
+    assert main(['train', *where, *settings.split()]) == 0
     folder = tmp_path / 'my run'
     text = (folder / 'report.md').read_text()
-    for line in (
-        '# my run',
-        f'`{TINY}{kind}` with',
-        '## Command',
-        '| epoch | lr | train_loss |',
-        '## Scales',
-        '## Next',
-    ):
-        assert line in text
-    assert re.search(r'Versions: torch \S+, torchvision \S+, timm \S+\.', text)
+    lines = ['# my run', f'`{TINY}{kind}` with', '## Command', '| epoch | lr | train_loss |', '## Scales', '## Next']
+    assert all(line in text for line in lines)
+    assert ('The search ' in text) == bool(kind)
+    assert 'Missing' not in text
     # Initial values beside what the run has: the same where nothing was searched.
-    starts = re.findall(r'^\| stem \| kxk \| (\S+) \| (\S+) \|', text, re.MULTILINE)
-    assert len(starts) == 1
-    assert starts[0][0] == '1.0000'
-    assert kind or starts[0][0] == starts[0][1]
+    [(started, found)] = re.findall(r'^\| stem \| kxk \| (\S+) \| (\S+) \|', text, re.MULTILINE)
+    assert started == '1.0000' and (kind or found == started)
     for picture in re.findall(r'!\[[^]]*\]\(([^)]+)\)', text):
         assert (folder / picture).stat().st_size > 1000
-    commands = text.partition('## Next')[2]
-    wanted = f'train --dataset digits --model {TINY} --scales' if kind else 'predict IMAGE --model'
-    assert f"repopt-timm {wanted} '{folder}/" in commands
-    again = re.search(r"train -c '(.+)' --experiment again", text)[1]
-    assert again == str(folder / 'args.yaml')
+    assert re.search(r"train -c '(.+)' --experiment again", text)[1] == str(folder / 'args.yaml')
 
 
-def report(folder, *words, kind='', **more):
-    """The text of the report on a run of two epochs, of which the second was the better but is not finite."""
-    args = parse_arguments(['--model', TINY + kind, '--opt', 'sgd', *words])
-    vars(args).update(more)
-    rows = [{'epoch': epoch, 'lr': 0.1, 'train_loss': 1.0, 'eval_top1': 50.0 + epoch} for epoch in range(2)]
-    rows[1]['eval_loss'] = float('inf')
-    (folder / 'model_best.pth.tar').touch()
-    run_report.write_report(folder, tiny_model(kind), args, rows, 1.0)
-    return (folder / 'report.md').read_text()
+def test_the_next_commands_of_a_search_train_its_target_with_the_settings_of_the_run(arguments, tmp_path, capsys):
+    assert main(['train', *arguments('--seed', '7', '--mixup', '0.1', model=f'{TINY}_hs')]) == 0
+    for command in commands_of(tmp_path / 'run'):
+        assert main(command) == 0
+    target, search = read(tmp_path / 'run-target')['args'], read(tmp_path / 'run')['args']
+    assert (target.model, target.opt) == (TINY, 'repopt_sgd')
+    assert target.scales == str(tmp_path / 'run/scales.safetensors')
+    shared = ('data_dir', 'input_size', 'batch_size', 'epochs', 'lr', 'seed', 'mixup', 'warmup_epochs')
+    assert all(getattr(target, name) == getattr(search, name) for name in shared)
 
 
-def test_the_best_epoch_is_that_of_the_best_checkpoint(tmp_path):
-    assert 'top-1 51.00 % after 2 epochs, at best 50.00 % after epoch 1; the last' in report(tmp_path, 'photos')
+def test_the_next_commands_of_a_target_work(arguments, images, tmp_path):
+    assert main(['train', *arguments('--scales', 'initial', '--epochs', '1')]) == 0
+    commands = {words[0]: words for words in commands_of(tmp_path / 'run')}
+    assert commands['quantize'][2:4] == ['--data', str(images)]
+    assert main(commands['evaluate']) == 0
+    picture = next((images / 'validation/dark').iterdir())
+    assert main([str(picture) if word == 'IMAGE' else word for word in commands['predict']]) == 0
+    assert commands['push'][-1] == 'USER/REPO'
 
 
-@pytest.mark.parametrize(
-    ('words', 'images'),
-    [
-        ('photos', 'photos'),
-        ('photos --train-split learn', 'photos --split learn'),
-        ('--dataset digits', 'output/digits'),
-        ('--dataset torch/cifar10 --data-dir cifar', None),
-        ('--dataset hfds/cifar10', None),
-    ],
-)
-def test_quantization_is_suggested_on_a_folder_of_images(tmp_path, words, images):
-    found = re.search('quantize .* --data (.*) --out ', report(tmp_path, *words.split()))
-    assert (found[1] if found else None) == images
-
-
-def test_a_search_names_all_of_its_data_for_the_training_after_it(tmp_path):
-    text = report(tmp_path, '--dataset', 'torch/cifar10', '--data-dir', 'cifar', kind='_hs')
-    assert f'train --dataset torch/cifar10 --data-dir cifar --model {TINY} --scales' in text
-
-
-def test_the_report_of_a_quantized_training_names_no_command_that_refuses_it(tmp_path):
-    text = report(tmp_path, 'photos', quantization={'weight_bits': 4})
-    assert re.findall('^repopt-timm .*', text, re.M) == [f'repopt-timm doctor {tmp_path}']
+def test_the_classes_of_the_last_validation_are_in_the_report(arguments, tmp_path):
+    pytest.importorskip('sklearn')
+    assert main(['train', *arguments('--scales', 'initial', '--epochs', '1')]) == 0
+    for _ in range(2):
+        text = (tmp_path / 'run/report.md').read_text()
+        assert re.search(r'^\| (dark|light) \| 8 \| \d+\.\d \|', text, re.MULTILINE)
+        assert (tmp_path / 'run/confusion.csv').read_text().count('\n') == 3
+        # As after a run that was finished before.
+        assert main(['train', *arguments('--scales', 'initial', '--epochs', '1', '--resume')]) == 0

@@ -7,42 +7,51 @@ from timm.scheduler import create_scheduler_v2
 from repopt_timm.train import schedule
 from repopt_timm.train.command import main
 from repopt_timm.train.engine import TrainState
-from repopt_timm.train.parsing import parse_arguments
-from repopt_timm.train.schedule import choose_warmup, replay_schedule
+from repopt_timm.train.schedule import choose_schedule, replay_schedule
 
 from .runs import read
 
 
 @pytest.mark.parametrize(
-    ('words', 'warmup'),
-    [('1', 0), ('4', 0), ('5', 1), ('24', 4), ('25', 5), ('300', 5), ('5 --warmup-epochs 3', 3)],
+    ('given', 'chosen'),
+    [
+        ((1,), (0.1, True)),
+        ((5,), (0.5, True)),
+        ((49,), (4.9, True)),
+        ((50,), (5, False)),
+        ((300,), (5, False)),
+        ((300, 'cosine', None, True), (5.0, True)),
+        ((5, 'cosine', 3), (3, True)),
+        # It waits for the accuracy after an epoch.
+        ((5, 'plateau'), (0, False)),
+        ((25, 'plateau'), (2, False)),
+    ],
 )
-def test_a_run_warms_up_for_a_fifth_of_its_epochs_unless_given(tmp_path, words, warmup):
-    args = parse_arguments(['--epochs', *words.split()])
-    choose_warmup(args, tmp_path)
-    assert args.warmup_epochs == warmup
+def test_a_run_warms_up_for_a_tenth_of_its_epochs_and_by_updates_if_they_are_few(given, chosen):
+    assert choose_schedule(*given) == chosen
 
 
-def test_a_run_reaches_its_learning_rate_and_keeps_its_warm_up_when_it_is_resumed(arguments, tmp_path):
-    words = arguments('--scales', 'initial', '--sched', 'step')
+def test_a_run_that_is_resumed_keeps_its_warm_up(arguments, tmp_path):
+    words = arguments('--scales', 'initial', '--sched', 'step', '--epochs', '4')
     given = words.index('--warmup-epochs')
     del words[given : given + 2]
-    for epochs in ('5', '10'):
-        main([*words, '--epochs', epochs, '--resume'])
-        assert [row['lr'] for row in read(tmp_path / 'run')['history']].index(0.02) == 1
+    main(words)
+    main([*words, '--epochs', '5', '--resume'])
+    args, history = read(tmp_path / 'run')['args'], read(tmp_path / 'run')['history']
+    assert [row['lr'] for row in history] == [1e-5, *[0.02] * 4]
+    assert (args.warmup_epochs, args.sched_on_updates) == (0.4, True)
 
 
 def test_a_schedule_that_timm_does_not_have_is_refused(arguments, monkeypatch):
     monkeypatch.setattr(schedule, 'create_scheduler_v2', lambda *args, **kwargs: (None, 5))
-    with pytest.raises(ValueError, match=r"timm \S+ has no schedule 'cosine': upgrade timm"):
+    with pytest.raises(ValueError, match="'cosine'"):
         main(arguments('--scales', 'initial'))
-    main(arguments('--scales', 'initial', '--sched', 'none'))
+    main(arguments('--scales', 'initial', '--sched', 'none', '--epochs', '1'))
 
 
 def test_a_warm_up_that_is_never_over_is_said(arguments, capsys):
     main(arguments('--scales', 'initial', '--epochs', '1'))
-    text = '--warmup-epochs is 1 and --epochs 1, so that the learning rate never reaches 0.02: lower --warmup-epochs.'
-    assert text in capsys.readouterr().err
+    assert 'never reaches 0.02: lower --warmup-epochs' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('warmup', [0, 1])

@@ -1,0 +1,89 @@
+import pytest
+import yaml
+
+from repopt_timm.train.parsing import ARGUMENTS, make_parser, parse_arguments, read_config, write_config
+from repopt_timm.train.timm_defaults import TIMM_DEFAULTS
+
+# Ours, of timm's names: our models, the fastest device, a folder that always is, few files, a warm-up that ends.
+OURS = {'model', 'device', 'opt', 'output', 'checkpoint_hist', 'resume', 'warmup_epochs'}
+NEW = {'scales', 'override', 'search_first', 'log_tensorboard', 'debug', 'train_images', 'holdout', 'cache_images'}
+NEW |= {'sampler', 'class_weights', 'patience'}
+
+
+def config(tmp_path, text):
+    (tmp_path / 'config.yaml').write_text(text)
+    return ['-c', str(tmp_path / 'config.yaml')]
+
+
+def test_every_argument_has_a_help_which_the_parser_shows():
+    text = make_parser().format_help()
+    assert all(action.help and action.option_strings[-1] in text for action in ARGUMENTS.values())
+
+
+def test_a_config_gives_defaults_that_the_command_line_overrides(tmp_path):
+    words = config(tmp_path, 'model: repopt_vgg_a1\nlr: 4e-2\nmodel_kwargs: {use_se: true}\ncolor_jitter: null\n')
+    args = parse_arguments([*words, '--lr', '0.4'])
+    assert (args.model, args.lr, args.model_kwargs, args.color_jitter) == ('repopt_vgg_a1', 0.4, {'use_se': True}, None)
+    assert parse_arguments(words).lr == 0.04
+
+
+def test_the_folder_of_the_command_line_goes_before_that_of_the_config(tmp_path):
+    words = config(tmp_path, 'data: configured\n')
+    assert [parse_arguments([*words, *more]).data_dir for more in ([], ['given'], ['--data-dir', 'given'])] == [
+        'configured',
+        'given',
+        'given',
+    ]
+
+
+@pytest.mark.parametrize(
+    ('text', 'value'),
+    [
+        *[('false', False), ('False', False), ('true', True), ('null', None), ('None', None), ('relu', 'relu')],
+        *[('1e-3', 0.001), ('2', 2), ('(1,2)', (1, 2)), ('[1, 2]', [1, 2]), ('', None)],
+    ],
+)
+def test_values_of_pairs_are_literals_or_yaml_scalars(text, value):
+    assert parse_arguments(['--opt-kwargs', f'name={text}']).opt_kwargs == {'name': value}
+
+
+def test_capitals_in_the_name_of_an_optimizer_do_not_matter(tmp_path):
+    assert parse_arguments(['--opt', 'AdamW']).opt == 'adamw'
+    assert parse_arguments(config(tmp_path, 'opt: RepOpt_AdamW\n')).opt == 'repopt_adamw'
+
+
+@pytest.mark.parametrize('words', [['x'], ['-c', 'quickstart'], ['x', '--opt-betas', '0.9', '0.99', '--mean', '0.5']])
+def test_written_arguments_are_read_as_they_were(tmp_path, words):
+    args = parse_arguments(words)
+    again = config(tmp_path, write_config(args))
+    assert vars(parse_arguments(again)) == {**vars(args), 'config': again[1]}
+
+
+@pytest.mark.parametrize('words', [['photos_\udce9'], ['--data-dir', 'photos_\udce9']])
+def test_a_name_that_a_config_cannot_hold_is_refused(words):
+    with pytest.raises(ValueError, match='UTF-8'):
+        parse_arguments(words)
+
+
+def of_timms_script(**changes):
+    """The arguments of a run of timm's script, which writes all of them."""
+    names = [name for name in ARGUMENTS if name not in NEW]
+    ours = {name: ARGUMENTS[name].default for name in names} | {'ratio': [0.75, 4 / 3]}
+    script = {'model': 'resnet18', 'opt': 'sgd', 'output': '', 'resume': '', 'checkpoint_hist': 10, 'device': 'cpu'}
+    return {**TIMM_DEFAULTS, **ours, **script, 'data': None, 'data_dir': 'photos', 'warmup_epochs': 5, **changes}
+
+
+def test_a_config_that_timms_script_wrote_is_taken_at_its_word(tmp_path):
+    recipe = of_timms_script(warmup_prefix=True, bce_loss=True, bce_target_thresh=0.2, crop_pct=0.95, drop_path=0.1)
+    assert len(recipe) > 140
+    args = vars(parse_arguments(config(tmp_path, yaml.safe_dump(recipe))))
+    found = {name: args[name] for name in recipe if name in ARGUMENTS}
+    assert found == {**{name: recipe[name] for name in found}, 'output': 'output', 'resume': None}
+
+
+def test_what_is_not_built_of_timms_script_is_told_at_once(tmp_path):
+    recipe = of_timms_script(jsd_loss=True, drop_connect=0.2, lr_noise=[0.4, 0.9], epoch=3)
+    with pytest.raises(ValueError) as error:
+        read_config(config(tmp_path, yaml.safe_dump(recipe))[1])
+    assert all(name in str(error.value) for name in ('jsd_loss', 'drop_path', 'lr_noise', "mean 'epochs'"))
+    assert 'amp_impl' not in str(error.value)
