@@ -166,8 +166,8 @@ def _quantize(args: argparse.Namespace) -> None:
         reports = {args.model: layer_report(done)}
         if args.versus:
             reports[args.versus] = layer_report(quantize_onnx(args.versus, *how))
-        name = _short if len(set(map(_short, reports))) == len(reports) else str
-        reports = {name(source): report for source, report in reports.items()}
+        if len({_short(source) for source in reports}) == len(reports):
+            reports = {_short(source): report for source, report in reports.items()}
         plot_layers(reports, files['layers.png'])
         write_text(files['layers.json'], json.dumps(reports, indent=2) + '\n')
     save_onnx(done.quantized, files['out'])

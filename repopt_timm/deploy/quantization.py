@@ -281,7 +281,8 @@ def _quantize_static(
     """Calls ONNX Runtime with `ranges`, or with `feeds` to find them; returns the model and the ranges."""
     quantization = require('onnxruntime.quantization')
     method = {'minmax': 'MinMax', 'entropy': 'Entropy', 'percentile': 'Percentile'}[options.calibration]
-    exclude, extra = list(exclude), {'CalibStridedMinMax': 1, 'CalibPercentile': options.percentile}
+    exclude = list(exclude)
+    extra: dict[str, Any] = {'CalibStridedMinMax': 1, 'CalibPercentile': options.percentile}
     if options.target == 'tensorrt':
         extra |= _TENSORRT
         exclude += [node.name for node in model.graph.node if node.op_type not in LAYERS]
@@ -379,7 +380,7 @@ def _requantized(quantized: Any, excluded: Mapping[str, str]) -> str | None:
     """Returns the first excluded layer that ONNX Runtime quantizes when it loads the file: between two such tensors."""
     nodes = {node.name: node for node in require('onnx_ir').from_proto(quantized).graph}
     for layer, name in excluded.items():
-        node = nodes.get(name)
+        node: Any = nodes.get(name)
         before = node.inputs[0].producer() if node and node.op_type in ('Conv', 'ConvTranspose', 'Gemm') else None
         if before is None or before.op_type != 'DequantizeLinear':
             continue

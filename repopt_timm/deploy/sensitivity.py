@@ -51,8 +51,8 @@ def layer_sensitivity(done: Quantization) -> dict[str, Any]:
             expected = reference.run(batch)
             for place, (_, classifier) in enumerate(part):
                 found = classifier.run(batch)
-                logs = (logits.double().log_softmax(1) for logits in (found, expected))
-                divergence[place] += F.kl_div(*logs, reduction='sum', log_target=True).item()
+                mine, theirs = (logits.double().log_softmax(1) for logits in (found, expected))
+                divergence[place] += F.kl_div(mine, theirs, reduction='sum', log_target=True).item()
                 lost[place] += int((expected.argmax(1) == targets).sum() - (found.argmax(1) == targets).sum())
         for (row, _), nats, count in zip(part, divergence, lost):
             drop = {'drop': 100 * count / len(done.indices)} if labelled else {}

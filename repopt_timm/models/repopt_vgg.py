@@ -77,7 +77,7 @@ class RepOptVggBlock(PlainBlock):
 
 
 def _activate_and_convolve(x: Tensor, block: RepOptVggBlock, following: RepOptVggBlock) -> Tensor:
-    return following.conv(block.attn(block.bn(x)))
+    return following.conv(block.attn(block.bn(x)))  # type: ignore[operator]
 
 
 @contextmanager

@@ -110,7 +110,7 @@ def to_plain(twin: nn.Module) -> nn.Module:
             CarriedScales(scales, name, initialized=True).put_on(conv)
     if hasattr(plain, 'note_plain'):
         # A network that states what it is in records of its own.
-        plain.note_plain()
+        plain.note_plain()  # type: ignore[operator]
     return plain
 
 
