@@ -44,6 +44,8 @@ class RepOptVggBlock(PlainBlock):
         dtype: Floating point type of the parameters.
     """
 
+    attn: Any
+
     def __init__(
         self,
         in_chs: int,
