@@ -5,18 +5,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
+from timm.models import reparameterize_model
 from torch import nn
 
-from .checkpoints.read import read_checkpoint, select_state_dict
-from .color_modes import note_color_mode
-from .datasets import data_config_of
+from .checkpoints.read import check_weights, read_checkpoint, select_state_dict
+from .datasets import color_mode, data_config_of
 from .errors import explaining
 from .models import ensure_registered
 from .names import ModelName
 from .reparam import attach_scales, kind_of
 from .scales import read_scale_file
-from .sources import ScalesSource, load_scales
-from .trained_scales import arguments_of, check_trained_with, find_scales
+from .sources import ScalesSource
+from .trained_scales import arguments_of, find_scales
 from .weights_origin import restore_origin
 
 __all__ = ['model_from_checkpoint', 'model_of']
@@ -35,7 +35,8 @@ def model_from_checkpoint(
 
     Raises:
         FileNotFoundError: If there is no such checkpoint or source of scales.
-        ValueError: If the checkpoint does not name its model, or its weights are not that model's.
+        ValueError: If the checkpoint does not name its model, its weights are not that model's, or a weight is none,
+            see `check_weights`.
     """
     checkpoint = {**read_checkpoint(path), **({'arch': architecture} if architecture else {})}
     with explaining(f"'{os.fspath(path)}' does not hold the model of a run"):
@@ -46,24 +47,20 @@ def model_of(
     checkpoint: Mapping[str, Any], source: str, scales: ScalesSource | None, need_scales: bool = True
 ) -> nn.Module:
     """Creates the model of a checkpoint that is read already from `source`, see `model_from_checkpoint`."""
-    if 'quantization' in arguments_of(checkpoint):
+    args = arguments_of(checkpoint)
+    if 'quantization' in args:
         raise ValueError(
             f'{source} is of a fake-quantized training, with BatchNorm folded: its result is the ONNX file that '
             f'repopt-timm qat writes. Name the checkpoint that it started from.'
         )
     name = checkpoint.get('arch')
     if not isinstance(name, str):
-        raise ValueError(
-            f"{source}: the checkpoint does not name its model (no 'arch', as the training command writes it). Create "
-            f'the model with timm.create_model, load the weights into it, and give that.'
-        )
+        raise ValueError(f"{source} does not name its model (no 'arch', as the training command writes it).")
     ensure_registered(name)
     if not timm.is_model(name):
-        raise ValueError(
-            f"{source}: its model '{name}' is unknown to timm. Import the package that registers it first."
-        )
-    args = arguments_of(checkpoint)
-    state = select_state_dict(dict(checkpoint))
+        raise ValueError(f"{source}: timm knows no model '{name}'. Import the package that registers it first.")
+    state = select_state_dict(checkpoint)
+    check_weights(state, source)
     # The file itself holds them; a path in its arguments could name anything.
     kwargs = {key: value for key, value in (args.get('model_kwargs') or {}).items() if key != 'scales'}
     if ModelName.parse(name).kind == 'hs':
@@ -71,7 +68,7 @@ def model_of(
     classifier = timm.get_pretrained_cfg_value(name, 'classifier')
     if isinstance(classifier, tuple | list):  # of a distilled network
         classifier = classifier[0]
-    if isinstance(classifier, str) and f'{classifier}.weight' in state:
+    if f'{classifier}.weight' in state:
         kwargs['num_classes'] = len(state[f'{classifier}.weight'])
     if args.get('gp'):
         kwargs['global_pool'] = args['gp']
@@ -81,20 +78,23 @@ def model_of(
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
+        if state.keys() == reparameterize_model(model.eval()).state_dict().keys() != model.state_dict().keys():
+            raise ValueError(
+                f'{source}: its {name} is already fused: there are no branches to merge, to train or to read scales '
+                f'from. Name the checkpoint of its training.'
+            ) from None
         raise ValueError(f'{source}: its weights are not those of {name}: {error}') from None
-    if kind_of(model) == 'target' and (need_scales or scales is not None):
-        given = find_scales(checkpoint, model, source) if scales is None else load_scales(scales, model)
-        if given is not None:
-            check_trained_with(given, checkpoint, source)
-            attach_scales(model, given)
-            model.scales_provenance = given.provenance
-    data = data_config_of(args, model)
-    names = checkpoint.get('label_names')
+    wanted = kind_of(model) == 'target' and (need_scales or scales is not None)
+    if wanted and (found := find_scales(checkpoint, model, source, scales)):
+        attach_scales(model, found)
+        model.scales_provenance = found.provenance
+    data, names = data_config_of(args, model), checkpoint.get('label_names')
+    if mode := args.get('input_img_mode'):
+        color_mode(data['input_size'][0], mode)
     model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
     # The tag names weights that timm publishes, not these.
     model.pretrained_cfg.pop('tag', None)
     if 'origin' in checkpoint or not args.get('pretrained'):
         # timm's script does not state it; it fine-tunes what timm knows for the model.
         restore_origin(model, checkpoint.get('origin'))
-    note_color_mode(model, args.get('input_img_mode'))
     return model.eval()

@@ -23,7 +23,6 @@ COMMANDS = {
     'quickstart': Command('train on handwritten digits, in a minute', '.train.command'),
     'trial': Command('train a network in several ways, and say whether they differ', '.trial.trial_command'),
     'scales': Command('list, show, convert, draw and share scales', '.scale_commands'),
-    'bench': Command('measure what training and search cost', '.bench.bench_commands'),
     'save': Command('write a checkpoint as a folder in the format of the Hub', '.publish_commands'),
     'push': Command('publish a checkpoint as a model on the Hub, with its scales in the card', '.publish_commands'),
     'convert-checkpoint': Command(
@@ -31,11 +30,13 @@ COMMANDS = {
     ),
     'export': Command('write a trained model as ONNX', '.deploy.deploy_commands'),
     'quantize': Command('write a trained model as INT8 ONNX', '.deploy.deploy_commands'),
-    'evaluate': Command('measure accuracy, latency, throughput and size of a model', '.deploy.deploy_commands'),
+    'evaluate': Command('measure accuracy, latency, throughput and size of a model', '.deploy.evaluate_commands'),
     'compare-int8': Command(
         'measure models in float32 and in all kinds of INT8, in one table', '.deploy.deploy_commands'
     ),
-    'predict': Command('classify images, with the names of the classes where they are known', '.deploy.prediction'),
-    'doctor': Command('check that this machine trains right, or what a run has left', '.doctor.doctor_command'),
+    'predict': Command(
+        'classify images, with the names of the classes where they are known', '.deploy.evaluate_commands'
+    ),
+    'doctor': Command('check that this machine trains a model right', '.doctor.doctor_command'),
     'run': Command("run a script, such as timm's validate.py, that finds these models and optimizers", '.script'),
 }

@@ -1,58 +1,210 @@
-"""Image folders through timm's factory, and the classes of its datasets."""
+"""Images in folders of classes: training, evaluation, calibration and prediction read them here."""
 
 import logging
 import os
-import pickle
+import random
 import tarfile
-from collections.abc import Mapping
-from pathlib import Path
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from itertools import cycle, islice
+from pathlib import Path, PurePath
 from typing import Any
 
-from PIL import Image
-from timm.data import ImageDataset, create_dataset, resolve_data_config
+import numpy as np
+from huggingface_hub.utils import tqdm
+from PIL import Image, ImageOps
+from timm.data import create_transform, resolve_data_config
 from timm.data.loader import adapt_to_chs
-from timm.data.readers.img_extensions import get_img_extensions
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.img_extensions import set_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from .checkpoints.bounds import check_pickle
+from .errors import explaining
 
 __all__ = [
+    'Images',
     'check_same_classes',
-    'check_two_splits',
     'class_names',
     'class_numbers',
+    'color_mode',
+    'core_count',
     'count_classes',
     'data_config_of',
-    'open_folder',
+    'open_evaluation',
+    'open_files',
+    'open_split',
     'read_class_map',
 ]
 
 _logger = logging.getLogger(__name__)
 
-# As many as timm tries.
+# Damaged images in a row that training passes over; as many as in timm.
 _ATTEMPTS = 10
 
-# The names of splits that timm knows, and one that many folders have.
-_SPLITS = ('train', 'training', 'val', 'valid', 'validation', 'eval', 'evaluation', 'test')
+# Channels to Pillow's mode.
+_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
+
+_SPLITS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evaluation'), ('test',))
+
+# Pillow opens these, but leaves the pixels to other programs and packages.
+_WITHOUT_PIXELS = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
+
+# Fewer images are read before workers have started.
+_WORTH_WORKERS = 200
 
 
-def open_folder(root: str | os.PathLike, split: str, need_split: bool, **kwargs: Any) -> Any:
-    """Opens a folder, or a tar file, of images in folders, one for each class.
+class Images(Dataset):
+    """Images and the numbers of their classes.
+
+    The EXIF orientation is applied, and 16 bits are scaled to 8.
 
     Args:
-        root: The folder, or one with a folder for each split.
-        split: Split to look for, such as `train` or `validation`.
-        need_split: Refuse a folder without splits: two splits of it would be the same images.
-        **kwargs: Further arguments of `timm.data.create_dataset`, such as `class_map`.
+        files: Paths of the images, or names in the archive.
+        channels: Channels of an image: 1, 3 or 4.
+        labels: Class of each image. Defaults to 0.
+        class_to_idx: Numbers of the classes by name.
+        folder: Where the images are.
+        archive: Opens each image, if they are in a .tar file.
 
-    Returns:
-        timm's dataset, without images in hidden folders.
+    Attributes:
+        transform: What makes something else of an image of Pillow; timm's loaders set it.
+        skip_damaged: Go on with the next image if one cannot be read, as timm does. An evaluation would then be of
+            other images.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[str],
+        channels: int,
+        labels: Sequence[int] = (),
+        class_to_idx: Mapping[str, int] | None = None,
+        folder: Path | None = None,
+        archive: Any = None,
+    ):
+        self.files = files
+        self.mode = color_mode(channels)
+        self.labels = labels or [0] * len(files)
+        self.class_to_idx = class_to_idx or {}
+        self.folder = folder
+        self.archive = archive
+        self.transform: Any = None
+        self.skip_damaged = False
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Returns an image, an `Image` of Pillow unless there is a `transform`, and its class."""
+        for place in range(index, index + _ATTEMPTS):
+            place %= len(self)
+            name = self.files[place]
+            try:
+                with (
+                    open(name, 'rb') if self.archive is None else self.archive[place][0] as file,
+                    Image.open(file) as image,
+                ):
+                    image.load()
+                    # An orientation that cannot be read is none.
+                    with suppress(SyntaxError):
+                        ImageOps.exif_transpose(image, in_place=True)
+                break
+            # Pillow's PNG reader raises SyntaxError on broken headers.
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                reason = str(error).split(' <')[0]
+                if not self.skip_damaged:
+                    raise ValueError(f"The image '{name}' is damaged: {reason}. Remove or replace it.") from None
+                _logger.warning(f"The image '{name}' is damaged and skipped: {reason}")
+        else:
+            raise ValueError(f"The image '{name}' and all before it are damaged: was a copy of the data broken off?")
+        pixels = _of_bytes(image, name).convert(self.mode)
+        return (pixels if self.transform is None else self.transform(pixels)), self.labels[place]
+
+    def sample(self, count: int, seed: int) -> list[int]:
+        """Draws the indices of `count` images without repetition; all of them if there are no more."""
+        return random.Random(seed).sample(range(len(self)), min(count, len(self)))
+
+    def batches(
+        self, indices: Sequence[int], batch_size: int, title: str, whole: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields images, float32 of shape (N, C, H, W), and classes, int64 of shape (N,), under a progress bar.
+
+        Args:
+            indices: Which images, in this order.
+            batch_size: Images in a batch; the last one may have fewer.
+            title: What the bar says.
+            whole: Fill the last batch, with the first images again.
+        """
+        if whole:
+            indices = [*indices, *islice(cycle(indices), -len(indices) % batch_size)]
+        workers = min(8, core_count()) if len(indices) >= _WORTH_WORKERS else 0
+        # `disable=None` shows the bar on terminals only.
+        with tqdm(total=len(indices), desc=title, unit='img', disable=None) as bar:
+            for images, labels in DataLoader(Subset(self, indices), batch_size, num_workers=workers):
+                yield images, labels
+                bar.update(len(images))
+
+
+def _of_bytes(image: Image.Image, name: str) -> Image.Image:
+    """Scales the values of an image to 8 bits; `convert` would clip them at 255."""
+    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ('I', 'F'):
+        raise ValueError(f"The image '{name}' has values in the mode '{image.mode}': convert it to 8 or 16 bits.")
+    return image
+
+
+def color_mode(channels: int, stated: str | None = None) -> str:
+    """Returns Pillow's mode of the images that a model takes.
+
+    Args:
+        channels: Channels that it takes.
+        stated: Mode that arguments, a checkpoint or a file state.
+
+    Raises:
+        ValueError: If images cannot have as many channels, or another mode is stated.
+    """
+    mode = _MODES.get(channels)
+    if mode is None or stated not in (None, mode):
+        raise ValueError(
+            f'The model takes images of {channels} channels in the mode {stated or "of these"}, expected 1, 3 or 4 in '
+            f'the modes {", ".join(_MODES.values())}.'
+        )
+    return mode
+
+
+def core_count() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def open_split(
+    root: str | os.PathLike,
+    split: str,
+    channels: int = 3,
+    class_map: str = '',
+    class_names: Sequence[str] = (),
+    need_split: bool = False,
+) -> Images:
+    """Opens a folder of images in folders, one for each class, or a .tar file of such folders.
+
+    The class is the first folder below that of the split, whatever lies below it; in a .tar file it is the last one.
+
+    Args:
+        root: The folder, or one with a folder or .tar file for each split.
+        split: Split to look for, such as `train` or `validation`.
+        channels: Channels of an image: 1, 3 or 4.
+        class_map: File of the classes, a name per line. Defaults to the order of their names.
+        class_names: Names of a model's classes: they number the folders, if all folders are among them.
+        need_split: Refuse a folder or file without splits: two splits of it would be the same images.
 
     Raises:
         FileNotFoundError: If the folder or class map does not exist.
-        ValueError: If there are no images in it, it does not have the split, or the class map cannot be read.
+        ValueError: If there are no images in it or in one of its classes, it does not have the split, or the class map
+            cannot be read.
     """
     root = Path(root)
     if not root.exists():
@@ -60,143 +212,158 @@ def open_folder(root: str | os.PathLike, split: str, need_split: bool, **kwargs:
         raise FileNotFoundError(
             f"There is no image folder '{root}'{where}, expected one with images in {split}/<class>/. Check the path."
         )
-    for place in (root, root / split):
-        if not place.is_dir():
-            _check_regular(place)
-    if root.is_dir():
-        _check_tree(root)
-    class_map: Any = read_class_map(kwargs.pop('class_map', None), root)
-    try:
-        dataset = create_dataset('', root=os.fspath(root), split=split, class_map=class_map, **kwargs)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"There are no images for the split '{split}' in '{root}': {error}") from None
-    except (tarfile.TarError, EOFError) as error:
-        archive = root / split if root.is_dir() else root
-        raise ValueError(f"'{archive}' is not a readable .tar file: {error}.") from None
-    splits = sorted(name for name in _SPLITS if (root / name).is_dir())
-    if root.is_dir() and Path(getattr(dataset.reader, 'root', root)) == root and (need_split or splits):
+    synonyms = next((names for names in _SPLITS if split in names), ())
+    place = next((root / name for name in (split, *synonyms) if (root / name).exists()), root)
+    others = [name for names in _SPLITS for name in names if (root / name).is_dir()]
+    if place == root and (need_split or others):
+        but = f', but with {", ".join(others)}' if others else ''
         raise ValueError(
-            f"'{root}' has no split '{split}', but {', '.join(splits) or 'classes only'}. Make a folder "
-            f"'{root / split}' with a folder for each class, or name another split."
+            f"'{root}' is not a folder with the split '{split}'{but}: expected images in {split}/<class>/. Make these, "
+            f'or name another split.'
         )
-    if isinstance(dataset.reader, ReaderImageFolder):
-        _skip_hidden(dataset.reader, class_map)
-    elif isinstance(dataset.reader, ReaderImageInTar):
-        # Of one open file, forked workers and threads share the position, and read from where another one is.
-        dataset.reader.cache_tarfiles = False
-    named = _NamedImages(None, reader=dataset.reader, input_img_mode=dataset.input_img_mode)
-    named.skip_damaged = kwargs.get('is_training', False)
-    return named
+    archive, files, classes = (_in_tar if place.suffix == '.tar' and place.is_file() else _in_folder)(place)
+    numbers = read_class_map(class_map, root)
+    if numbers is None:
+        numbers, classes = _number(classes, class_names, place)
+    kept = [index for index, name in enumerate(classes) if name in numbers]
+    if not kept:
+        of_map = f" of the classes in '{class_map}'" if class_map else ''
+        raise ValueError(f"There are no images for the split '{split}' in '{root}', in {place}/<class>/{of_map}.")
+    if left_out := len(classes) - len(kept):
+        _logger.warning(f"'{place}': {left_out} images of classes that the class map lacks are left out.")
+    if archive is not None:
+        archive.samples = archive.samples[kept]
+    labels = [numbers[classes[index]] for index in kept]
+    return Images([files[index] for index in kept], channels, labels, numbers, place, archive)
 
 
-def check_two_splits(root: str | os.PathLike, otherwise: str = '') -> None:
-    """Checks that training and validation images can differ, which those of one file cannot.
+def open_evaluation(
+    root: str | os.PathLike,
+    split: str,
+    config: Mapping[str, Any],
+    class_map: str = '',
+    class_names: Sequence[str] = (),
+) -> Images:
+    """Opens a split whose images are prepared for a model.
 
     Args:
-        root: The folder, or .tar file.
-        otherwise: What else the error advises.
+        root: See `open_split`.
+        split: See `open_split`.
+        config: Preprocessing, as `timm.data.resolve_data_config` gives it.
+        class_map: See `open_split`.
+        class_names: See `open_split`.
+    """
+    images = open_split(root, split, config['input_size'][0], class_map, class_names)
+    images.transform = create_transform(**config)
+    return images
+
+
+def open_files(paths: Iterable[str | os.PathLike], config: Mapping[str, Any]) -> Images:
+    """Opens image files, and all those in folders, prepared for a model.
+
+    Args:
+        paths: The files and folders.
+        config: See `open_evaluation`.
 
     Raises:
-        ValueError: If it is a file.
+        FileNotFoundError: If there is no such file or folder.
+        ValueError: If there are no images in the folders.
     """
-    if Path(root).is_file():
+    files: list[str] = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"There is no image '{path}', expected a file such as photo.jpg, or a folder.")
+        files += _find_images(path, False) if path.is_dir() else [os.fspath(path)]
+    if not files:
+        raise ValueError(f"There are no images in '{path}'.")
+    images = Images(files, config['input_size'][0])
+    images.transform = create_transform(**config)
+    return images
+
+
+def _in_folder(place: Path) -> tuple[None, list[str], list[str]]:
+    """Returns the images in a folder, and the class of each; '' in a folder without classes."""
+    files = _find_images(place, True)
+    parts = [PurePath(file).relative_to(place).parts for file in files]
+    return None, files, [names[0] if names[1:] else '' for names in parts]
+
+
+def _find_images(folder: Path, in_classes: bool) -> list[str]:
+    """Returns the images below a folder in natural order, without hidden ones, and logs what is left out."""
+    found, others = [], Counter[str]()
+    suffixes = _suffixes()
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = _shown(folders)
+        # What lies beside folders of classes has none.
+        beside = in_classes and folders and Path(parent) == folder
+        for name in _shown(files):
+            suffix = os.path.splitext(name)[1].lower()
+            if suffix in suffixes and not beside:
+                found.append(os.path.join(parent, name))
+            else:
+                others[suffix or name] += 1
+    if others:
+        what = ', '.join(f'{count} {suffix}' for suffix, count in others.most_common(5))
+        where = ' in folders of classes' if in_classes else ''
+        _logger.warning(f"'{folder}': {others.total()} files are left out, as no images{where}: {what}.")
+    return sorted(found, key=natural_key)
+
+
+def _shown(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not name.startswith('.')]
+
+
+def _suffixes() -> set[str]:
+    Image.init()
+    readable = Image.OPEN.keys() - _WITHOUT_PIXELS
+    return {suffix for suffix, name in Image.registered_extensions().items() if name in readable}
+
+
+def _in_tar(path: Path) -> tuple[Any, list[str], list[str]]:
+    """Returns a reader of a .tar file, the names of the images in it, and the class of each."""
+    set_img_extensions(sorted(_suffixes()))
+    try:
+        # Of one open file, forked workers and threads would share the position.
+        reader: Any = ReaderImageInTar(os.fspath(path), cache_tarfiles=False)
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise ValueError(f"'{path}' is not a readable .tar file of images: {error}.") from None
+    # A sample is a member, and the files that it is in.
+    paths = [
+        PurePath(inner.name.removesuffix('.tar') if inner else '', member.path) for member, _, inner in reader.samples
+    ]
+    parents = [path.parent for path in paths]
+    if len(set(parents)) > len({parent.name for parent in parents}):
         raise ValueError(
-            f"'{root}' is one file, expected one for each split: the validation would be on training images. Name the "
-            f'folder of both, with --train-split train.tar --val-split validation.tar{otherwise}.'
+            f"'{path}' has folders of the same name in several others, such as {parents[0]}: the last folder is the "
+            f'class. Unpack it, or pack <class>/<image> alone.'
         )
+    return reader, list(map(str, paths)), [parent.name for parent in parents]
 
 
-class _NamedImages(ImageDataset):
-    """timm's dataset, which names an image that cannot be read instead of its index.
-
-    Attributes:
-        skip_damaged: Go on with the next image, as timm does. A validation would be of other images.
-    """
-
-    skip_damaged = False
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        for offset in range(min(_ATTEMPTS, len(self))):
-            position = (index + offset) % len(self)
-            try:
-                file, target = self.reader[position]
-                with file:
-                    image = Image.open(file).convert(self.input_img_mode)
-            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-                name = self.filename(position, absolute=True)
-                if not self.skip_damaged:
-                    raise ValueError(f"The image '{name}' is damaged: {error}. Remove or replace it.") from None
-                _logger.warning(f"The image '{name}' is damaged and skipped: {error}")
-                continue
-            return (image if self.transform is None else self.transform(image)), target
+def _number(classes: list[str], class_names: Sequence[str], place: Path) -> tuple[dict[str, int], list[str]]:
+    """Returns the numbers of classes by name, and the class of each image as it is spelled there."""
+    # The same letters have other code points in folders that a Mac wrote.
+    known = {unicodedata.normalize('NFC', name): number for number, name in enumerate(class_names)}
+    spelled = [unicodedata.normalize('NFC', name) for name in classes]
+    if known and known.keys() >= set(spelled):
+        if missing := len(known.keys() - set(spelled)):
+            _logger.warning(f"'{place}' has no images of {missing} of the model's {len(known)} classes.")
+        return known, spelled
+    found = sorted(set(classes), key=natural_key)
+    folders = next(os.walk(place), ((), (), ()))[1]
+    if found != [''] and (empty := set(_shown(folders)) - set(found)):
         raise ValueError(
-            f"The image '{name}' and the {offset} before it are damaged: check the data, such as for a copy that was "
-            f'broken off.'
+            f"'{place / min(empty)}' is the folder of a class without images, without which later classes have other "
+            f'numbers. Remove it, or give the numbers of the classes by --class-map.'
         )
-
-
-def _check_tree(root: Path) -> None:
-    """Raises a ValueError if a folder of images leads back into itself, or has pipes or devices named as images."""
-    # timm follows links, and would find the images of a loop forty times over; opening a pipe waits forever.
-    suffixes = get_img_extensions(as_set=True)
-    done: set[str] = set()
-
-    def visit(folder: str, inside: frozenset[str]) -> None:
-        try:
-            entries = list(os.scandir(folder))
-        except PermissionError:
-            # Such as lost+found, which timm passes over.
-            entries = []
-        for entry in entries:
-            if entry.is_dir():
-                real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(folder, entry.name)
-                if real in inside:
-                    raise ValueError(f"'{entry.path}' is a link to a folder that it is in: remove it.")
-                if real not in done:
-                    visit(real, inside | {real})
-            elif os.path.splitext(entry.name)[1].lower() in suffixes and not entry.is_file():
-                _check_regular(entry.path)
-        done.add(folder)
-
-    real_root = os.path.realpath(root)
-    visit(real_root, frozenset({real_root}))
-
-
-def _check_regular(path: str | os.PathLike) -> None:
-    # A link to nowhere is like a damaged image.
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"'{path}' is a pipe or a device, expected an image or a .tar file of images: remove it.")
-
-
-def _skip_hidden(reader: ReaderImageFolder, class_map: Mapping[str, int] | None) -> None:
-    """Removes the images in hidden folders, such as `.ipynb_checkpoints`, which timm takes for a class."""
-    shown = [sample for sample in reader.samples if not _is_hidden(os.path.relpath(sample[0], reader.root))]
-    if len(shown) == len(reader.samples):
-        return
-    if not shown:
-        raise ValueError(f"'{reader.root}' has images in hidden folders only.")
-    if class_map is None:
-        names = {number: name for name, number in reader.class_to_idx.items()}
-        found = sorted({names[number] for _, number in shown}, key=natural_key)
-        reader.class_to_idx = {name: number for number, name in enumerate(found)}
-        shown = [(path, reader.class_to_idx[names[number]]) for path, number in shown]
-    reader.samples = shown
-
-
-def _is_hidden(path: str) -> bool:
-    return any(part.startswith('.') for part in Path(path).parts)
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module_name: str, global_name: str) -> Any:
-        raise pickle.UnpicklingError(f'it would run {module_name}.{global_name}')
+    return {name: number for number, name in enumerate(found)}, classes
 
 
 def read_class_map(class_map: str | None, root: str | os.PathLike | None) -> dict[str, int] | None:
-    """Reads a class map: a .txt file with a name on each line, or a .pkl file of a dict from names to numbers.
+    """Reads a class map, a text file with the name of a class on each line.
 
     Args:
-        class_map: The file; timm also looks for it in the folder of images.
+        class_map: The file; also looked for in the folder of images.
         root: That folder.
 
     Returns:
@@ -204,46 +371,23 @@ def read_class_map(class_map: str | None, root: str | os.PathLike | None) -> dic
 
     Raises:
         FileNotFoundError: If the file does not exist.
-        ValueError: If it is neither, or would run code.
+        ValueError: If it is not a text file.
     """
     if not class_map:
         return None
-    paths = [path for path in (Path(class_map), Path(root or '.', class_map)) if path.is_file()]
-    if not paths:
-        raise FileNotFoundError(f"There is no class map '{class_map}'.")
-    suffix = paths[0].suffix.lower()
-    if suffix not in ('.txt', '.pkl'):
-        raise ValueError(f"The class map '{class_map}' is not a .txt file, a name per line, nor a .pkl file of a dict.")
-    try:
-        if suffix == '.txt':
-            # Like timm, which numbers the lines.
-            return {line.strip(): number for number, line in enumerate(paths[0].read_text('utf-8').splitlines())}
-        with open(paths[0], 'rb') as file:
-            check_pickle(file, 1)
-            file.seek(0)
-            numbers = _PlainUnpickler(file).load()
-    except (UnicodeDecodeError, pickle.UnpicklingError, EOFError, ValueError, IndexError, KeyError, TypeError) as error:
-        raise ValueError(f"The class map '{class_map}' cannot be read: {error}.") from None
-    except (AttributeError, ImportError, MemoryError, OverflowError) as error:
-        raise ValueError(f"The class map '{class_map}' cannot be read: {error}.") from None
-    if not isinstance(numbers, dict) or not all(type(n) is int and n >= 0 for n in numbers.values()):
-        raise ValueError(
-            f"The class map '{class_map}' does not hold a dict from names to numbers, such as {{'cat': 0, 'dog': 1}}. "
-            f'Write it anew, or as a .txt file, a name per line.'
-        )
-    return numbers
+    path = Path(class_map) if Path(class_map).is_file() else Path(root or '', class_map)
+    with explaining(f"The class map '{class_map}' is not a text file with a name per line"):
+        lines = path.read_text('utf-8').splitlines()
+    return {line.strip(): number for number, line in enumerate(lines) if line.strip()}
 
 
 def class_numbers(dataset: Any) -> dict[str, int]:
     """Returns the numbers of a dataset's classes by name; none if it does not name them."""
-    for owner in (dataset, getattr(dataset, 'reader', None)):
-        for attribute in ('class_to_idx', 'class_name_to_idx', 'classes'):
-            classes = getattr(owner, attribute, None)
-            if isinstance(classes, Mapping) and classes:
-                return {str(name): int(number) for name, number in classes.items()}
-            if classes:
-                return {str(name): number for number, name in enumerate(classes)}
-    return {}
+    owners = (dataset, getattr(dataset, 'reader', None))
+    for owner in owners:
+        if found := getattr(owner, 'class_to_idx', None):
+            return {str(name): int(number) for name, number in found.items()}
+    return {str(name): number for number, name in enumerate(getattr(dataset, 'classes', ()))}
 
 
 def count_classes(dataset: Any) -> int | None:
@@ -262,20 +406,12 @@ def class_names(dataset: Any) -> list[str]:
 def check_same_classes(train: Any, validation: Any) -> None:
     """Raises a ValueError if both datasets name their classes, and they differ in names or numbers."""
     numbers, found = class_numbers(train), class_numbers(validation)
-    if not numbers or not found:
-        return
-    advice = 'Give both the same folders, or the same numbers by --class-map.'
-    for split, missing in (('training', set(found) - set(numbers)), ('validation', set(numbers) - set(found))):
-        if missing:
-            names = ', '.join(f"'{name}'" for name in sorted(missing, key=natural_key)[:5])
-            more = f' and {len(missing) - 5} more' if len(missing) > 5 else ''
-            raise ValueError(f'The {split} images lack the class {names}{more}. {advice}')
-    for name, number in found.items():
-        if numbers[name] != number:
-            raise ValueError(
-                f"The class '{name}' has the number {number} in the validation images, but {numbers[name]} in those "
-                f'for training. {advice}'
-            )
+    if numbers and found and numbers != found:
+        names = sorted({name for name, _ in numbers.items() ^ found.items()}, key=natural_key)
+        raise ValueError(
+            f'The training images have {len(numbers)} classes and the validation images {len(found)}; they differ in '
+            f'{", ".join(map(repr, names[:5]))}{", …" * (len(names) > 5)}. Give both the same folders or --class-map.'
+        )
 
 
 def data_config_of(args: Mapping[str, Any], model: Any) -> dict[str, Any]:
@@ -288,10 +424,9 @@ def data_config_of(args: Mapping[str, Any], model: Any) -> dict[str, Any]:
         model: The model.
     """
     channels = (args.get('input_size') or [args.get('in_chans') or 3])[0]
-    given = {name: args[name] for name in ('mean', 'std') if args.get(name) and len(args[name]) > 1}
-    config = resolve_data_config({**args, **_averaged(given, channels)}, model=model)
-    return {**config, **_averaged({name: config[name] for name in ('mean', 'std')}, channels)}
 
+    def averaged(values: Mapping[str, Any]) -> dict[str, Any]:
+        other = [name for name in ('mean', 'std') if len(values.get(name) or ()) not in (0, 1, channels)]
+        return {**values, **{name: adapt_to_chs(values[name], channels) for name in other}}
 
-def _averaged(values: Mapping[str, Any], channels: int) -> dict[str, Any]:
-    return {name: value if len(value) == channels else adapt_to_chs(value, channels) for name, value in values.items()}
+    return averaged(resolve_data_config(averaged(args), model=model))

@@ -1,84 +1,78 @@
-"""Trained multi-branch networks as plain ones: timm's by name, and the user's own from checkpoints."""
+"""Trained multi-branch networks as plain ones: timm's by name, the user's own and the authors' from checkpoints."""
 
 import os
 from pathlib import Path
 from typing import Any
 
 import timm
-from timm.models import parse_model_name
 from torch import nn
 
 from .architectures import ARCHITECTURES
 from .blocks import implied_scales, plain_twin, recalibrate
 from .checkpoint_model import model_from_checkpoint
-from .checkpoints.read import read_checkpoint
+from .checkpoints.read import check_weights, read_checkpoint
+from .datasets import open_evaluation
 from .deploy.classifier import preprocessing
-from .deploy.image_folder import ImageFolder
-from .models import ensure_registered, resolve_model
-from .models.timm_twins import plain_first_conv
+from .models import ensure_registered, resolve_model, take_name
+from .models.reference_weights import model_from_reference
 from .names import PREFIX, ModelName
 from .reparam import multi_branch_blocks, prepare
 from .weights_origin import note_merged
 
-__all__ = ['is_multi_branch_source', 'merge_trained']
+__all__ = ['merge_trained']
 
-_BATCH = 64
-
-
-def is_multi_branch_source(source: str) -> bool:
-    """Returns whether `source` is not a bare file: a checkpoint that names its model, or a name that timm knows."""
-    if Path(source).is_file():
-        return isinstance(read_checkpoint(source).get('arch'), str)
-    kind, name = parse_model_name(source)
-    return kind is not None or timm.is_model(name.split('.')[0])
+_IMAGES, _BATCH = 2048, 64
 
 
 def merge_trained(
     source: str,
     model_name: str = '',
     data: str | os.PathLike | None = None,
-    images: int = 2048,
     implied: bool = False,
 ) -> nn.Module:
     """Makes the plain network of a trained multi-branch one, under our name.
 
     Args:
-        source: Checkpoint of a run, file of tensors, or what `timm.create_model` takes, such as
-            `mobileone_s0.apple_in1k`.
+        source: Checkpoint of a run, file of tensors, file of a repository of the authors (see `model_from_reference`),
+            or what `timm.create_model` takes, such as `mobileone_s0.apple_in1k`.
         model_name: timm's name of the network, for a file that does not state it.
         data: Image folder to measure the statistics of added BatchNorms on; its training split if it has one.
-            Defaults to estimates from the branches.
-        images: Number of images to measure on.
+            2048 of its images are used. Defaults to estimates from the branches.
         implied: Let the network carry the scales that the branches imply.
 
     Returns:
-        The network in evaluation mode.
+        The network in evaluation mode. A target of the authors, which is plain, stays as it is.
 
     Raises:
         FileNotFoundError: If there is no such file or folder.
-        ValueError: If the network has no branches, or cannot become plain.
+        ValueError: If the network has no branches, or cannot become plain, or a weight is none, see `check_weights`.
     """
-    if Path(source).is_file():
-        original: Any = model_from_checkpoint(source, need_scales=False, architecture=model_name)
+    is_file = Path(source).is_file() or not (':' in source or timm.is_model(source.split('.')[0]))
+    of_authors = is_file and not model_name and not isinstance(read_checkpoint(source).get('arch'), str)
+    original: Any
+    if of_authors:
+        original = model_from_reference(source)
+    elif is_file:
+        original = model_from_checkpoint(source, need_scales=False, architecture=model_name)
     else:
         resolve_model(source)
         original = timm.create_model(source, pretrained=True).eval()
+        check_weights(original.state_dict(), source)
     cfg = original.pretrained_cfg
     if not any(multi_branch_blocks(original)):
-        raise ValueError(f'{source}: {cfg["architecture"]} has no branches to merge. Write it with repopt-timm save.')
+        if of_authors and data is None and not implied:
+            return original
+        advice = 'Leave out --data and --scales implied.' if of_authors else 'Write it with repopt-timm save.'
+        raise ValueError(f'{source}: {cfg["architecture"]} has no branches to merge. {advice}')
     plain: Any = plain_twin(original, weights=True)
     name = _plain_name(cfg['architecture'])
-    plain.architecture = name.network
-    first_conv = plain_first_conv(plain, cfg.get('first_conv'))
-    plain.pretrained_cfg = plain.default_cfg = {**cfg, 'architecture': name.architecture, 'first_conv': first_conv}
-    note_merged(plain, cfg['architecture'] if Path(source).is_file() else source)
-    if hasattr(plain, '_traits'):
-        plain._traits = {**plain._traits, 'first_conv': first_conv}
+    take_name(plain, name)
+    note_merged(plain, cfg['architecture'] if is_file else source)
     if implied:
         prepare(plain, implied_scales(original).renamed(name.network), init=False)
     if data is not None:
-        folder = ImageFolder(data, 'train', preprocessing(model=plain))
-        recalibrate(plain, folder.batches(folder.sample(images, seed=0), _BATCH, 'BatchNorm'))
+        folder = open_evaluation(data, 'train', preprocessing(model=plain))
+        recalibrate(plain, folder.batches(folder.sample(_IMAGES, seed=0), _BATCH, 'BatchNorm'))
     return plain
 
 

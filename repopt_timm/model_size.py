@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .color_modes import noted_color_mode
-
 __all__ = ['count_macs', 'count_parameters', 'size_of']
 
 
@@ -39,10 +37,8 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int | None
 
 
 def size_of(model: Any) -> dict[str, Any]:
-    """Returns a timm model's image size and mode, number of parameters and multiply-adds, as a card states them."""
+    """Returns a timm model's image size, number of parameters and multiply-adds, as a card states them."""
     size = tuple(model.pretrained_cfg['input_size'])
     macs = count_macs(model, size)
     known: dict[str, Any] = {} if macs is None else {'multiply_adds': macs}
-    if mode := noted_color_mode(model):
-        known['image_mode'] = mode
     return {'image_size': list(size), 'parameters': count_parameters(model), **known}

@@ -1,31 +1,31 @@
 """Models with their scales as repositories in timm's format: local folders, and the Hugging Face Hub."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from .cards.document import CARD_FILE, eval_results
-from .cards.format import SCALES_FILE, encode_scales
+from .cards.card import CARD_FILE, SCALES_FILE, encode_scales, eval_results
+from .cards.hub import push_folder
 from .cards.licence import checked_license
+from .cards.publish import draw, write_card
 from .cards.text import CURVES_FILE, SCALES_PICTURE, WEIGHTS_FILE
-from .cards.transfer import push_folder
-from .cards.writing import draw, write_card
 from .checkpoint_model import model_of
-from .checkpoints.packing import PRECISIONS, pack
-from .checkpoints.read import read_checkpoint
-from .errors import explaining, naming
+from .checkpoints.packing import pack
+from .checkpoints.read import check_weights, read_checkpoint
+from .errors import explaining
 from .files import check_output, check_output_folder, naming_write_errors, replacing
 from .model_size import size_of
 from .models import RepOptVgg
-from .models.strided_byobnet import stated_arguments
+from .models.twins import stated_arguments
 from .plot import plot_curves
-from .reparam import is_sharded, kind_of, uncompiled_name, unwrap
+from .reparam import carried_scales, is_sharded, kind_of, uncompiled_name, unwrap
 from .scales import Scales
 from .sources import ScalesSource, load_scales
 from .trained_scales import arguments_of
@@ -36,27 +36,8 @@ __all__ = ['push_to_hub', 'save_pretrained']
 CONFIG_FILE = 'config.json'
 
 # Arguments of a run that a card states, as far as they are set.
-_STATED = (
-    'epochs',
-    'opt',
-    'lr',
-    'weight_decay',
-    'clip_grad',
-    'smoothing',
-    'mixup',
-    'cutmix',
-)
-
-
-class _Publication(NamedTuple):
-    model: nn.Module
-    weights: Mapping[str, Tensor]
-    scales: Scales | None
-    metrics: Mapping[str, float | str]
-    training: Mapping[str, Any]
-    curves: str | os.PathLike | None
-    history: Sequence[Mapping[str, Any]]
-    license_name: str
+_STATED = ('epochs', 'opt', 'lr', 'weight_decay', 'clip_grad', 'smoothing', 'mixup', 'cutmix')
+_PNG = b'\x89PNG\r\n\x1a\n'
 
 
 def save_pretrained(
@@ -95,13 +76,14 @@ def save_pretrained(
     Raises:
         FileNotFoundError: If there is no such checkpoint or source of scales.
         ValueError: If the checkpoint does not name its model, the scales are missing or another model's, a weight is
-            sharded, it or a result is not finite, or the licence is not an identifier.
+            sharded, it or a result would not work or is not finite, or the licence is not an identifier.
     """
     directory = check_output_folder(directory)
     files = (WEIGHTS_FILE, CONFIG_FILE, SCALES_PICTURE, SCALES_FILE, CURVES_FILE, CARD_FILE)
     for file in files:
         check_output(directory / file, *(() if isinstance(model, nn.Module) else (model,)))
-    publication = _prepare(model, scales, metrics, training, curves, precision, license)
+    write = _prepare(model, scales, metrics, training, curves, precision, license)
+    repo_id = repo_id or f'USER/{directory.resolve().name}'
     directory.mkdir(parents=True, exist_ok=True)
     # Everything is made beside its place first: an error in the middle leaves the directory as it was.
     with TemporaryDirectory(prefix='.repopt-timm-', dir=directory) as name:
@@ -110,8 +92,7 @@ def save_pretrained(
             if (directory / file).is_file():
                 (folder / file).write_bytes((directory / file).read_bytes())
         published = frozenset(file.name for file in directory.iterdir())
-        with naming(folder, directory):
-            _write(publication, folder, repo_id or f'USER/{directory.resolve().name}', published, scales_file)
+        write(folder, repo_id, published, scales_file, directory)
         for file in files:
             if (folder / file).is_file():
                 with replacing(directory / file) as temporary:
@@ -162,17 +143,13 @@ def push_to_hub(
         HubError: If the repository cannot be written to.
         FileNotFoundError: If there is no such checkpoint or source of scales.
         ValueError: If the checkpoint does not name its model, the scales are missing or another model's, a weight is
-            sharded, it or a result is not finite, or the licence is not an identifier.
+            sharded, it or a result would not work or is not finite, or the licence is not an identifier.
 
     Example:
         >>> push_to_hub(model, 'user/a0', metrics={'dataset': 'cifar10', 'top1': 93.1})  # doctest: +SKIP
     """
-    publication = _prepare(model, scales, metrics, training, curves, precision, license)
-
-    def write(folder: Path, name: str, published: frozenset[str], too_large: bool) -> None:
-        _write(publication, folder, name, published, scales_file or too_large)
-
-    return push_folder(repo_id, write, commit_message, private, revision, create_pr, token)
+    write = _prepare(model, scales, metrics, training, curves, precision, license)
+    return push_folder(repo_id, write, commit_message, private, revision, create_pr, token, scales_file)
 
 
 def _prepare(
@@ -183,105 +160,98 @@ def _prepare(
     curves: str | os.PathLike | None,
     precision: str,
     license: str | None,
-) -> _Publication:
+) -> Callable[..., None]:
+    """Checks everything, and returns a function that writes the files; see `push_folder` for its arguments."""
     license_name = checked_license(license)
-    if precision not in PRECISIONS:
-        raise ValueError(f"Unknown precision '{precision}', expected one of {', '.join(PRECISIONS)}.")
+    picture = b'' if curves is None else Path(curves).read_bytes()
+    if curves is not None and not picture.startswith(_PNG):
+        raise ValueError(f"'{curves}' is not a picture, expected a PNG file.")
     history: Sequence[Mapping[str, Any]] = []
-    if not isinstance(model, nn.Module):
+    facts = dict(training or {})
+    if isinstance(model, nn.Module):
+        model = unwrap(model)
+        source = _timm_name(model)
+    else:
         source, checkpoint = os.fspath(model), read_checkpoint(model)
         with explaining(f"'{source}' does not hold the model of a run"):
             model = model_of(checkpoint, source, scales)
-            training = _training_of(checkpoint) if training is None else training
+            facts = _training_of(checkpoint) if training is None else facts
             measured = _metrics_of(checkpoint)
             history = [row for row in checkpoint.get('history') or [] if 'train_loss' in row]
         if precision == 'int8':
             # Those of the rounded weights are others.
-            training = {**training, **{f'{name}_before_rounding': value for name, value in measured.items()}}
+            facts |= {f'{name}_before_rounding': value for name, value in measured.items()}
         elif metrics is None:
             metrics = measured
-    else:
-        model = unwrap(model)
-        source = _timm_name(model)
+    name = _timm_name(model)
     weights = _weights_of(model, source)
     if precision == 'int8' and not isinstance(model, RepOptVgg):
-        raise ValueError(
-            f"{_timm_name(model)} cannot load 8-bit weights, RepOpt-VGG alone restores them: use 'float16'."
-        )
-    found = None if scales is None else load_scales(scales, model)
-    carried = _scales_of(model)
-    if found is not None and carried is not None and carried != found:
-        raise ValueError(
-            f'The model has the scales {carried.fingerprint}, but those given are {found.fingerprint}. Publish it with '
-            f'the scales that it was trained with; without scales=... it takes its own.'
-        )
-    found = found or carried
-    training, metrics = dict(training or {}), dict(metrics or {})
+        raise ValueError(f"{name} cannot load 8-bit weights, RepOpt-VGG alone restores them: use 'float16'.")
+    has_scales = kind_of(model) != 'target' or carried_scales(model)
+    found = Scales.from_model(model) if has_scales else None
+    if scales is not None:
+        given = load_scales(scales, model)
+        if found is not None and found != given:
+            raise ValueError(
+                f'The model has the scales {found.fingerprint}, but those given are {given.fingerprint}. Publish it '
+                f'with the scales that it was trained with; without scales=... it takes its own.'
+            )
+        found = given
     if original := merged_from(model):
-        further = '; then trained as stated here' if training else ''
-        training.setdefault('trained_with', f'branches, as {original}; merged into plain kernels{further}')
-    if metrics and 'dataset' in training:
-        metrics = {'dataset': training['dataset'], **metrics}
-    if metrics:
-        eval_results(metrics)
-    if curves is not None and not Path(curves).is_file():
-        raise FileNotFoundError(f"There is no picture '{os.fspath(curves)}'.")
+        further = '; then trained as stated here' if facts else ''
+        facts.setdefault('trained_with', f'branches, as {original}; merged into plain kernels{further}')
+    if metrics and 'dataset' in facts:
+        metrics = {'dataset': facts['dataset'], **metrics}
     if precision != 'float32':
-        training['weights'] = precision
-    training |= size_of(model)
+        facts['weights'] = precision
+    facts |= size_of(model)
     if found is not None:
         # What no card can hold is an error before anything is written or uploaded.
-        encode_scales(found, training)
-    return _Publication(model, pack(weights, precision), found, metrics, training, curves, history, license_name)
+        encode_scales(found, facts)
+    results = eval_results(metrics) if metrics else []
+    packed = pack(weights, precision)
+
+    def write(
+        folder: Path, repo_id: str, published: frozenset[str], scales_file: bool, target: str | os.PathLike = ''
+    ) -> None:
+        with naming_write_errors(Path(target) / WEIGHTS_FILE):
+            save_file(packed, folder / WEIGHTS_FILE, {'format': 'pt'})
+        config_file: Any = folder / CONFIG_FILE  # timm before 1.0.31 opens it as a path
+        save_config_for_hf(model, config_file, model_args=stated_arguments(model))
+        if picture:
+            (folder / CURVES_FILE).write_bytes(picture)
+        elif history:
+            draw(plot_curves, {name: history}, folder / CURVES_FILE)
+        write_card(
+            folder,
+            repo_id,
+            # A picture that is there already is of other weights' training.
+            published - {CURVES_FILE},
+            scales_file,
+            model_name=name,
+            scales=found,
+            license_name=license_name,
+            training=facts,
+            results=results,
+            weights_license=origin_of(model).get('license', ''),
+            source=target,
+        )
+
+    return write
 
 
 def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
-    """Returns a model's tensors as files hold them: under its own names, contiguous, each with its own memory.
-
-    Raises:
-        ValueError: If a tensor is sharded, or a value is not finite.
-    """
-    weights: dict[str, Tensor] = {}
-    memory = set()
-    for key, tensor in model.state_dict().items():
-        name = uncompiled_name(key)
-        if is_sharded(tensor):
-            raise ValueError(
-                f"{source}: '{name}' is sharded: no process has all of it. Gather with get_model_state_dict of "
-                f'torch.distributed.checkpoint.state_dict and full_state_dict=True, load that into an unsharded model '
-                f'and publish it from one process.'
-            )
-        if not tensor.isfinite().all():
-            raise ValueError(
-                f"{source}: '{name}' has values that are not finite, as after a training that diverged. Publish an "
-                f'earlier checkpoint.'
-            )
-        weights[name] = tensor.detach().contiguous()
-        address = weights[name].untyped_storage().data_ptr()
-        if address in memory:
-            # Under each of its names, as timm expects of a tensor that is tied to another.
-            weights[name] = weights[name].clone()
-        memory.add(address)
-    return weights
-
-
-def _write(publication: _Publication, folder: Path, repo_id: str, published: frozenset[str], scales_file: bool) -> None:
-    model, weights, scales, metrics, training, curves, history, license_name = publication
-    with naming_write_errors(folder.parent / WEIGHTS_FILE):
-        save_file(dict(weights), folder / WEIGHTS_FILE, {'format': 'pt'})
-    config_file: Any = folder / CONFIG_FILE  # timm before 1.0.31 opens it as a path
-    save_config_for_hf(model, config_file, model_args=stated_arguments(model))
-    if curves is not None:
-        (folder / CURVES_FILE).write_bytes(Path(curves).read_bytes())
-    elif history:
-        draw(plot_curves, {_timm_name(model): history}, folder / CURVES_FILE)
-    # An accuracy that the card may state already is of other weights, and so is a picture of their training.
-    results = eval_results(metrics) if metrics else None
-    published -= {CURVES_FILE}
-    known = origin_of(model).get('license', '')
-    write_card(
-        folder, repo_id, _timm_name(model), scales, results, training, published, scales_file, license_name, known
-    )
+    """Returns a model's tensors as files hold them: under its own names, contiguous, each with its own memory."""
+    weights = {uncompiled_name(key): tensor.detach() for key, tensor in model.state_dict().items()}
+    if sharded := [name for name, tensor in weights.items() if is_sharded(tensor)]:
+        raise ValueError(
+            f"{source}: '{sharded[0]}' is sharded: no process has all of it. Gather with get_model_state_dict of "
+            f'torch.distributed.checkpoint.state_dict and full_state_dict=True, load that into an unsharded model '
+            f'and publish it from one process.'
+        )
+    check_weights(weights, source)
+    # A tensor that is tied to another has memory of its own in a file, under each of its names.
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
 
 
 def _timm_name(model: nn.Module) -> str:
@@ -291,15 +261,6 @@ def _timm_name(model: nn.Module) -> str:
             f'{type(model).__name__} is not a model of timm: create it with timm.create_model, then publish it.'
         )
     return config['architecture']
-
-
-def _scales_of(model: nn.Module) -> Scales | None:
-    try:
-        return Scales.from_model(model)
-    except ValueError:
-        if kind_of(model) == 'target':
-            return None
-        raise
 
 
 def _training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

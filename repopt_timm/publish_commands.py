@@ -1,7 +1,6 @@
 """The commands that write models as repositories: save, push and convert-checkpoint."""
 
 import argparse
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -9,12 +8,12 @@ from typing import Any
 from .checkpoints.packing import PRECISIONS
 from .deploy import add_class_map, evaluate
 from .files import check_output_folder
-from .merge_checkpoint import is_multi_branch_source, merge_trained
-from .models.reference_weights import model_from_reference
+from .merge_checkpoint import merge_trained
 from .publish import push_to_hub, save_pretrained
 from .reporting import add_command, print_result
 from .scale_commands import SOURCE, add_license, add_publishing, add_scales_file
 from .sources import IMPLIED
+from .weights_origin import merged_from
 
 __all__ = ['add_commands']
 
@@ -43,7 +42,7 @@ def add_commands(commands: Any) -> None:
     convert = add_command(commands, 'convert-checkpoint', _convert_checkpoint)
     convert.add_argument(
         'checkpoint',
-        help='target checkpoint of the reference repository, such as RepOpt-VGG-B1-acc78.62.pth; checkpoint of a '
+        help='file of the authors, such as RepOpt-VGG-B1-acc78.62.pth or RepVGG-A0-train.pth; checkpoint of a '
         'multi-branch network; or what timm.create_model takes, such as mobileone_s0.apple_in1k',
     )
     convert.add_argument(
@@ -54,7 +53,6 @@ def add_commands(commands: Any) -> None:
         metavar='DIR',
         help='image folder to measure the BatchNorms of a merged network on [estimates from the branches]',
     )
-    convert.add_argument('--images', type=int, default=2048, metavar='N', help='how many of them')
     convert.add_argument('--out', metavar='DIR', help='folder to write, which local-dir:DIR loads')
     convert.add_argument('--push', metavar='REPO', help='repository on the Hub to publish it in')
     convert.add_argument(
@@ -72,43 +70,30 @@ def _add_contents(parser: argparse.ArgumentParser) -> None:
     add_scales_file(parser)
 
 
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in names}
+
+
 def _save(args: argparse.Namespace) -> None:
-    save = partial(
-        save_pretrained,
-        args.checkpoint,
-        scales=args.scales,
-        curves=args.curves,
-        precision=args.precision,
-        license=args.license,
-    )
-    values, text = {'checkpoint': args.checkpoint, 'out': args.out}, f'{args.checkpoint} -> {args.out}'
+    contents = _given(args, 'scales', 'curves', 'precision', 'license')
+    values, text = _given(args, 'checkpoint', 'out'), f'{args.checkpoint} -> {args.out}'
     metrics = None
     check_output_folder(args.out)
     if args.data:
         with TemporaryDirectory() as folder:
-            save(folder)
+            save_pretrained(args.checkpoint, folder, **contents)
             found = evaluate(folder, args.data, class_map=args.class_map)
         measured = {name: round(found[name], 3) for name in ('top1', 'top5')}
         metrics = {'dataset': Path(args.data).resolve().name, **measured}
         values |= measured
         text += f': top-1 {measured["top1"]:.2f} %, top-5 {measured["top5"]:.2f} % of {found["images"]} images'
-    save(args.out, metrics=metrics, scales_file=args.scales_file)
+    save_pretrained(args.checkpoint, args.out, metrics=metrics, scales_file=args.scales_file, **contents)
     print_result(args, values, text)
 
 
 def _push(args: argparse.Namespace) -> None:
-    url = push_to_hub(
-        args.checkpoint,
-        args.repo,
-        scales=args.scales,
-        curves=args.curves,
-        precision=args.precision,
-        private=args.private,
-        revision=args.revision,
-        create_pr=args.create_pr,
-        scales_file=args.scales_file,
-        license=args.license,
-    )
+    names = ('scales', 'curves', 'precision', 'license', 'scales_file', 'private', 'revision', 'create_pr')
+    url = push_to_hub(args.checkpoint, args.repo, **_given(args, *names))
     print_result(args, {'checkpoint': args.checkpoint, 'url': url}, f'{args.checkpoint} -> {url}')
 
 
@@ -118,44 +103,22 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
     if args.out:
         check_output_folder(args.out)
     implied = args.scales == IMPLIED
-    model, training = (
-        _merged(args, implied) if args.model or is_multi_branch_source(args.checkpoint) else _of_authors(args)
-    )
-    scales = None if implied else args.scales
+    name = Path(args.checkpoint).name if Path(args.checkpoint).is_file() else args.checkpoint
+    model: Any = merge_trained(args.checkpoint, args.model, args.data, implied)
+    if merged_from(model):
+        measured = f'measured on images of {Path(args.data).resolve().name}' if args.data else 'estimated from branches'
+        how = {'trained_with': 'branches; merged into plain kernels', 'batchnorm': measured}
+    else:
+        how = {'method': "published by the method's authors"}
+    contents: dict[str, Any] = {
+        'scales': None if implied else args.scales,
+        'training': {'converted_from': name, **how},
+        'license': args.license,
+    }
     values: dict[str, Any] = {'architecture': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes}
     if args.out:
-        save_pretrained(model, args.out, scales=scales, training=training, license=args.license)
+        save_pretrained(model, args.out, **contents)
         values['out'] = args.out
     if args.push:
-        values['url'] = push_to_hub(
-            model,
-            args.push,
-            scales=scales,
-            training=training,
-            private=args.private,
-            revision=args.revision,
-            create_pr=args.create_pr,
-            license=args.license,
-        )
+        values['url'] = push_to_hub(model, args.push, **contents, **_given(args, 'private', 'revision', 'create_pr'))
     print_result(args, values, ', '.join(f'{name} {value}' for name, value in values.items()))
-
-
-def _of_authors(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    if args.data or args.scales == IMPLIED:
-        raise ValueError(
-            f'{args.checkpoint}: --data and --scales {IMPLIED} are for trained branches; a target of the reference '
-            f'repository has none. Leave them out, or name the multi-branch network with --model.'
-        )
-    training = {'converted_from': Path(args.checkpoint).name, 'method': "published by the method's authors"}
-    return model_from_reference(args.checkpoint), training
-
-
-def _merged(args: argparse.Namespace, implied: bool) -> tuple[Any, dict[str, Any]]:
-    model = merge_trained(args.checkpoint, args.model, args.data, args.images, implied)
-    is_file = Path(args.checkpoint).is_file()
-    measured = f'measured on images of {Path(args.data).resolve().name}' if args.data else 'estimated from the branches'
-    return model, {
-        'converted_from': Path(args.checkpoint).name if is_file else args.checkpoint,
-        'trained_with': 'branches; merged into plain kernels',
-        'batchnorm': measured,
-    }

@@ -7,8 +7,7 @@ from typing import Any
 import timm
 import torch
 
-from .cards.transfer import HUB_PREFIX
-from .cards.writing import push_scales, save_scales_card
+from .cards.publish import push_scales, save_scales_card
 from .commands import COMMANDS
 from .files import check_output, check_output_folder
 from .models import ensure_registered
@@ -17,13 +16,10 @@ from .names import ModelName
 from .plot import check_picture, plot_scales
 from .reporting import add_command, markdown_table, print_result
 from .scales import Scales
-from .scales.table import scales_table
+from .scales.summary import movement, scales_table
 from .sources import known_scales, load_scales
 
 __all__ = ['SOURCE', 'add_commands', 'add_license', 'add_publishing', 'add_scales_file']
-
-# Folders of repositories may have a dot in their names too.
-_FILE_SUFFIXES = {'.bin', '.json', '.md', '.pickle', '.pkl', '.png', '.pt', '.pth', '.tar'}
 
 SOURCE = "file, folder, model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, or 'published' or 'initial'"
 
@@ -37,37 +33,24 @@ def add_commands(commands: Any) -> None:
     parser = commands.add_parser('scales', help=COMMANDS['scales'].summary)
     commands = parser.add_subparsers(required=True, metavar='COMMAND')
     add_command(commands, 'list', _list, 'list the scales that ship, are published, or are in the cache of the Hub')
-    show = add_command(commands, 'show', _show, 'show scales')
-    _add_source(show)
-    extract = add_command(commands, 'extract', _write, 'take the scales out of the checkpoint of a hyper-search')
-    _add_source(extract)
+    _add_command(commands, 'show', _show, 'show scales, and how far they are from their initial values')
+    extract = _add_command(commands, 'extract', _extract, 'write scales, from the checkpoint of a search or any source')
     extract.add_argument('out', help='.safetensors file, or folder for a model card')
-    add_license(extract)
-    convert = add_command(
-        commands, 'convert', _write, 'write scales as a .safetensors file, or as a folder with a model card'
-    )
-    _add_source(convert)
-    convert.add_argument('out', help='.safetensors file, or folder for a model card')
-    add_license(convert)
-    add_scales_file(convert)
-    plot = add_command(commands, 'plot', _plot, 'draw scales against depth')
-    _add_source(plot)
+    plot = _add_command(commands, 'plot', _plot, 'draw scales against depth')
     plot.add_argument('out', help='picture to write')
-    push = add_command(commands, 'push', _push_scales, 'publish scales on the Hub')
-    _add_source(push)
-    add_license(push)
-    add_scales_file(push)
+    push = _add_command(commands, 'push', _push, 'publish scales on the Hub')
     push.add_argument('repo', help='repository on the Hub, user/repo')
+    for parser in (extract, push):
+        add_license(parser)
+        add_scales_file(parser)
     add_publishing(push)
-    pull = add_command(commands, 'pull', _pull, 'get scales from the Hub')
-    pull.add_argument('repo', help='repository on the Hub, user/repo[@revision]')
-    pull.add_argument('out', help='.safetensors file, or folder for a model card')
-    add_license(pull)
 
 
-def _add_source(parser: argparse.ArgumentParser) -> None:
+def _add_command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
+    parser = add_command(commands, name, run, summary)
     parser.add_argument('source', help=f'{SOURCE} with --architecture')
     parser.add_argument('--architecture', metavar='MODEL', help='plain model that the scales are for')
+    return parser
 
 
 def add_license(parser: argparse.ArgumentParser) -> None:
@@ -93,87 +76,62 @@ def _load(args: argparse.Namespace) -> Scales:
     if args.architecture is None:
         return load_scales(args.source)
     ensure_registered(args.architecture)
-    name = ModelName.parse(args.architecture)
-    if not timm.is_model(name.variant):
-        raise ValueError(f"timm does not know a model '{args.architecture}'; expected a name such as repopt_vgg_a0.")
     with torch.device('meta'):
-        model = timm.create_model(name.of_kind('target'))
+        model = timm.create_model(ModelName.parse(args.architecture).of_kind('target'))
     return load_scales(args.source, model)
 
 
 def _list(args: argparse.Namespace) -> None:
     rows = known_scales()
-    head = ('name', 'network', 'searched on', 'licence', 'where')
-    cells = [[str(row[key] or '') for key in ('name', 'network', 'dataset', 'license', 'where')] for row in rows]
-    print_result(args, {'scales': rows}, markdown_table(head, cells, align=True))
+    head = {'name': 'name', 'network': 'network', 'dataset': 'searched on', 'license': 'licence', 'where': 'where'}
+    cells = [[str(row[key] or '') for key in head] for row in rows]
+    print_result(args, {'scales': rows}, markdown_table(list(head.values()), cells, align=True))
 
 
-def _summary(scales: Scales) -> dict[str, Any]:
-    return {
-        'architecture': scales.architecture or 'unknown',
-        'modules': len(scales),
-        'fingerprint': scales.fingerprint,
-        'provenance': scales.provenance,
-    }
+def _print(args: argparse.Namespace, scales: Scales, text: str = '', **values: Any) -> None:
+    known = {'architecture': scales.architecture or 'unknown', 'modules': len(scales)}
+    known |= {'fingerprint': scales.fingerprint, 'provenance': scales.provenance}
+    print_result(args, {**known, **values}, text or f'{scales.title} -> {next(iter(values.values()))}')
 
 
 def _show(args: argparse.Namespace) -> None:
     scales = _load(args)
-    rows = scales_table(scales)
-    lines = [f'{name:<13} {value}' for name, value in _summary(scales).items() if name != 'provenance']
-    lines += [f'{name:<13} {value}' for name, value in scales.provenance.items()]
-    lines += ['', f'{"stage":<10} {"branch":<10} {"mean":>9} {"min":>9} {"max":>9}']
-    lines += [
-        f'{row["stage"]:<10} {row["branch"]:<10} {row["mean"]:9.4f} {row["min"]:9.4f} {row["max"]:9.4f}' for row in rows
-    ]
-    print_result(args, {**_summary(scales), 'stages': rows}, '\n'.join(lines))
+    rows, initial = scales_table(scales), initial_values(scales)
+    moved = {} if initial is None else {'movement': str(movement([scales], initial))}
+    facts = {'architecture': scales.architecture, 'modules': len(scales), 'fingerprint': scales.fingerprint, **moved}
+    lines = [f'{name:<13} {value}' for name, value in {**facts, **scales.provenance}.items()]
+    cells = [[row['stage'], row['branch'], *(f'{row[key]:.4f}' for key in ('mean', 'min', 'max'))] for row in rows]
+    table = markdown_table(('stage', 'branch', 'mean', 'min', 'max'), cells, align=True)
+    _print(args, scales, '\n'.join([*lines, '', table]), stages=rows, **moved)
 
 
-def _check_out(args: argparse.Namespace, source: str = '') -> None:
-    if Path(args.out).suffix == '.safetensors':
-        if args.license:
-            raise ValueError(f"'{args.out}': --license goes into a model card, expected a folder. Leave it out.")
-        check_output(args.out, source)
-    elif Path(args.out).suffix in _FILE_SUFFIXES:
-        raise ValueError(f"'{args.out}': scales are written as .safetensors or as a folder with a model card.")
+def _extract(args: argparse.Namespace) -> None:
+    is_file = Path(args.out).suffix == '.safetensors'
+    if is_file and (args.license or args.scales_file):
+        raise ValueError(
+            f"'{args.out}': --license and --scales-file are for a folder with a model card. Name a folder."
+        )
+    if is_file:
+        check_output(args.out, args.source)
     else:
         check_output_folder(args.out)
-
-
-def _write_scales(scales: Scales, args: argparse.Namespace) -> None:
-    if Path(args.out).suffix == '.safetensors':
+    scales = _load(args)
+    if is_file:
         scales.save(args.out)
     else:
-        save_scales_card(scales, args.out, scales_file=getattr(args, 'scales_file', False), license=args.license)
-    print_result(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
-
-
-def _write(args: argparse.Namespace) -> None:
-    _check_out(args, args.source)
-    _write_scales(_load(args), args)
-
-
-def _pull(args: argparse.Namespace) -> None:
-    _check_out(args)
-    _write_scales(load_scales(HUB_PREFIX + args.repo), args)
+        save_scales_card(scales, args.out, scales_file=args.scales_file, license=args.license)
+    _print(args, scales, out=args.out)
 
 
 def _plot(args: argparse.Namespace) -> None:
     picture = check_picture(args.out, args.source)
     scales = _load(args)
     plot_scales(scales, picture, scales.title, initial_values(scales))
-    print_result(args, {**_summary(scales), 'out': args.out}, f'{scales.title} -> {args.out}')
+    _print(args, scales, out=args.out)
 
 
-def _push_scales(args: argparse.Namespace) -> None:
+def _push(args: argparse.Namespace) -> None:
     scales = _load(args)
-    url = push_scales(
-        scales,
-        args.repo,
-        args.private,
-        args.revision,
-        args.create_pr,
-        scales_file=args.scales_file,
-        license=args.license,
-    )
-    print_result(args, {**_summary(scales), 'url': url}, f'{scales.title} -> {url}')
+    names = ('private', 'revision', 'create_pr', 'scales_file', 'license')
+    url = push_scales(scales, args.repo, **{name: getattr(args, name) for name in names})
+    _print(args, scales, url=url)

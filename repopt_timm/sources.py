@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 from timm.models import is_model_pretrained, parse_model_name
 from torch import nn
 
-from .cards.document import CARD_FILE, read_card_scales, read_metadata
-from .cards.format import METADATA_KEY
-from .cards.transfer import HUB_PREFIX, HubFileNotFoundError, cached_files, download, parse_hub_source
+from .cards.card import CARD_FILE, METADATA_KEY, read_card_scales, read_metadata
+from .cards.hub import HUB_PREFIX, HubFileNotFoundError, cached_files, download, parse_hub_source
+from .cards.licence import stated_license
 from .errors import explaining
 from .names import ModelName
 from .reparam import network_name, scales_for
@@ -47,32 +48,21 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
         OSError: If published scales cannot be downloaded.
         ValueError: If the source holds no scales, or they do not belong to the model.
     """
-    if isinstance(source, Mapping) and not isinstance(source, Scales):
-        if model is None:
-            raise ValueError('A mapping of scales needs the model that it is for: load_scales(mapping, model).')
-        return scales_for(model, source)
-    if not isinstance(source, Scales | str | os.PathLike):
-        raise ValueError(
-            f"scales={source!r:.80} is a {type(source).__name__}, expected a file, a folder, 'hf-hub:user/repo', "
-            f"'initial', 'published', Scales, or a mapping of module names to vectors. Scales go by module name, never "
-            f'by position.'
-        )
+    network = None if model is None else network_name(model)
     if isinstance(source, Scales):
         scales = source
-    elif source == 'initial':
-        if model is None:
-            raise ValueError(
-                "scales='initial' needs a model to make the values for: load_scales('initial', model), or "
-                '--architecture MODEL.'
-            )
+    elif isinstance(source, Mapping):
+        # Without a model it lacks the counts of equal branches.
+        return scales_for(model, source) if model is not None else Scales('', source)
+    elif source == 'initial' and model is not None:
         return Scales.initial(model)
-    elif source == PUBLISHED:
-        if model is None:
-            raise ValueError(
-                f"scales='{PUBLISHED}' needs a model to know which: load_scales('{PUBLISHED}', model), --architecture "
-                f'MODEL, or one of the names {", ".join(published_table())}.'
-            )
-        scales = read_published(network_name(model))
+    elif source == PUBLISHED and network is not None:
+        scales = read_published(network)
+    elif source in ('initial', PUBLISHED):
+        raise ValueError(
+            f"scales='{source}' needs a model: load_scales('{source}', model), --architecture MODEL, or one of the "
+            f'names {", ".join(published_table())}.'
+        )
     elif source in published_table():
         scales = read_published(str(source))
     elif source == IMPLIED:
@@ -85,24 +75,17 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
         fetch = partial(download, hub.repo_id, revision=hub.revision, token=token)
         scales = read_card_scales(fetch(CARD_FILE), str(hub), fetch)
     else:
-        scales = _read_local(Path(source), None if model is None else network_name(model))
+        path = Path(source)
+        if not path.exists():
+            path = shipped_repositories().get(str(source), path)
+        if not path.exists():
+            raise FileNotFoundError(
+                f"'{source}' is not a file, a folder, a Hub repository ({HUB_PREFIX}user/repo) or a known name. "
+                f'`repopt-timm scales list` shows the known names.'
+            )
+        path = path / CARD_FILE if path.is_dir() else path
+        scales = read_card_scales(path) if path.suffix == '.md' else read_scale_file(path, network)
     return scales if model is None else scales.for_model(model)
-
-
-def _read_local(path: Path, architecture: str | None) -> Scales:
-    if path.is_file():
-        return read_card_scales(path) if path.suffix == '.md' else read_scale_file(path, architecture)
-    shipped = shipped_repositories()
-    folder = path if path.is_dir() else shipped.get(str(path))
-    if folder is None:
-        raise FileNotFoundError(
-            f"No scales found at '{path}': expected a file, a folder with a model card, {HUB_PREFIX}user/repo, "
-            f"'initial', one that ships ({', '.join(shipped) or 'none do'}) or is published "
-            f'({", ".join(published_table())}).'
-        )
-    if not (folder / CARD_FILE).is_file():
-        raise FileNotFoundError(f"No scales found in the folder '{folder}': it has no {CARD_FILE}.")
-    return read_card_scales(folder / CARD_FILE)
 
 
 def default_scales(model_name: str) -> Scales:
@@ -116,34 +99,26 @@ def default_scales(model_name: str) -> Scales:
         OSError: If the repository or folder cannot be read.
     """
     with explaining(f"'{model_name}' is not the name of a model"):
-        place, name = parse_model_name(model_name)
+        place, path = parse_model_name(model_name)
     if place is not None:
-        return load_scales(HUB_PREFIX + name if place == 'hf-hub' else name)
-    architecture = ModelName.parse(model_name).architecture
-    names = [name for name in shipped_repositories() if ModelName.parse(name).architecture == architecture]
-    if '.' in model_name:
-        # Other weights of the architecture were trained with other scales, or with none.
-        names = [name for name in names if name == model_name]
-    for name in names:
-        scales = _card_scales(shipped_repositories()[name] / CARD_FILE, name)
-        if scales is not None:
-            return scales
-    raise ValueError(
-        f'{model_name} has no scales, and none ship for it. Search some with --model {architecture}_hs (or '
-        f'--search-first), {_further_sources(model_name)}import some with --scales FILE, or start with the unsearched '
-        f'values: --scales initial.'
-    )
-
-
-def _further_sources(model_name: str) -> str:
-    """Returns what else a model's scales may come from, for a list in an error."""
+        return load_scales(HUB_PREFIX + path if place == 'hf-hub' else path)
     name = ModelName.parse(model_name)
-    sources = ''
+    for shipped, folder in shipped_repositories().items():
+        # Other weights of the architecture were trained with other scales, or with none.
+        if shipped == model_name or (not name.tag and ModelName.parse(shipped).architecture == name.architecture):
+            scales = _card_scales(folder / CARD_FILE, shipped)
+            if scales is not None:
+                return scales
+    further = ''
     if is_model_pretrained('.'.join(filter(None, (name.of_kind('branches'), name.tag)))):
-        sources += f'go on with those that the branches of its weights imply: --scales {IMPLIED}, '
+        further += f'go on with those that the branches of its weights imply: --scales {IMPLIED}, '
     if find_published(name.architecture):
-        sources += f"download those of the method's authors with --scales {PUBLISHED}, "
-    return sources
+        further += f"download those of the method's authors with --scales {PUBLISHED}, "
+    raise ValueError(
+        f'{model_name} has no scales, and none ship for it. Search some with --model {name.of_kind("hs")} (or '
+        f'--search-first), {further}import some with --scales FILE, or start with the unsearched values: --scales '
+        f'initial.'
+    )
 
 
 def known_scales() -> list[dict[str, Any]]:
@@ -153,29 +128,20 @@ def known_scales() -> list[dict[str, Any]]:
         Rows with `name`, which `load_scales` takes; `network`, `dataset` and `license`, as far as known; `where`:
         `ships`, `published`, `published, cached` or `cached`.
     """
-    rows = []
-    for name, folder in shipped_repositories().items():
-        rows += _card_row(folder / CARD_FILE, name, 'ships')
+    cards = [(name, folder / CARD_FILE, 'ships') for name, folder in shipped_repositories().items()]
+    cards += [(str(source), card, 'cached') for source, card in cached_files(CARD_FILE)]
+    rows: list[dict[str, Any]] = []
+    for name, card, where in cards:
+        # A cache may hold any kind of card.
+        with suppress(OSError, ValueError):
+            if scales := _card_scales(card, name):
+                facts = {'dataset': scales.provenance.get('dataset'), 'license': stated_license(read_metadata(card))}
+                rows.append({'name': name, 'network': scales.architecture, **facts, 'where': where})
     for name, row in published_table().items():
+        facts = {'dataset': row.dataset, 'license': row.license}
         where = 'published, cached' if row.is_cached else 'published'
-        network = ModelName.parse(name).network
-        rows.append({'name': name, 'network': network, 'dataset': row.dataset, 'license': row.license, 'where': where})
-    for source, card in cached_files(CARD_FILE):
-        rows += _card_row(card, str(source), 'cached')
+        rows.append({'name': name, 'network': row.network, **facts, 'where': where})
     return rows
-
-
-def _card_row(card: Path, name: str, where: str) -> list[dict[str, Any]]:
-    try:
-        metadata = read_metadata(card)
-        scales = read_card_scales(card) if METADATA_KEY in metadata else None
-    except (OSError, ValueError):
-        # Somebody else's card, of which there may be any kind in a cache.
-        return []
-    if scales is None:
-        return []
-    facts = {'dataset': scales.provenance.get('dataset'), 'license': metadata.get('license')}
-    return [{'name': name, 'network': scales.architecture, **facts, 'where': where}]
 
 
 def scales_beside_weights(cfg: Mapping[str, Any]) -> Scales | None:
@@ -191,10 +157,10 @@ def scales_beside_weights(cfg: Mapping[str, Any]) -> Scales | None:
         HubError: If the repository cannot be read.
         ValueError: If the card is damaged, or of another version.
     """
-    if cfg.get('source') == 'local-dir':
-        return _card_scales_if_any(Path(cfg['file']) / CARD_FILE)
-    if cfg.get('source') != 'hf-hub' and cfg.get('file'):
-        return _card_scales_if_any(Path(cfg['file']).parent / CARD_FILE)
+    if cfg.get('file') and cfg.get('source') != 'hf-hub':
+        folder = Path(cfg['file']) if cfg.get('source') == 'local-dir' else Path(cfg['file']).parent
+        card = folder / CARD_FILE
+        return _card_scales(card, str(card)) if card.is_file() else None
     if not cfg.get('hf_hub_id'):
         return None
     source = parse_hub_source(HUB_PREFIX + cfg['hf_hub_id'])
@@ -204,10 +170,6 @@ def scales_beside_weights(cfg: Mapping[str, Any]) -> Scales | None:
     except HubFileNotFoundError:
         return None
     return _card_scales(card, str(source), fetch)
-
-
-def _card_scales_if_any(card: Path) -> Scales | None:
-    return _card_scales(card, str(card)) if card.is_file() else None
 
 
 def _card_scales(card: Path, source: str, fetch: Callable[[str], Path] | None = None) -> Scales | None:

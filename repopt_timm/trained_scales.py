@@ -8,9 +8,9 @@ from torch import nn
 
 from .reparam import geometry_of, network_name
 from .scales import Scales
-from .sources import default_scales, load_scales
+from .sources import ScalesSource, default_scales, load_scales
 
-__all__ = ['IMPLIED_KEY', 'arguments_of', 'check_trained_with', 'find_scales', 'named_scales', 'trained_with']
+__all__ = ['IMPLIED_KEY', 'arguments_of', 'find_scales', 'named_scales', 'trained_with']
 
 
 IMPLIED_KEY = 'implied_scales'
@@ -23,24 +23,10 @@ def trained_with(checkpoint: Mapping[str, Any]) -> set[str]:
     return {group['scales_fingerprint'] for group in groups if 'scales_fingerprint' in group}
 
 
-def check_trained_with(scales: Scales, checkpoint: Mapping[str, Any], source: str) -> None:
-    """Checks scales against the fingerprint in a checkpoint's optimizer.
-
-    Raises:
-        ValueError: If they are others; names the checkpoint, `source`.
-    """
-    found = trained_with(checkpoint)
-    if found and found != {scales.fingerprint}:
-        raise ValueError(
-            f'{source}: it was trained with the scales {", ".join(found)}, but those given are {scales.fingerprint}. '
-            f'Name the scales that the run had.'
-        )
-
-
-def find_scales(checkpoint: Mapping[str, Any], model: nn.Module, source: str) -> Scales | None:
-    """Finds the scales of a target's checkpoint: in it, or where its arguments say.
-
-    That is `--scales`, `--model-kwargs`, or without them the pretrained model that the run started from.
+def find_scales(
+    checkpoint: Mapping[str, Any], model: nn.Module, source: str, given: ScalesSource | None = None
+) -> Scales | None:
+    """Finds the scales of a target's checkpoint: those given, those in it, or where its arguments say.
 
     A name in a file from anyone may lead anywhere, so only scales of the optimizer's own fingerprint are taken.
 
@@ -48,39 +34,42 @@ def find_scales(checkpoint: Mapping[str, Any], model: nn.Module, source: str) ->
         checkpoint: Content of the checkpoint.
         model: Its model.
         source: What to call it in errors.
+        given: What the user names.
 
     Returns:
-        The scales; None if it was trained without.
+        The scales; None if it was trained without and none are given.
 
     Raises:
-        ValueError: If it was trained with scales that are not where it says, or it says nothing.
+        ValueError: If it was trained with others, or they are not where it says, or it says nothing.
     """
-    if not trained_with(checkpoint):
+    fingerprints = trained_with(checkpoint)
+    if given is not None:
+        scales = load_scales(given, model)
+    elif not fingerprints:
         return None
-    if isinstance(stored := checkpoint.get(IMPLIED_KEY), Mapping):
-        modules, counts = stored['modules'], stored['counts']
-        geometry = geometry_of(model, modules)
-        scales = Scales(network_name(model), modules, geometry, counts, stored['provenance'], source)
-        check_trained_with(scales, checkpoint, source)
-        return scales
-    given = _given_scales(checkpoint)
-    key, name = ('model', arguments_of(checkpoint).get('model')) if given is None else ('scales', given)
-    problem = ''
-    if isinstance(name, str):
+    elif stored := checkpoint.get(IMPLIED_KEY):
+        modules, geometry = stored['modules'], geometry_of(model, stored['modules'])
+        scales = Scales(network_name(model), modules, geometry, stored['counts'], stored['provenance'], source)
+    else:
         try:
-            scales = default_scales(name).for_model(model) if key == 'model' else load_scales(name, model)
-            check_trained_with(scales, checkpoint, name)
-            return scales
+            scales = load_scales(named_scales(checkpoint, source), model)
         except (OSError, ValueError) as error:
-            problem = f' It says {key}={name}, which does not help: {error}'
-    raise ValueError(
-        f'{source}: its model was trained with scales, which are not in its checkpoint. Name the scales of the run '
-        f'(scales=..., --scales).{problem}'
-    )
+            raise ValueError(
+                f'{source}: its model was trained with scales that it does not hold, and they are not found: {error} '
+                f'Name the scales of the run (scales=..., --scales).'
+            ) from None
+    if fingerprints and fingerprints != {scales.fingerprint}:
+        raise ValueError(
+            f'{source}: it was trained with the scales {", ".join(fingerprints)}, but those of '
+            f"'{scales.source}' are {scales.fingerprint}. Name the scales that the run had (scales=..., --scales)."
+        )
+    return scales
 
 
 def named_scales(checkpoint: Mapping[str, Any], source: str) -> str:
     """Returns what `load_scales` takes for the scales that a target was trained with; `initial` if with none.
+
+    That is `--scales`, `--model-kwargs`, or without them the pretrained model that the run started from.
 
     Args:
         checkpoint: Content of its checkpoint.
@@ -92,17 +81,13 @@ def named_scales(checkpoint: Mapping[str, Any], source: str) -> str:
     """
     if not trained_with(checkpoint):
         return 'initial'
-    name, model = _given_scales(checkpoint), arguments_of(checkpoint).get('model')
-    if name is None and isinstance(model, str):
-        name = default_scales(model).source
+    args = arguments_of(checkpoint)
+    name = args.get('scales') or (args.get('model_kwargs') or {}).get('scales')
+    if name is None and isinstance(args.get('model'), str):
+        name = default_scales(args['model']).source
     if not isinstance(name, str):
-        raise ValueError(f"'{source}' was trained with scales that it does not name. Name them with --scales.")
+        raise ValueError(f"'{source}' was trained with scales and does not name them. Give them with --scales.")
     return name
-
-
-def _given_scales(checkpoint: Mapping[str, Any]) -> Any:
-    values = arguments_of(checkpoint)
-    return values.get('scales') or (values.get('model_kwargs') or {}).get('scales')
 
 
 def arguments_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

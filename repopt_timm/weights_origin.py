@@ -65,14 +65,9 @@ def license_identifier(name: Any) -> str:
 
 def _checked(origin: Any) -> dict[str, Any]:
     """Returns the parts of an origin that are what they should be."""
-    if not isinstance(origin, Mapping):
-        return {}
-    known: dict[str, Any] = {}
-    name, notes = license_identifier(origin.get('license')), origin.get('notes')
-    if name:
-        known['license'] = name
-    notes = [notes] if isinstance(notes, str) else notes
-    if isinstance(notes, list | tuple):
-        notes = [note for note in notes if isinstance(note, str) and len(note) <= _MAX_NOTE][:_MAX_NOTES]
-        known |= {'notes': notes} if notes else {}
-    return known
+    origin = origin if isinstance(origin, Mapping) else {}
+    notes = origin.get('notes')
+    notes = [notes] if isinstance(notes, str) else notes if isinstance(notes, list | tuple) else []
+    notes = [note for note in notes if isinstance(note, str) and len(note) <= _MAX_NOTE][:_MAX_NOTES]
+    known = {'license': license_identifier(origin.get('license')), 'notes': notes}
+    return {key: value for key, value in known.items() if value}

@@ -46,9 +46,9 @@ def shard():
 
 
 @pytest.fixture
-def hub(tmp_path):
+def hub():
     """A Hub on loopback with the users ann and bob."""
-    with HubServer(tmp_path / 'server') as server:
+    with HubServer() as server:
         server.add_user('ann', 'hf_ann')
         server.add_user('bob', 'hf_bob')
         yield server

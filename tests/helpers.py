@@ -64,7 +64,7 @@ def relative_difference(first: torch.nn.Module, second: torch.nn.Module, smalles
     return torch.stack(found).max().item()
 
 
-def write_tar(path: Path, count: int) -> None:
+def write_tar(path: Path, count: int, folder: str = '{}') -> None:
     """Pictures of noise in two classes, no two of which are alike."""
     generator = torch.Generator().manual_seed(0)
     with tarfile.open(path, 'w') as archive:
@@ -72,6 +72,6 @@ def write_tar(path: Path, count: int) -> None:
             buffer = io.BytesIO()
             noise = torch.randint(256, (64, 64, 3), dtype=torch.uint8, generator=generator)
             Image.fromarray(noise.numpy()).save(buffer, 'PNG')
-            member = tarfile.TarInfo(f'{("cat", "dog")[index % 2]}/{index}.png')
+            member = tarfile.TarInfo(f'{folder.format(("cat", "dog")[index % 2])}/{index}.png')
             member.size = len(buffer.getvalue())
             archive.addfile(member, io.BytesIO(buffer.getvalue()))

@@ -1,94 +1,225 @@
-import os
 import pickle
+import unicodedata
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import ImageDataset, create_loader, create_transform
 
 from repopt_timm.datasets import (
     check_same_classes,
     class_names,
+    color_mode,
     count_classes,
     data_config_of,
-    open_folder,
+    open_evaluation,
+    open_files,
+    open_split,
     read_class_map,
 )
 
 from .helpers import tiny_model, write_tar
 
+CONFIG = {'input_size': (3, 24, 24), 'crop_pct': 0.9, 'mean': (0.5,) * 3, 'std': (0.2,) * 3, 'interpolation': 'bicubic'}
+
+
+def make_images(root, *files):
+    """Writes a picture for each name; one without a suffix is a folder with a picture."""
+    for file in files:
+        path = root / file if '.' in file.rpartition('/')[2][1:] else root / file / 'image.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (4, 4)).save(path)
+
 
 @pytest.mark.parametrize(
-    ('told', 'count', 'names'),
+    ('numbers', 'count', 'names'),
     [
-        ({'classes': ['cat', 'dog']}, 2, ['cat', 'dog']),
-        ({'class_to_idx': {'dog': 0, 'cat': 1}}, 2, ['dog', 'cat']),
+        ({'dog': 0, 'cat': 1}, 2, ['dog', 'cat']),
         # As torchvision's ImageNet: several names for one class.
-        ({'class_to_idx': {'cat': 0, 'kitten': 0, 'dog': 1}, 'classes': [('cat', 'kitten'), ('dog',)]}, 2, []),
-        ({'class_to_idx': {'cat': 0, 'dog': 5}}, 6, []),
+        ({'cat': 0, 'kitten': 0, 'dog': 1}, 2, []),
+        ({'cat': 0, 'dog': 5}, 6, []),
         ({}, None, []),
     ],
 )
-def test_classes_are_counted_by_number_and_named_where_each_has_one_name(told, count, names):
-    for dataset in (SimpleNamespace(**told), SimpleNamespace(reader=SimpleNamespace(**told))):
-        assert count_classes(dataset) == count
-        assert class_names(dataset) == names
+def test_classes_are_counted_by_number_and_named_where_each_has_one_name(numbers, count, names):
+    told = SimpleNamespace(class_to_idx=numbers)
+    for dataset in (told, SimpleNamespace(reader=told)):
+        assert (count_classes(dataset), class_names(dataset)) == (count, names)
 
 
-def make_images(root, *folders):
-    for folder in folders:
-        (root / folder).mkdir(parents=True)
-        Image.new('RGB', (4, 4)).save(root / folder / 'image.png')
+def test_the_first_folder_of_a_split_is_the_class_whatever_lies_below_it(tmp_path):
+    make_images(tmp_path, *(f'train/{name}/{year}' for name in ('cat', 'dog') for year in (2021, 2022)), 'train/ant')
+    make_images(tmp_path, 'train/.ipynb_checkpoints', 'train/dog/.cache')
+    dataset = open_split(tmp_path, 'train')
+    assert class_names(dataset) == ['ant', 'cat', 'dog']
+    assert dataset.labels == [0, 1, 1, 2, 2]
 
 
-def test_an_image_that_was_read_leaves_no_tar_file_open_for_others_to_read_from(tmp_path):
-    write_tar(tmp_path / 'train.tar', 20)
-    dataset = open_folder(tmp_path, 'train.tar', need_split=True)
+def test_all_that_pillow_reads_is_read_and_what_is_left_out_is_counted(tmp_path, caplog):
+    suffixes = ('jpeg', 'png', 'bmp', 'gif', 'webp', 'tiff', 'avif', 'TIF')
+    make_images(tmp_path, *(f'train/cat/a.{suffix}' for suffix in suffixes), 'train/beside.png')
+    for name in ('1.heic', '2.heic', 'notes.txt', '.hidden.txt'):
+        (tmp_path / 'train/cat' / name).touch()
+    dataset = open_split(tmp_path, 'train')
+    assert len([dataset[index] for index in range(len(dataset))]) == 8
+    assert '4 files are left out' in caplog.text and '2 .heic, 1 .png, 1 .txt' in caplog.text
+
+
+def test_a_class_folder_without_images_is_refused_unless_a_map_numbers_the_classes(tmp_path):
+    make_images(tmp_path, 'train/a', 'train/c')
+    (tmp_path / 'train/b').mkdir()
+    with pytest.raises(ValueError, match=r'train/b'):
+        open_split(tmp_path, 'train')
+    (tmp_path / 'map.txt').write_text('a\nb\nc\n')
+    assert open_split(tmp_path, 'train', class_map='map.txt').labels == [0, 2]
+
+
+@pytest.mark.parametrize(('suffix', 'dtype'), [('png', np.uint16), ('tiff', np.uint16), ('tiff', np.dtype('>u2'))])
+def test_16_bits_are_scaled_to_8(tmp_path, suffix, dtype):
+    values = np.arange(4096).reshape(64, 64) * 16
+    (tmp_path / 'train/a').mkdir(parents=True)
+    Image.fromarray(values.astype(dtype)).save(tmp_path / f'train/a/deep.{suffix}')
+    expected = Image.fromarray((values // 256).astype(np.uint8))
+    for channels, mode in ((1, 'L'), (3, 'RGB')):
+        assert open_split(tmp_path, 'train', channels)[0][0].tobytes() == expected.convert(mode).tobytes()
+    transform = create_transform(**CONFIG)
+    for dataset in (open_evaluation(tmp_path, 'train', CONFIG), open_files([tmp_path], CONFIG)):
+        assert torch.equal(dataset[0][0], transform(expected.convert('RGB')))
+    # Colour jitter takes no other modes.
+    dataset = open_split(tmp_path, 'train')
+    dataset.transform = create_transform(32, is_training=True, color_jitter=0.4)
+    assert dataset[0][0].std() > 0
+
+
+@pytest.mark.parametrize('dtype', [np.int32, np.float32])
+def test_values_of_an_unknown_range_are_refused_by_name_in_training_too(tmp_path, dtype):
+    (tmp_path / 'train/a').mkdir(parents=True)
+    Image.fromarray(np.ones((4, 4), dtype)).save(tmp_path / 'train/a/deep.tiff')
+    dataset = open_split(tmp_path, 'train')
+    dataset.skip_damaged = True
+    with pytest.raises(ValueError, match=r'a/deep\.tiff'):
+        dataset[0]
+
+
+def test_the_orientation_of_a_photograph_is_applied(tmp_path):
+    upright = Image.linear_gradient('L').resize((64, 32))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / 'a').mkdir()
+    upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / 'a/photo.png', exif=exif)
+    assert open_split(tmp_path, 'train', 1)[0][0].tobytes() == upright.tobytes()
+    transform = create_transform(**CONFIG)
+    for dataset in (open_evaluation(tmp_path, 'train', CONFIG), open_files([tmp_path / 'a/photo.png'], CONFIG)):
+        assert torch.equal(dataset[0][0], transform(upright.convert('RGB')))
+
+
+def test_images_are_those_of_timms_evaluation_loader(images):
+    dataset = open_evaluation(images, 'validation', CONFIG)
+    found = list(dataset.batches(range(len(dataset)), 10, ''))
+    theirs = ImageDataset(images / 'validation')
+    loader = create_loader(theirs, batch_size=10, device=torch.device('cpu'), num_workers=0, **CONFIG)
+    for (batch, labels), (other_batch, other_labels) in zip(found, loader, strict=True):
+        torch.testing.assert_close(batch, other_batch, rtol=0, atol=1e-5)
+        assert torch.equal(labels, other_labels)
+
+
+def test_a_seed_draws_a_part_and_the_last_batch_can_be_filled(images):
+    dataset = open_evaluation(images, 'train', CONFIG)
+    drawn = dataset.sample(20, seed=1)
+    assert drawn == dataset.sample(20, seed=1) != dataset.sample(20, seed=2)
+    assert sorted(dataset.sample(1000, seed=1)) == list(range(48))
+    batches = [batch for batch, _ in dataset.batches(drawn, 8, '', whole=True)]
+    assert [len(batch) for batch in batches] == [8, 8, 8]
+    assert torch.equal(batches[2][4:], batches[0][:4])
+
+
+def test_workers_share_no_position_in_a_tar_file(tmp_path):
+    write_tar(tmp_path / 'train.tar', 200)
+    dataset = open_split(tmp_path, 'train.tar', need_split=True)
     alone = [dataset[index][0].tobytes() for index in range(len(dataset))]
-    # An open file would have one position for all forked workers and threads, and cannot be sent to other workers.
+    assert len(set(alone)) == 200 and class_names(dataset) == ['cat', 'dog']
+    # An open file cannot be sent to other workers.
     started_anew = pickle.loads(pickle.dumps(dataset))
     assert [started_anew[index][0].tobytes() for index in range(len(dataset))] == alone
-    loader = torch.utils.data.DataLoader(dataset, None, num_workers=2, multiprocessing_context='fork')
-    assert [image.tobytes() for image, _ in loader] == alone
+    evaluation = open_evaluation(tmp_path / 'train.tar', 'validation', {**CONFIG, 'input_size': (3, 64, 64)})
+    for (batch, _), start in zip(evaluation.batches(range(200), 32, ''), range(0, 200, 32)):
+        assert torch.equal(batch, torch.stack([evaluation[start + place][0] for place in range(len(batch))]))
 
 
-def test_hidden_folders_are_no_classes(tmp_path):
-    make_images(tmp_path, 'train/cat', 'train/.ipynb_checkpoints', 'train/dog', 'train/dog/.cache')
-    dataset = open_folder(tmp_path, 'train', need_split=True)
-    assert class_names(dataset) == ['cat', 'dog']
-    assert [dataset.reader.samples[index][1] for index in range(len(dataset))] == [0, 1]
-    make_images(tmp_path, 'validation/.hidden')
-    with pytest.raises(ValueError, match='images in hidden folders only'):
-        open_folder(tmp_path, 'validation', need_split=True)
+def test_a_tar_file_whose_classes_are_not_its_last_folders_is_refused(tmp_path):
+    write_tar(tmp_path / 'train.tar', 4, '{}/2021')
+    with pytest.raises(ValueError, match='2021'):
+        open_split(tmp_path, 'train.tar')
+
+
+def test_the_names_of_a_models_classes_number_the_folders(tmp_path, caplog):
+    # The same letters in other code points, which sort before and after z.
+    composed, apart = (unicodedata.normalize(form, 'café') for form in ('NFC', 'NFD'))
+    make_images(tmp_path, 'cafz', apart)
+    dataset = open_split(tmp_path, 'validation', class_names=['zebra', composed, 'cafz'])
+    assert sorted(dataset.labels) == [1, 2] and class_names(dataset) == ['zebra', composed, 'cafz']
+    assert "1 of the model's 3 classes" in caplog.text
+    assert sorted(open_split(tmp_path, 'validation', class_names=['cafz', 'other']).labels) == [0, 1]
+
+
+def test_a_class_map_is_a_name_on_each_line(tmp_path, caplog):
+    (tmp_path / 'map.txt').write_text('dog\ncat\n\n')
+    assert read_class_map('map.txt', tmp_path) == {'dog': 0, 'cat': 1}
+    # A folder without splits is taken whole.
+    make_images(tmp_path, 'cat', 'dog', 'fox')
+    assert open_split(tmp_path, 'train', class_map='map.txt').labels == [1, 0]
+    assert '1 images of classes that the class map lacks' in caplog.text
+    (tmp_path / 'map.pkl').write_bytes(pickle.dumps({'dog': 0, 'cat': 1}))
+    with pytest.raises(ValueError, match=r'map\.pkl'):
+        read_class_map('map.pkl', tmp_path)
+
+
+@pytest.mark.parametrize(('train', 'validation'), [(['cat', 'dog'], ['dog']), (['dog'], ['cat', 'dog'])])
+def test_the_classes_that_differ_between_splits_are_named(tmp_path, train, validation):
+    make_images(tmp_path, *(f'train/{name}' for name in train), *(f'validation/{name}' for name in validation))
+    with pytest.raises(ValueError, match="'cat'"):
+        check_same_classes(*(open_split(tmp_path, split) for split in ('train', 'validation')))
 
 
 @pytest.mark.parametrize(
-    ('train', 'validation', 'message'),
+    ('folders', 'where', 'words'),
     [
-        (['cat', 'dog'], ['dog'], "The validation images lack the class 'cat'"),
-        (['dog'], ['cat', 'dog'], "The training images lack the class 'cat'"),
-        (list('abcdefgh'), ['a'], "lack the class 'b', 'c', 'd', 'e', 'f' and 2 more"),
+        ([], 'nowhere', 'nowhere'),
+        ([], '', "the split 'train'"),
+        (['val/cat', 'test/cat'], '', "the split 'train', but with val, test"),
+        (['val/.hidden', 'train/.hidden'], '', "no images for the split 'train'"),
+        (['cat', 'dog'], '', "the split 'train'"),
     ],
 )
-def test_the_classes_that_a_split_lacks_are_named(tmp_path, train, validation, message):
-    make_images(tmp_path, *[f'train/{name}' for name in train], *[f'validation/{name}' for name in validation])
-    splits = [open_folder(tmp_path, split, need_split=True) for split in ('train', 'validation')]
-    with pytest.raises(ValueError, match=message):
-        check_same_classes(*splits)
+def test_what_is_missing_is_named(tmp_path, folders, where, words):
+    make_images(tmp_path, *folders)
+    with pytest.raises((FileNotFoundError, ValueError), match=words):
+        open_split(tmp_path / where, 'train', need_split=True)
 
 
-def test_class_maps_are_lines_or_a_plain_pickle(tmp_path):
-    (tmp_path / 'map.txt').write_text('dog\ncat\n')
-    (tmp_path / 'map.pkl').write_bytes(pickle.dumps({'dog': 0, 'cat': 1}))
-    for name in ('map.txt', 'map.pkl'):
-        assert read_class_map(name, tmp_path) == {'dog': 0, 'cat': 1}
-    (tmp_path / 'map.pkl').write_bytes(pickle.dumps(['dog', 'cat']))
-    with pytest.raises(ValueError, match=r"a dict from names to numbers, such as {'cat': 0, 'dog': 1}. Write it anew"):
-        read_class_map('map.pkl', tmp_path)
-    # Its key is a tuple of twice the same tuple, and so on, which takes forever to hash.
-    (tmp_path / 'map.pkl').write_bytes(b'}K\x01' + b'q\x00h\x00\x86' * 30 + b'K\x01s.')
-    with pytest.raises(ValueError, match=r"'map\.pkl' cannot be read: it takes more than"):
-        read_class_map('map.pkl', tmp_path)
+def test_a_damaged_image_is_named_and_skipped_in_training_alone(images, tmp_path, caplog):
+    whole = (images / 'train/dark/0.png').read_bytes()
+    (tmp_path / 'dark').mkdir()
+    (tmp_path / 'dark/b.png').write_bytes(whole)
+    for broken in (whole[: len(whole) // 2], b'', b'no image', whole[:40]):
+        (tmp_path / 'dark/a.png').write_bytes(broken)
+        dataset = open_split(tmp_path, 'train')
+        with pytest.raises(ValueError, match=r'dark/a\.png'):
+            dataset[0]
+        dataset.skip_damaged = True
+        assert dataset[0][0].tobytes() == dataset[1][0].tobytes()
+        assert 'dark/a.png' in caplog.text
+    (tmp_path / 'dark/b.png').write_bytes(b'')
+    with pytest.raises(ValueError, match='all before it are damaged'):
+        dataset[0]
+
+
+@pytest.mark.parametrize(('channels', 'stated'), [(2, None), (5, None), (3, 'HSV'), (1, 'F'), (3, 'L')])
+def test_other_images_than_grey_and_colour_ones_are_refused(channels, stated):
+    with pytest.raises(ValueError, match='L, RGB, RGBA'):
+        color_mode(channels, stated)
 
 
 @pytest.mark.parametrize('args', [{}, {'mean': (0.2, 0.4, 0.6)}, {'mean': [0.4]}], ids=['model', 'averaged', 'one'])
@@ -97,38 +228,3 @@ def test_grey_images_have_one_mean_and_one_deviation(args):
     assert config['mean'] == pytest.approx((0.4,) if args else (0.449,), abs=1e-3)
     assert config['std'] == pytest.approx((0.226,), abs=1e-3)
     assert config['input_size'] == (1, 16, 16)
-
-
-def pipe(path):
-    os.mkfifo(path / 'a' / 'pipe.png')
-
-
-def device(path):
-    (path / 'a' / 'device.jpg').symlink_to(os.devnull)
-
-
-def two_links(path):
-    (path / 'a' / 'to_b').symlink_to(path / 'b')
-    (path / 'b' / 'to_a').symlink_to(path / 'a')
-
-
-def split_that_is_a_pipe(path):
-    os.mkfifo(path / 'validation')
-
-
-@pytest.mark.parametrize(
-    ('spoil', 'message'),
-    [
-        (pipe, "a/pipe.png' is a pipe or a device"),
-        (device, "a/device.jpg' is a pipe or a device"),
-        (two_links, "to_[ab]' is a link to a folder that it is in"),
-        (split_that_is_a_pipe, "validation' is a pipe or a device"),
-    ],
-)
-def test_what_would_hang_a_reader_is_named(tmp_path, spoil, message):
-    for name in ('a', 'b'):
-        (tmp_path / name).mkdir()
-        Image.new('RGB', (4, 4)).save(tmp_path / name / '1.png')
-    spoil(tmp_path)
-    with pytest.raises(ValueError, match=message):
-        open_folder(tmp_path, 'validation', need_split=False)

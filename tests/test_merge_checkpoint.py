@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.models import reparameterize_model
 
 from repopt_timm import Scales, implied_scales
 from repopt_timm.cli import main
@@ -12,11 +13,12 @@ from repopt_timm.merge_checkpoint import merge_trained
 from .helpers import TINY, relative_difference, tiny_model
 
 IMAGES = torch.randn(2, 3, 64, 64)
+NUMBERS = {'depths': (1, 1), 'widths': (8, 8, 16)}
 
 
 @pytest.fixture
 def trained():
-    model = tiny_model('_branches', depths=(1, 1), widths=(8, 8, 16))
+    model = tiny_model('_branches', **NUMBERS)
     for _ in range(3):
         model.train()(2 * torch.randn(8, 3, 64, 64))
     return model.eval()
@@ -25,7 +27,7 @@ def trained():
 @pytest.fixture
 def checkpoint(trained, tmp_path):
     """As a run leaves it."""
-    args = argparse.Namespace(model_kwargs={'depths': (1, 1), 'widths': (8, 8, 16)}, input_size=[3, 64, 64])
+    args = argparse.Namespace(model_kwargs=NUMBERS, input_size=[3, 64, 64])
     path = tmp_path / 'last.pth.tar'
     torch.save({'arch': f'{TINY}_branches', 'state_dict': trained.state_dict(), 'args': args}, path)
     return path
@@ -34,12 +36,11 @@ def checkpoint(trained, tmp_path):
 @pytest.fixture
 def folder(tmp_path):
     generator = torch.Generator().manual_seed(0)
-    for label in 'ab':
-        target = tmp_path / 'data/train' / label
-        target.mkdir(parents=True)
-        for index in range(4):
-            pixels = torch.randint(0, 255, (64, 64, 3), generator=generator, dtype=torch.uint8).numpy()
-            Image.fromarray(pixels).save(target / f'{index}.png')
+    for index in range(8):
+        target = tmp_path / 'data/train' / 'ab'[index % 2] / f'{index}.png'
+        target.parent.mkdir(parents=True, exist_ok=True)
+        pixels = torch.randint(0, 255, (64, 64, 3), generator=generator, dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(target)
     return tmp_path / 'data'
 
 
@@ -65,14 +66,43 @@ def test_images_change_the_statistics_and_not_the_function(checkpoint, trained, 
         torch.testing.assert_close(model(IMAGES), trained(IMAGES), rtol=1e-4, atol=1e-5)
 
 
-def test_a_file_of_tensors_needs_the_name_of_its_network(trained, tmp_path):
-    branches = tiny_model('_branches').eval()
+@pytest.mark.parametrize('name', [f'{TINY}_branches', 'repghostnet_050'])
+def test_a_file_of_tensors_needs_the_name_of_its_network(name, tmp_path):
+    branches = timm.create_model(name, num_classes=5).eval()
     torch.save(branches.state_dict(), tmp_path / 'weights.pth')
-    plain = merge_trained(str(tmp_path / 'weights.pth'), f'{TINY}_branches')
+    plain = merge_trained(str(tmp_path / 'weights.pth'), name)
     torch.testing.assert_close(plain(IMAGES), branches(IMAGES), rtol=1e-4, atol=1e-5)
 
 
-def test_what_has_no_branches_is_refused(tmp_path, capsys):
+def test_what_has_no_branches_is_refused(tmp_path):
     torch.save({'arch': TINY, 'state_dict': tiny_model().state_dict()}, tmp_path / 'plain.pth')
-    assert main(['convert-checkpoint', str(tmp_path / 'plain.pth'), '--out', str(tmp_path / 'out')]) == 1
-    assert 'has no branches to merge. Write it with repopt-timm save' in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r'plain\.pth.*no branches.*repopt-timm save'):
+        merge_trained(str(tmp_path / 'plain.pth'))
+
+
+@pytest.mark.parametrize('stated', [True, False])
+@pytest.mark.parametrize('name', ['mobileone_s0', 'repvgg_a0', 'repvit_m0_9'])
+def test_a_network_that_timm_has_fused_is_called_that(name, stated, tmp_path):
+    fused = reparameterize_model(timm.create_model(name, num_classes=5).eval()).state_dict()
+    torch.save({'arch': name, 'state_dict': fused} if stated else fused, tmp_path / 'fused.pth')
+    with pytest.raises(ValueError, match=r'fused\.pth.*already fused'):
+        merge_trained(str(tmp_path / 'fused.pth'), '' if name != 'repvit_m0_9' else name)
+
+
+@pytest.mark.parametrize(
+    ('name', 'change'),
+    [
+        ('stem.conv_1x1.bn.running_var', lambda tensor: -tensor - 1),
+        ('stem.conv_kxk.conv.weight', lambda tensor: tensor * 1e38),
+        ('stem.conv_kxk.conv.weight', lambda tensor: tensor.to(torch.complex64)),
+        ('stem.conv_kxk.conv.weight', lambda tensor: tensor.int()),
+    ],
+    ids=['variance', 'large', 'complex', 'integer'],
+)
+def test_weights_that_no_network_computes_with_are_not_converted(checkpoint, tmp_path, capsys, name, change):
+    content = torch.load(checkpoint, weights_only=False)
+    content['state_dict'][name] = change(content['state_dict'][name])
+    torch.save(content, checkpoint)
+    assert main(['convert-checkpoint', str(checkpoint), '--out', str(tmp_path / 'out')]) == 1
+    assert f"'{name}'" in capsys.readouterr().err
+    assert not (tmp_path / 'out').exists()

@@ -8,13 +8,12 @@ import torch
 from huggingface_hub import ModelCard
 
 from repopt_timm import save_pretrained
-from repopt_timm.cards.writing import save_scales_card
 from repopt_timm.checkpoint_model import model_from_checkpoint
 from repopt_timm.merge_checkpoint import merge_trained
 from repopt_timm.train.command import main as train
 from repopt_timm.weights_origin import merged_from, note_merged, origin_of, restore_origin
 
-from .helpers import TINY, random_scales, tiny_model
+from .helpers import TINY, tiny_model
 
 
 def merged(license_name='mit'):
@@ -46,7 +45,11 @@ def test_a_model_that_did_not_take_the_weights_has_no_origin(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'start', [('--model', 'local-dir:{}', '--pretrained'), ('--model', TINY, '--initial-checkpoint', '{}/model.pth')]
+    'start',
+    [
+        pytest.param(('--model', 'local-dir:{}', '--pretrained'), marks=pytest.mark.slow),
+        ('--model', TINY, '--initial-checkpoint', '{}/model.pth'),
+    ],
 )
 def test_fine_tuning_keeps_the_origin(start, tmp_path):
     save_pretrained(merged(), tmp_path / 'merged')
@@ -71,19 +74,6 @@ def test_a_converted_checkpoint_names_the_network_with_branches(tmp_path):
     assert origin_of(plain) == {**origin, 'notes': [f'merged from {TINY}_branches']}
 
 
-def test_a_licence_that_the_hub_does_not_know_has_a_name_of_its_own(tmp_path):
-    save_pretrained(merged('mobileone-license'), tmp_path)
-    data = card_of(tmp_path).data
-    assert (data.license, data.license_name) == ('other', 'mobileone-license')
-    assert card_of(tmp_path).text.rstrip().endswith('mobileone-license\n<!-- repopt-timm: end -->')
-
-
-def test_the_licence_that_a_card_states_stays(tmp_path):
-    (tmp_path / 'README.md').write_text('---\nlicense: cc-by-4.0\n---\n')
-    save_pretrained(merged(), tmp_path)
-    assert card_of(tmp_path).data.license == 'cc-by-4.0'
-
-
 @pytest.mark.parametrize(
     'origin',
     [5, 'mit', [1], {'license': 5, 'notes': 7}, {'license': 'a\nb', 'notes': [3, 'x' * 1000]}, {'license': '<img>'}],
@@ -101,12 +91,6 @@ def test_a_note_of_a_merge_stands_beside_other_notes():
     restore_origin(model, {'license': 'MIT', 'notes': ['merged from a', 'mine']})
     note_merged(model, 'b')
     assert origin_of(model) == {'license': 'mit', 'notes': ['merged from b', 'mine']}
-
-
-def test_weights_under_another_licence_than_their_card_are_warned_of(tmp_path, caplog):
-    save_scales_card(random_scales(), tmp_path, license='apache-2.0')
-    save_pretrained(merged('mobileone-license'), tmp_path)
-    assert 'states the licence apache-2.0, but that of its content is mobileone-license' in caplog.text
 
 
 def test_what_timms_script_fine_tuned_has_the_licence_that_timm_states(tmp_path):

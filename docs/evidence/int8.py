@@ -3,7 +3,7 @@
     python docs/evidence/int8.py TRIAL IMAGES OUTPUT [ARM ...]
 
 Quantizes the last checkpoint of each finished run of the trial, or of these arms, as it is and equalized, calibrated on
-1024 training images of the folder IMAGES by minimum and maximum. Writes OUTPUT/int8.csv, a row for each run,
+512 training images of the folder IMAGES by minimum and maximum. Writes OUTPUT/int8.csv, a row for each run,
 granularity and form, and OUTPUT/int8.md, their mean losses. Runs that are in int8.csv already are not quantized again.
 """
 
@@ -13,10 +13,11 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from repopt_timm.trial.verdict import interval_text
+
 from repopt_timm.deploy import QuantizationOptions, compare_int8
 from repopt_timm.reporting import markdown_table
 from repopt_timm.trial.intervals import Interval
-from repopt_timm.trial.verdict import interval_text
 
 COLUMNS = ['arm', 'seed', 'weights', 'equalized', 'float32', 'int8', 'drop', 'dead channels removed']
 

@@ -1,38 +1,9 @@
-"""Plain twins of timm's structurally re-parameterized networks: one file for each family of blocks."""
+"""Plain twins of timm's structurally re-parameterized networks.
 
-from ..reparam import FOLDING_CLASSES
-from .implied import implied_scales
-from .plain_block import PlainBlock
-from .plain_twin import BlockReport, plain_state_dict, plain_twin, report_twin
+Read `readers`, `merge`, `conversion`, `recalibration`.
+"""
+
+from .conversion import BlockReport, PlainBlock, implied_scales, plain_twin, report_twin
 from .recalibration import recalibrate
 
-__all__ = [
-    'BlockReport',
-    'PlainBlock',
-    'implied_scales',
-    'plain_state_dict',
-    'plain_twin',
-    'recalibrate',
-    'report_twin',
-]
-
-# Classes of timm whose `fuse()` or `reparameterize()` folds normalization into one convolution, or calls that of its
-# children.
-FOLDING_CLASSES.update(
-    {
-        'Conv2dNorm',
-        'ConvLayer1d',
-        'ConvLayer2d',
-        'ConvNorm',
-        'IFormer',
-        'LinearNorm',
-        'NextConvBlock',
-        'NextTransformerBlock',
-        'NormLinear',
-        'PlainBlock',
-        'RepOptVggBlock',
-        'RepVit',
-        'RepVitClassifier',
-        'SHViT',
-    }
-)
+__all__ = ['BlockReport', 'PlainBlock', 'implied_scales', 'plain_twin', 'recalibrate', 'report_twin']

@@ -6,29 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .plain_block import PlainBlock
+from .conversion import PlainBlock
 
 __all__ = ['recalibrate']
-
-
-class _Moments:
-    """Running mean and variance of each channel over all batches, in float64."""
-
-    def __init__(self, bn: Any):
-        self.count = 0
-        self.mean = torch.zeros_like(bn.running_mean, dtype=torch.float64)
-        self.squares = torch.zeros_like(self.mean)
-
-    def add(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        values = inputs[0].double().movedim(1, 0).flatten(1)
-        count = values.shape[1]
-        mean = values.mean(1)
-        squares = (values - mean[:, None]).square().sum(1)
-        total = self.count + count
-        apart = mean - self.mean
-        self.mean += apart * (count / total)
-        self.squares += squares + apart.square() * (self.count * count / total)
-        self.count = total
 
 
 @torch.no_grad()
@@ -43,13 +23,14 @@ def recalibrate(twin: nn.Module, batches: Iterable[Any]) -> nn.Module:
         twin: What `plain_twin(model, weights=True)` returned; changed in place. BatchNorms that the multi-branch
             network had itself stay as they are.
         batches: Images of shape (N, C, H, W), preprocessed as in training, or tuples that start with them. A few
-            thousand images will do.
+            thousand images will do. Each batch counts alike.
 
     Returns:
         The twin.
 
     Raises:
-        ValueError: If the model has no plain block, its BatchNorms are folded or frozen, or there are no images.
+        ValueError: If the model has no plain block, its BatchNorms are folded or frozen, there are no images, or one
+            has a NaN or infinite value; the model is as before then.
     """
     blocks: dict[str, Any] = {name: each for name, each in twin.named_modules() if isinstance(each, PlainBlock)}
     if not blocks:
@@ -60,33 +41,40 @@ def recalibrate(twin: nn.Module, batches: Iterable[Any]) -> nn.Module:
                 f"Found {type(block.bn).__name__} at '{f'{name}.bn'.lstrip('.')}' of {type(twin).__name__}, expected a "
                 f'BatchNorm: recalibrate the twin before freeze_batch_norm_2d and reparameterize_model.'
             )
-    moments = {block.bn: _Moments(block.bn) for block in blocks.values() if block.adds_norm}
-    hooks = [bn.register_forward_pre_hook(each.add) for bn, each in moments.items()]
-    modes = {module: module.training for module in twin.modules()}
+    added = {f'{name}.bn'.lstrip('.'): block.bn for name, block in blocks.items() if block.adds_norm}
     device = next(twin.parameters()).device
+    # As in `swa_utils.update_bn`, but beside the network, whose BatchNorms go on with the statistics that they have.
+    settings: dict[str, Any] = {'momentum': None, 'affine': False, 'device': device, 'dtype': torch.float64}
+    measured = {bn: nn.BatchNorm2d(bn.num_features, **settings) for bn in added.values()}
+
+    def measure(bn: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        measured[bn](inputs[0].double())
+
+    hooks = [bn.register_forward_pre_hook(measure) for bn in measured]
+    modes = {module: module.training for module in twin.modules()}
     try:
         twin.eval()
         for batch in batches:
             images = batch[0] if isinstance(batch, list | tuple) else batch
+            if not len(images):
+                raise ValueError('A batch to recalibrate with is empty.')
             twin(images.to(device))
     finally:
         for hook in hooks:
             hook.remove()
         for module, training in modes.items():
             module.training = training
-    for bn, each in moments.items():
-        if each.count < 2:
-            raise ValueError('There are no images to recalibrate with: the batches are empty.')
-        _restate(bn, each.mean, each.squares / (each.count - 1))
+    for name, bn in added.items():
+        found: Any = measured[bn]
+        if not found.num_batches_tracked:
+            raise ValueError('There are no images to recalibrate with.')
+        if not (found.running_mean.isfinite().all() and found.running_var.isfinite().all()):
+            raise ValueError(f"The input of '{name}' has a NaN or infinite value: leave such batches out.")
+    for bn, found in measured.items():
+        # Gamma and beta move so that the BatchNorm computes the same with the other statistics.
+        gain = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+        bn.bias.copy_(bn.bias.double() + (found.running_mean - bn.running_mean.double()) * gain)
+        bn.running_mean.copy_(found.running_mean)
+        bn.running_var.copy_(found.running_var)
+        bn.weight.copy_(gain * (bn.running_var.double() + bn.eps).sqrt())
     return twin
-
-
-def _restate(bn: Any, mean: Tensor, variance: Tensor) -> None:
-    """Gives a BatchNorm other statistics, and moves gamma and beta so that it computes the same with them."""
-    old = (bn.running_var.double() + bn.eps).sqrt()
-    gamma = bn.weight.double()
-    beta = bn.bias.double() + (mean - bn.running_mean.double()) * gamma / old
-    bn.running_mean.copy_(mean)
-    bn.running_var.copy_(variance)
-    bn.weight.copy_(gamma * (bn.running_var.double() + bn.eps).sqrt() / old)
-    bn.bias.copy_(beta)

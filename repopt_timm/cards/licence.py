@@ -20,9 +20,7 @@ cdla-permissive-2.0 cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license 
 eupl-1.1 gemma gfdl gpl gpl-2.0 gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 lppl-1.3c mit mpl-2.0 ms-pl ncsa
 odbl odc-by ofl-1.1 openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
 """
-
 HUB_LICENSES = frozenset(_KNOWN_TO_HUB.split())
-"""Identifiers of licences that the Hub knows."""
 
 
 def checked_license(name: str | None) -> str:
@@ -31,19 +29,13 @@ def checked_license(name: str | None) -> str:
     Raises:
         ValueError: If it is not an identifier.
     """
-    if not name:
-        return ''
-    identifier = license_identifier(name)
-    if not identifier:
-        raise ValueError(
-            f"The licence is {name!r:.80}, expected an identifier without spaces, such as 'apache-2.0', 'mit' or "
-            f"'cc-by-4.0'. For a licence of your own, give a name such as 'my-license'."
-        )
-    return identifier
+    if name and not license_identifier(name):
+        raise ValueError(f"The licence is {name!r:.80}, expected an identifier such as 'apache-2.0' or 'my-license'.")
+    return license_identifier(name)
 
 
 def stated_license(metadata: Mapping[str, Any]) -> str:
-    """Returns the licence that the metadata of a card state; empty if they state none."""
+    """Returns the licence that the metadata of a card state, by its own name; empty if they state none."""
     stated = metadata.get('license') or ''
     if stated == 'other':
         stated = metadata.get('license_name') or stated

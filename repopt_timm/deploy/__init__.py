@@ -1,8 +1,9 @@
 """From a trained model to an INT8 one with measured accuracy and speed: ONNX, and ONNX Runtime on the CPU."""
 
 from .classifier import Classifier, load_classifier
-from .deploy_commands import add_class_map, add_commands
+from .deploy_commands import add_commands
 from .equalization import Equalization, equalize
+from .evaluate_commands import add_class_map
 from .evaluation import evaluate
 from .int8_table import compare_int8, comparison_table
 from .layer_noise import layer_report, plot_layers
@@ -10,7 +11,7 @@ from .onnx_export import ExportOptions, export_onnx, to_onnx
 from .prediction import predict
 from .quantization import Quantization, QuantizationOptions, calibrate, quantize, quantize_onnx
 from .runtime import save_onnx
-from .sensitivity import keep_in_float, layer_sensitivity, plot_sensitivity, sensitivity_table
+from .sensitivity import layer_sensitivity, plot_sensitivity, sensitivity_table
 from .trained_model import load_model
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     'equalize',
     'evaluate',
     'export_onnx',
-    'keep_in_float',
     'layer_report',
     'layer_sensitivity',
     'load_classifier',

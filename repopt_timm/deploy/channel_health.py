@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ..datasets import Images
 from .classifier import image_input
-from .image_folder import ImageFolder
-from .onnx_graph import constants_of, layers_of, with_outputs
+from .onnx_graph import layers_of, with_outputs
 from .runtime import open_session
 
 __all__ = ['constant_inputs', 'dead_channels', 'health_warnings', 'kernel_outliers', 'still_channels']
@@ -23,7 +23,7 @@ _OUTLIER = 100
 _STILL = 1e-3
 
 
-def constant_inputs(model: Any, images: ImageFolder, indices: Sequence[int]) -> dict[str, np.ndarray]:
+def constant_inputs(model: Any, images: Images, indices: Sequence[int]) -> dict[str, np.ndarray]:
     """Finds the input channels of layers that have the same value everywhere, in all of some images.
 
     Args:
@@ -37,7 +37,8 @@ def constant_inputs(model: Any, images: ImageFolder, indices: Sequence[int]) -> 
     Raises:
         ValueError: If an image does not decode, or ONNX Runtime cannot run the model.
     """
-    tensors = {name: node.input[0] for name, node in layers_of(model).items() if node.op_type in ('Conv', 'Gemm')}
+    layers = {name: node for name, node in layers_of(model).items() if node.op_type in ('Conv', 'Gemm')}
+    tensors = {name: node.inputs[0].name for name, node in layers.items()}
     names = list(dict.fromkeys(tensors.values()))
     # The optimizer would fuse the requested tensors away.
     session = open_session(with_outputs(model, names), optimize=False)
@@ -51,16 +52,14 @@ def constant_inputs(model: Any, images: ImageFolder, indices: Sequence[int]) -> 
             highest[tensor] = np.maximum(highest[tensor], values.max(axes))
     values_of = {}
     for tensor in names:
-        spread = highest[tensor] - lowest[tensor]
-        same = spread <= 1e-6 * np.abs(highest[tensor])
+        same = highest[tensor] - lowest[tensor] <= 1e-6 * np.abs(highest[tensor])
         values_of[tensor] = np.where(same, highest[tensor], np.nan).astype(np.float32)
     return {layer: values_of[tensor] for layer, tensor in tensors.items()}
 
 
 def dead_channels(constants: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Counts what `constant_inputs` found, for each layer that has any."""
-    counts = {layer: int((~np.isnan(values)).sum()) for layer, values in constants.items()}
-    return {layer: count for layer, count in counts.items() if count}
+    return _positive({layer: int((~np.isnan(values)).sum()) for layer, values in constants.items()})
 
 
 def kernel_outliers(model: Any) -> dict[str, int]:
@@ -72,14 +71,13 @@ def kernel_outliers(model: Any) -> dict[str, int]:
     Returns:
         Layer to the number of its values that are over 100 times the 99th percentile, for each layer that has any.
     """
-    constants = constants_of(model)
     counts = {}
     for layer, node in layers_of(model).items():
-        sizes = np.abs(constants[node.input[1]])
+        sizes = np.abs(node.inputs[1].const_value.numpy())
         # Kernels that are mostly zeros are pruned, not broken.
-        usual = np.percentile(sizes[sizes > 0], 99) if sizes.any() else 0
-        counts[layer] = int((sizes > _OUTLIER * usual).sum()) if usual else 0
-    return {layer: count for layer, count in counts.items() if count}
+        usual = np.percentile(sizes[sizes > 0], 99) if sizes.any() else np.inf
+        counts[layer] = int((sizes > _OUTLIER * usual).sum())
+    return _positive(counts)
 
 
 def still_channels(model: nn.Module) -> dict[str, int]:
@@ -97,6 +95,10 @@ def still_channels(model: nn.Module) -> dict[str, int]:
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None:
             variance = norm.running_var
             counts[name] = int((variance < (_STILL * variance.max()).clamp(max=norm.eps)).sum())
+    return _positive(counts)
+
+
+def _positive(counts: Mapping[str, int]) -> dict[str, int]:
     return {name: count for name, count in counts.items() if count}
 
 
@@ -111,24 +113,26 @@ def health_warnings(
         images: Images on which the channels were constant.
         still: BatchNorm to number of channels.
     """
-    lines = []
-    if still:
-        lines.append(
-            f'{sum(still.values())} channels hardly changed in training, by the variance of their BatchNorm: '
-            f'{_counts(still)}. `quantize --equalize` removes dead channels.'
-        )
-    if dead:
-        lines.append(
-            f'{sum(dead.values())} input channels never changed on these {images} images: {_counts(dead)}. '
-            f'`quantize --equalize` removes a channel if it never changes on other images either.'
-        )
-    if outliers:
-        lines.append(
-            f'{sum(outliers.values())} weights are over {_OUTLIER} times the 99th percentile of their kernel, beside '
-            f'which INT8 rounds the others away: {_counts(outliers)}. `quantize --equalize` may help.'
-        )
-    return lines
-
-
-def _counts(found: Mapping[str, int]) -> str:
-    return ', '.join(f'{layer} {count}' for layer, count in found.items())
+    kinds = (
+        (
+            still or {},
+            'channels hardly changed in training, by the variance of their BatchNorm',
+            '`quantize --equalize` removes dead channels.',
+        ),
+        (
+            dead,
+            f'input channels never changed on these {images} images',
+            '`quantize --equalize` removes a channel if it never changes on other images either.',
+        ),
+        (
+            outliers,
+            f'weights are over {_OUTLIER} times the 99th percentile of their kernel, beside which INT8 rounds the '
+            f'others away',
+            '`quantize --equalize` may help.',
+        ),
+    )
+    return [
+        f'{sum(found.values())} {what}: {", ".join(f"{name} {count}" for name, count in found.items())}. {advice}'
+        for found, what, advice in kinds
+        if found
+    ]

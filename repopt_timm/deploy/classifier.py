@@ -1,19 +1,21 @@
 """What is evaluated: a PyTorch model or an ONNX one behind one call."""
 
 import json
-import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_data_config
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
 
-from ..color_modes import noted_color_mode
+from ..datasets import color_mode, core_count
+from ..errors import explaining
 from .runtime import explained, load_onnx, open_session
 from .trained_model import load_model
 
@@ -28,6 +30,8 @@ __all__ = [
     'preprocessing',
     'torch_classifier',
 ]
+
+_IMAGENET_TAG = re.compile(r'(^|_)in(1k|12k|21k|22k)(_|$)')
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def load_classifier(
 
     Args:
         source: An `.onnx` file, or what `load_model` takes.
-        threads: Number of threads. Defaults to all cores.
+        threads: Number of threads, no more than there are cores. Defaults to all cores.
         overrides: Preprocessing that differs from the model's own, by timm's names.
 
     Raises:
@@ -84,21 +88,14 @@ def torch_classifier(
 ) -> Classifier:
     """Wraps a PyTorch model; `threads` applies to the whole process."""
     if threads:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(min(threads, core_count()))
 
     def run(images: Tensor) -> Tensor:
-        try:
-            with torch.inference_mode():
-                return model(images)
-        except (AssertionError, RuntimeError) as error:
-            reason = ' '.join(str(error).split())[:200]
-            raise ValueError(
-                f'The model cannot run on {tuple(images.shape)} images: {reason}. Give it an input size that it takes.'
-            ) from None
+        with explaining(f'The model cannot run on {tuple(images.shape)} images'), torch.inference_mode():
+            return model(images)
 
-    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    config = preprocessing(overrides, model=model)
-    return Classifier('pytorch', run, config, size, label_names(model))
+    size = sum(tensor.nbytes for tensor in model.state_dict().values())
+    return Classifier('pytorch', run, preprocessing(overrides, model=model), size, label_names(model))
 
 
 def onnx_classifier(
@@ -106,70 +103,42 @@ def onnx_classifier(
 ) -> Classifier:
     """Wraps an `onnx.ModelProto` from images to logits; `name` is what errors call it."""
     config = data_config(model, overrides)
-    session = open_session(model, threads, name=name)
+    # ONNX Runtime ends in a segmentation fault if it cannot start as many.
+    session = open_session(model, threads and min(threads, core_count()), name=name)
     images_name, (batch, *_) = image_input(model)
 
     def run(images: Tensor) -> Tensor:
         # A model whose batch size is fixed gets that many at once; repeat the last image to fill the last part.
-        parts = images.split(batch) if batch else [images]
-        missing = max(0, batch - len(parts[-1]))
-        if missing:
-            parts = [*parts[:-1], torch.cat([parts[-1], parts[-1][-1:].expand(missing, -1, -1, -1)])]
+        missing = -len(images) % batch if batch else 0
+        filled = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
         with explained(f'ONNX Runtime cannot run the model on {tuple(images.shape)} images'):
-            logits = torch.cat([torch.from_numpy(session.run(None, {images_name: part.numpy()})[0]) for part in parts])
-        return logits[: len(images)]
+            parts = [session.run(None, {images_name: part.numpy()})[0] for part in filled.split(batch or len(filled))]
+        return torch.cat([*map(torch.from_numpy, parts)])[: len(images)]
 
-    return Classifier('onnxruntime', run, config, model.ByteSize(), _metadata(model).get('label_names', ()), batch)
+    return Classifier('onnxruntime', run, config, model.ByteSize(), _metadata(model)['label_names'], batch)
 
 
 def preprocessing(overrides: Mapping[str, Any] | None = None, **model: Any) -> dict[str, Any]:
-    """Returns what `timm.data.resolve_data_config` makes of the overrides and a model, and their `input_img_mode`.
+    """Returns what `timm.data.resolve_data_config` makes of the overrides and a model.
 
     Raises:
-        ValueError: If `mean` or `std` do not have a value for each channel, or a value is not one that images can be
-            prepared with.
+        ValueError: If a value is not one that images can be prepared with.
     """
-    overrides = dict(overrides or {})
-    try:
-        config = resolve_data_config(overrides, **model)
-        _check_preprocessing(config)
-        mode = overrides.get('input_img_mode') or _stated_mode(**model)
-        return {**config, 'input_img_mode': mode} if mode else config
-    except (AttributeError, LookupError, TypeError) as error:
-        raise ValueError(f'The preprocessing that the model states cannot be read: {error}. Give your own.') from None
-    except AssertionError:
-        given = ', '.join(f'{name} {overrides[name]}' for name in ('mean', 'std') if name in overrides)
-        raise ValueError(f'Preprocessing with {given}: expected one value, or one for each channel.') from None
-
-
-def _stated_mode(model: Any = None, pretrained_cfg: Mapping[str, Any] | None = None) -> str | None:
-    if pretrained_cfg is None:
-        return noted_color_mode(model)
-    mode = pretrained_cfg.get('input_img_mode')
-    return mode if isinstance(mode, str) else None
-
-
-def _check_preprocessing(config: Mapping[str, Any]) -> None:
-    sizes, crop = config['input_size'], config['crop_pct']
-    wrong = {
-        'input_size': not all(isinstance(size, int) and size > 0 for size in sizes),
-        'mean': not config['mean'] or not all(math.isfinite(value) for value in config['mean']),
-        'std': not config['std'] or not all(math.isfinite(value) and value > 0 for value in config['std']),
+    with explaining(f'Images cannot be prepared with {dict(overrides or {}) or "what the model states"}'):
+        config = resolve_data_config(dict(overrides or {}), **model)
+        str_to_interp_mode(config['interpolation'])
         # Less would enlarge an image a hundred times.
-        'crop_pct': not 0.1 <= crop <= 1,
-        'crop_mode': config['crop_mode'] not in ('center', 'squash', 'border'),
-    }
-    # Fails with an error of its own.
-    str_to_interp_mode(config['interpolation'])
-    for name, is_wrong in wrong.items():
-        if is_wrong:
-            raise ValueError(f'Preprocessing with {name} {config[name]!r:.80} is not possible: give another one.')
+        if not 0.1 <= config['crop_pct'] <= 1:
+            raise ValueError(f'Images cannot be prepared with crop_pct {config["crop_pct"]}, expected 0.1 to 1.')
+    return config
 
 
 def label_names(model: nn.Module) -> list[str]:
     """Returns the names of a timm model's classes in the order of its logits; none if unknown."""
     config: Any = getattr(model, 'pretrained_cfg', None) or {}
-    names = config.get('label_names') or ()
+    # timm's own weights state their data in their tag alone.
+    subset = infer_imagenet_subset(model) if _IMAGENET_TAG.search(config.get('tag') or '') else None
+    names = config.get('label_names') or (ImageNetInfo(subset).label_names() if subset else ())
     # timm allows a dict from number to name, for classes with gaps between them.
     complete = isinstance(names, list | tuple) and len(names) == getattr(model, 'num_classes', None)
     return list(names) if complete else []
@@ -178,13 +147,11 @@ def label_names(model: nn.Module) -> list[str]:
 def _metadata(model: Any) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for entry in model.metadata_props:
-        try:
+        with suppress(RecursionError, ValueError):
             metadata[entry.key] = json.loads(entry.value)
-        except (RecursionError, ValueError):
-            continue
     names = metadata.get('label_names')
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        metadata.pop('label_names', None)
+        metadata['label_names'] = []
     return metadata
 
 
@@ -211,6 +178,8 @@ def data_config(model: Any, overrides: Mapping[str, Any] | None = None) -> dict[
         raise ValueError(f"The ONNX model's input '{name}' has {len(sizes)} dimensions, expected 4: (N, C, H, W).")
     if all(sizes[1:]):
         metadata['input_size'] = sizes[1:]
+    if mode := metadata.get('input_img_mode'):
+        color_mode(sizes[1], mode)
     # timm requires an architecture.
     config = preprocessing(overrides, pretrained_cfg={'architecture': '', **metadata})
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}

@@ -11,16 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from ..datasets import Images
 from ..reporting import amount
 from .channel_health import constant_inputs
 from .classifier import image_input, onnx_classifier
-from .image_folder import ImageFolder
 from .onnx_graph import Graph
 
 __all__ = ['Equalization', 'describe', 'equalize', 'equalize_layers', 'remove_dead_channels']
-
-# Of the largest logit.
-_TOLERANCE = 1e-4
 
 _SWEEPS = 100
 _BATCH = 32
@@ -59,22 +56,18 @@ class Equalization:
 
 def describe(counts: Mapping[str, Any]) -> str:
     """Puts the `counts` of an `Equalization` into a line."""
-    removed, unread, kept, pairs, left = (counts[name] for name in ('removed', 'unread', 'kept', 'pairs', 'left'))
-    parts = ['no dead input channels']
-    if removed:
-        parts = [f'{amount(sum(removed.values()), "dead input channel")} of {amount(len(removed), "layer")} removed']
-    if kept:
-        parts[0] += f' ({sum(kept.values())} kept)'
-    if unread:
-        channels = amount(sum(unread.values()), 'output channel')
-        parts.append(f'{channels} of {amount(len(unread), "layer")} that nothing reads set to 0')
-    reasons = f' ({", ".join(sorted(set(left.values())))})' if left else ''
-    parts += [f'{amount(len(pairs), "layer")} equalized with readers', f'{len(left)} left as they are{reasons}']
-    images = amount(counts['images'], 'image')
-    return f'{", ".join(parts)}; logits within {counts["difference"]:.1e} of the largest on {images}'
+    removed, kept, unread = (sum(counts[name].values()) for name in ('removed', 'kept', 'unread'))
+    reasons = ', '.join(sorted(set(counts['left'].values()))) or 'none'
+    return (
+        f'dead input channels: {removed} removed, {kept} kept; output channels that nothing reads: {unread} set to 0; '
+        f'{amount(len(counts["pairs"]), "layer")} equalized with readers, {len(counts["left"])} left as they are '
+        f'({reasons}); logits within {counts["difference"]:.1e} of the largest on {amount(counts["images"], "image")}'
+    )
 
 
-def equalize(model: Any, images: ImageFolder, indices: Sequence[int], others: Sequence[int] = ()) -> Equalization:
+def equalize(
+    model: Any, images: Images, indices: Sequence[int], others: Sequence[int] = (), tolerance: float = 1e-4
+) -> Equalization:
     """Removes dead channels, then equalizes layers.
 
     A channel that is dead on a few images may be alive on the next one, so the logits are compared on images that had
@@ -85,10 +78,11 @@ def equalize(model: Any, images: ImageFolder, indices: Sequence[int], others: Se
         images: Where images come from.
         indices: Those that a channel has to be constant on, and that the logits are compared on.
         others: Further ones to compare the logits on, as many at a time as there are `indices`.
+        tolerance: Largest allowed change of a logit, of the largest logit.
 
     Raises:
         ValueError: If an image does not decode, ONNX Runtime cannot run the model, or a logit changes by more than
-            1e-4 of the largest.
+            `tolerance`.
     """
     used, fresh = list(indices), list(others)
     while True:
@@ -98,12 +92,12 @@ def equalize(model: Any, images: ImageFolder, indices: Sequence[int], others: Se
         removed, unread, kept = remove_dead_channels(graph, constant_inputs(model, images, used))
         pairs, left = equalize_layers(graph)
         difference = _difference(model, graph.model, images, checked)
-        if difference <= _TOLERANCE:
+        if difference <= tolerance:
             return Equalization(graph.model, removed, unread, kept, pairs, left, len(checked), difference)
         if len(checked) == len(used) or not np.isfinite(difference):
             raise ValueError(
                 f'The equalized model differs: a logit by {difference:.1e} of the largest, expected at most '
-                f'{_TOLERANCE:.0e}; weights that are not trained can amplify rounding that much. Quantize without '
+                f'{tolerance:.0e}; weights that are not trained can amplify rounding that much. Quantize without '
                 f'--equalize.'
             )
         used = checked
@@ -125,7 +119,9 @@ def remove_dead_channels(
         Layer to numbers of channels: input channels that were removed, output channels that were, and dead input
         channels that stayed.
     """
-    removed, unread, kept = {}, {}, {}
+    removed: dict[str, int] = {}
+    unread: dict[str, int] = {}
+    kept: dict[str, int] = {}
     for layer, values in constants.items():
         kernel = graph.kernel(layer)
         if kernel is None:
@@ -150,7 +146,8 @@ def remove_dead_channels(
         if bias is not None:
             bias *= columns > 0
         unread[layer] = int(needless.sum())
-    return tuple({layer: n for layer, n in found.items() if n} for found in (removed, unread, kept))  # type: ignore[return-value]
+    removed, unread, kept = ({layer: n for layer, n in found.items() if n} for found in (removed, unread, kept))
+    return removed, unread, kept
 
 
 def equalize_layers(graph: Graph) -> tuple[dict[str, list[str]], dict[str, str]]:
@@ -221,7 +218,7 @@ def _read_columns(graph: Graph, layer: str) -> np.ndarray | None:
     return found
 
 
-def _difference(model: Any, changed: Any, images: ImageFolder, indices: Sequence[int]) -> float:
+def _difference(model: Any, changed: Any, images: Images, indices: Sequence[int]) -> float:
     first, second = onnx_classifier(model), onnx_classifier(changed)
     difference = largest = 0.0
     fixed = image_input(model)[1][0]

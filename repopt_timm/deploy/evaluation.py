@@ -1,38 +1,73 @@
-"""Accuracy, latency, throughput and size of a model."""
+"""Accuracy, classes, latency, throughput and size of a model."""
 
+import csv
+import logging
 import os
-import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..datasets import Images, class_names, count_classes, open_evaluation
+from ..files import replacing
+from ..plot import save_figure, subplots
 from ..reporting import take_turns, time_call
 from .classifier import Classifier, load_classifier
-from .image_folder import ImageFolder
 
 __all__ = [
     'UNSTEADY',
-    'accuracies',
+    'Predictions',
     'alternate',
     'check_classes',
-    'check_labels',
     'check_logits',
+    'class_table',
+    'classify',
     'evaluate',
     'is_steady',
     'random_images',
+    'sklearn_metrics',
     'time_runs',
+    'write_confusion',
+    'write_csv',
 ]
+
+_logger = logging.getLogger(__name__)
 
 # The 90th percentile of times, of their median. With twice as many busy processes as cores it is 1.2 to 3.2.
 _STEADY = 1.25
+
+# Most classes of a picture with their names.
+_LEGIBLE = 40
 
 UNSTEADY = (
     f'The times are not steady, their 90th percentile is over {_STEADY} times their median: speed-ups are not stated. '
     'Repeat it on an idle machine.'
 )
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of labelled images.
+
+    Attributes:
+        labels: Classes of the images, int64 of shape (N,).
+        ranked: The five classes of the largest logits, or fewer if there are fewer, the best first, int64 of shape
+            (N, 5). Of equal logits the lower class comes first, so that the first column is `argmax`.
+        ties: Number of images whose two largest logits are equal.
+    """
+
+    labels: Tensor
+    ranked: Tensor
+    ties: int
+
+    def accuracy(self, top: int = 1) -> float:
+        """Returns the percentage of images whose class is among the first `top`."""
+        return 100 * (self.ranked[:, :top] == self.labels[:, None]).any(1).float().mean().item()
 
 
 def evaluate(
@@ -43,40 +78,55 @@ def evaluate(
     threads: int | None = None,
     overrides: Mapping[str, Any] | None = None,
     class_map: str = '',
+    out: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
     """Evaluates a model on an image folder, on the CPU.
 
     Args:
         source: An `.onnx` file, or what `load_model` takes.
-        data: Image folder, see `ImageFolder`.
+        data: Image folder, see `open_split`.
         split: Its split.
         batch_size: Images in a batch, for accuracy and throughput.
         threads: Number of threads of the model. Defaults to all cores.
         overrides: Preprocessing that differs from the model's own, by timm's names.
-        class_map: See `ImageFolder`; the one that the model was trained with.
+        class_map: File of the classes, for a model that does not name its own; see `open_split`.
+        out: Folder to write tables and a picture of the classes to, see `write_confusion`.
 
     Returns:
         `model`, `backend`, `images`, `top1` and `top5` in percent (`top5` over as many classes as there are if fewer),
+        `ties`, see `Predictions`, `classes`, see `class_table`, which is empty without scikit-learn,
         `latency_ms` and `latency_p90_ms` of a batch of `latency_batch` images, which is one where the model takes one,
         `throughput` in images per second, at `batch_size`, whether these times are `steady`, and `bytes` on disk. The
         times exclude decoding.
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
+        ImportError: If `out` is given, and matplotlib or scikit-learn is not installed.
         ValueError: If an image does not decode, or model and folder have different classes.
     """
     classifier = load_classifier(source, threads, overrides)
-    images = ImageFolder(data, split, classifier.config, class_map)
-    top1, top5 = accuracies({'evaluation': classifier}, images, batch_size)['evaluation']
+    images = open_evaluation(data, split, classifier.config, class_map, classifier.class_names)
+    found = classify({'evaluation': classifier}, images, batch_size)['evaluation']
+    names = class_names(images) or list(map(str, range(count_classes(images) or 0)))
+    try:
+        classes = class_table(found.labels, found.ranked[:, 0], names)
+    except ImportError as error:
+        _logger.warning(str(error))
+        classes = []
+    if out is not None:
+        write_confusion(found.labels, found.ranked[:, 0], names, out)
     latency_batch, batch_size = map(classifier.images_for, (1, batch_size))
-    single = time_runs(_run(classifier, latency_batch))
-    many = time_runs(_run(classifier, batch_size))
+    single, many = (
+        time_runs(partial(classifier.run, random_images(classifier.config, count)))
+        for count in (latency_batch, batch_size)
+    )
     return {
         'model': os.fspath(source),
         'backend': classifier.backend,
         'images': len(images),
-        'top1': top1,
-        'top5': top5,
+        'top1': found.accuracy(1),
+        'top5': found.accuracy(5),
+        'ties': found.ties,
         'latency_batch': latency_batch,
         'latency_ms': 1000 * median(single),
         'latency_p90_ms': 1000 * quantiles(single, n=10)[-1],
@@ -84,13 +134,14 @@ def evaluate(
         'steady': is_steady(single) and is_steady(many),
         'batch_size': batch_size,
         'bytes': classifier.size,
+        'classes': classes,
     }
 
 
-def accuracies(
-    classifiers: Mapping[str, Classifier], images: ImageFolder, batch_size: int = 32, title: str = 'evaluation'
-) -> dict[str, tuple[float, float]]:
-    """Measures models with the same preprocessing in one pass over the images.
+def classify(
+    classifiers: Mapping[str, Classifier], images: Images, batch_size: int = 32, title: str = 'evaluation'
+) -> dict[str, Predictions]:
+    """Runs models with the same preprocessing in one pass over labelled images.
 
     Args:
         classifiers: Name to model.
@@ -99,21 +150,114 @@ def accuracies(
         title: What the progress bar says.
 
     Returns:
-        Name to top-1 and top-5 accuracy in percent.
+        Name to what the model says.
 
     Raises:
         ValueError: If an image does not decode, or a model has other classes than the folder.
     """
     for classifier in classifiers.values():
         check_classes(classifier, images)
-    hits = {name: [0, 0] for name in classifiers}
-    for batch, targets in images.batches(range(len(images)), batch_size, title):
+    ranked: dict[str, list[Tensor]] = {name: [] for name in classifiers}
+    ties = dict.fromkeys(classifiers, 0)
+    for batch, _ in images.batches(range(len(images)), batch_size, title):
         for name, classifier in classifiers.items():
-            logits = check_logits(classifier.run(batch))
-            right = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]
-            hits[name][0] += int(right[:, 0].sum())
-            hits[name][1] += int(right.any(1).sum())
-    return {name: (100 * top1 / len(images), 100 * top5 / len(images)) for name, (top1, top5) in hits.items()}
+            logits, order = check_logits(classifier.run(batch)).sort(dim=1, descending=True, stable=True)
+            ranked[name].append(order[:, :5].clone())
+            ties[name] += int((logits[:, :1] == logits[:, 1:2]).sum())
+    labels = torch.tensor(images.labels)
+    return {name: Predictions(labels, torch.cat(rows), ties[name]) for name, rows in ranked.items()}
+
+
+def class_table(labels: Tensor, predictions: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """Counts what a model makes of the images of each class.
+
+    Args:
+        labels: Classes of the images, int64 of shape (N,).
+        predictions: Those that the model takes them for, int64 of shape (N,).
+        classes: Names of the classes.
+
+    Returns:
+        A row for each class: `class`, `images`, `accuracy` in percent (None without images), and `confused_with`, the
+        other class that most of its images are taken for, with `confused`, how many ('' and 0 if there are none).
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+    """
+    confusion = sklearn_metrics().confusion_matrix(labels, predictions, labels=range(len(classes)))
+    rows = []
+    for number, counts in enumerate(confusion):
+        images, right = int(counts.sum()), int(counts[number])
+        counts[number] = 0
+        worst = int(counts.argmax())
+        rows.append(
+            {
+                'class': classes[number],
+                'images': images,
+                'accuracy': 100 * right / images if images else None,
+                'confused_with': classes[worst] if counts[worst] else '',
+                'confused': int(counts[worst]),
+            }
+        )
+    return rows
+
+
+def write_confusion(labels: Tensor, predictions: Tensor, classes: Sequence[str], folder: str | os.PathLike) -> None:
+    """Writes `classes.csv`, see `class_table`, and `confusion.csv` and `confusion.png`, how many images of which class
+    the model takes for which.
+
+    Args:
+        labels: See `class_table`.
+        predictions: See `class_table`.
+        classes: See `class_table`.
+        folder: Where to.
+
+    Raises:
+        ImportError: If matplotlib or scikit-learn is not installed.
+    """
+    table, metrics = class_table(labels, predictions, classes), sklearn_metrics()
+    counts = metrics.confusion_matrix(labels, predictions, labels=range(len(classes)))
+    legible = len(classes) <= _LEGIBLE
+    side = 3 + 0.4 * len(classes) if legible else 7
+    figure, axes = subplots(1, 1, (side + 1, side), 'constrained')
+    percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
+    display = metrics.ConfusionMatrixDisplay(percent, display_labels=[f'{name:.30}' for name in classes])
+    display.plot(
+        ax=axes,
+        cmap='Blues',
+        include_values=legible,
+        xticks_rotation='vertical',
+        values_format='.0f',
+        im_kw={'vmin': 0, 'vmax': 100},
+    )
+    axes.set(xlabel='predicted class', ylabel='class of the image', title='Percent of the images of a class')
+    if not legible:
+        axes.set(xticks=[], yticks=[])
+    save_figure(figure, Path(folder, 'confusion.png'))
+    write_csv(Path(folder, 'classes.csv'), table[0], map(dict.values, table))
+    write_csv(Path(folder, 'confusion.csv'), ['', *classes], ([name, *row] for name, row in zip(classes, counts)))
+
+
+def write_csv(path: str | os.PathLike, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Writes a table, whole or not at all."""
+    # Names of files may have bytes that are no text.
+    with (
+        replacing(path) as temporary,
+        open(temporary, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file,
+    ):
+        csv.writer(file).writerows([head, *rows])
+
+
+def sklearn_metrics() -> Any:
+    """Returns `sklearn.metrics`.
+
+    Raises:
+        ImportError: If scikit-learn is not installed.
+    """
+    try:
+        from sklearn import metrics
+    except ImportError:
+        raise ImportError("A table of the classes needs scikit-learn: pip install 'repopt-timm[deploy]'.") from None
+    return metrics
 
 
 def check_logits(logits: Tensor) -> Tensor:
@@ -130,39 +274,21 @@ def check_logits(logits: Tensor) -> Tensor:
     return logits
 
 
-def check_classes(classifier: Classifier, images: ImageFolder) -> None:
+def check_classes(classifier: Classifier, images: Images) -> None:
     """Raises a ValueError if the number or the order of a model's classes is not that of the folder."""
     classes = classifier.run(random_images(classifier.config, 1)).shape[-1]
-    found, expected = images.class_names, classifier.class_names
-    if classes != images.num_classes:
+    if classes != count_classes(images):
         raise ValueError(
-            f"The model has {classes} classes, but the folder '{images.folder}' has {images.num_classes}. Name the "
+            f"The model has {classes} classes, but the folder '{images.folder}' has {count_classes(images)}. Name the "
             f'folder of the data set that it was trained on.'
         )
-    numbers = _numbers(found)
-    for name, number in _numbers(expected[: len(found)]).items():
+    for number, name in enumerate(classifier.class_names):
         # Names of neither, such as WordNet's beside words, say nothing of the order.
-        if numbers.get(name, number) != number:
+        if images.class_to_idx.get(name, number) != number:
             raise ValueError(
-                f"Class {number} of the model is '{name}', but in the folder '{images.folder}' it is "
-                f"'{found[number]}'. Give the --class-map that the model was trained with."
+                f"Class {number} of the model is '{name}', but in the folder '{images.folder}' '{name}' is class "
+                f'{images.class_to_idx[name]}. Give the --class-map that the model was trained with.'
             )
-
-
-def _numbers(names: Sequence[str]) -> dict[str, int]:
-    # The same letters have other code points in folders that a Mac wrote, which sort otherwise.
-    return {unicodedata.normalize('NFC', name): number for number, name in enumerate(names)}
-
-
-def check_labels(classifier: Classifier, images: ImageFolder) -> None:
-    """Raises a ValueError if images have no labels that a drop in accuracy can be measured with."""
-    try:
-        check_classes(classifier, images)
-    except ValueError:
-        raise ValueError(
-            f"A largest drop in accuracy needs labels: the folders of '{images.folder}' are not the classes of the "
-            f'model. Name its training images, or --exclude layers by the ranking of --sensitivity.'
-        ) from None
 
 
 def random_images(config: Mapping[str, Any], batch_size: int) -> Tensor:
@@ -211,8 +337,3 @@ def alternate(
         return turn
 
     return take_turns({name: make_turn(run) for name, run in runs.items()}, rounds)
-
-
-def _run(classifier: Classifier, batch_size: int) -> Callable[[], Any]:
-    images = random_images(classifier.config, batch_size)
-    return lambda: classifier.run(images)

@@ -5,25 +5,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, compress, product
 from statistics import median
-from typing import Any, TypeAlias
+from typing import Any
 
 import timm
 import torch
 
+from ..datasets import open_evaluation
 from ..reporting import cpu_name, markdown_table, package_versions
 from .classifier import Classifier, data_config, is_onnx, onnx_classifier, torch_classifier
 from .equalization import describe, equalize
-from .evaluation import UNSTEADY, accuracies, alternate, check_classes, is_steady, random_images
-from .image_folder import ImageFolder
+from .evaluation import UNSTEADY, alternate, check_classes, classify, is_steady, random_images
 from .onnx_export import float_onnx
-from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, calibrate, equalization_images, naming, quantize
+from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, calibrate, draw, quantize
 from .runtime import require
 from .trained_model import load_model
 
 __all__ = ['compare_int8', 'comparison_table']
 
-# Weights, calibration, target, and whether equalized.
-_Way: TypeAlias = tuple[str, str, str, bool]
+# What a row of the accuracy table is about.
+_WAY = ('weights', 'calibration', 'target', 'equalized')
 
 
 def compare_int8(
@@ -51,7 +51,7 @@ def compare_int8(
         latency_batches: Batch sizes to time, rounded up to multiples of the batch of a fixed-batch ONNX file.
         threads: Number of threads. Defaults to all cores.
         overrides: Preprocessing that differs from the models' own, by timm's names.
-        class_map: See `ImageFolder`; the one that the models were trained with.
+        class_map: See `open_split`; the one that the models were trained with.
         targets: Forms to try, see `QuantizationOptions`. ONNX Runtime runs all of them; the first one is timed.
 
     Returns:
@@ -72,54 +72,51 @@ def compare_int8(
     for label, source in models.items():
         model = float_onnx(source, overrides)
         config = data_config(model, overrides)
-        images = ImageFolder(data, 'validation', config, class_map)
-        pool = ImageFolder(data if calibration_data is None else calibration_data, 'train', config)
-        indices = pool.sample(options.images, options.seed)
+        float32 = onnx_classifier(model, threads, overrides)
+        names = float32.class_names
+        images = open_evaluation(data, 'validation', config, class_map, names)
+        pool = open_evaluation(calibration_data or data, 'train', config, class_map, names)
+        indices, others = draw(pool, options)
         counted = {'validation_images': len(images), 'calibration_images': len(indices)}
         # Before the calibrations, which take long.
-        check_classes(onnx_classifier(model, threads, overrides), images)
+        check_classes(float32, images)
         forms = {False: model}
         if options.equalize:
-            with naming(source):
-                done = equalize(model, pool, *equalization_images(pool, options))
+            done = equalize(model, pool, [*indices, *others[: len(indices)]], others[len(indices) :])
             forms[True], equalization[label] = done.model, done.counts
-        classifiers: dict[_Way, Classifier] = {}
+        classifiers: dict[tuple[Any, ...], Classifier] = {}
         for equalized, form in forms.items():
             classifiers['float32', '', '', equalized] = onnx_classifier(form, threads, overrides)
             for calibration in calibrations:
-                ranges = calibrate(form, pool, indices, replace(options, calibration=calibration))
+                chosen = replace(options, calibration=calibration)
+                ranges = calibrate(form, pool, indices, chosen)
                 for target, kind in product(targets, weights):
-                    quantized = quantize(form, ranges, replace(options, weights=kind, target=target))
-                    way = (kind, calibration, target, equalized)
-                    classifiers[way] = onnx_classifier(quantized, threads, overrides)
-        accuracy += _accuracy_rows(label, classifiers, images)
-        timed: dict[str, Classifier] = {}
-        if not is_onnx(source):
-            timed['pytorch'] = torch_classifier(load_model(source), threads)
-        timed['float32'] = classifiers['float32', '', '', False]
+                    int8 = quantize(form, ranges, replace(chosen, weights=kind, target=target))
+                    classifiers[kind, calibration, target, equalized] = onnx_classifier(int8, threads, overrides)
+        named = {str(way): classifier for way, classifier in classifiers.items()}
+        found = classify(named, images, title=f'{label}: evaluation')
+        for way in classifiers:
+            top1, top5 = (found[str(way)].accuracy(count) for count in (1, 5))
+            drop = found[str(('float32', '', '', False))].accuracy() - top1
+            accuracy.append({'model': label, **dict(zip(_WAY, way)), 'top1': top1, 'top5': top5, 'drop': drop})
+        timed = {} if is_onnx(source) else {'pytorch': torch_classifier(load_model(source), threads)}
         # Calibration and equalizing change values, not the work.
-        timed |= {kind: classifiers[kind, calibrations[0], targets[0], False] for kind in weights}
-        batches = dict.fromkeys(map(timed['float32'].images_for, latency_batches))
+        timed |= {
+            'float32': float32,
+            **{kind: classifiers[kind, calibrations[0], targets[0], False] for kind in weights},
+        }
+        batches = dict.fromkeys(map(float32.images_for, latency_batches))
         latency += [_latency_row(label, timed, config, batch) for batch in batches]
-    # The others are counted, or varied.
-    fixed = {name: getattr(options, name) for name in ('percentile', 'seed', 'reduce_range', 'exclude')}
-    settings = {**fixed, **counted, **_machine(threads)}
+    cpu, vnni = cpu_name()
+    # The other options are counted, or varied.
+    settings = {
+        **{name: getattr(options, name) for name in ('percentile', 'seed', 'reduce_range', 'exclude')},
+        **counted,
+        'threads': threads or os.cpu_count(),
+        'cpu': f'{cpu} {"with" if vnni else "without"} VNNI',
+        'versions': package_versions(require('onnxruntime'), torch, timm),
+    }
     return {'settings': settings, 'accuracy': accuracy, 'latency': latency, 'equalization': equalization}
-
-
-def _accuracy_rows(label: str, classifiers: Mapping[_Way, Classifier], images: ImageFolder) -> list[dict[str, Any]]:
-    named = {str(way): classifier for way, classifier in classifiers.items()}
-    found = accuracies(named, images, title=f'{label}: evaluation')
-    reference = found[str(('float32', '', '', False))][0]
-    rows = []
-    for way in classifiers:
-        weights, calibration, target, equalized = way
-        top1, top5 = found[str(way)]
-        row = {'model': label, 'weights': weights, 'calibration': calibration, 'top1': top1, 'top5': top5}
-        if weights != 'float32':
-            row |= {'target': target, 'drop': reference - top1}
-        rows.append({**row, 'equalized': equalized})
-    return rows
 
 
 def _latency_row(
@@ -144,15 +141,6 @@ def _latency_row(
     milliseconds = {name: 1000 * median(values) for name, values in times.items()}
     sizes = {name: classifier.size for name, classifier in classifiers.items()}
     return {'model': label, 'batch': batch, 'ms': milliseconds, 'speedups': speedups, 'bytes': sizes}
-
-
-def _machine(threads: int | None) -> dict[str, Any]:
-    cpu, vnni = cpu_name()
-    return {
-        'threads': threads or os.cpu_count(),
-        'cpu': f'{cpu} {"with" if vnni else "without"} VNNI',
-        'versions': package_versions(require('onnxruntime'), torch, timm),
-    }
 
 
 def comparison_table(results: Mapping[str, Any]) -> str:
@@ -184,19 +172,24 @@ def comparison_table(results: Mapping[str, Any]) -> str:
 def _accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
     quantized = [row for row in rows if row['weights'] != 'float32']
     calibrations = list(dict.fromkeys(row['calibration'] for row in quantized))
-    reference = {(row['model'], row['equalized']): row['top1'] for row in rows if row['weights'] == 'float32'}
+    reference = {(row['model'], row['equalized']): f'{row["top1"]:.2f}' for row in rows if row['weights'] == 'float32'}
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
     for row in quantized:
         key = tuple(row[name] for name in ('model', 'equalized', 'target', 'weights'))
         cells.setdefault(key, {})[row['calibration']] = f'{row["top1"]:.2f} ({0 - row["drop"]:+.2f})'
     several = [len({row[name] for row in quantized}) > 1 for name in ('equalized', 'target')]
-    body = []
-    for (model, equalized, target, weights), found in cells.items():
-        more = compress(['yes' if equalized else '', target], several)
-        top1 = f'{reference[model, equalized]:.2f}'
-        body.append([model, *more, weights, top1, *(found[calibration] for calibration in calibrations)])
-    columns = compress(['equalized', 'target'], several)
-    return markdown_table(['model', *columns, 'weights', 'float32', *(f'INT8 {name}' for name in calibrations)], body)
+    head = ['model', *compress(['equalized', 'target'], several), 'weights', 'float32']
+    body = [
+        [
+            model,
+            *compress(['yes' if equalized else '', target], several),
+            weights,
+            reference[model, equalized],
+            *(found[calibration] for calibration in calibrations),
+        ]
+        for (model, equalized, target, weights), found in cells.items()
+    ]
+    return markdown_table([*head, *(f'INT8 {name}' for name in calibrations)], body)
 
 
 def _latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -204,15 +197,15 @@ def _latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         milliseconds, sizes = row['ms'], row['bytes']
         for kind, speedups in row['speedups'].items():
-            values = [milliseconds.get('pytorch'), milliseconds['float32'], milliseconds[kind]]
-            ratios = {base: speedups.get(base) for base in ('pytorch', 'float32')}
+            times = (milliseconds.get(name) for name in ('pytorch', 'float32', kind))
+            ratios = ((base in speedups, speedups.get(base)) for base in ('pytorch', 'float32'))
             body.append(
                 [
                     row['model'],
                     str(row['batch']),
                     kind,
-                    *('' if value is None else f'{value:.2f}' for value in values),
-                    *(f'{ratio:.2f}x' if ratio else '-' if base in speedups else '' for base, ratio in ratios.items()),
+                    *('' if value is None else f'{value:.2f}' for value in times),
+                    *(f'{ratio:.2f}x' if ratio else '-' if timed else '' for timed, ratio in ratios),
                     f'{sizes["float32"] / 1e6:.1f} -> {sizes[kind] / 1e6:.1f}',
                 ]
             )

@@ -2,23 +2,24 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from scipy.stats import kurtosis
 
 from ..plot import save_figure, subplots
 from .classifier import image_input
-from .onnx_graph import constants_of, layers_of, with_outputs
+from .onnx_graph import layers_of
 from .quantization import Quantization
-from .runtime import open_session
+from .runtime import quiet, require, save_onnx
 
 __all__ = ['layer_report', 'plot_layers']
 
-_BATCH = 8
 
-
-def layer_report(quantization: Quantization, images: int = 64) -> dict[str, Any]:
+def layer_report(quantization: Quantization, images: int = 16) -> dict[str, Any]:
     """Compares a model with its quantized form, layer by layer.
 
     The signal-to-noise ratios are `20 log10(|x| / |x - x'|)` in dB, x being float32 values and x' their
@@ -26,7 +27,7 @@ def layer_report(quantization: Quantization, images: int = 64) -> dict[str, Any]
 
     Args:
         quantization: What `quantize_onnx` returned.
-        images: Number of its calibration images to run.
+        images: Number of its calibration images to run; all their activations are in memory, twice.
 
     Returns:
         Plain data: `options`; `logits_snr_db`; and `layers`, in the order of the network, each with
@@ -37,144 +38,57 @@ def layer_report(quantization: Quantization, images: int = 64) -> dict[str, Any]
         `accumulated_snr_db`, for the noise in this input with everything before quantized too.
         Layers that stayed in float32 have no ratios.
     """
-    model, graph = quantization.model, _QuantizedGraph(quantization.quantized)
-    layers, constants = layers_of(model), constants_of(model)
-    rounded = {name: graph.input(node.name) for name, node in layers.items()}
-    quantizers = {layers[name].input[0]: quantizer for name, quantizer in rounded.items() if quantizer is not None}
-    alone, accumulated, logits = _activation_noise(quantization, quantizers, images)
+    ratio = require('onnxruntime.quantization.qdq_loss_debug').compute_signal_to_quantization_noice_ratio
+    exact = _activations(quantization, quantization.model, images)
+    rounded = _activations(quantization, quantization.quantized, images)
+    nodes = {node.name: node for node in require('onnx_ir').from_proto(quantization.quantized).graph}
     rows = []
-    for name, node in layers.items():
-        weight, restored = constants[node.input[1]], graph.weight(node.name)
+    for name, node in layers_of(quantization.model).items():
+        weight = node.inputs[1].const_value.numpy()
         row = {'layer': name, 'operator': node.op_type, 'shape': list(weight.shape), **_moments(weight)}
-        if restored is not None:
-            row['weight_snr_db'] = _Noise().add(weight, restored).decibels
-            row['weak_channels_snr_db'] = _weak_channels(weight, restored, _channel_axis(node))
-        if rounded[name] is not None:
-            tensor = node.input[0]
-            row |= {'input_snr_db': alone[tensor].decibels, 'accumulated_snr_db': accumulated[tensor].decibels}
+        restoring = nodes[node.name].inputs[0].producer()
+        if restoring is not None and restoring.op_type == 'DequantizeLinear':
+            scale, zero = (value.const_value.numpy() for value in restoring.inputs[1:3])
+            limits, values = np.iinfo(zero.dtype), exact[node.inputs[0].name]
+            codes = [np.clip(np.rint(part / scale) + zero, limits.min, limits.max) for part in values]
+            row['input_snr_db'] = ratio(values, [(part - np.float32(zero)) * scale for part in codes])
+            row['accumulated_snr_db'] = ratio(values, rounded[restoring.outputs[0].name])
+        restored = rounded.get(nodes[node.name].inputs[1].name)
+        if restored:
+            axis = {'Conv': 0, 'Gemm': 1 - node.attributes.get_int('transB', 0)}.get(node.op_type, -1)
+            pairs = [np.moveaxis(part.reshape(weight.shape), axis, 0) for part in (weight, restored[0])]
+            row['weight_snr_db'] = ratio(*pairs)
+            # In the sum over all channels, strong ones hide that a common scale rounds weak ones away.
+            channels = [ratio(*pair) for pair in zip(*pairs) if pair[0].any()]
+            row['weak_channels_snr_db'] = float(np.percentile(channels, 5)) if channels else 0.0
         rows.append(row)
-    return {'options': asdict(quantization.options), 'logits_snr_db': logits.decibels, 'layers': rows}
+    return {
+        'options': asdict(quantization.options),
+        'logits_snr_db': quantization.logits_snr_db,
+        'layers': rows,
+    }
 
 
-@dataclass(frozen=True)
-class _Quantizer:
-    """Scale and zero point, scalars or of the shape of what they belong to, and the name of the rounded tensor."""
-
-    scale: np.ndarray
-    zero: np.ndarray
-    output: str
-
-    def restore(self, codes: np.ndarray) -> np.ndarray:
-        return (codes.astype(np.float32) - self.zero.astype(np.float32)) * self.scale
-
-    def round(self, values: np.ndarray) -> np.ndarray:
-        limits = np.iinfo(self.zero.dtype)
-        return self.restore(np.clip(np.rint(values / self.scale) + self.zero, limits.min, limits.max))
-
-
-class _QuantizedGraph:
-    """Looks up the inputs of nodes in a model in QDQ format."""
-
-    def __init__(self, quantized: Any):
-        self._constants = constants_of(quantized)
-        self._nodes = {node.name: node for node in quantized.graph.node}
-        self._producers = {node.output[0]: node for node in quantized.graph.node}
-
-    def input(self, node: str) -> _Quantizer | None:
-        """Returns the quantizer of a node's input, or None if it is float32."""
-        return self._quantizer(self._nodes[node].input[0])
-
-    def weight(self, node: str) -> np.ndarray | None:
-        """Returns the values that a node's quantized weights stand for, or None if they are float32."""
-        name = self._nodes[node].input[1]
-        quantizer = self._quantizer(name)
-        if quantizer is None:
-            return None
-        stored = self._stored(self._producers[name])
-        return quantizer.round(stored) if stored.dtype == np.float32 else quantizer.restore(stored)
-
-    def _stored(self, node: Any) -> np.ndarray:
-        # TensorRT's form stores float32 weights, and rounds them when it runs.
-        rounding = self._producers.get(node.input[0], node)
-        return self._constants[rounding.input[0]]
-
-    def _quantizer(self, tensor: str) -> _Quantizer | None:
-        producer = self._producers.get(tensor)
-        if producer is None or producer.op_type != 'DequantizeLinear':
-            return None
-        scale, zero = (self._constants[name] for name in producer.input[1:])
-        if scale.ndim:
-            axis = next(attribute.i for attribute in producer.attribute if attribute.name == 'axis')
-            shape = [1] * self._stored(producer).ndim
-            shape[axis] = -1
-            scale, zero = scale.reshape(shape), zero.reshape(shape)
-        return _Quantizer(scale, zero, tensor)
-
-
-class _Noise:
-    """Sums up signal and noise over batches."""
-
-    def __init__(self) -> None:
-        self._signal = self._noise = 0.0
-
-    def add(self, values: np.ndarray, noisy: np.ndarray) -> '_Noise':
-        self._signal += float(np.square(values, dtype=np.float64).sum())
-        self._noise += float(np.square(values - noisy, dtype=np.float64).sum())
-        return self
-
-    @property
-    def decibels(self) -> float:
-        # JSON has no infinity.
-        tiny = np.finfo(np.float64).tiny
-        return float(10 * np.log10(max(self._signal, tiny) / max(self._noise, tiny)))
-
-
-def _activation_noise(
-    quantization: Quantization, quantizers: Mapping[str, _Quantizer], images: int
-) -> tuple[dict[str, _Noise], dict[str, _Noise], _Noise]:
-    """Measures the noise in activations, by the float model's names: each rounded alone, all rounded, in the logits."""
-    alone, accumulated = {name: _Noise() for name in quantizers}, {name: _Noise() for name in quantizers}
-    logits = _Noise()
-    model, quantized = quantization.model, quantization.quantized
-    output, (image, (fixed, *_)) = model.graph.output[0].name, image_input(model)
-    rounded_names = [quantizer.output for quantizer in quantizers.values()]
-    # The optimizer would fuse the requested tensors away.
-    exact_session = open_session(with_outputs(model, quantizers), optimize=False)
-    rounded_session = open_session(with_outputs(quantized, rounded_names), optimize=False)
-    indices = quantization.indices[:images]
-    for batch, _ in quantization.images.batches(indices, fixed or _BATCH, 'report', whole=fixed > 0):
-        feed = {image: batch.numpy()}
-        expected, *exact = exact_session.run([output, *quantizers], feed)
-        found, *rounded = rounded_session.run([output, *rounded_names], feed)
-        logits.add(expected, found)
-        for (name, quantizer), values, noisy in zip(quantizers.items(), exact, rounded):
-            alone[name].add(values, quantizer.round(values))
-            accumulated[name].add(values, noisy)
-    return alone, accumulated, logits
-
-
-def _channel_axis(node: Any) -> int:
-    if node.op_type == 'Gemm':
-        return 0 if any(attribute.name == 'transB' and attribute.i for attribute in node.attribute) else 1
-    return {'Conv': 0, 'ConvTranspose': 1}.get(node.op_type, -1)
-
-
-def _weak_channels(weight: np.ndarray, restored: np.ndarray, axis: int) -> float:
-    # In the sum over all channels, strong ones hide that a common scale rounds weak ones away.
-    channels = zip(np.moveaxis(weight, axis, 0), np.moveaxis(restored, axis, 0))
-    levels = [_Noise().add(*channel).decibels for channel in channels if channel[0].any()]
-    return float(np.percentile(levels, 5)) if levels else 0.0
+def _activations(quantization: Quantization, model: Any, images: int) -> dict[str, list[np.ndarray]]:
+    debug = require('onnxruntime.quantization.qdq_loss_debug')
+    name, (fixed, *_) = image_input(quantization.model)
+    batches = quantization.images.batches(quantization.indices[:images], fixed or images, 'report', whole=fixed > 0)
+    with TemporaryDirectory(prefix='repopt-timm-') as folder, quiet():
+        source, augmented = Path(folder, 'model.onnx'), Path(folder, 'augmented.onnx')
+        save_onnx(model, source)
+        debug.modify_model_output_intermediate_tensors(source, augmented)
+        return debug.collect_activations(os.fspath(augmented), ({name: batch.numpy()} for batch, _ in batches))
 
 
 def _moments(weight: np.ndarray) -> dict[str, float]:
-    centred = weight.astype(np.float64) - weight.mean(dtype=np.float64)
-    variance = np.square(centred).mean()
+    values = weight.astype(np.float64).reshape(-1)
+    spread = values.std()
     return {
-        'min': float(weight.min()),
-        'max': float(weight.max()),
-        'std': float(np.sqrt(variance)),
+        'min': float(values.min()),
+        'max': float(values.max()),
+        'std': float(spread),
         # Undefined for equal weights.
-        'kurtosis': float((centred**4).mean() / variance**2) if variance > 0 else 0.0,
+        'kurtosis': float(kurtosis(values, fisher=False)) if spread > 0 else 0.0,
     }
 
 
@@ -201,24 +115,19 @@ def plot_layers(reports: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
 
 
 def _draw(axes: Sequence[Any], title: str, report: Mapping[str, Any]) -> None:
-    rows = report['layers']
+    rows, options = report['layers'], report['options']
     depths = range(len(rows))
-    options = report['options']
-    weights, kurtosis, noise = axes
+    weights, tails, noise = axes
 
     largest = [max(abs(row['min']), abs(row['max'])) for row in rows]
-    deviation = [row['std'] for row in rows]
-    weights.fill_between(depths, deviation, largest, color='tab:blue', alpha=0.15, lw=0)
     weights.plot(depths, largest, color='tab:blue', marker='^', ms=4, label='largest |w|')
-    weights.plot(depths, deviation, color='tab:orange', marker='o', ms=4, label='standard\ndeviation')
-    weights.set_yscale('log')
+    weights.plot(
+        depths, [row['std'] for row in rows], color='tab:orange', marker='o', ms=4, label='standard\ndeviation'
+    )
     settings = f'{options["weights"]} weights, {options["calibration"]} calibration'
     weights.set_title(f'{title}\n{settings}: logits {report["logits_snr_db"]:.1f} dB', fontsize=11)
-
-    kurtosis.plot(depths, [row['kurtosis'] for row in rows], color='tab:purple', marker='o', ms=4, label='kurtosis')
-    kurtosis.axhline(3, color='0.5', lw=1, ls='--', label='normal\ndistribution')
-    kurtosis.set_yscale('log')
-
+    tails.plot(depths, [row['kurtosis'] for row in rows], color='tab:purple', marker='o', ms=4, label='kurtosis')
+    tails.axhline(3, color='0.5', lw=1, ls='--', label='normal\ndistribution')
     for key, label, style in (
         ('weight_snr_db', 'weights', {'color': 'tab:blue', 'marker': 's'}),
         ('weak_channels_snr_db', 'weights, the weakest\n5 % of channels', {'color': 'tab:blue', 'ls': ':'}),
@@ -227,9 +136,9 @@ def _draw(axes: Sequence[Any], title: str, report: Mapping[str, Any]) -> None:
     ):
         # Layers in float32 leave a gap.
         noise.plot(depths, [row.get(key, np.nan) for row in rows], ms=4, label=label, **style)
+    for part in (weights, tails):
+        part.set_yscale('log')
     step = -(-len(rows) // 40)
     noise.set_xticks(list(depths)[::step], [row['layer'] for row in rows][::step], rotation=90, fontsize=7)
     for part in axes:
         part.grid(axis='y', color='0.9')
-        part.set_axisbelow(True)
-        part.margins(x=0.02)

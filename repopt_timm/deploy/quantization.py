@@ -2,23 +2,22 @@
 
 import fnmatch
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 
+from ..datasets import Images, open_evaluation
 from .channel_health import constant_inputs, dead_channels, health_warnings, kernel_outliers
 from .classifier import data_config, image_input, onnx_classifier
 from .equalization import Equalization, equalize
-from .evaluation import check_labels
-from .image_folder import ImageFolder
 from .onnx_export import float_onnx
-from .onnx_graph import LAYERS, layers_of, next_layer
+from .onnx_graph import LAYERS, layers_of
 from .runtime import explained, quiet, require, save_onnx
 
 __all__ = [
@@ -28,14 +27,9 @@ __all__ = [
     'Quantization',
     'QuantizationOptions',
     'calibrate',
-    'equalization_images',
-    'excluded_nodes',
-    'naming',
+    'draw',
     'quantize',
-    'quantize_calibrated',
-    'quantize_nodes',
     'quantize_onnx',
-    'requantized_layers',
 ]
 
 WEIGHTS = ('per-channel', 'per-tensor')
@@ -43,10 +37,11 @@ CALIBRATIONS = ('minmax', 'entropy', 'percentile')
 TARGETS = ('ort', 'tensorrt')
 
 # Images whose activations are in memory at a time: 60 MB each in RepOpt-VGG-B1 at 224 px.
-_CALIBRATION_BATCH = 8
+_BATCH = 8
 
-# Of the model's size: ONNX Runtime writes two more copies, one after the other, and its own file.
-_DISK_SPACE = 2.2
+# Below either of these INT8 is said to have damaged the model.
+_AGREEMENT = 95.0
+_DECIBELS = 10.0
 
 # TensorRT fuses what follows a layer into it if no rounding stands between, and takes symmetric ranges only.
 _TENSORRT = {
@@ -64,16 +59,19 @@ class QuantizationOptions:
 
     Weights become signed 8-bit integers. For `ort` activations become unsigned ones, the pair that x86 has dot-product
     instructions for (VNNI). For `tensorrt` they are signed, with zero points of 0, rounded before each layer by a pair
-    of nodes of its own; biases stay in float32, and so do weights in the file, followed by a pair of nodes.
+    of nodes of its own; biases stay in float32, and so do weights in the file, followed by a pair of nodes. The logits
+    stay in float32 as the last layer gives them.
 
     Attributes:
         weights: One scale `per-channel` or `per-tensor`.
-        calibration: How ranges of activations are found: `minmax`, `entropy` or `percentile`.
+        calibration: How ranges of activations are found: `minmax`, `entropy` or `percentile`; or `auto`, the one of
+            these with the best agreement on images that calibrated nothing.
         percentile: Share of an activation's values that its range covers, in percent, for `percentile`.
         images: Number of images to calibrate on.
         seed: Seed of the draw.
         reduce_range: Use 7 bits for weights: without VNNI, x86 adds up pairs of products in 16 bits, which overflow.
-        exclude: Layers to leave in float32: names, with `*`, or operators. From either end, or two in a row.
+        exclude: Layers to leave in float32: names, with `*`, or operators. Layers at either end, or at least two
+            adjacent ones.
         target: What the file is for: `ort`, also for OpenVINO, or `tensorrt`.
         equalize: Remove dead channels and equalize layers first, see `equalization`.
     """
@@ -89,12 +87,10 @@ class QuantizationOptions:
     equalize: bool = False
 
     def __post_init__(self) -> None:
-        if self.weights not in WEIGHTS:
-            raise ValueError(f"weights='{self.weights}': expected one of {', '.join(WEIGHTS)}.")
-        if self.target not in TARGETS:
-            raise ValueError(f"target='{self.target}': expected one of {', '.join(TARGETS)}.")
-        if self.calibration not in CALIBRATIONS:
-            raise ValueError(f"calibration='{self.calibration}': expected one of {', '.join(CALIBRATIONS)}.")
+        known = {'weights': WEIGHTS, 'target': TARGETS, 'calibration': (*CALIBRATIONS, 'auto')}
+        for name, values in known.items():
+            if getattr(self, name) not in values:
+                raise ValueError(f"{name}='{getattr(self, name)}': expected one of {', '.join(values)}.")
         if not 50 < self.percentile <= 100:
             raise ValueError(f'percentile={self.percentile}: expected more than 50 and at most 100.')
         if self.images < 1:
@@ -103,7 +99,7 @@ class QuantizationOptions:
 
 @dataclass(frozen=True)
 class Quantization:
-    """A model before and after quantizing, and what it was calibrated on.
+    """A model before and after quantizing, and how close they are.
 
     Attributes:
         model: The float `onnx.ModelProto`.
@@ -114,29 +110,41 @@ class Quantization:
         ranges: What `calibrate` found on them.
         dead: Layer to the number of its input channels that never changed on these images.
         equalization: What equalizing did to the float model, if it was asked for.
+        judged: The images that both were compared on: as many others, or the same if the folder has no others.
+        agreement: Percentage of these for which both choose the same class.
+        logits_snr_db: Signal to noise of the logits on these, `20 log10(|x| / |x - x'|)`.
     """
 
     model: Any
     quantized: Any
-    images: ImageFolder
+    images: Images
     indices: Sequence[int]
     options: QuantizationOptions
-    ranges: Any
+    ranges: bytes
     dead: Mapping[str, int]
-    equalization: Equalization | None = None
+    equalization: Equalization | None
+    judged: Sequence[int]
+    agreement: float
+    logits_snr_db: float
 
     def warnings(self) -> list[str]:
-        """Returns a line for dead channels and one for outliers in kernels, where the model has any."""
-        dead = {} if self.equalization else self.dead
-        return health_warnings(dead, kernel_outliers(self.model), len(self.indices))
-
-    def agreement(self) -> float:
-        """Returns the percentage of calibration images for which both models choose the same class."""
-        first, second = onnx_classifier(self.model), onnx_classifier(self.quantized)
-        same = 0
-        for batch, _ in self.images.batches(self.indices, _CALIBRATION_BATCH, 'agreement'):
-            same += int((first.run(batch).argmax(1) == second.run(batch).argmax(1)).sum())
-        return 100 * same / len(self.indices)
+        """Returns a line for each problem: dead channels, outliers in kernels, a result unlike the model."""
+        lines = health_warnings({} if self.equalization else self.dead, kernel_outliers(self.model), len(self.indices))
+        if self.agreement >= _AGREEMENT and self.logits_snr_db >= _DECIBELS:
+            return lines
+        steps = {
+            '--calibration auto': self.options.calibration != 'auto',
+            '--equalize': not self.equalization,
+            '--weights per-channel': self.options.weights != 'per-channel',
+        }
+        advice = ', '.join(step for step, untried in steps.items() if untried)
+        return [
+            *lines,
+            f'INT8 changes this model: {self.agreement:.1f} % of {len(self.judged)} images are classified as before, '
+            f'logits {self.logits_snr_db:.1f} dB above the noise; expected {_AGREEMENT:.0f} % and {_DECIBELS:.0f} dB. '
+            + (f'Try {advice}; then ' if advice else '')
+            + 'see which layers cost most with --sensitivity, and --exclude them.',
+        ]
 
 
 def quantize_onnx(
@@ -145,133 +153,96 @@ def quantize_onnx(
     options: QuantizationOptions | None = None,
     split: str = 'train',
     overrides: Mapping[str, Any] | None = None,
-    labelled: bool = False,
+    class_map: str = '',
 ) -> Quantization:
     """Quantizes a trained model; `save_onnx` writes the result.
 
     Args:
         source: An `.onnx` file, or what `load_model` takes.
-        data: Image folder to calibrate on, see `ImageFolder`.
+        data: Image folder to calibrate on, see `open_split`.
         options: See there.
         split: Split of `data` to draw from: images that the model will not be judged by.
         overrides: Preprocessing that differs from the model's own, by timm's names.
-        labelled: Refuse images whose folders are not the classes of the model.
+        class_map: See `open_split`; the one that the model was trained with. Only `layer_sensitivity` looks at labels.
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
         ValueError: If the folder has no images, one does not decode, or the model cannot be quantized.
         ImportError: If the `[deploy]` extra is not installed.
     """
+    options = options or QuantizationOptions()
     model = float_onnx(source, overrides)
-    images = ImageFolder(data, split, data_config(model, overrides))
-    with naming(source):
-        if labelled:
-            check_labels(onnx_classifier(model), images)
-        return quantize_calibrated(model, images, options or QuantizationOptions())
-
-
-def quantize_calibrated(model: Any, images: ImageFolder, options: QuantizationOptions) -> Quantization:
-    """Quantizes a float `onnx.ModelProto` as `quantize_onnx` does."""
-    indices = images.sample(options.images, options.seed)
+    names = onnx_classifier(model).class_names
+    images = open_evaluation(data, split, data_config(model, overrides), class_map, names)
+    indices, others = draw(images, options)
+    if options.calibration == 'auto' and not others:
+        raise ValueError(
+            f'--calibration auto compares on images that calibrated nothing, but all {len(images)} of '
+            f"'{images.folder}' calibrate. Lower --images."
+        )
     # Before the work.
-    excluded_nodes(model, options.exclude)
+    _excluded_nodes(model, options.exclude)
     dead, equalization = {}, None
     if options.equalize:
-        equalization = equalize(model, images, *equalization_images(images, options))
+        equalization = equalize(model, images, [*indices, *others[: len(indices)]], others[len(indices) :])
         model = equalization.model
     else:
         dead = dead_channels(constant_inputs(model, images, indices))
-    ranges = calibrate(model, images, indices, options)
-    quantized = quantize(model, ranges, options)
-    return Quantization(model, quantized, images, indices, options, ranges, dead, equalization)
+    judged = others[: len(indices)] or indices
+    found = []
+    for calibration in CALIBRATIONS if options.calibration == 'auto' else (options.calibration,):
+        ranges = calibrate(model, images, indices, replace(options, calibration=calibration))
+        chosen = replace(options, calibration=calibration)
+        quantized = quantize(model, ranges, chosen)
+        closeness = _compare(model, quantized, images, judged)
+        found.append(
+            Quantization(model, quantized, images, indices, chosen, ranges, dead, equalization, judged, *closeness)
+        )
+    return max(found, key=lambda done: (done.agreement, done.logits_snr_db))
 
 
-@contextmanager
-def naming(source: str | os.PathLike) -> Iterator[None]:
-    """Names a model in errors about its `onnx.ModelProto`, which has no name by which its user knows it."""
-    try:
-        yield
-    except ValueError as error:
-        if not str(error).startswith(('ONNX Runtime', 'The equalized model')):
-            raise
-        raise ValueError(f"'{os.fspath(source)}' cannot be quantized: {error}") from None
-
-
-def equalization_images(images: ImageFolder, options: QuantizationOptions) -> tuple[list[int], list[int]]:
-    """Draws the images for `equalize`: those of the calibration and as many others, and all further ones."""
+def draw(images: Images, options: QuantizationOptions) -> tuple[list[int], list[int]]:
+    """Draws the images to calibrate on, and all others in random order."""
     first = images.sample(options.images, options.seed)
-    drawn = list(dict.fromkeys([*first, *images.sample(len(images), options.seed + 1)]))
-    return drawn[: 2 * len(first)], drawn[2 * len(first) :]
+    chosen = set(first)
+    return first, [index for index in images.sample(len(images), options.seed + 1) if index not in chosen]
 
 
-def calibrate(model: Any, images: ImageFolder, indices: Sequence[int], options: QuantizationOptions) -> Any:
+def _compare(model: Any, quantized: Any, images: Images, indices: Sequence[int]) -> tuple[float, float]:
+    """Returns agreement in percent and the logits' signal to noise in dB."""
+    ratio = require('onnxruntime.quantization.qdq_loss_debug').compute_signal_to_quantization_noice_ratio
+    first, second = onnx_classifier(model), onnx_classifier(quantized)
+    pairs = [(first.run(batch), second.run(batch)) for batch, _ in images.batches(indices, _BATCH, 'agreement')]
+    expected, found = map(torch.cat, zip(*pairs))
+    agreement = (expected.argmax(1) == found.argmax(1)).float().mean().item()
+    return 100 * agreement, ratio(expected.numpy(), found.numpy())
+
+
+def calibrate(model: Any, images: Images, indices: Sequence[int], options: QuantizationOptions) -> bytes:
     """Finds the ranges of a model's activations.
 
     Args:
         model: A float `onnx.ModelProto`.
         images: Where images come from.
         indices: Those to calibrate on.
-        options: See there; `weights` and `reduce_range` do not matter here.
+        options: See there; `weights`, `reduce_range`, `exclude` and `target` do not matter here.
 
     Returns:
-        ONNX Runtime's `TensorsData`: the lowest and highest value of each tensor.
+        ONNX Runtime's calibration cache: the lowest and highest value of each tensor.
 
     Raises:
-        ValueError: If an image does not decode, ONNX Runtime cannot run the model, the model is quantized already, or
-            `exclude` matches none of its layers.
+        ValueError: If an image does not decode, ONNX Runtime cannot run the model, or it is not in float32.
         OSError: If there is no room for temporary files.
     """
-    quantization = require('onnxruntime.quantization')
-    # Before the work.
-    excluded_nodes(model, options.exclude)
-    method = {'minmax': 'MinMax', 'entropy': 'Entropy', 'percentile': 'Percentile'}[options.calibration]
-    with TemporaryDirectory(prefix='repopt-timm-') as folder, explained('ONNX Runtime cannot calibrate the model'):
-        _check_space(folder, _DISK_SPACE * model.ByteSize())
-        save_onnx(model, Path(folder, 'model.onnx'))
-        with quiet():
-            calibrator = quantization.create_calibrator(
-                Path(folder, 'model.onnx'),
-                _operators(),
-                augmented_model_path=os.fspath(Path(folder, 'augmented.onnx')),
-                calibrate_method=quantization.CalibrationMethod[method],
-                extra_options={'percentile': options.percentile} if options.calibration == 'percentile' else {},
-            )
-        name, (fixed, *_) = image_input(model)
-        title = f'{options.calibration} calibration'
-        for batch, _ in images.batches(indices, fixed or _CALIBRATION_BATCH, title, whole=fixed > 0):
-            # One batch per call: the calibrators keep what they get until a call ends.
-            with quiet():
-                calibrator.collect_data(_Reader({name: batch.numpy()}))
-        with quiet():
-            return calibrator.compute_data()
+    return _quantize_static(model, options, feeds=_Feeds(model, images, indices, options.calibration))[1]
 
 
-def _check_space(folder: str, needed: float) -> None:
-    # ONNX does not notice an incomplete write, and fails when it reads the file.
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise OSError(
-            f"'{Path(folder).parent}' has {free / 1e6:.0f} MB left, but calibration writes {needed / 1e6:.0f} MB. Make "
-            f'room, or name another folder in the variable TMPDIR.'
-        )
-
-
-class _Reader:
-    """Gives a calibrator one batch."""
-
-    def __init__(self, batch: dict[str, np.ndarray]):
-        self._batches = iter([batch])
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._batches, None)
-
-
-def quantize(model: Any, ranges: Any, options: QuantizationOptions) -> Any:
+def quantize(model: Any, ranges: bytes, options: QuantizationOptions) -> Any:
     """Quantizes a model.
 
     Args:
         model: A float `onnx.ModelProto`, which stays as it is.
-        ranges: What `calibrate` returned for it.
+        ranges: What `calibrate` returned for it, with the same `calibration`.
         options: See there.
 
     Returns:
@@ -281,68 +252,113 @@ def quantize(model: Any, ranges: Any, options: QuantizationOptions) -> Any:
         ValueError: If the model is quantized already, `exclude` matches none of its layers, or names a single one
             between others.
     """
-    excluded = excluded_nodes(model, options.exclude)
-    quantized = quantize_nodes(model, ranges, options, exclude=excluded.values())
-    refused = requantized_layers(quantized, excluded) if options.target == 'ort' else []
+    excluded = _excluded_nodes(model, options.exclude)
+    quantized = _quantize_static(model, options, ranges, exclude=excluded.values())[0]
+    refused = _requantized(quantized, excluded) if options.target == 'ort' else None
     if refused:
-        other = next_layer(model, refused[0])
+        other = _next_layer(model, refused)
         raise ValueError(
-            f"'{refused[0]}' alone cannot stay in float32: ONNX Runtime quantizes a layer between two quantized ones, "
+            f"'{refused}' alone cannot stay in float32: ONNX Runtime quantizes a layer between two quantized ones, "
             f'one scale for all channels, when it loads the file. '
-            + (f"Exclude '{refused[0]}' and '{other}'." if other else 'Exclude a layer next to it too.')
+            + (f"Exclude '{refused}' and '{other}'." if other else 'Exclude a layer next to it too.')
         )
     return quantized
 
 
-def quantize_nodes(
-    model: Any, ranges: Any, options: QuantizationOptions, only: Iterable[str] = (), exclude: Iterable[str] = ()
-) -> Any:
-    """Quantizes nodes by name, whether or not ONNX Runtime will leave the others in float32.
+def quantize_only(model: Any, ranges: bytes, options: QuantizationOptions, nodes: Iterable[str]) -> Any:
+    """Quantizes these nodes of a model, whether or not ONNX Runtime will leave the others in float32."""
+    return _quantize_static(model, options, ranges, only=nodes)[0]
 
-    Args:
-        model: A float `onnx.ModelProto`, which stays as it is.
-        ranges: What `calibrate` returned for it.
-        options: See there; `exclude` does not matter here.
-        only: Names of nodes. Defaults to all.
-        exclude: Names of nodes to leave out.
-    """
+
+def _quantize_static(
+    model: Any,
+    options: QuantizationOptions,
+    ranges: bytes = b'',
+    feeds: '_Feeds | None' = None,
+    only: Iterable[str] = (),
+    exclude: Iterable[str] = (),
+) -> tuple[Any, bytes]:
+    """Calls ONNX Runtime with `ranges`, or with `feeds` to find them; returns the model and the ranges."""
     quantization = require('onnxruntime.quantization')
-    copy = type(model)()
-    copy.CopyFrom(model)
-    signed, unsigned = quantization.QuantType.QInt8, quantization.QuantType.QUInt8
-    tensorrt = options.target == 'tensorrt'
-    with quiet(), explained('ONNX Runtime cannot quantize the model'):
-        quantizer = quantization.QDQQuantizer(
-            copy,
-            options.weights == 'per-channel',
-            options.reduce_range,
-            signed,
-            signed if tensorrt else unsigned,
-            ranges,
-            list(only),
-            list(exclude),
-            LAYERS if tensorrt else _operators(),
-            _TENSORRT if tensorrt else {},
-        )
-        quantizer.quantize_model()
-        quantizer.model.topological_sort()
-    if tensorrt:
-        _leave_to_layers(quantizer.model.model)
-    return quantizer.model.model
+    method = {'minmax': 'MinMax', 'entropy': 'Entropy', 'percentile': 'Percentile'}[options.calibration]
+    exclude = list(exclude)
+    extra: dict[str, Any] = {'CalibStridedMinMax': 1, 'CalibPercentile': options.percentile}
+    if options.target == 'tensorrt':
+        extra |= _TENSORRT
+        exclude += [node.name for node in model.graph.node if node.op_type not in LAYERS]
+    with TemporaryDirectory(prefix='repopt-timm-') as folder, quiet():
+        source, result, cache = (Path(folder, name) for name in ('model.onnx', 'int8.onnx', 'ranges.json'))
+        save_onnx(model, source)
+        if ranges:
+            cache.write_bytes(ranges)
+        with explained('ONNX Runtime cannot quantize the model'):
+            quantization.quantize_static(
+                source,
+                result,
+                feeds,
+                per_channel=options.weights == 'per-channel',
+                reduce_range=options.reduce_range,
+                activation_type=getattr(quantization.QuantType, 'QInt8' if options.target == 'tensorrt' else 'QUInt8'),
+                nodes_to_quantize=list(only),
+                nodes_to_exclude=exclude,
+                calibrate_method=getattr(quantization.CalibrationMethod, method),
+                calibration_cache_path=cache,
+                extra_options=extra,
+            )
+            quantized = _finish(require('onnx').load(result), options.target)
+            # Without notes of ONNX Runtime that are no JSON.
+            del quantized.metadata_props[:]
+            quantized.metadata_props.extend(model.metadata_props)
+            return quantized, cache.read_bytes()
 
 
-def _leave_to_layers(model: Any) -> None:
-    # ONNX Runtime lets everything else that reads a layer's input, such as a residual, read its rounded form too.
-    rounded = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == 'DequantizeLinear'}
-    sources = {node.output[0]: node.input[0] for node in model.graph.node if node.op_type == 'QuantizeLinear'}
-    for node in model.graph.node:
-        if node.op_type not in LAYERS:
-            for place, name in enumerate(node.input):
-                if name in rounded:
-                    node.input[place] = sources[rounded[name]]
+class _Feeds:
+    """Gives ONNX Runtime one batch after another.
+
+    Its calibrators keep all activations until a call ends. A stride of one batch makes that a call for each batch, for
+    each calibration; `CalibMaxIntermediateOutputs` of ONNX Runtime 1.32 drops the batches instead of merging them.
+    """
+
+    def __init__(self, model: Any, images: Images, indices: Sequence[int], title: str):
+        self._name, (fixed, *_) = image_input(model)
+        size = fixed or _BATCH
+        self._count = -(-len(indices) // size)
+        self._batches = images.batches(indices, size, f'{title} calibration', whole=fixed > 0)
+        self._turn: Iterator[Any] = iter(())
+
+    def __len__(self) -> int:
+        return self._count
+
+    def set_range(self, start_index: int, end_index: int) -> None:
+        self._turn = islice(self._batches, end_index - start_index)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        found = next(self._turn, None)
+        return None if found is None else {self._name: found[0].numpy()}
 
 
-def excluded_nodes(model: Any, patterns: Iterable[str]) -> dict[str, str]:
+def _finish(quantized: Any, target: str) -> Any:
+    """Leaves the logits, and for TensorRT what other operators read, in float."""
+    ir = require('onnx_ir')
+    model = ir.from_proto(quantized)
+    for node in model.graph:
+        rounding = node.inputs[0].producer() if node.op_type == 'DequantizeLinear' else None
+        if rounding is None:
+            continue
+        before, after = rounding.inputs[0], node.outputs[0]
+        if after.is_graph_output():
+            before.name, before.type, before.shape = after.name, after.type, after.shape
+            after.name = None
+            after.replace_all_uses_with(before, replace_graph_outputs=True)
+        elif target == 'tensorrt':
+            # ONNX Runtime lets a residual that reads a layer's input read its rounded form too.
+            for user, place in [use for use in after.uses() if use.node.op_type not in LAYERS]:
+                user.replace_input_with(place, before)
+    require('onnx_ir.passes.common').RemoveUnusedNodesPass()(model)
+    return ir.to_proto(model)
+
+
+def _excluded_nodes(model: Any, patterns: Iterable[str]) -> dict[str, str]:
     """Maps excluded layers, and other nodes, to names of nodes; refuses a model that is not in float32."""
     if any(node.op_type in ('QuantizeLinear', 'DequantizeLinear') for node in model.graph.node):
         raise ValueError('The model is quantized already; name the float32 one.')
@@ -354,45 +370,36 @@ def excluded_nodes(model: Any, patterns: Iterable[str]) -> dict[str, str]:
         found = {name: node.name for name, node in layers.items() if fnmatch.fnmatchcase(name, pattern)}
         found |= {node.name: node.name for node in model.graph.node if node.op_type == pattern}
         if not found:
-            raise ValueError(f"exclude '{pattern}': no layer or operator has this name, expected {_shown(layers)}.")
+            known = ', '.join([*islice(layers, 8), *(['...'] if len(layers) > 8 else [])])
+            raise ValueError(f"exclude '{pattern}': no layer or operator has this name, expected one of {known}.")
         excluded |= found
     return excluded
 
 
-def _shown(layers: Iterable[str], most: int = 8) -> str:
-    names = list(layers)
-    return f'one of {", ".join(names[:most])}{", ..." if names[most:] else ""}'
-
-
-def requantized_layers(quantized: Any, excluded: Mapping[str, str]) -> list[str]:
-    """Returns the layers that ONNX Runtime quantizes when it loads the file: those between two quantized tensors.
-
-    Args:
-        quantized: What `quantize_nodes` returned.
-        excluded: Layers that it left in float32, to the names of their nodes.
-    """
-    producers = {output: node for node in quantized.graph.node for output in node.output}
-    consumers: dict[str, list[Any]] = {}
-    for node in quantized.graph.node:
-        for name in node.input:
-            consumers.setdefault(name, []).append(node)
-    nodes = {node.name: node for node in quantized.graph.node}
-    found = []
+def _requantized(quantized: Any, excluded: Mapping[str, str]) -> str | None:
+    """Returns the first excluded layer that ONNX Runtime quantizes when it loads the file: between two such tensors."""
+    nodes = {node.name: node for node in require('onnx_ir').from_proto(quantized).graph}
     for layer, name in excluded.items():
-        node = nodes.get(name)
-        if node is None or node.op_type not in ('Conv', 'ConvTranspose', 'Gemm'):
+        node: Any = nodes.get(name)
+        before = node.inputs[0].producer() if node and node.op_type in ('Conv', 'ConvTranspose', 'Gemm') else None
+        if before is None or before.op_type != 'DequantizeLinear':
             continue
-        following = consumers.get(node.output[0], [])
+        following = node.successors()
         # ONNX Runtime fuses these into the rounding.
         while len(following) == 1 and following[0].op_type in ('Relu', 'Clip'):
-            following = consumers.get(following[0].output[0], [])
-        before = producers.get(node.input[0])
-        between = before is not None and before.op_type == 'DequantizeLinear'
-        if between and any(node.op_type == 'QuantizeLinear' for node in following):
-            found.append(layer)
-    return found
+            following = following[0].successors()
+        if any(user.op_type == 'QuantizeLinear' for user in following):
+            return layer
+    return None
 
 
-def _operators() -> list[str]:
-    registry = require('onnxruntime.quantization.registry')
-    return sorted({*registry.QLinearOpsRegistry, *registry.QDQRegistry})
+def _next_layer(model: Any, layer: str) -> str:
+    """Returns the first layer that the output of a layer goes to, through whatever stands between; '' if none."""
+    layers = layers_of(model)
+    names = {node: name for name, node in layers.items()}
+    pending = list(layers[layer].successors())
+    for node in pending:
+        if node in names:
+            return names[node]
+        pending += node.successors()
+    return ''

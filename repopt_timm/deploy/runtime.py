@@ -37,13 +37,6 @@ def require(module: str) -> Any:
         raise ImportError(f'Deployment needs {name} ({error}): pip install "repopt-timm[deploy]"') from None
 
 
-def _check_file(path: str | os.PathLike) -> None:
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"There is no ONNX file '{path}'. Check the path, or write one with `repopt-timm export`."
-        )
-
-
 def load_onnx(path: str | os.PathLike) -> Any:
     """Reads an ONNX file with one input and one output.
 
@@ -55,12 +48,13 @@ def load_onnx(path: str | os.PathLike) -> Any:
         ValueError: If it is not an ONNX model, or does not have one input and one output.
     """
     onnx = require('onnx')
-    _check_file(path)
-    try:
+    if not Path(path).is_file():
+        raise FileNotFoundError(
+            f"There is no ONNX file '{path}'. Check the path, or write one with `repopt-timm export`."
+        )
+    with explained(f"'{path}' is not a readable ONNX model"):
         model = onnx.load(os.fspath(path))
         onnx.checker.check_model(model)
-    except (require('google.protobuf.message').DecodeError, onnx.checker.ValidationError) as error:
-        raise ValueError(f"'{path}' is not a readable ONNX model: {_first_line(error)}.") from None
     graph = model.graph
     # Names of nodes are optional in ONNX, but are what ONNX Runtime quantizes by.
     for number, node in enumerate(graph.node):
@@ -90,19 +84,18 @@ def save_onnx(model: Any, path: str | os.PathLike) -> None:
 
 
 def open_session(model: Any, threads: int | None = None, optimize: bool = True, name: str = 'the model') -> Any:
-    """Opens an ONNX model for running on the CPU.
+    """Opens an `onnx.ModelProto` for running on the CPU.
 
     Args:
-        model: An `onnx.ModelProto`, or the path of a file.
+        model: The model.
         threads: Number of threads. Defaults to all cores.
         optimize: Fuse and replace nodes. Otherwise all tensors keep their names and values.
-        name: What errors call the model, if it is not a file.
+        name: What errors call the model.
 
     Returns:
         An `onnxruntime.InferenceSession`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
         ValueError: If ONNX Runtime cannot run the model, for instance because it lacks an operator.
     """
     onnxruntime = require('onnxruntime')
@@ -112,13 +105,8 @@ def open_session(model: Any, threads: int | None = None, optimize: bool = True, 
     options.log_severity_level = 4
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    if isinstance(model, str | os.PathLike):
-        source, name = os.fspath(model), f"'{model}'"
-        _check_file(source)
-    else:
-        source = model.SerializeToString()
     with explained(f'ONNX Runtime {onnxruntime.__version__} cannot run {name}'):
-        return onnxruntime.InferenceSession(source, options, providers=['CPUExecutionProvider'])
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
 
 
 @contextmanager
@@ -129,7 +117,8 @@ def explained(problem: str) -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith(('onnx', 'google.protobuf')):
             raise
-        raise ValueError(f'{problem}: {_first_line(error)}') from None
+        lines = [line.strip() for line in _IN_CPP.sub('', str(error)).splitlines() if line.strip()]
+        raise ValueError(f'{problem}: {lines[0].rstrip(".") if lines else type(error).__name__}.') from None
 
 
 @contextmanager
@@ -143,8 +132,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in _IN_CPP.sub('', str(error)).splitlines() if line.strip()]
-    return lines[0].strip().rstrip('.') if lines else type(error).__name__

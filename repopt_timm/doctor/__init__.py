@@ -1,6 +1,5 @@
-"""Is it training right? Versions and devices, the method's equivalence on this machine, and what a run has left."""
+"""Is it training right? The method's equivalence on this machine, for a model of the user's."""
 
 from .equivalence_check import check_equivalence
-from .run_check import Finding, check_run
 
-__all__ = ['Finding', 'check_equivalence', 'check_run']
+__all__ = ['check_equivalence']

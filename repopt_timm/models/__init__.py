@@ -1,8 +1,11 @@
-"""Importing this package registers the RepOpt-VGG models with timm, and the twins of its multi-branch networks."""
+"""Importing this package registers the RepOpt-VGG models with timm, and the twins of its multi-branch networks.
 
-from .kinds import make_kind, to_plain
+Read `byobnet`, `weights`, `twins`, `repopt_vgg`.
+"""
+
+from ..reparam import to_plain
 from .repopt_vgg import RepOptVgg, RepOptVggBlock
-from .timm_twins import ensure_registered, register_multi_branch, register_twins, resolve_model
+from .twins import ensure_registered, make_kind, register_multi_branch, register_twins, resolve_model, take_name
 
 __all__ = [
     'RepOptVgg',
@@ -11,6 +14,7 @@ __all__ = [
     'make_kind',
     'register_twins',
     'resolve_model',
+    'take_name',
     'to_plain',
 ]
 

@@ -1,72 +1,82 @@
-"""Weights of the reference repository as timm models."""
+"""Weights of the method's and of RepVGG's repository as timm models."""
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import timm
-import torch
 from torch import Tensor
 
 from ..architectures import infer_architecture
-from ..checkpoints.read import read_checkpoint, select_state_dict
-from ..checkpoints.reference_layout import is_ghost_net, target_state_dict
+from ..checkpoints.read import check_weights, read_checkpoint, select_state_dict
+from ..checkpoints.reference import refuse_fused, scale_names, timm_names
+from ..errors import explaining
 from ..names import PREFIX
 
 __all__ = ['model_from_reference']
 
+_KERNEL = re.compile(r'(stem|stages\.\d+\.\d+)(?:\.conv_kxk)?\.conv\.weight')
+
 
 def model_from_reference(path: str | os.PathLike) -> Any:
-    """Creates the timm model of a target checkpoint in the reference repository's layout.
+    """Creates the timm model of a checkpoint in the layout of a repository of the authors.
 
     Args:
-        path: Such as `RepOpt-VGG-B1-acc78.62.pth`, or one of a RepOptGhostNet; its tensors nested under `model`, or
-            bare.
+        path: A target such as `RepOpt-VGG-B1-acc78.62.pth`, or one of a RepOptGhostNet; or a RepVGG as it was trained,
+            with `rbr_dense`. Its tensors are nested under `model` or `state_dict`, or bare.
 
     Returns:
-        The model in evaluation mode, with these weights and as many classes; tagged `in1k` if they are 1000.
+        The model in evaluation mode, with these weights and as many classes; tagged `in1k` if they are 1000. A RepVGG
+        has its branches.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no such checkpoint, or fits no known architecture.
+        ValueError: If it is no such checkpoint, fits no known architecture, or a weight is none, see `check_weights`.
     """
     source = os.fspath(path)
-    try:
-        state = target_state_dict(select_state_dict(read_checkpoint(path)))
-    except ValueError as error:
-        raise ValueError(f'{source}: {error}') from None
-    classifier = state.get('classifier.weight' if is_ghost_net(state) else 'head.fc.weight')
-    name = _ghost_net_of(state) if is_ghost_net(state) else _vgg_of(state)
+    found = select_state_dict(read_checkpoint(path))
+    refuse_fused(found, source)
+    if scale_names(found):
+        raise ValueError(f'{source} is a hyper-search; take its scales: repopt-timm scales extract.')
+    state = timm_names(found)
+    check_weights(state, source)
+    name = _ghost_net_of(state) if any('.ghost' in key for key in state) else _vgg_of(state)
     if name is None:
-        number = sum(tensor.ndim == 4 for tensor in state.values())
         raise ValueError(
-            f'{source}: its {number} convolutions fit no known architecture, expected a RepOpt-VGG or RepOpt-GhostNet '
-            f'of the reference repository. Name the file of such a target.'
+            f'{source}: its {len(state)} tensors fit no known architecture, expected a RepOpt-VGG, RepOpt-GhostNet or '
+            f'RepVGG of the authors. Name the network of any other file with --model.'
         )
-    if classifier is None:
-        raise ValueError(f'{source}: the classifier of {name} is not in it, expected all weights. Get the file again.')
-    num_classes = len(classifier)
-    model: Any = timm.create_model(name, num_classes=num_classes)
-    model.load_state_dict(state)
-    model.pretrained_cfg = {**model.pretrained_cfg, 'num_classes': num_classes, 'license': 'mit'}
-    if num_classes == 1000:
-        model.pretrained_cfg['tag'] = 'in1k'
+    classifier = timm.get_pretrained_cfg_value(name, 'classifier')
+    with explaining(f'{source} does not have the weights of {name}'):
+        num_classes = len(state[f'{classifier}.weight'])
+        model: Any = timm.create_model(name, num_classes=num_classes)
+        model.load_state_dict(state)
+    # timm's tag would name other weights.
+    facts = {'num_classes': num_classes, 'license': 'mit', 'tag': 'in1k' if num_classes == 1000 else ''}
+    model.pretrained_cfg = {**model.pretrained_cfg, **facts}
     return model.eval()
 
 
 def _vgg_of(state: Mapping[str, Tensor]) -> str | None:
-    channels = {
-        key.removesuffix('.weight'): len(tensor) for key, tensor in state.items() if key.endswith('conv.weight')
-    }
-    return infer_architecture(channels)
+    kernels = {f'{match[1]}.conv': state[key] for key in state if (match := _KERNEL.fullmatch(key))}
+    has_se = any('.attn.' in key for key in state)
+    name = infer_architecture(
+        {conv: len(kernel) for conv, kernel in kernels.items()}, 'repopt_vgg_d2se' if has_se else None
+    )
+    if name is not None and any('.conv_kxk.' in key for key in state):
+        # RepVGG-B1g4 has groups in every second block.
+        groups = len(kernels['stages.0.1.conv']) // kernels['stages.0.1.conv'].shape[1]
+        name = name.replace('repopt_vgg', 'repvgg') + (f'g{groups}' if groups > 1 else '')
+    return name if name and timm.is_model(name) else None
 
 
 def _ghost_net_of(state: Mapping[str, Tensor]) -> str | None:
-    def shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return {key: tensor.shape for key, tensor in tensors.items() if not key.startswith('classifier.')}
 
+    prefix = '' if any('.fusion_bn.' in key for key in state) else PREFIX
     for name in timm.list_models('repghostnet_*'):
-        target = timm.create_model(PREFIX + name, device='meta')
-        if shapes(target.state_dict()) == shapes(state):
-            return PREFIX + name
+        if shapes(timm.create_model(prefix + name, device='meta').state_dict()) == shapes(state):
+            return prefix + name
     return None

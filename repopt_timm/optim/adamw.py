@@ -80,13 +80,6 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
         )
         self.take_grad_mults(grad_mults)
 
-    def take_grad_mults(self, grad_mults: GradMults | None) -> None:
-        super().take_grad_mults(grad_mults)
-        # Where M is 0 the multiplied gradient is 0 too: any divisor will do.
-        masks = {kernel: mask for kernel, mask in self.grad_mults.items() if not local(mask).all()}
-        without_zeros = {kernel: mask.masked_fill(mask == 0, 1.0) for kernel, mask in masks.items()}
-        self._divisors = GradMults(without_zeros, self.update_rule, self.grad_mults.fingerprint)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Makes one step.
@@ -97,7 +90,7 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
         loss = self._evaluate(closure)
         params = self._multiply()
         kernels = [local(param) for param in params]
-        divisors = [local((self._divisors if param in self._divisors else self.grad_mults)[param]) for param in params]
+        divisors = [local(self.grad_mults.divisor(param)) for param in params]
         if kernels:
             torch._foreach_div_(kernels, divisors)
         try:
@@ -106,6 +99,3 @@ class RepOptAdamW(GradMultOptimizer, AdamW):
             if kernels:
                 torch._foreach_mul_(kernels, divisors)
         return loss
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), '_divisors': self._divisors}

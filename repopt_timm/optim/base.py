@@ -144,6 +144,6 @@ class GradMultOptimizer(torch.optim.Optimizer):
 
 
 def _can_be_fused(param: Tensor) -> bool:
-    # Torch's fused SGD before 2.14 leaves half-precision parameters on a CPU as they are.
+    # Torch's fused SGD does not take DTensors, and before 2.14 leaves half-precision parameters on a CPU as they are.
     exact = param.dtype in (torch.float32, torch.float64)
-    return (param.device.type == 'cuda' and param.is_floating_point()) or (param.device.type == 'cpu' and exact)
+    return not is_sharded(param) and (param.device.type == 'cuda' or (param.device.type == 'cpu' and exact))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from .branches import Branch, make_branches, merge
 from .convolution import branches_of
-from .modules import is_sharded, modules_of, uncompiled_name, unwrap
+from .modules import is_sharded, modules_of, uncompiled_name, unwrap, whole
 from .prior import log_convs_without, refusal
 from .scales import CarriedScales, Scales, carried_scales
 from .twins import ScalesMapping, scales_for
@@ -33,9 +33,11 @@ class GradMults(Mapping[Tensor, Tensor]):
         update_rule: str,
         fingerprint: str,
         names: Mapping[Tensor, str] | None = None,
+        without_zeros: Mapping[Tensor, Tensor] | None = None,
     ):
         self._masks = dict(masks)
         self._names = dict(names or {})
+        self._without_zeros = dict(without_zeros or {})
         self.update_rule = update_rule
         self.fingerprint = fingerprint
 
@@ -62,7 +64,13 @@ class GradMults(Mapping[Tensor, Tensor]):
     def of(self, parameters: Iterable[Tensor]) -> 'GradMults':
         """Returns the Grad Mults of some of the parameters, for an optimizer of these alone."""
         own = {kernel: self._masks[kernel] for kernel in parameters if kernel in self._masks}
-        return GradMults(own, self.update_rule, self.fingerprint, self._names)
+        return GradMults(own, self.update_rule, self.fingerprint, self._names, self._without_zeros)
+
+    def divisor(self, parameter: Tensor) -> Tensor:
+        """Returns the mask of a kernel with ones in the place of zeros: the multiplied gradient is 0 there already."""
+        if parameter in self._without_zeros and self._without_zeros[parameter].device != parameter.device:
+            self._without_zeros[parameter] = self._without_zeros[parameter].to(parameter.device)
+        return self._without_zeros.get(parameter, self[parameter])
 
 
 class _Kernel(NamedTuple):
@@ -126,7 +134,8 @@ def make_grad_mults(model: nn.Module, scales: ScalesMapping | None = None, updat
                 f"'{other.name}' and '{kernel.name}' share one kernel, but have different scales. Give both the same."
             )
         masks[kernel.weight] = _grad_mult(kernel, UPDATE_RULES[update_rule])
-    return GradMults(masks, update_rule, fingerprint, {kernel.weight: kernel.name for kernel in kernels})
+    zeros = {kernel: mask.masked_fill(mask == 0, 1.0) for kernel, mask in masks.items() if not whole(mask.all())}
+    return GradMults(masks, update_rule, fingerprint, {kernel.weight: kernel.name for kernel in kernels}, zeros)
 
 
 def _grad_mult(kernel: _Kernel, power: int) -> Tensor:

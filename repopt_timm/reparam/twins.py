@@ -108,6 +108,9 @@ def to_plain(twin: nn.Module) -> nn.Module:
         if branches_of(conv):
             merge_branches(conv)  # type: ignore[arg-type]
             CarriedScales(scales, name, initialized=True).put_on(conv)
+    if hasattr(plain, 'note_plain'):
+        # A network that states what it is in records of its own.
+        plain.note_plain()  # type: ignore[operator]
     return plain
 
 

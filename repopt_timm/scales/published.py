@@ -11,17 +11,17 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from urllib.parse import unquote, urlsplit
 
-from huggingface_hub import cached_assets_path, constants
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from huggingface_hub.file_download import http_get
+from huggingface_hub import constants
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import get_session
 
 from ..errors import reason_of
 from ..files import replacing
 from ..names import ModelName
 from ..reparam import Scales
-from .scale_files import read_scale_file
+from .files import read_scale_file
 
 __all__ = ['PUBLISHED', 'PublishedScales', 'find_published', 'published_table', 'read_published']
 
@@ -29,8 +29,8 @@ PUBLISHED = 'published'
 """The tag of these scales, and what means those of a model at hand."""
 
 _TABLE = Path(__file__).with_name('published_scales.csv')
-_GITHUB = 'https://github.com'
-# Where files of GitHub's repositories are: <address>/<repository>/<commit>/<file>. Tests and mirrors set another.
+# Where files of GitHub's repositories are: <address>/<repository>/<commit>/<file>. Tests and mirrors set another, which
+# may hold a user and a password.
 _ADDRESS_VARIABLE = 'REPOPT_TIMM_PUBLISHED_URL'
 _ADDRESS = 'https://raw.githubusercontent.com'
 
@@ -62,35 +62,19 @@ class PublishedScales:
     epochs: str
 
     @property
-    def page(self) -> str:
-        """Address of the file, for people."""
-        return f'{_GITHUB}/{self.repository}/blob/{self.commit}/{self.file}'
+    def network(self) -> str:
+        """Name of the network, as `Scales.architecture` has it."""
+        return ModelName.parse(self.name).network
 
     @property
     def path(self) -> Path:
         """Where it is in the cache once it was downloaded."""
-        return cached_assets_path('repopt_timm', self.repository, self.commit) / self.file
+        return Path(constants.HF_ASSETS_CACHE, 'repopt_timm', self.repository, self.commit, self.file)
 
     @property
     def is_cached(self) -> bool:
         """Whether it is in the cache, whole and unchanged."""
-        try:
-            return self.path.is_file() and _digest(self.path) == self.sha256
-        except OSError:
-            # `cached_assets_path` makes folders.
-            return False
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """Where the scales come from, for a card."""
-        return {
-            'method': "hyper-search of the method's authors",
-            'dataset': self.dataset,
-            'epochs': int(self.epochs),
-            'source': self.page,
-            'license': self.license,
-            'sha256': self.sha256,
-        }
+        return self.path.is_file() and _digest(self.path.read_bytes()) == self.sha256
 
 
 @cache
@@ -107,7 +91,7 @@ def find_published(model_name: str) -> PublishedScales | None:
         model_name: Name of a network, or of a model of any kind and tag of it.
     """
     network = ModelName.parse(model_name).network
-    return next((row for row in published_table().values() if ModelName.parse(row.name).network == network), None)
+    return next((row for row in published_table().values() if row.network == network), None)
 
 
 def read_published(model_name: str) -> Scales:
@@ -128,40 +112,41 @@ def read_published(model_name: str) -> Scales:
         raise ValueError(f"No scales are published for '{model_name}', expected one of {', '.join(published_table())}.")
     if not row.is_cached:
         _download(row)
-    network = ModelName.parse(row.name).network
-    scales = read_scale_file(row.path, network).with_provenance(row.provenance, row.name)
-    return scales if scales.architecture else scales.renamed(network)
+    provenance = {
+        'method': "hyper-search of the method's authors",
+        'dataset': row.dataset,
+        'epochs': int(row.epochs),
+        'source': f'https://github.com/{row.repository}/blob/{row.commit}/{row.file}',
+        'license': row.license,
+        'sha256': row.sha256,
+    }
+    return read_scale_file(row.path, row.network).renamed(row.network).with_provenance(provenance, row.name)
 
 
 def _download(row: PublishedScales) -> None:
-    url = f'{os.environ.get(_ADDRESS_VARIABLE, _ADDRESS).rstrip("/")}/{row.repository}/{row.commit}/{row.file}'
-    if constants.HF_HUB_OFFLINE:
+    address = urlsplit(os.environ.get(_ADDRESS_VARIABLE, _ADDRESS))
+    # Without user and password: the client logs the address, and its errors name it.
+    host = address.netloc.rpartition('@')[2]
+    url = f'{address.scheme}://{host}{address.path.rstrip("/")}/{row.repository}/{row.commit}/{row.file}'
+    login = (unquote(address.username), unquote(address.password or '')) if address.username else None
+    _logger.info(f'{row.name}: downloading {url} ({row.license.upper()} licence)')
+    try:
+        # Says so if HF_HUB_OFFLINE is set.
+        response = get_session().get(url, auth=login, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
+        response.raise_for_status()
+    except (HTTPError, OSError) as error:
         raise OSError(
-            f'{row.name}: {row.file} is not in the cache {row.path.parent}, and HF_HUB_OFFLINE=1 forbids to download '
-            f'it. Run `repopt-timm scales show {row.name}` once with a network, or unset HF_HUB_OFFLINE.'
+            f'{row.name} is not in the cache, and its download failed: {reason_of(error)}. Check the network, and '
+            f'{_ADDRESS_VARIABLE} if it is set.'
+        ) from None
+    if (found := _digest(response.content)) != row.sha256:
+        raise ValueError(
+            f'{row.name}: {url} is another file than expected: its sha256 is {found}, expected {row.sha256}. Check the '
+            f'network for a proxy, and {_ADDRESS_VARIABLE} if it is set.'
         )
-    _logger.info(f'{row.name}: downloading {row.file} ({row.license.upper()} licence) from {row.page}')
     with replacing(row.path) as temporary:
-        with open(temporary, 'wb') as file:
-            try:
-                http_get(url, file)
-            except HfHubHTTPError as error:
-                raise OSError(
-                    f'{row.name}: {url} answers {error.response.status_code}. Check {_ADDRESS_VARIABLE} if it is set, '
-                    f'or get {row.page} yourself and name the file.'
-                ) from None
-            except (HTTPError, ConnectionError, TimeoutError, OSError) as error:
-                raise OSError(
-                    f'{row.name}: the download of {url} failed: {reason_of(error)}. No half file was kept; check the '
-                    f'network, then try again.'
-                ) from None
-        found = _digest(temporary)
-        if found != row.sha256:
-            raise ValueError(
-                f'{row.name}: {url} is another file than expected: its sha256 is {found}, expected {row.sha256}. It '
-                f'was not kept; check {_ADDRESS_VARIABLE} if it is set, and the network for a proxy.'
-            )
+        temporary.write_bytes(response.content)
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

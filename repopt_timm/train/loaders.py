@@ -8,8 +8,14 @@ from typing import Any
 import torch
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 
-from ..color_modes import color_mode
-from ..datasets import check_same_classes, check_two_splits, open_folder, read_class_map
+from ..datasets import (
+    check_same_classes,
+    color_mode,
+    core_count,
+    count_classes,
+    open_split,
+    read_class_map,
+)
 from ..errors import explaining
 from ..files import replacing
 from .selection import select_images
@@ -50,41 +56,41 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
 
     Raises:
         FileNotFoundError: If the folder or class map does not exist.
-        ValueError: If no data is named, the folder has no images or not both splits, or they have different classes,
-            or both are one file.
+        ValueError: If no data is named, the folder has no images or not both splits, they have different classes or
+            one class only, or both are one file.
     """
-    name, root = args.dataset, args.data_dir
-    if name == _DIGITS:
-        name, root = '', root or _DIGITS_FOLDER
+    root = args.data_dir
+    if args.dataset == _DIGITS:
+        root = root or _DIGITS_FOLDER
         write_digits(root)
     channels = args.in_chans or (args.input_size[0] if args.input_size else 3)
-    common = {
-        'root': root,
-        'download': args.dataset_download,
-        'batch_size': args.batch_size,
-        'seed': args.seed,
-        'input_img_mode': color_mode(channels, args.input_img_mode),
-        'input_key': args.input_key,
-        'target_key': args.target_key,
-    }
-    splits: list[dict[str, Any]] = [
-        {'split': args.train_split, 'is_training': True, 'num_samples': args.train_num_samples},
-        {'split': args.val_split, 'num_samples': args.val_num_samples},
-    ]
-    if args.holdout:
-        splits.append({'split': args.train_split})
-    if name:
-        common['class_map'] = read_class_map(args.class_map, root) or ''
-        with explaining(f'--dataset {name}'):
-            opened = [create_dataset(name, **split, **common) for split in splits]
+    # With --holdout, the validation is on a part of the training split.
+    splits = (args.train_split, args.train_split if args.holdout else args.val_split)
+    if args.dataset in ('', _DIGITS):
+        train, validation = (
+            open_split(root, split, channels, args.class_map, need_split=not args.holdout) for split in splits
+        )
+        train.skip_damaged = True
     else:
-        if not args.holdout:
-            check_two_splits(root, ', or validate on a part of it with --holdout')
-        common['class_map'] = args.class_map
-        opened = [open_folder(need_split=True, **split, **common) for split in splits]
-    train, validation = opened[:2]
+        common = {
+            'root': root,
+            'class_map': read_class_map(args.class_map, root) or '',
+            'download': args.dataset_download,
+            'batch_size': args.batch_size,
+            'seed': args.seed,
+            'input_img_mode': color_mode(channels),
+            'input_key': args.input_key,
+            'target_key': args.target_key,
+        }
+        with explaining(f'--dataset {args.dataset}'):
+            train = create_dataset(
+                args.dataset, split=splits[0], is_training=True, num_samples=args.train_num_samples, **common
+            )
+            validation = create_dataset(args.dataset, split=splits[1], num_samples=args.val_num_samples, **common)
     check_same_classes(train, validation)
-    return select_images(train, validation, opened[-1], args)
+    if count_classes(train) == 1:
+        raise ValueError('The training images are all of one class, expected a folder for each of several.')
+    return select_images(train, validation, validation, args)
 
 
 def make_loaders(
@@ -100,61 +106,48 @@ def make_loaders(
     resumed run sees what an uninterrupted one does.
     """
     prefetcher = not args.no_prefetcher
-    mixup = collate_mixup = None
+    mix: Any = None
     if args.mixup > 0 or args.cutmix > 0:
-        mixup_args = {
-            'mixup_alpha': args.mixup,
-            'cutmix_alpha': args.cutmix,
-            'prob': args.mixup_prob,
-            'switch_prob': args.mixup_switch_prob,
-            'mode': args.mixup_mode,
-            'label_smoothing': args.smoothing,
-            'num_classes': num_classes,
-        }
-        if prefetcher:
-            collate_mixup = FastCollateMixup(**mixup_args)
-        else:
-            mixup = Mixup(**mixup_args)
-    common = {
-        'input_size': data_config['input_size'],
-        'mean': data_config['mean'],
-        'std': data_config['std'],
-        'num_workers': args.workers,
-        'distributed': args.distributed,
-        'pin_memory': args.pin_mem,
-        'device': device,
-        'use_prefetcher': prefetcher,
-        'persistent_workers': False,
-    }
+        mix = (FastCollateMixup if prefetcher else Mixup)(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=num_classes,
+        )
+    common: dict[str, Any] = dict(
+        **{name: data_config[name] for name in ('input_size', 'mean', 'std')},
+        num_workers=min(args.workers, core_count()),
+        distributed=args.distributed,
+        pin_memory=args.pin_mem,
+        device=device,
+        use_prefetcher=prefetcher,
+        persistent_workers=False,
+    )
+    same = ('no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter')
     train = create_loader(
         datasets[0],
+        **common,
         batch_size=args.batch_size,
         is_training=True,
-        no_aug=args.no_aug,
+        **{name: getattr(args, name) for name in same},
         re_prob=args.reprob,
         re_mode=args.remode,
         re_count=args.recount,
-        train_crop_mode=args.train_crop_mode,
-        scale=args.scale,
-        ratio=args.ratio,
-        hflip=args.hflip,
-        vflip=args.vflip,
-        color_jitter=args.color_jitter,
         auto_augment=args.aa,
         num_aug_repeats=args.aug_repeats,
         interpolation=args.train_interpolation,
-        collate_fn=collate_mixup,
-        **common,
+        collate_fn=mix if prefetcher else None,
     )
     validation = create_loader(
         datasets[1],
-        batch_size=args.validation_batch_size or args.batch_size,
-        interpolation=data_config['interpolation'],
-        crop_pct=data_config['crop_pct'],
-        crop_mode=data_config['crop_mode'],
         **common,
+        batch_size=args.validation_batch_size or args.batch_size,
+        **{name: data_config[name] for name in ('interpolation', 'crop_pct', 'crop_mode')},
     )
-    return Loaders(train, validation, mixup, collate_mixup)
+    return Loaders(train, validation, None if prefetcher else mix, mix if prefetcher else None)
 
 
 def write_digits(root: str | Path) -> None:

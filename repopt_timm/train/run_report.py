@@ -19,7 +19,7 @@ from ..plot import plot_curves, plot_scales
 from ..reparam import kind_of
 from ..reporting import markdown_table
 from ..scales import Scales, scales_table
-from ..scales.movement import movement
+from ..scales.summary import movement
 from .engine import TrainState, ranked
 from .loaders import image_folder
 from .run_checkpoints import versions
@@ -128,8 +128,9 @@ def _classes(folder: Path, found: Tensor, names: Sequence[str]) -> list[str]:
         # Here, as it imports much that a training does not need.
         from ..deploy.evaluation import class_table, write_confusion
 
-        rows = class_table(*found, names)
-        write_confusion(*found, names, folder)
+        labels, predictions = found
+        rows = class_table(labels, predictions, names)
+        write_confusion(labels, predictions, names, folder)
     except ImportError as error:
         _logger.warning(f'The report has no table of the classes: {error}')
         return []

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..scales import Scales
-from ..scales.movement import WORTH, movement
+from ..scales.summary import WORTH, movement
 from .run_checkpoints import versions
 from .run_folder import SCALES_FILE
 

@@ -11,6 +11,7 @@ from timm.optim import list_optimizers
 from torch.utils.data import IterableDataset
 
 from ..console import did_you_mean
+from ..datasets import color_mode
 from ..errors import explaining
 from ..names import PREFIX, ModelName
 from ..reparam.modules import pair
@@ -77,10 +78,7 @@ def _check_images_read(args: argparse.Namespace) -> None:
     if size and args.img_size and size[1:] != [args.img_size] * 2:
         raise ValueError(f'--img-size is {args.img_size} and --input-size {size}: give one of them.')
     channels = channels or (size[0] if size else 3)
-    if channels not in (1, 3, 4):
-        raise ValueError(f'--input-size has {channels} channels, expected 1, 3 or 4, which images have.')
-    if args.input_img_mode and channels != {'L': 1, 'RGB': 3, 'RGBA': 4}[args.input_img_mode]:
-        raise ValueError(f'--input-img-mode is {args.input_img_mode} and the model has {channels} channels.')
+    color_mode(channels, args.input_img_mode)
     for name in ('mean', 'std'):
         if getattr(args, name) and len(getattr(args, name)) not in (1, channels):
             raise ValueError(f'--{name} has {len(getattr(args, name))} values, expected 1 or {channels}.')
@@ -177,7 +175,7 @@ def check_images(datasets: tuple[Any, Any], input_size: tuple[int, ...]) -> None
         if len(image) != input_size[0]:
             raise ValueError(
                 f'The {split} images have {len(image)} channels and the model {input_size[0]}: give --in-chans '
-                f'{len(image)}, or an --input-img-mode of {input_size[0]}.'
+                f'{len(image)}.'
             )
 
 

@@ -1,7 +1,7 @@
 """The arms of a trial: ways to train one network."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import timm
@@ -12,8 +12,8 @@ from ..names import PREFIX, ModelName
 
 __all__ = ['ARMS', 'GIVEN', 'SEARCHED', 'Arm', 'arm_of', 'arms_of', 'in_order', 'target_name']
 
-GIVEN = 'given'
-SEARCHED = 'searched'
+GIVEN, SEARCHED = 'given', 'searched'
+"""Scales of an arm: those of the command line, and those of a search that precedes each run."""
 
 
 @dataclass(frozen=True)
@@ -22,42 +22,40 @@ class Arm:
 
     Attributes:
         title: What it is, in words.
-        opt: Optimizer.
+        arguments: Arguments of the training command that make the arm; `model_kwargs` are added to those that all runs
+            share, and `scales` may be `GIVEN` or `SEARCHED`.
         kind: Kind of the model.
-        model_kwargs: Model arguments of the arm.
-        scales: `--scales` of the run: `initial`, `GIVEN` for those of the command line, `SEARCHED` for those of a
-            search that precedes it, or none.
     """
 
     title: str
-    opt: str
+    arguments: Mapping[str, Any]
     kind: str = 'target'
-    scales: str = ''
-    model_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def network_key(self) -> str:
         """A key that arms of the same network share."""
-        return f'{self.kind} {self.model_kwargs}'
+        return f'{self.kind} {self.arguments.get("model_kwargs", "")}'
 
 
 ARMS: dict[str, Arm] = {
-    'branches': Arm("timm's multi-branch network, SGD", 'sgd', 'branches'),
+    'branches': Arm("timm's multi-branch network, SGD", {'opt': 'sgd'}, 'branches'),
     'unit_branches': Arm(
-        'multi-branch network, BatchNorm from 1, SGD', 'sgd', 'branches', model_kwargs={'unit_norms': True}
+        'multi-branch network, BatchNorm from 1, SGD',
+        {'opt': 'sgd', 'model_kwargs': {'unit_norms': True}},
+        'branches',
     ),
-    'sgd': Arm('plain network, SGD', 'sgd'),
-    'init': Arm('Rule of Initialization alone, SGD', 'sgd', scales='initial'),
-    'repopt': Arm('RepOptSGD, unsearched scales', 'repopt_sgd', scales='initial'),
-    'scales': Arm('RepOptSGD, given scales', 'repopt_sgd', scales=GIVEN),
-    'search': Arm('RepOptSGD, searched scales', 'repopt_sgd', scales=SEARCHED),
+    'sgd': Arm('plain network, SGD', {'opt': 'sgd'}),
+    'init': Arm('Rule of Initialization alone, SGD', {'opt': 'sgd', 'scales': 'initial'}),
+    'repopt': Arm('RepOptSGD, unsearched scales', {'opt': 'repopt_sgd', 'scales': 'initial'}),
+    'scales': Arm('RepOptSGD, given scales', {'opt': 'repopt_sgd', 'scales': GIVEN}),
+    'search': Arm('RepOptSGD, searched scales', {'opt': 'repopt_sgd', 'scales': SEARCHED}),
 }
 """Name of an arm to what it is, in the order of reports. Scales that were given a name make further arms."""
 
 
 def arm_of(name: str) -> Arm:
     """Returns an arm of `ARMS`; any other name is of scales that were given."""
-    return ARMS.get(name) or Arm(f'RepOptSGD, scales {name}', 'repopt_sgd', scales=GIVEN)
+    return ARMS.get(name) or Arm(f'RepOptSGD, scales {name}', ARMS['scales'].arguments)
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -72,8 +70,7 @@ def target_name(model: str) -> str:
     Raises:
         ValueError: If timm does not know it, or it is a search or CSLA model, or has a tag or repository.
     """
-    name = ModelName.parse(model)
-    if '.' in model or ':' in model or '/' in model or name.kind != 'target':
+    if ModelName.parse(model).kind != 'target' or any(mark in model for mark in '.:/'):
         raise ValueError(f"The model is '{model}', expected the name of a plain network, such as repopt_vgg_a0.")
     full = model if PREFIX in model else PREFIX + model
     ensure_registered(full)
@@ -110,5 +107,4 @@ def arms_of(model: str, names: Sequence[str] | None, scales: Iterable[str], sear
             raise ValueError(f"--arms has '{name}', expected one of {', '.join(possible)}, or a name of --scales.")
         if name in reasons:
             raise ValueError(f"--arms has '{name}', but {reasons[name]}")
-    default = [name for name in possible if name not in reasons and name != 'unit_branches']
-    return [name for name in possible if name in (names or default)]
+    return [name for name in possible if name in (names or set(possible) - {*reasons, 'unit_branches'})]

@@ -1,43 +1,52 @@
 """What the networks of a trial cost: parameters, saved activations, time of a step."""
 
-import argparse
 import json
 import logging
 import statistics
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import timm
 import torch
-from torch import nn
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from ..bench.allocation import saved_bytes
-from ..bench.bench_models import forward_pass, time_in_turns, training_step
 from ..errors import explaining
 from ..files import write_text
 from ..model_size import count_parameters
+from ..reporting import take_turns, time_call
+from ..tables import read_mapping
 from ..train.validation import check_layout
 from .arms import arm_of
-from .trial_folder import has_trained
-from .trial_runs import TrialRuns
+from .trial_folder import Trial
 
-__all__ = ['NETWORKS_FILE', 'measure_networks', 'plain_network', 'read_networks']
+__all__ = ['activation_bytes', 'measure_networks', 'plain_network', 'read_networks', 'training_step']
 
-NETWORKS_FILE = 'networks.json'
+_FILE = 'networks.json'
+_COSTS = ('parameters', 'convolutions', 'activations', 'step_seconds')
 _ROUNDS = 5
 
 _logger = logging.getLogger(__name__)
 
 
-def read_networks(folder: Path) -> dict[str, dict[str, float]]:
-    """Reads what `measure_networks` wrote; nothing if it did not."""
-    path = folder / NETWORKS_FILE
-    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+def read_networks(trial: Trial) -> dict[str, dict[str, float]]:
+    """Reads what `measure_networks` wrote; nothing if it did not.
+
+    Raises:
+        ValueError: If the file is damaged; names it.
+    """
+    path = trial.folder / _FILE
+    found = read_mapping(path) if path.exists() else {}
+    try:
+        return {arm: {name: costs[name] + 0 for name in _COSTS} for arm, costs in found.items()}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"'{path}' is damaged: {error!r}.") from None
 
 
-def measure_networks(
-    runs: TrialRuns, num_classes: int | None, device: torch.device, threads: int | None = None
-) -> None:
+def measure_networks(trial: Trial, num_classes: int | None, device: torch.device) -> None:
     """Measures the network of each arm, and writes `networks.json`: arm to numbers.
 
     `parameters` in training, `convolutions`, `activations` (bytes that a forward pass saves for each image, in the
@@ -45,84 +54,122 @@ def measure_networks(
     on a busy machine).
 
     Args:
-        runs: The trial.
+        trial: The trial.
         num_classes: Number of classes.
         device: Device of the runs.
-        threads: Threads of a run.
 
     Raises:
         ValueError: If a network cannot be made, or does not take images of this size.
     """
     # Until something has trained they may be of other arguments.
-    known = read_networks(runs.folder) if has_trained(runs.folder) else {}
-    if set(runs.settings.arms) <= set(known):
+    known = read_networks(trial) if trial.has_trained() else {}
+    if set(trial.settings.arms) <= set(known):
         return
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
-    try:
-        found = _measured(runs, num_classes, device)
-    finally:
-        torch.set_num_threads(before)
-    if device.type == 'cuda':
-        # The runs are other processes.
-        torch.cuda.empty_cache()
-    arms = {arm: found[arm_of(arm).network_key] for arm in runs.settings.arms}
-    write_text(runs.folder / NETWORKS_FILE, json.dumps({**known, **arms}, indent=2) + '\n')
+    found = _measured(trial, num_classes, device)
+    # The runs are other processes.
+    torch.cuda.empty_cache()
+    arms = {arm: found[arm_of(arm).network_key] for arm in trial.settings.arms}
+    write_text(trial.folder / _FILE, json.dumps({**known, **arms}, indent=2) + '\n')
 
 
-def _measured(runs: TrialRuns, num_classes: int | None, device: torch.device) -> dict[str, dict[str, float]]:
+def _measured(trial: Trial, num_classes: int | None, device: torch.device) -> dict[str, dict[str, float]]:
     """Returns key of a network to its numbers."""
-    shared = runs.shared
-    size = tuple(shared.input_size)
-    precision = shared.amp_dtype if shared.amp else 'float32'
-    layout = torch.channels_last if shared.channels_last else torch.contiguous_format
-    images = torch.randn(shared.batch_size, *size, device=device).to(memory_format=layout)
-    labels = torch.randint(0, shared.num_classes or num_classes or 1000, (shared.batch_size,), device=device)
-    arms = {arm_of(arm).network_key: arm for arm in runs.settings.arms}
-    _logger.info(f'Measures training steps on {device}, {shared.batch_size} images of {size} each.')
-    found, steps = {}, {}
-    for key, arm in arms.items():
-        model = _network(runs, arm, num_classes).to(device).to(memory_format=layout)
-        if shared.channels_last:
-            check_layout(model, size, device)
-        with explaining(f'The network of arm {arm} does not train on images of {size}'):
-            found[key] = _size(model, images, labels, precision)
-            steps[key] = training_step(model, images, labels, precision)
-    for key, values in time_in_turns(steps, device, _ROUNDS).items():
-        found[key]['step_seconds'] = statistics.median(values)
+    shared = trial.shared
+    size, batch = tuple(shared['input_size']), shared['batch_size']
+    dtype = getattr(torch, shared['amp_dtype']) if shared['amp'] else None
+    layout = torch.channels_last if shared['channels_last'] else torch.contiguous_format
+    images = torch.randn(max(batch, 3), *size, device=device).to(memory_format=layout)
+    labels = torch.randint(shared['num_classes'] or num_classes or 1000, images.shape[:1], device=device)
+    _logger.info(f'Measures training steps on {device}, {batch} images of {size} each.')
+    found: dict[str, dict[str, float]] = {}
+    steps: dict[str, Callable[[], float]] = {}
+    for key, arm in {arm_of(arm).network_key: arm for arm in trial.settings.arms}.items():
+        with explaining(f'The network of arm {arm} cannot be made with these --model-kwargs, or trained on {size}'):
+            model = _make(trial, trial.arguments_of(arm), num_classes).to(device).to(memory_format=layout)
+            if shared['channels_last']:
+                check_layout(model, size, device)
+            step = training_step(model, images[:batch], labels[:batch], dtype)
+            step()
+            found[key] = {
+                'parameters': count_parameters(model),
+                'convolutions': sum(isinstance(module, nn.Conv2d) for module in model.modules()),
+                'activations': activation_bytes(model, images, labels, dtype),
+            }
+        steps[key] = partial(time_call, step)
+    for key, seconds in take_turns(steps, _ROUNDS, warmup=1).items():
+        found[key]['step_seconds'] = statistics.median(seconds)
     return found
 
 
-def plain_network(runs: TrialRuns, num_classes: int | None = 1000) -> nn.Module:
+def plain_network(trial: Trial, num_classes: int | None = 1000) -> nn.Module:
     """Makes the plain network of a trial."""
-    return _make(runs.settings.model, runs.shared, num_classes, runs.shared.model_kwargs)
+    return _make(trial, {'model': trial.settings.model, 'model_kwargs': trial.shared['model_kwargs']}, num_classes)
 
 
-def _network(runs: TrialRuns, arm: str, num_classes: int | None) -> nn.Module:
-    arguments = runs.training(arm, 0, 0.1).arguments
-    return _make(arguments['model'], runs.shared, num_classes, arguments.get('model_kwargs', runs.shared.model_kwargs))
-
-
-def _make(name: str, shared: argparse.Namespace, num_classes: int | None, kwargs: dict[str, Any]) -> nn.Module:
-    with explaining(f'timm cannot make {name} with --model-kwargs {kwargs}'):
-        model: nn.Module = timm.create_model(
-            name,
-            num_classes=shared.num_classes or num_classes,
-            in_chans=shared.in_chans or shared.input_size[0],
-            global_pool=shared.gp,
-            **kwargs,
-        )
+def _make(trial: Trial, arguments: Mapping[str, Any], num_classes: int | None) -> nn.Module:
+    shared = trial.shared
+    model: nn.Module = timm.create_model(
+        arguments['model'],
+        num_classes=shared['num_classes'] or num_classes,
+        in_chans=shared['in_chans'] or shared['input_size'][0],
+        global_pool=shared['gp'],
+        **arguments['model_kwargs'],
+    )
     return model
 
 
-def _size(model: nn.Module, images: torch.Tensor, labels: torch.Tensor, precision: str) -> dict[str, float]:
+def training_step(
+    model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype | None = None, opt: str = 'sgd'
+) -> Callable[[], None]:
+    """Returns a training step of a model on a batch, which waits until the device has finished it.
+
+    Args:
+        model: The model.
+        images: Images.
+        labels: Their classes.
+        dtype: Lower precision of the forward pass, if any.
+        opt: Optimizer.
+    """
+    optimizer = create_optimizer_v2(model.train(), opt, lr=1e-3, momentum=0.9, weight_decay=4e-5)
+
+    def step() -> None:
+        _loss(model, images, labels, dtype).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if images.is_cuda:
+            torch.cuda.synchronize(images.device)
+
+    return step
+
+
+def activation_bytes(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype | None = None) -> int:
+    """Returns the memory that a forward pass saves for the backward pass for each image.
+
+    Tensors that share their memory count once. What is saved for the kernels alone does not depend on the number of
+    images, and does not count.
+
+    Args:
+        model: The model.
+        images: Three images or more.
+        labels: Their classes.
+        dtype: Lower precision of the forward pass, if any.
+    """
     saved = []
     for count in (2, 3):
-        inputs = images[:count], labels[:count]
-        # What is saved for the kernels alone does not depend on the number of images.
-        saved.append(saved_bytes(model.train(), forward_pass(model, *inputs, precision), inputs))
-    return {
-        'parameters': count_parameters(model),
-        'convolutions': sum(isinstance(module, nn.Conv2d) for module in model.modules()),
-        'activations': saved[1] - saved[0],
-    }
+        storages: dict[int, Tensor] = {}
+
+        def pack(tensor: Tensor, storages: dict[int, Tensor] = storages) -> Tensor:
+            # Kept, so that no later tensor gets the same storage; detached, as its own graph would never be freed.
+            storages[tensor.untyped_storage()._cdata] = tensor.detach()
+            return tensor.detach()
+
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            _loss(model.train(), images[:count], labels[:count], dtype)
+        inputs = {images.untyped_storage()._cdata, labels.untyped_storage()._cdata}
+        saved.append(sum(each.untyped_storage().nbytes() for key, each in storages.items() if key not in inputs))
+    return saved[1] - saved[0]
+
+
+def _loss(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype | None) -> Tensor:
+    with torch.autocast(images.device.type, dtype=dtype, enabled=dtype is not None):
+        return F.cross_entropy(model(images), labels)

@@ -2,95 +2,102 @@
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
+try:
+    import pandas  # noqa: F401
+except ImportError:
+    raise ImportError("A trial needs pandas: pip install 'repopt-timm[trial]'.") from None
 import torch
 
 from ..datasets import count_classes
+from ..sources import load_scales
 from ..train.loaders import make_datasets
 from ..train.run import prepare_device
 from ..train.validation import check_arguments
-from .execution import run_all, threads_of
-from .given_scales import read_fingerprints
-from .networks import measure_networks
-from .results import read_results
-from .trial_folder import joined_settings, write_settings
-from .trial_plan import open_runs
-from .trial_report import report_trial, report_trials
-from .trial_runs import LOG_FILE, TrialRuns
-from .trial_settings import TrialSettings, add_trial_arguments, read_report_settings, read_settings
+from .arms import target_name
+from .execution import LOG_FILE, run_all
+from .networks import measure_networks, plain_network
+from .report import report_trial
+from .results import TrialResult
+from .several import report_trials
+from .trial_folder import Trial
+from .trial_settings import read_arguments, read_settings, read_shared
 
-__all__ = ['add_commands', 'run_trial']
-
-
-def add_commands(commands: Any) -> None:
-    """Adds the command to what `ArgumentParser.add_subparsers` returned."""
-    parser = commands.add_parser(
-        'trial',
-        description='Train a network in several ways, with paired seeds, and report whether they differ.',
-        argument_default=argparse.SUPPRESS,
-        # --seed is not the beginning of --seeds.
-        allow_abbrev=False,
-    )
-    add_trial_arguments(parser)
-    parser.set_defaults(run=run_trial)
+__all__ = ['main', 'read_fingerprints']
 
 
-def run_trial(namespace: argparse.Namespace) -> None:
-    """Runs a trial.
+def main(argv: Sequence[str]) -> None:
+    """Runs a trial, or makes reports of trials.
 
     Args:
-        namespace: What the parser gave: texts, and only what is on the command line.
+        argv: The words after `repopt-timm trial`.
 
     Raises:
-        ValueError: If arguments do not go together, or a run ends with an error.
+        ValueError: If arguments do not go together, a file of the trial is damaged, or a run ends with an error.
         FileNotFoundError: If a file that they name does not exist.
         KeyboardInterrupt: If Ctrl-C or SIGTERM ended it.
     """
     logging.basicConfig(level=logging.WARNING, format='%(message)s', force=True)
     logging.getLogger('repopt_timm').setLevel(logging.INFO)
-    del namespace.run
-    if wanted := read_report_settings(namespace):
-        _report(*wanted)
+    args, words = read_arguments(argv)
+    if args.report:
+        results = [TrialResult(Path(folder), args.reference) for folder in args.report]
+        print(report_trials(results, Path(args.output)) if args.output else report_trial(results[0]))
         return
-    settings, shared, local = read_settings(namespace)
-    settings, device = _check(settings, shared)
-    runs = TrialRuns(Path(local.output), settings, shared)
-    settings = replace(settings, fingerprints=read_fingerprints(runs, settings.classes))
-    joined = joined_settings(runs.folder, settings, shared, local.reference)
-    threads = threads_of(local.jobs, local.threads)
-    measure_networks(runs, settings.classes, device, threads)
+    model = target_name(args.model)
+    shared = read_shared(model, args.config, args.data, words)
+    folder = Path(args.output or f'output/{model}-trial')
+    trial, device = _check(Trial(folder, read_settings(args, model, shared['epochs']), shared))
+    trial = replace(trial, settings=replace(trial.settings, fingerprints=read_fingerprints(trial)))
+    joined = trial.joined(args.reference)
+    of_machine = int(os.environ.get('OMP_NUM_THREADS') or max(1, torch.get_num_threads() // args.jobs))
+    threads = args.threads or of_machine
+    torch.set_num_threads(threads)
+    measure_networks(trial, trial.settings.classes, device)
     # Only now: a network that cannot be made leaves the folder to the command that is right.
-    write_settings(runs.folder, joined, shared)
+    joined.write()
     try:
-        failed = run_all(partial(open_runs, runs), shared, local.jobs, threads)
+        failed = run_all(trial, args.jobs, threads)
     except KeyboardInterrupt:
         print('Stopped. The same command continues the trial.', file=sys.stderr)
         raise
-    print(report_trial(read_results(runs.folder)))
-    print(f'Report, picture, JSON and the CSV of all epochs are in {runs.folder}')
+    print(report_trial(TrialResult(trial.folder)))
+    print(f'Report, picture, JSON and the CSV of all epochs are in {trial.folder}')
     if failed:
         logs = ', '.join(f"'{run.folder / LOG_FILE}'" for run in failed)
         raise ValueError(f'{len(failed)} runs ended with an error: see {logs}. The same command tries them again.')
 
 
-def _report(folders: Sequence[str], output: str | None, reference: str | None) -> None:
-    trials = [read_results(Path(folder), reference) for folder in folders]
-    print(report_trial(trials[0]) if output is None else report_trials(trials, Path(output)))
+def read_fingerprints(trial: Trial) -> dict[str, str]:
+    """Reads the given scales that runs still train with; a trial whose runs are all finished can do without the files.
+
+    Returns:
+        Name of an arm to the fingerprint of its scales.
+
+    Raises:
+        OSError: If there are no such scales, or they cannot be downloaded.
+        ValueError: If they are not scales, or those of another network.
+    """
+    needed = {run.arguments.get('scales') for run in trial.open_runs()}
+    given = trial.settings.scales
+    sources = {arm: given[arm] for arm in trial.settings.arms if arm in given and given[arm] in needed}
+    network = plain_network(trial, trial.settings.classes) if sources else None
+    return {arm: load_scales(source, network).fingerprint for arm, source in sources.items()}
 
 
-def _check(settings: TrialSettings, shared: argparse.Namespace) -> tuple[TrialSettings, torch.device]:
+def _check(trial: Trial) -> tuple[Trial, torch.device]:
     """Finds what is wrong with the arguments before anything trains; returns what the data add, and the device."""
+    settings = trial.settings
     holdout = settings.holdout if settings.lr is None else 0.0
-    checked = argparse.Namespace(**{**vars(shared), 'holdout': holdout})
+    checked = argparse.Namespace(**{**trial.shared, 'holdout': holdout, 'resume': None, 'override': False})
     prepare_device(checked)
     check_arguments(checked)
     train, validation = make_datasets(checked)
-    classes = count_classes(train) or shared.num_classes
-    held_out = len(validation) if holdout else None
-    return replace(settings, classes=classes, held_out=held_out), torch.device(checked.device)
+    classes = count_classes(train) or checked.num_classes
+    settings = replace(settings, classes=classes, held_out=len(validation) if holdout else None)
+    return replace(trial, settings=settings), torch.device(checked.device)

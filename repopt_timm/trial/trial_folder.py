@@ -1,141 +1,278 @@
-"""What the folder of a trial says of it, in `trial.yaml` and `shared.yaml`, and what may differ from call to call."""
+"""The folder of a trial, which takes runs of one protocol only.
 
-import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+    trial.yaml, shared.yaml                what the trial is of, and what its runs share
+    tuning/<arm>/lr-<lr>/                  one run for each learning rate, on a part of the training images
+    searches/tuning/, searches/seed-<n>/   hyper-searches
+    runs/<arm>/seed-<n>/                   what the trial is for
+
+Each run is an ordinary one of the training command, with `config.yaml` and `train.log` beside its files. All that a
+trial knows of its progress is read from there.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..files import write_text
+from ..names import ModelName
+from ..tables import read_mapping, read_table
 from ..train.parsing import parse_arguments, write_config
-from ..train.run_folder import DIVERGED_FILE, SUMMARY_FILE, is_busy
-from .arms import in_order
+from ..train.run_folder import DIVERGED_FILE, SCALES_FILE, SUMMARY_FILE, TIMES_FILE, is_busy
+from .arms import GIVEN, SEARCHED, arm_of, in_order
 from .trial_settings import TrialSettings
+from .tuning import Choice, choose_rate
 
-__all__ = [
-    'SETTINGS_FILE',
-    'SHARED_FILE',
-    'has_trained',
-    'joined_settings',
-    'protocol',
-    'read_saved_settings',
-    'read_shared',
-    'write_settings',
+__all__ = ['Run', 'Trial', 'open_trial', 'protocol']
+
+_SETTINGS_FILE, _SHARED_FILE = 'trial.yaml', 'shared.yaml'
+
+# What a report shows of the arguments that all runs share.
+_NEEDED = [
+    'model_kwargs',
+    'epochs',
+    'cooldown_epochs',
+    'warmup_epochs',
+    'batch_size',
+    'train_images',
+    'data_dir',
+    'dataset',
 ]
-
-SETTINGS_FILE = 'trial.yaml'
-SHARED_FILE = 'shared.yaml'
 
 # Where and how fast a run is computed, and what it prints and keeps. Epochs between validations are not among them: a
 # comparison at equal wall time takes the last accuracy before it, of all seeds after the same epoch.
 _FREE = {
     *('workers', 'device', 'pin_mem', 'validation_batch_size', 'cache_images', 'dataset_download', 'checkpoint_hist'),
-    *('log_interval', 'log_tensorboard', 'log_wandb'),
+    *('log_interval', 'log_tensorboard', 'log_wandb', 'model'),
 }
 
 
-def has_trained(folder: Path) -> bool:
-    """Returns whether a run of a trial trains, or has trained an epoch; before that its arguments can still change."""
-    runs = [run for pattern in ('tuning/*/*', 'searches/*', 'runs/*/*') for run in folder.glob(pattern)]
-    return any((run / SUMMARY_FILE).exists() or (run / DIVERGED_FILE).exists() or is_busy(run) for run in runs)
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A run of the training command.
+
+    Attributes:
+        folder: Its folder.
+        kind: `tuning`, `searches` or `runs`.
+        arguments: What it does not share with the other runs.
+        epochs: Epochs that it has in the end.
+        after: A search that it needs the result of.
+    """
+
+    folder: Path
+    kind: str
+    arguments: Mapping[str, Any]
+    epochs: int
+    after: 'Run | None' = None
+
+    def history(self) -> list[dict[str, float]]:
+        """Returns a row for each finished epoch: the columns of `summary.csv`, and `train_seconds`.
+
+        Raises:
+            ValueError: If a file is cut off or edited; names it.
+        """
+        path = self.folder / SUMMARY_FILE
+        rows = read_table(path, ('epoch', 'train_loss'))
+        if [row['epoch'] for row in rows] != list(range(1, len(rows) + 1)):
+            raise ValueError(f"'{path}' is damaged: its epochs are not 1, 2, 3 and so on.")
+        if len(rows) >= self.epochs and 'eval_top1' not in rows[-1]:
+            raise ValueError(f"'{path}' is damaged: its last epoch has no eval_top1.")
+        # An epoch that was repeated after an interruption has a second line.
+        seconds = {row['epoch']: row for row in read_table(self.folder / TIMES_FILE, ('epoch', 'train_seconds'))}
+        return [{**row, **seconds.get(row['epoch'], {})} for row in rows]
+
+    @property
+    def failure(self) -> str:
+        """What it diverged with; nothing if it did not."""
+        path = self.folder / DIVERGED_FILE
+        return (path.read_text(encoding='utf-8').strip() or 'it diverged') if path.exists() else ''
+
+    @property
+    def top1(self) -> float | None:
+        """Top-1 accuracy after the last epoch, in percent; None if the run diverged or is not finished."""
+        rows = self.history()
+        result = self.folder / (SCALES_FILE if self.kind == 'searches' else SUMMARY_FILE)
+        return None if len(rows) < self.epochs or self.failure or not result.exists() else rows[-1]['eval_top1']
+
+    @property
+    def is_ended(self) -> bool:
+        return bool(self.failure) or self.top1 is not None
 
 
-def joined_settings(
-    folder: Path, settings: TrialSettings, shared: argparse.Namespace, reference: str | None = None
-) -> TrialSettings:
-    """Returns the settings of a trial with the arms and seeds of all its calls, which a report is of.
+@dataclass(frozen=True)
+class Trial:
+    """A trial and its runs.
 
-    Args:
-        folder: Folder of the trial, which need not exist.
-        settings: What this call is of.
-        shared: What its runs share.
-        reference: The reference arm, if this call names one; else that of the folder stays.
+    Attributes:
+        folder: Its folder.
+        settings: What it is of.
+        shared: What its runs share, as arguments of a run.
+    """
+
+    folder: Path
+    settings: TrialSettings
+    shared: dict[str, Any]
+
+    def training(self, arm: str, seed: int, lr: float) -> Run:
+        """Returns the run of an arm with a seed."""
+        after = self._search(f'seed-{seed}', {'seed': seed}) if self._is_searched(arm) else None
+        arguments = {**self.arguments_of(arm, after), 'lr': lr, 'seed': seed}
+        return self._run('runs', f'{arm}/seed-{seed}', self.shared['epochs'], arguments, after)
+
+    def tuning(self, arm: str, lr: float) -> Run:
+        """Returns the run that shows what a learning rate is worth."""
+        settings = self.settings
+        alike = {'seed': settings.tuning_seed, 'holdout': settings.holdout}
+        after = self._search('tuning', alike) if self._is_searched(arm) else None
+        arguments = {**self.arguments_of(arm, after), **alike, 'lr': lr, 'val_interval': settings.tuning_epochs}
+        return self._run('tuning', f'{arm}/lr-{lr:g}', settings.tuning_epochs, arguments, after)
+
+    def searches(self, arm: str) -> list[Run]:
+        """Returns the searches that the runs of an arm wait for, those of the seeds first."""
+        runs = [self.training(arm, seed, 0.1) for seed in self.settings.seeds]
+        runs += [self.tuning(arm, 0.1)] * (self.settings.lr is None)
+        return [run.after for run in runs if run.after is not None]
+
+    def arguments_of(self, arm: str, search: Run | None = None) -> dict[str, Any]:
+        """Returns the arguments that make an arm; those of its network are `model` and `model_kwargs`."""
+        each = arm_of(arm)
+        arguments = {'model': ModelName.parse(self.settings.model).of_kind(each.kind), **each.arguments}
+        arguments['model_kwargs'] = {**self.shared['model_kwargs'], **each.arguments.get('model_kwargs', {})}
+        if arguments.get('scales') == GIVEN:
+            arguments['scales'] = self.settings.scales[arm]
+        elif search is not None:
+            arguments['scales'] = str(search.folder / SCALES_FILE)
+        return arguments
+
+    def _is_searched(self, arm: str) -> bool:
+        return arm_of(arm).arguments.get('scales') == SEARCHED
+
+    def _search(self, name: str, arguments: dict[str, Any]) -> Run:
+        assert self.settings.search is not None
+        # Strongly decayed identities leave targets that learn slowly.
+        what = {'model': self.settings.model + '_hs', 'opt': 'sgd', 'weight_decay': 4e-5}
+        return self._run('searches', name, self.settings.search, {**what, **arguments})
+
+    def _run(self, kind: str, name: str, epochs: int, arguments: dict[str, Any], after: Run | None = None) -> Run:
+        warmup = self.shared['warmup_epochs']
+        if warmup:
+            # A shorter schedule has the same shape.
+            share = round(warmup * epochs / self.shared['epochs'])
+            warmup = max(1, share) if epochs > 1 else share
+        arguments = {'epochs': epochs, 'warmup_epochs': warmup, **arguments}
+        return Run(self.folder / kind / name, kind, arguments, epochs + self.shared['cooldown_epochs'], after)
+
+    def choice(self, arm: str) -> Choice:
+        """Returns what is known of an arm's learning rate."""
+        if self.settings.lr is not None:
+            return Choice((), self.settings.lr)
+        scores: dict[float, float] = {}
+        while (choice := choose_rate(self.settings.lrs, scores)).missing:
+            runs = {lr: self.tuning(arm, lr) for lr in choice.missing}
+            ended = {lr: run for lr, run in runs.items() if run.is_ended}
+            if len(ended) < len(runs):
+                return Choice(tuple(lr for lr in runs if lr not in ended))
+            scores |= {lr: float('nan') if run.top1 is None else run.top1 for lr, run in ended.items()}
+        return choice
+
+    def open_runs(self) -> list[Run]:
+        """Lists the runs that are neither finished nor diverged and that can start, the most urgent first.
+
+        Learning rates come first, as the other runs wait for them, then seed after seed, so that all arms of a seed are
+        there early.
+        """
+        found: dict[Path, Run] = {}
+        for run in self._wanted():
+            if not run.is_ended:
+                first = run.after if run.after is not None and run.after.top1 is None else run
+                if not first.failure:
+                    found.setdefault(first.folder, first)
+        return list(found.values())
+
+    def _wanted(self) -> Iterator[Run]:
+        choices = {arm: self.choice(arm) for arm in self.settings.arms}
+        for arm, choice in choices.items():
+            yield from (self.tuning(arm, lr) for lr in choice.missing)
+        for seed in self.settings.seeds:
+            yield from (self.training(arm, seed, choice.best) for arm, choice in choices.items() if choice.best)
+
+    def has_trained(self) -> bool:
+        """Returns whether a run trains, or has trained an epoch; before that the arguments can still change."""
+        runs = [run for pattern in ('tuning/*/*', 'searches/*', 'runs/*/*') for run in self.folder.glob(pattern)]
+        return any((run / SUMMARY_FILE).exists() or (run / DIVERGED_FILE).exists() or is_busy(run) for run in runs)
+
+    def joined(self, reference: str | None = None) -> 'Trial':
+        """Returns the trial with the arms and seeds of all calls in its folder, which a report is of.
+
+        Args:
+            reference: The reference arm, if this call names one; else that of the folder stays.
+
+        Raises:
+            ValueError: If the runs in the folder were trained otherwise.
+        """
+        if not (self.folder / _SETTINGS_FILE).exists() or not self.has_trained():
+            return self
+        before, new = open_trial(self.folder), self.settings
+        old = before.settings
+        saved, values = before._fixed(old.arms), self._fixed(old.arms)
+        if changed := [name for name in values if name in saved and saved[name] != values[name]]:
+            differences = ', '.join(f'{name} {saved[name]!r} -> {values[name]!r}' for name in changed)
+            raise ValueError(
+                f"'{self.folder}' is the folder of a trial with other arguments: {differences}. Continue it with its "
+                f'own, or choose another --output.'
+            )
+        settings = replace(
+            new,
+            arms=in_order([*old.arms, *new.arms]),
+            seeds=sorted({*old.seeds, *new.seeds}),
+            scales={**old.scales, **new.scales},
+            search=old.search if 'search' in old.arms else new.search,
+            reference=reference or old.reference,
+            fingerprints={**old.fingerprints, **new.fingerprints},
+            classes=new.classes or old.classes,
+            held_out=new.held_out or old.held_out,
+        )
+        return replace(self, settings=settings)
+
+    def _fixed(self, arms: Sequence[str]) -> dict[str, Any]:
+        """Returns what stays as it is from call to call; of scales, those of some arms."""
+        names = ['model', 'lrs', 'lr', 'holdout', 'tuning_epochs', 'tuning_seed', 'classes', 'held_out']
+        names += ['search'] if 'search' in self.settings.arms else []
+        found = protocol(self.shared) | {name: getattr(self.settings, name) for name in names}
+        for what in ('scales', 'fingerprints'):
+            each = getattr(self.settings, what)
+            found |= {f'{what} of {arm}': each[arm] for arm in arms if arm in each}
+        return {
+            name: value for name, value in found.items() if value is not None or name not in ('classes', 'held_out')
+        }
+
+    def write(self) -> None:
+        """Writes `trial.yaml` and `shared.yaml`."""
+        write_text(self.folder / _SHARED_FILE, yaml.safe_dump(self.shared, sort_keys=False))
+        write_text(self.folder / _SETTINGS_FILE, yaml.safe_dump(asdict(self.settings), sort_keys=False))
+
+
+def open_trial(folder: Path) -> Trial:
+    """Opens the folder of a trial.
 
     Raises:
-        ValueError: If the folder holds a trial whose runs were trained otherwise.
+        FileNotFoundError: If it is not one.
+        ValueError: If its files are damaged; names the file.
     """
-    if not (folder / SETTINGS_FILE).exists() or not has_trained(folder):
-        return settings
-    old = read_saved_settings(folder)
-    _check_same(folder, protocol(read_shared(folder)), protocol(shared))
-    _check_same(folder, _fixed(old, old.arms), _fixed(settings, old.arms))
-    _check_scales(folder, old, settings)
-    searched = old if 'search' in old.arms else settings
-    return replace(
-        settings,
-        arms=tuple(in_order([*old.arms, *settings.arms])),
-        seeds=tuple(sorted({*old.seeds, *settings.seeds})),
-        scales={**old.scales, **settings.scales},
-        search=searched.search,
-        search_kwargs=searched.search_kwargs,
-        reference=reference or old.reference,
-        fingerprints={**old.fingerprints, **settings.fingerprints},
-        classes=settings.classes or old.classes,
-        held_out=settings.held_out or old.held_out,
-    )
+    if not (folder / _SETTINGS_FILE).is_file():
+        found = sorted(path.parent for path in folder.glob(f'*/{_SETTINGS_FILE}'))
+        names = ', '.join(path.name for path in found)
+        within = f" It holds {names}, which are: name them, such as '{found[0]}'." if found else ''
+        raise FileNotFoundError(f"'{folder}' is not the folder of a trial: it has no {_SETTINGS_FILE}.{within}")
+    return Trial(folder, TrialSettings.read(folder / _SETTINGS_FILE), read_mapping(folder / _SHARED_FILE, _NEEDED))
 
 
-def write_settings(folder: Path, settings: TrialSettings, shared: argparse.Namespace) -> None:
-    """Writes `trial.yaml`, with what `joined_settings` returned, and `shared.yaml`."""
-    write_text(folder / SHARED_FILE, write_config(shared))
-    write_text(folder / SETTINGS_FILE, yaml.safe_dump(asdict(settings), sort_keys=False))
+def protocol(shared: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the shared arguments that make accuracies, or their times, comparable.
 
-
-def read_saved_settings(folder: Path) -> TrialSettings:
-    """Reads `trial.yaml`."""
-    saved: dict[str, Any] = yaml.safe_load((folder / SETTINGS_FILE).read_text(encoding='utf-8'))
-    if not isinstance(saved['scales'], dict):
-        # Folders of older trials: one source of scales, or none.
-        saved['scales'] = {'scales': saved['scales']} if saved['scales'] else {}
-    given: dict[str, Any] = {name: tuple(each) if isinstance(each, list) else each for name, each in saved.items()}
-    return TrialSettings(**given)
-
-
-def read_shared(folder: Path) -> argparse.Namespace:
-    """Reads `shared.yaml`."""
-    return parse_arguments(['-c', str(folder / SHARED_FILE)])
-
-
-def protocol(shared: argparse.Namespace) -> dict[str, Any]:
-    """Returns the shared arguments that make accuracies, or their times, comparable."""
-    values: dict[str, Any] = yaml.safe_load(write_config(shared))
-    return {name: value for name, value in values.items() if name not in _FREE}
-
-
-def _fixed(settings: TrialSettings, arms: Sequence[str]) -> dict[str, Any]:
-    """Returns what stays as it is from call to call; of scales, those of the arms that have trained."""
-    values: dict[str, Any] = yaml.safe_load(yaml.safe_dump(asdict(settings)))
-    scales = values.pop('scales')
-    unknown = [name for name in ('classes', 'held_out') if values[name] is None]
-    for name in (
-        *unknown,
-        'fingerprints',
-        'arms',
-        'seeds',
-        'reference',
-        *(() if 'search' in settings.arms else ('search', 'search_kwargs')),
-    ):
-        del values[name]
-    return values | {f'scales {arm}': source for arm, source in scales.items() if arm in arms}
-
-
-def _check_scales(folder: Path, old: TrialSettings, new: TrialSettings) -> None:
-    for arm, fingerprint in new.fingerprints.items():
-        trained = old.fingerprints.get(arm, fingerprint)
-        if arm in old.arms and trained != fingerprint:
-            raise ValueError(
-                f"--scales {arm}={new.scales[arm]} are the scales {fingerprint[:12]}, but '{folder}' has trained with "
-                f'{trained[:12]} from there. Put these back, or give the new ones a NAME of their own.'
-            )
-
-
-def _check_same(folder: Path, saved: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    changed = [name for name in values if name in saved and saved[name] != values[name]]
-    if changed:
-        differences = ', '.join(f'{name} {saved[name]!r} -> {values[name]!r}' for name in changed)
-        raise ValueError(
-            f"'{folder}' is the folder of a trial with other arguments: {differences}. Continue it with its own, or "
-            f'choose another --output.'
-        )
+    An argument that is not there, as in the folder of an older version, has its default.
+    """
+    default: dict[str, Any] = yaml.safe_load(write_config(parse_arguments([])))
+    return {name: shared.get(name, value) for name, value in default.items() if name not in _FREE}

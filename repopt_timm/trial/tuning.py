@@ -32,8 +32,7 @@ def choose_rate(grid: Sequence[float], scores: Mapping[float, float]) -> Choice:
         grid: Values to begin with.
         scores: Value to accuracy; NaN for a run that diverged.
     """
-    missing = tuple(value for value in grid if value not in scores)
-    if missing:
+    if missing := tuple(value for value in grid if value not in scores):
         return Choice(missing)
     tried = sorted(scores)
     works = {value: score for value, score in scores.items() if not math.isnan(score)}

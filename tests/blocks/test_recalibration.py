@@ -14,6 +14,11 @@ from .block_examples import examples, images
 EXAMPLES = examples()
 
 
+@pytest.fixture
+def twin():
+    return plain_twin(EXAMPLES['repvgg'].block, weights=True)
+
+
 @pytest.mark.parametrize('name', EXAMPLES)
 def test_in_training_mode_a_recalibrated_block_computes_what_its_branches_do(name):
     block, channels, _ = copy.deepcopy(EXAMPLES[name])
@@ -25,7 +30,7 @@ def test_in_training_mode_a_recalibrated_block_computes_what_its_branches_do(nam
     expected = block.train()(x)
     twin = plain_twin(block, weights=True)
     before = copy.deepcopy(twin).eval()(x)
-    recalibrate(twin, [(x[:1], 0), (x[1:], 0)])
+    recalibrate(twin, [(x[:2], 0), (x[2:], 0)])
     assert twin.training
     torch.testing.assert_close(copy.deepcopy(twin).eval()(x), before)
     assert ((twin(x) - expected).norm() / expected.norm()).item() < 0.03
@@ -33,43 +38,54 @@ def test_in_training_mode_a_recalibrated_block_computes_what_its_branches_do(nam
 
 def test_without_images_a_merged_block_renormalizes_in_training_mode():
     block, channels, _ = copy.deepcopy(EXAMPLES['mobileone-depthwise'])
+    block.train()
     x = images(channels, size=16)
-    for module in block.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0
-    expected = block.train()(x)
     twin = plain_twin(block, weights=True)
-    assert ((twin(x) - expected).norm() / expected.norm()).item() > 0.1
+    assert ((twin(x) - block(x)).norm() / block(x).norm()).item() > 0.1
 
 
-def test_statistics_are_those_of_all_batches_together():
-    twin = plain_twin(EXAMPLES['repvgg'].block, weights=True)
-    other = copy.deepcopy(twin)
+def test_statistics_are_the_mean_over_batches(twin):
     x = images(8)
-    recalibrate(twin, [x])
-    recalibrate(other, [x[:3], x[3:]])
-    torch.testing.assert_close(twin.state_dict(), other.state_dict())
-    torch.testing.assert_close(twin.bn.running_var, twin.conv(x).var((0, 2, 3)))
+    recalibrate(twin, [x[:2], x[2:]])
+    y = twin.conv(x)
+    torch.testing.assert_close(twin.bn.running_mean, y.mean((0, 2, 3)))
+    variances = torch.stack([half.var((0, 2, 3)) for half in (y[:2], y[2:])])
+    torch.testing.assert_close(twin.bn.running_var, variances.mean(0))
 
 
-def test_a_folded_twin_is_not_recalibrated():
-    twin = reparameterize_model(plain_twin(timm.create_model('repvgg_a0').eval()))
-    with pytest.raises(ValueError, match=r"Identity at 'stem\.bn' of .*, expected a BatchNorm: recalibrate"):
-        recalibrate(twin, [images()])
+def test_a_synchronized_batchnorm_is_recalibrated_alike(twin):
+    x, other = images(8), convert_sync_batchnorm(copy.deepcopy(twin))
+    torch.testing.assert_close(recalibrate(other, [x]).state_dict(), recalibrate(twin, [x]).state_dict())
 
 
-def test_a_frozen_twin_is_not_recalibrated_and_a_synchronized_one_is():
-    twin = plain_twin(EXAMPLES['repvgg'].block, weights=True)
-    other, x = copy.deepcopy(twin), images(8)
-    with pytest.raises(ValueError, match=r"FrozenBatchNorm.* at 'bn' of .*, expected a BatchNorm: recalibrate"):
-        recalibrate(freeze_batch_norm_2d(copy.deepcopy(twin)), [x])
-    recalibrate(twin, [x])
-    recalibrate(convert_sync_batchnorm(other), [x])
-    torch.testing.assert_close(twin.state_dict(), other.state_dict())
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_a_batch_that_is_not_finite_is_refused_and_the_network_stays_as_it_was(twin, value):
+    x = images(8)
+    x[1, 0, 0, 0] = value
+    check_refused(twin, [images(8), x], "'bn' has a NaN")
 
 
-def test_there_has_to_be_something_to_recalibrate_with():
-    with pytest.raises(ValueError, match='Linear has no block to recalibrate'):
+@pytest.mark.parametrize('batches', [[], [torch.empty(0, 8, 8, 8, dtype=torch.float64)]])
+def test_without_images_the_network_stays_as_it_was(twin, batches):
+    check_refused(twin, batches, 'no images|empty')
+
+
+def check_refused(twin, batches, reason):
+    before = copy.deepcopy(twin.state_dict())
+    with pytest.raises(ValueError, match=reason):
+        recalibrate(twin.train(), batches)
+    torch.testing.assert_close(twin.state_dict(), before)
+    assert all(module.training for module in twin.modules())
+
+
+@pytest.mark.parametrize(
+    ('change', 'found'), [(reparameterize_model, "Identity at 'stem"), (freeze_batch_norm_2d, "FrozenBatch.* at 'stem")]
+)
+def test_a_folded_or_frozen_twin_is_refused(change, found):
+    with pytest.raises(ValueError, match=found):
+        recalibrate(change(plain_twin(timm.create_model('repvgg_a0').eval())), [images()])
+
+
+def test_a_network_without_plain_blocks_is_refused():
+    with pytest.raises(ValueError, match='Linear has no block'):
         recalibrate(nn.Linear(2, 2), [])
-    with pytest.raises(ValueError, match='no images'):
-        recalibrate(plain_twin(EXAMPLES['repvgg'].block, weights=True), [])

@@ -1,14 +1,15 @@
 import json
 import sys
 
+import numpy as np
 import onnx
 import pytest
 import torch
 from huggingface_hub import ModelCard
 
 from repopt_timm.cli import main
+from repopt_timm.datasets import Images
 from repopt_timm.deploy import evaluate, save_onnx
-from repopt_timm.deploy.image_folder import ImageFolder
 
 from ..helpers import tiny_model
 from .conftest import write_checkpoint
@@ -69,15 +70,10 @@ def test_models_are_compared_in_one_table(onnx_file, images, tmp_path, capsys):
 def test_remedies_and_rankings_are_reported(damaged, images, tmp_path, capsys, caplog):
     out, folder = str(tmp_path / 'out.onnx'), tmp_path / 'layers'
     common = ['quantize', str(damaged), '--data', str(images), '--out', out, '--weights', 'per-tensor', '--json']
-    # The result in words.
-    assert main([*common[:-1], '--images', '12', '--sensitivity', str(folder), '--max-drop', '5']) == 0
-    assert 'try --equalize, which costs no time' in capsys.readouterr().out
-    assert 'One of 12 images is 8.3 points of accuracy, coarse for --max-drop 5. Take --images 60' in caplog.text
-    assert main([*common, '--images', '12', '--sensitivity', str(folder), '--max-drop', '5']) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found['kept'] == ['stages.1.1.conv', 'stages.2.0.conv']
+    assert main([*common[:-1], '--images', '12', '--sensitivity', str(folder)]) == 0
+    assert 'most sensitive:\n' in capsys.readouterr().out
     assert sorted(file.suffix for file in folder.iterdir()) == ['.json', '.md', '.png']
-    assert 'stages.1.1.conv 1' in caplog.text
+    assert 'stages.1.1.conv 1' in caplog.text and 'INT8 changes this model' in caplog.text
     assert main([*common, '--images', '12', '--equalize', '--target', 'tensorrt']) == 0
     found = json.loads(capsys.readouterr().out)
     assert found['equalization']['removed']['stages.1.1.conv'] >= 1
@@ -112,6 +108,20 @@ def test_times_are_of_the_batch_that_a_file_takes(checkpoint, images, tmp_path, 
     assert [row['batch'] for row in json.loads(capsys.readouterr().out)['latency']] == [8, 16]
 
 
+def test_classes_in_the_order_of_a_class_map_are_those_of_the_model(checkpoint, images, tmp_path):
+    state = torch.load(checkpoint, weights_only=False)
+    names = ['light', 'dark', 'grey']
+    for key in ('head.fc.weight', 'head.fc.bias'):
+        state['state_dict'][key] = state['state_dict'][key][[2, 0, 1]]
+    torch.save({**state, 'label_names': names}, tmp_path / 'last.pth.tar')
+    (tmp_path / 'classes.txt').write_text('\n'.join(names))
+    arguments = ['--data', str(images), '--class-map', str(tmp_path / 'classes.txt'), '--images', '12']
+    out = ['--out', str(tmp_path / 'out.onnx'), '--sensitivity', str(tmp_path / 'layers')]
+    assert main(['quantize', str(tmp_path / 'last.pth.tar'), *arguments, *out]) == 0
+    found = json.loads((tmp_path / 'layers' / 'sensitivity.json').read_text())
+    assert found['labelled'] and found['int8']['drop'] < 20
+
+
 @pytest.fixture
 def five_classes(tmp_path):
     return write_checkpoint(tiny_model(), tmp_path / 'five.pth.tar')
@@ -125,14 +135,19 @@ def five_classes(tmp_path):
         ('export {five} --onnx {five}/new.onnx', 'cannot be written'),
         ('quantize {model} --data {tmp}/nowhere --out {tmp}/new.onnx', 'There is no image folder'),
         ('quantize {model} --data {tmp}/empty --out {tmp}/new.onnx', 'There are no images'),
-        ('quantize {model} --data {tmp}/broken --out {tmp}/new.onnx', "broken/train/a/1.png' cannot be read"),
+        ('quantize {model} --data {tmp}/broken --out {tmp}/new.onnx', "broken/train/a/1.png' is damaged"),
         (
             'quantize {model} --data {images} --out {tmp}/new.onnx --exclude conv9',
             "exclude 'conv9': no layer",
         ),
         ('quantize {model} --data {images} --out {tmp}/new.onnx --versus x', '--report'),
         ('quantize {model} --data {images} --out {model}', 'is the input itself'),
-        ('quantize {model} --data {images} --out {tmp}', 'is a folder'),
+        ('quantize {nan} --data {images} --out {tmp}/new.onnx', "'head.fc.bias'"),
+        ('quantize {model} --data {images} --out {tmp}/new.onnx --sensitivity=', '--sensitivity'),
+        ('quantize {model} --data {images} --out {tmp}/new.txt', '.onnx'),
+        ('quantize {model} --data {images} --out {tmp}/new.onnx --class-map nowhere.txt', 'nowhere.txt'),
+        ('quantize {model} --data {images} --out {tmp}/new.onnx --calibration auto', 'Lower --images'),
+        ('export {five} --onnx {tmp}/new.txt', '.onnx'),
         ('compare-int8 {model} --data {images} --out {five}', 'is not a folder'),
         ('export test_repopt_vgg --onnx {tmp}/new.onnx', 'There are no trained weights'),
         ('export repopt_resnet18_csla --onnx {tmp}/new.onnx', 'its kernels are sums of branches'),
@@ -141,7 +156,7 @@ def five_classes(tmp_path):
         ('evaluate {tmp}/nowhere.onnx --data {images}', 'Check the path, or write one with `repopt-timm export`'),
         ('evaluate {five} --data {images}', 'The model has 5 classes, but the folder'),
         ('evaluate {model} --data {images} --input-size 3 8 8', 'ONNX Runtime cannot run the model'),
-        ('evaluate {model} --data {images} --mean 0.5 0.5', 'expected one value, or one for each channel'),
+        ('evaluate {model} --data {images} --mean 0.5 0.5', 'Images cannot be prepared with'),
         ('quantize {future} --data {images} --out {tmp}/new.onnx', 'cannot run the model'),
         ('compare-int8 {model} {model} --data {images}', 'same label'),
         ('compare-int8 {five} --data {images} --images 8 --calibrations minmax', 'The model has 5 classes'),
@@ -157,9 +172,13 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
     future = onnx.load(onnx_file)
     future.opset_import[0].version = 99
     save_onnx(future, tmp_path / 'future.onnx')
+    nan = onnx.load(onnx_file)
+    bias = next(tensor for tensor in nan.graph.initializer if tensor.name == 'head.fc.bias')
+    bias.CopyFrom(onnx.numpy_helper.from_array(np.full(3, np.nan, np.float32), bias.name))
+    save_onnx(nan, tmp_path / 'nan.onnx')
     before = sorted(tmp_path.rglob('*'))
     places = {'tmp': tmp_path, 'model': onnx_file, 'five': five_classes, 'images': images}
-    places['future'] = tmp_path / 'future.onnx'
+    places |= {name: tmp_path / f'{name}.onnx' for name in ('future', 'nan')}
     assert main([argument.format(**places) for argument in arguments.split()]) == 1
     error = capsys.readouterr().err
     assert error.startswith('error: ')
@@ -176,7 +195,6 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
     [
         ('int8', '', 'quantized already'),
         ('float', '--exclude conv9', 'no layer'),
-        ('unlabelled', '--max-drop 1', 'A largest drop in accuracy needs labels'),
     ],
 )
 def test_what_is_known_beforehand_is_said_before_the_calibration(
@@ -184,9 +202,7 @@ def test_what_is_known_beforehand_is_said_before_the_calibration(
 ):
     done = quantization()
     save_onnx(done.quantized if kind == 'int8' else done.model, tmp_path / 'model.onnx')
-    if kind == 'unlabelled':
-        images = images / 'train' / 'grey'
-    monkeypatch.setattr(ImageFolder, 'batches', lambda *args, **kwargs: pytest.fail('images were read'))
+    monkeypatch.setattr(Images, 'batches', lambda *args, **kwargs: pytest.fail('images were read'))
     paths = ['--data', str(images), '--out', str(tmp_path / 'new.onnx')]
     assert main(['quantize', str(tmp_path / 'model.onnx'), *paths, *arguments.split()]) == 1
     assert message in capsys.readouterr().err

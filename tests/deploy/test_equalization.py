@@ -7,9 +7,7 @@ from onnx import helper, numpy_helper
 from torch import nn
 
 from repopt_timm.deploy import QuantizationOptions, equalize, quantize_onnx
-from repopt_timm.deploy import equalization as equalization_module
 from repopt_timm.deploy.channel_health import kernel_outliers
-from repopt_timm.deploy.equalization import describe
 from repopt_timm.deploy.onnx_export import to_onnx
 from repopt_timm.deploy.onnx_graph import Graph
 
@@ -152,42 +150,22 @@ def test_a_layer_that_nothing_reads_is_not_equalized(zero):
     blocks = {f'layer{stage}.0.conv1' for stage in range(1, 5)}
     assert blocks & found.pairs.keys() == (set() if zero else blocks)
     assert {layer for layer in blocks if found.left.get(layer) == 'unread'} == (blocks if zero else set())
-    assert ('960 output channels of 4 layers that nothing reads set to 0' in describe(found.counts)) is zero
+    assert sum(found.unread.values()) == (960 if zero else 0)
 
 
-def test_what_was_done_is_described_in_a_line():
-    counts = {'removed': {'a': 1}, 'unread': {}, 'kept': {}, 'pairs': {'a': ['b']}, 'left': {'b': 'output'}}
-    assert describe({**counts, 'images': 1, 'difference': 0.0}) == (
-        '1 dead input channel of 1 layer removed, 1 layer equalized with readers, 1 left as they are (output); logits '
-        'within 0.0e+00 of the largest on 1 image'
-    )
-    assert describe({**counts, 'removed': {}, 'images': 2, 'difference': 0.0}).startswith('no dead input channels, 1 ')
-
-
-def test_a_rewrite_that_changes_logits_is_refused(network, monkeypatch):
-    monkeypatch.setattr(equalization_module, '_TOLERANCE', 0)
-    message = r'The equalized model differs: .* expected at most 0e\+00; .* Quantize without --equalize'
-    with pytest.raises(ValueError, match=message):
-        equalize(network, Images(), range(16))
-
-
-def test_a_refusal_names_the_model(onnx_file, images, monkeypatch):
-    monkeypatch.setattr(equalization_module, '_TOLERANCE', 0)
-    with pytest.raises(ValueError, match=r"'.*model\.onnx' cannot be quantized: The equalized model differs"):
-        quantize_onnx(onnx_file, images, QuantizationOptions(images=4, equalize=True))
-
-
-def test_logits_that_are_not_finite_are_refused(network):
+def test_a_rewrite_that_changes_logits_is_refused(network):
+    with pytest.raises(ValueError, match='differs'):
+        equalize(network, Images(), range(16), tolerance=0)
     graph = Graph(network)
     graph.bias('second_fc')[0] = np.nan
-    with pytest.raises(ValueError, match='a logit by nan of the largest'):
+    with pytest.raises(ValueError, match='nan'):
         equalize(graph.model, Images(), range(4))
 
 
 def test_int8_survives_one_scale_for_all_weights_after_it(damaged, broken_by_int8, images):
     options = QuantizationOptions(images=20, weights='per-tensor', equalize=True)
     done = quantize_onnx(damaged, images, options)
-    assert broken_by_int8.agreement() < 70 < 90 < done.agreement()
+    assert broken_by_int8.agreement < 70 < 90 < done.agreement
     assert broken_by_int8.warnings() and not done.warnings()
     assert done.equalization.removed['stages.1.1.conv'] >= 1
     assert not kernel_outliers(done.model)

@@ -1,102 +1,20 @@
-import json
+from collections import OrderedDict
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-from repopt_timm import Scales
+from repopt_timm import load_scales
 from repopt_timm.cli import main
 from repopt_timm.models.reference_weights import model_from_reference
-from repopt_timm.scales import read_scale_file
 
 from ..helpers import TINY
 
-
-def plain_block(in_channels, out_channels, stride):
-    block = nn.Sequential()
-    block.add_module('conv', nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False))
-    block.add_module('bn', nn.BatchNorm2d(out_channels))
-    block.add_module('relu', nn.ReLU())
-    return block
+IMAGES = torch.randn(2, 3, 64, 64)
 
 
-class PublishedLayout(nn.Module):
-    """A target network with the module names of the reference repository."""
-
-    def __init__(self, depths=(1, 2, 2, 1), widths=(16, 16, 32, 64, 128), num_classes=1000):
-        super().__init__()
-        self.stage0 = plain_block(3, widths[0], 2)
-        for stage, depth in enumerate(depths, start=1):
-            channels = [widths[stage - 1]] + [widths[stage]] * depth
-            blocks = [plain_block(channels[i], channels[i + 1], 2 if i == 0 else 1) for i in range(depth)]
-            setattr(self, f'stage{stage}', nn.Sequential(*blocks))
-        self.gap = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(widths[-1], num_classes)
-
-    def forward(self, x):
-        for stage in (self.stage0, self.stage1, self.stage2, self.stage3, self.stage4):
-            x = stage(x)
-        return self.linear(self.gap(x).flatten(1))
-
-
-@pytest.fixture
-def published():
-    model = PublishedLayout()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return model.eval()
-
-
-@pytest.mark.parametrize('nest', [lambda state: state, lambda state: {'model': state, 'epoch': 119}])
-def test_a_converted_model_has_the_same_logits(tmp_path, published, nest):
-    torch.save(nest(published.state_dict()), tmp_path / 'RepOpt.pth')
-    images = torch.randn(2, 3, 64, 64)
-    model = model_from_reference(tmp_path / 'RepOpt.pth')
-    assert model.architecture == TINY
-    torch.testing.assert_close(model(images), published(images))
-
-
-def test_the_command_writes_timms_format_with_the_tag_in1k(tmp_path, published, capsys):
-    torch.save(published.state_dict(), tmp_path / 'RepOpt.pth')
-    assert main(['convert-checkpoint', str(tmp_path / 'RepOpt.pth'), '--out', str(tmp_path / 'out'), '--json']) == 0
-    assert json.loads(capsys.readouterr().out)['architecture'] == TINY
-    config = json.loads((tmp_path / 'out/config.json').read_text())
-    assert config['pretrained_cfg']['tag'] == 'in1k'
-    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
-    images = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(model(images), published(images))
-
-
-class PublishedGhostModule(nn.Module):
-    """A module of the reference repository's RepOptGhostNet, made of one of timm's."""
-
-    def __init__(self, module, searched=False):
-        super().__init__()
-        conv = module.cheap_operation[0]
-        self.primary_conv = module.primary_conv
-        self.cheap_operation = nn.Sequential(conv, Scale(conv.out_channels) if searched else nn.Identity())
-        self.fusion_scale = Scale(conv.out_channels) if searched else None
-        self.final_bn = nn.BatchNorm2d(conv.out_channels)
-        self.relu = module.relu
-
-    def forward(self, x):
-        return self.relu(self.final_bn(self.cheap_operation(self.primary_conv(x))))
-
-
-class Scale(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.weight = nn.Parameter(torch.rand(channels) + 0.5)
-
-
-def published_ghost_net(searched=False):
-    model = timm.create_model('repghostnet_050', num_classes=7)
-    for name, module in list(model.named_modules()):
-        if type(module).__name__ == 'RepGhostModule':
-            model.set_submodule(name, PublishedGhostModule(module, searched))
+def randomized(model):
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)
@@ -104,46 +22,131 @@ def published_ghost_net(searched=False):
     return model.eval()
 
 
-def test_a_converted_ghost_net_has_the_same_logits(tmp_path):
-    published = published_ghost_net()
-    torch.save({'model': published.state_dict()}, tmp_path / 'ghost.pth')
-    images = torch.randn(2, 3, 64, 64)
-    model = model_from_reference(tmp_path / 'ghost.pth')
-    assert model.architecture == 'repghostnet_050'
-    torch.testing.assert_close(model(images), published(images))
+def conv_bn(in_channels, out_channels, kernel, stride, groups=1, **further):
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels), **further))
+
+
+def target_block(in_channels, out_channels, stride, index):
+    return conv_bn(in_channels, out_channels, 3, stride, relu=nn.ReLU())
+
+
+class RepVggBlock(nn.Module):
+    """A block as RepVGG's authors train it."""
+
+    def __init__(self, in_channels, out_channels, stride, index, g4=False, se=False):
+        super().__init__()
+        groups = 4 if g4 and index in range(2, 27, 2) else 1
+        self.rbr_identity = nn.BatchNorm2d(in_channels) if in_channels == out_channels and stride == 1 else None
+        self.rbr_dense = conv_bn(in_channels, out_channels, 3, stride, groups)
+        self.rbr_1x1 = conv_bn(in_channels, out_channels, 1, stride, groups)
+        self.se = nn.Module()
+        if se:
+            self.se.down = nn.Conv2d(out_channels, out_channels // 16, 1)
+            self.se.up = nn.Conv2d(out_channels // 16, out_channels, 1)
+
+    def forward(self, x):
+        total = self.rbr_dense(x) + self.rbr_1x1(x) + (self.rbr_identity(x) if self.rbr_identity else 0)
+        if hasattr(self.se, 'down'):
+            total = total * self.se.up(self.se.down(total.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return total.relu()
+
+
+class PublishedVgg(nn.Module):
+    """A network with the module names of the authors' repositories."""
+
+    def __init__(self, block, depths, widths, num_classes=7):
+        super().__init__()
+        self.stage0 = block(3, widths[0], 2, 0)
+        for stage, depth in enumerate(depths, start=1):
+            channels, first = [widths[stage - 1]] + [widths[stage]] * depth, 1 + sum(depths[: stage - 1])
+            blocks = [block(channels[i], channels[i + 1], 1 if i else 2, first + i) for i in range(depth)]
+            setattr(self, f'stage{stage}', nn.Sequential(*blocks))
+        self.linear = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, x):
+        for stage in (self.stage0, self.stage1, self.stage2, self.stage3, self.stage4):
+            x = stage(x)
+        return self.linear(x.mean((2, 3)))
+
+
+def tiny_target(widths=(16, 16, 32, 64, 128)):
+    return randomized(PublishedVgg(target_block, (1, 2, 2, 1), widths, num_classes=1000))
+
+
+@pytest.mark.parametrize('nest', [lambda state: state, lambda state: {'model': state, 'epoch': 119}])
+def test_a_converted_target_has_the_same_logits_and_the_tag_in1k(tmp_path, nest):
+    published = tiny_target()
+    torch.save(nest(published.state_dict()), tmp_path / 'RepOpt.pth')
+    assert main(['convert-checkpoint', str(tmp_path / 'RepOpt.pth'), '--out', str(tmp_path / 'out')]) == 0
+    model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
+    assert (model.pretrained_cfg['architecture'], model.pretrained_cfg['tag']) == (TINY, 'in1k')
+    torch.testing.assert_close(model(IMAGES), published(IMAGES))
+
+
+def test_a_repvgg_of_its_authors_becomes_a_plain_network_with_the_same_logits(tmp_path):
+    published = randomized(PublishedVgg(RepVggBlock, (2, 4, 14, 1), (48, 48, 96, 192, 1280)))
+    file, out = str(tmp_path / 'RepVGG-A0-train.pth'), tmp_path / 'out'
+    torch.save(published.state_dict(), file)
+    assert torch.equal(model_from_reference(file)(IMAGES), published(IMAGES))
+    assert main(['convert-checkpoint', file, '--out', str(out), '--scales', 'implied']) == 0
+    plain = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
+    torch.testing.assert_close(plain(IMAGES), published(IMAGES), rtol=1e-4, atol=1e-4)
+    assert load_scales(out).architecture == plain.pretrained_cfg['architecture'] == 'repopt_vgg_a0'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ('name', 'depths', 'widths', 'options'),
+    [
+        ('repvgg_b1g4', (4, 6, 16, 1), (64, 128, 256, 512, 2048), {'g4': True}),
+        ('repvgg_d2se', (8, 14, 24, 1), (64, 160, 320, 640, 2560), {'se': True}),
+    ],
+)
+def test_groups_and_attention_of_a_repvgg_are_found_by_its_shapes(tmp_path, name, depths, widths, options):
+    published = randomized(PublishedVgg(lambda *args: RepVggBlock(*args, **options), depths, widths))
+    torch.save(published.state_dict(), tmp_path / 'RepVGG.pth')
+    model = model_from_reference(tmp_path / 'RepVGG.pth')
+    assert model.pretrained_cfg['architecture'] == name
+    torch.testing.assert_close(model(IMAGES), published(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+def test_a_ghost_net_of_the_reference_goes_by_name(tmp_path):
+    model = randomized(timm.create_model('repopt_repghostnet_050', num_classes=7))
+    names = {'cheap_operation.conv.': 'cheap_operation.0.', 'cheap_operation.bn.': 'final_bn.'}
+    state = model.state_dict()
+    for ours, theirs in names.items():
+        state = {key.replace(ours, theirs): tensor for key, tensor in state.items()}
+    torch.save({'model': state}, tmp_path / 'ghost.pth')
+    torch.testing.assert_close(model_from_reference(tmp_path / 'ghost.pth')(IMAGES), model(IMAGES))
 
 
 def test_the_scales_of_a_ghost_net_go_by_name(tmp_path):
-    searched = published_ghost_net(searched=True).state_dict()
+    keys = {'kxk': 'cheap_operation.1.weight', 'identity': 'fusion_scale.weight'}
+    plain = timm.create_model('repopt_repghostnet_050')
+    initial, searched = load_scales('initial', plain), {}
+    for module in initial:
+        block = module.removesuffix('cheap_operation.conv')
+        searched |= {block + key: torch.rand_like(initial[module][branch]) for branch, key in keys.items()}
     torch.save({'state_dict': searched}, tmp_path / 'RepOptGhostNet_0_5x_scales.pth')
-    target = timm.create_model('repopt_repghostnet_050', scales=tmp_path / 'RepOptGhostNet_0_5x_scales.pth')
-    scales = Scales.from_model(target)
-    assert len(scales) == 32
-    module = 'blocks.1.0.ghost2'
-    assert torch.equal(scales[f'{module}.cheap_operation.conv']['kxk'], searched[f'{module}.cheap_operation.1.weight'])
-    assert torch.equal(scales[f'{module}.cheap_operation.conv']['identity'], searched[f'{module}.fusion_scale.weight'])
-    with pytest.raises(ValueError, match=r'scales\.pth.*has shape \(4,\), expected \(8,\)'):
-        timm.create_model('repopt_repghostnet_100', scales=tmp_path / 'RepOptGhostNet_0_5x_scales.pth')
-    with pytest.raises(ValueError, match=r'It is a hyper-search; take its scales'):
-        model_from_reference(tmp_path / 'RepOptGhostNet_0_5x_scales.pth')
+    scales = load_scales(tmp_path / 'RepOptGhostNet_0_5x_scales.pth', plain)
+    for branch, key in keys.items():
+        expected = searched[f'blocks.1.0.ghost2.{key}']
+        assert torch.equal(scales['blocks.1.0.ghost2.cheap_operation.conv'][branch], expected)
 
 
-def test_a_ghost_net_with_branches_is_no_target(tmp_path):
-    model = timm.create_model('repghostnet_050')
-    torch.save(model.state_dict(), tmp_path / 'branches.pth')
-    with pytest.raises(ValueError, match=r"branches\.pth: .*is a branch's BatchNorm.*plain_twin\(model"):
-        model_from_reference(tmp_path / 'branches.pth')
-    with pytest.raises(ValueError, match='no scales in it'):
-        read_scale_file(tmp_path / 'branches.pth')
-
-
-def test_a_hyper_search_is_no_target(tmp_path):
-    torch.save({'stage0.scale_conv.weight': torch.ones(64)}, tmp_path / 'hs.pth')
-    with pytest.raises(ValueError, match=r'hs\.pth: .*take its scales: repopt-timm scales extract'):
-        model_from_reference(tmp_path / 'hs.pth')
-
-
-def test_unknown_widths_are_refused(tmp_path):
-    torch.save(PublishedLayout(widths=(8, 8, 8, 8, 8)).state_dict(), tmp_path / 'other.pth')
-    with pytest.raises(ValueError, match=r'other\.pth: its 7 convolutions fit no known architecture'):
+@pytest.mark.parametrize(
+    ('state', 'name'),
+    [
+        ({'stage0.scale_conv.weight': torch.ones(64)}, 'scales extract'),
+        ({'stage1.0.rbr_reparam.weight': torch.ones(2, 2, 3, 3)}, 'already fused.*rbr_reparam'),
+        (tiny_target((8, 8, 8, 8, 8)).state_dict(), 'no known architecture'),
+        ({**tiny_target().state_dict(), 'linear.weight': torch.ones(3)}, TINY),
+        ({'stage0.conv.weight': torch.ones(2, dtype=torch.int32)}, r"'stem\.conv\.weight'"),
+    ],
+    ids=['search', 'deployed RepVGG', 'unknown widths', 'classifier', 'integer'],
+)
+def test_what_is_no_target_is_named_with_its_file(tmp_path, state, name):
+    torch.save(state, tmp_path / 'other.pth')
+    with pytest.raises(ValueError, match=rf'other\.pth.*{name}'):
         model_from_reference(tmp_path / 'other.pth')

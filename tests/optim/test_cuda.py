@@ -4,9 +4,10 @@ import pytest
 import timm
 import torch
 
-from repopt_timm import RepOptAdamW, RepOptSGD, Scales, attach_scales, clip_grad_norm_, make_grad_mults
+from repopt_timm import RepOptAdamW, RepOptSGD, Scales, make_grad_mults
+from repopt_timm.reparam import attach_scales
 
-from .fake_cuda import Dispatched, check_alike, fake_cuda
+from .fake_cuda import Dispatched, fake_cuda
 
 SETTINGS = {'sgd': {'lr': 0.1, 'momentum': 0.9, 'nesterov': True, 'weight_decay': 1e-4}, 'adamw': {'lr': 1e-3}}
 OURS = {'sgd': RepOptSGD, 'adamw': RepOptAdamW}
@@ -33,24 +34,16 @@ def dispatched(function):
 
 
 @pytest.mark.parametrize('rule', OURS)
-def test_a_step_dispatches_few_operations(model, rule):
+def test_a_step_launches_a_handful_of_operations_more_than_torchs_fused_one(model, rule):
     with fake_cuda(model, make_grad_mults(model, update_rule=rule)) as (params, mults):
-        lists = {'foreach': True} if rule == 'sgd' else {'foreach': True, 'capturable': True}
-        reference = TORCHS[rule](params, **SETTINGS[rule], **lists)
-        optimizer = OURS[rule](params, grad_mults=mults, **SETTINGS[rule])
-        reference.step()
-        optimizer.step()
-        counted = dispatched(optimizer.step)
-        assert counted.total <= 2 * dispatched(reference.step).total
-        assert any(name.startswith('_fused') for name in counted.counts)
-        # No operation for a group: a handful for a kernel, whatever its groups.
-        assert counted.total - counted.counts['default'] < 16 * len(params)
-
-
-def test_clipping_dispatches_at_most_twice_what_torch_does(model):
-    with fake_cuda(model, make_grad_mults(model)) as (params, mults):
-        torchs = dispatched(lambda: torch.nn.utils.clip_grad_norm_(params, 1.0, foreach=True)).total
-        assert dispatched(lambda: clip_grad_norm_(params, 1.0, mults)).total <= 2 * torchs
+        optimizers = (
+            TORCHS[rule](params, **SETTINGS[rule], fused=True),
+            OURS[rule](params, grad_mults=mults, **SETTINGS[rule]),
+        )
+        for optimizer in optimizers:
+            optimizer.step()
+        torchs, ours = (dispatched(optimizer.step) for optimizer in optimizers)
+        assert ours.total - torchs.total <= 3
 
 
 @pytest.mark.parametrize('rule', OURS)
@@ -66,10 +59,7 @@ def test_a_resumed_step_stays_on_the_device(rule, kwargs):
         dispatched(first.step)
         resumed.load_state_dict(first.state_dict())
         dispatched(resumed.step)
-        for param in params:
-            for name, value in resumed.state[param].items():
-                assert value is not first.state[param][name]
-                assert value.device == param.device
+        assert all(value.device == param.device for param in params for value in resumed.state[param].values())
 
 
 @pytest.mark.parametrize('rule', OURS)
@@ -81,10 +71,3 @@ def test_a_grad_scaler_does_not_make_the_host_wait(rule):
         optimizer.grad_scale = torch.ones((), device='cuda')
         optimizer.found_inf = torch.zeros((), device='cuda')
         dispatched(optimizer.step)
-
-
-def test_masks_of_the_dense_path_lie_in_memory_like_the_kernels():
-    model = with_scales('repopt_vgg_b1').to(memory_format=torch.channels_last)
-    mults = make_grad_mults(model)
-    kernels = list(mults)
-    check_alike(kernels, [mults[kernel].filled(kernel).taps for kernel in kernels])

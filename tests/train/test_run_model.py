@@ -3,7 +3,7 @@ import re
 import pytest
 
 from repopt_timm import Scales, save_pretrained
-from repopt_timm.cards.writing import save_scales_card
+from repopt_timm.cards.publish import save_scales_card
 from repopt_timm.sources import default_scales
 from repopt_timm.train.command import main
 

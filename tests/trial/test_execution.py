@@ -2,82 +2,73 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from repopt_timm.cli import main
 from repopt_timm.train.run_folder import is_busy
-from repopt_timm.trial import execution
-from repopt_timm.trial.trial_plan import open_runs
+from repopt_timm.trial.execution import run_all
 
 from ..helpers import TINY
 from ..train.runs import ENVIRONMENT, assert_same_bits, read
 
 # Stands in for a training: does what the folder's name says.
 CHILD = """
-import pathlib, sys, time
+import pathlib, sys
 folder = pathlib.Path(sys.argv[1])
-(folder / 'pid').write_text('x')
 if folder.name == 'seed-1':
     sys.exit('no memory')
+(folder / 'last.pth.tar').write_text('x')
 (folder / 'summary.csv').write_text('epoch,train_loss,eval_top1\\n1,2.0,50.0\\n')
 """
 
 
-@pytest.fixture
-def children(monkeypatch):
-    """Replaces the training command."""
-
-    def replace(code=CHILD):
-        monkeypatch.setattr(execution, 'prepare', lambda run, shared: [sys.executable, '-c', code, str(run.folder)])
-
-    return replace
+def child(code):
+    return lambda run, trial: [sys.executable, '-c', code, str(run.folder)]
 
 
-def test_the_others_go_on_when_a_run_ends_with_an_error(trial, children):
-    children()
-    runs = trial('--arms', 'sgd', '--lr', '0.1', '--seeds', '3', '--epochs', '1')
-    failed = execution.run_all(lambda: open_runs(runs), runs.shared, 2, 1)
+def test_the_others_go_on_when_a_run_ends_with_an_error(trial):
+    made = trial('--arms', 'sgd', '--lr', '0.1', '--seeds', '3', '--epochs', '1')
+    failed = run_all(made, 2, 1, child(CHILD))
     assert [run.folder.name for run in failed] == ['seed-1']
-    assert [runs.training('sgd', seed, 0.1).outcome.finished for seed in range(3)] == [True, False, True]
-    assert 'no memory' in (runs.folder / 'runs/sgd/seed-1/train.log').read_text()
+    assert [made.training('sgd', seed, 0.1).top1 for seed in range(3)] == [50, None, 50]
+    assert 'no memory' in (made.folder / 'runs/sgd/seed-1/train.log').read_text()
 
 
-def test_checkpoints_of_tuning_runs_are_not_kept(trial, children):
-    children(CHILD + "(folder / 'last.pth.tar').write_text('x')")
-    runs = trial('--arms', 'sgd', '--seeds', '1', '--epochs', '1')
-    execution.run_all(lambda: open_runs(runs), runs.shared, 2, 1)
-    assert len(list(runs.folder.glob('tuning/*/*/summary.csv'))) > 3
-    assert [path.parent.name for path in runs.folder.rglob('last.pth.tar')] == ['seed-0']
+def test_checkpoints_of_tuning_runs_are_not_kept(trial):
+    made = trial('--arms', 'sgd', '--seeds', '1', '--epochs', '1')
+    run_all(made, 2, 1, child(CHILD))
+    assert len(list(made.folder.glob('tuning/*/*/summary.csv'))) > 3
+    assert [path.parent.name for path in made.folder.rglob('last.pth.tar')] == ['seed-0']
 
 
 @pytest.mark.parametrize('ending', [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_trial_ends_its_runs(trial, children, ending):
-    children("import signal, sys, time; print('up', flush=True); time.sleep(60)")
-    runs = trial('--arms', 'sgd', '--lr', '0.1', '--seeds', '2', '--epochs', '1')
-    started = []
-    original = execution._start
+def test_an_interrupted_trial_ends_its_runs(trial, ending):
+    made = trial('--arms', 'sgd', '--lr', '0.1', '--seeds', '2', '--epochs', '1')
+    logs = [made.training('sgd', seed, 0.1).folder / 'train.log' for seed in (0, 1)]
 
-    def start(*args):
-        started.append(original(*args))
-        if len(started) == 2:
-            signal.raise_signal(ending)
-        return started[-1]
+    def interrupt():
+        while not all(log.exists() and log.read_text() for log in logs):
+            time.sleep(0.02)
+        signal.raise_signal(ending)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(execution, '_start', start)
-        execution.run_all(lambda: open_runs(runs), runs.shared, 2, 1)
-    assert [process.returncode for process in started] == [-signal.SIGTERM] * 2
+    # Writes a line when it has begun, and another when it is asked to end.
+    code = (
+        'import signal, sys, time\n'
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit('asked to end'))\n"
+        "print('up', flush=True); time.sleep(60)"
+    )
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_all(made, 2, 1, child(code))
+    thread.join()
+    assert ['asked to end' in log.read_text() for log in logs] == [True, True]
 
 
-@pytest.mark.parametrize(('given', 'variable', 'threads'), [(3, '2', 3), (None, '2', 2), (None, '', None)])
-def test_threads_are_given_or_shared_by_the_runs(monkeypatch, given, variable, threads):
-    monkeypatch.setenv('OMP_NUM_THREADS', variable)
-    assert execution.threads_of(1000, given) == (threads or 1)
-
-
-def command(data, output, *more):
+def words_of(data, output, *more):
     small = ['--input-size', '3', '32', '32', '--batch-size', '8', '--log-interval', '1', '--num-classes', '2']
     return ['trial', TINY, '--data', str(data), '--output', str(output), *small, *more]
 
@@ -88,15 +79,14 @@ def test_branches_are_not_trained_in_a_layout_that_corrupts_memory(images, tmp_p
     train = ['train', str(images), '--model', 'repvgg_a0', '--output', str(tmp_path)]
     for command in (trial, train):
         assert main([*command, *words]) == 1
-        found = capsys.readouterr().err
-        assert "corrupts memory on a CPU as it trains 'stem.conv_1x1.conv', a strided 1x1 convolution of 3" in found
+        assert "'stem.conv_1x1.conv'" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_trial_searches_trains_and_reports(images, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     arms = ['--arms', 'sgd', 'search', '--search', '1', '--seeds', '1', '--lr', '0.02', '--epochs', '2']
-    assert main(command(images, tmp_path / 'trial', *arms, '--jobs', '2')) == 0
+    assert main(words_of(images, tmp_path / 'trial', *arms, '--jobs', '2')) == 0
     report = json.loads((tmp_path / 'trial/report.json').read_text())
     for arm in ('sgd', 'search'):
         assert report['arms'][arm]['top1']['0'] > 0 and report['arms'][arm]['activations'] > 0
@@ -107,7 +97,7 @@ def test_a_trial_searches_trains_and_reports(images, tmp_path, capsys, monkeypat
 def test_a_trial_goes_on_after_ctrl_c_in_the_middle_of_a_run(images, tmp_path):
     def words(output):
         more = ['--arms', 'repopt', '--seeds', '1', '--lr', '0.02', '--epochs', '8']
-        return [sys.executable, '-m', 'repopt_timm.cli', *command(images, output, *more)]
+        return [sys.executable, '-m', 'repopt_timm.cli', *words_of(images, output, *more)]
 
     subprocess.run(words(tmp_path / 'whole'), env=ENVIRONMENT, check=True, capture_output=True)
     process = subprocess.Popen(words(tmp_path / 'cut'), env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)

@@ -1,11 +1,17 @@
+from dataclasses import replace
+
 import pytest
 
+from repopt_timm import Scales
 from repopt_timm.cli import main
-from repopt_timm.trial.results import read_results
-from repopt_timm.trial.trial_folder import read_saved_settings
+from repopt_timm.trial.networks import plain_network
+from repopt_timm.trial.trial_command import read_fingerprints
+from repopt_timm.trial.trial_folder import open_trial
 
-from ..helpers import TINY
-from .conftest import fake_run
+from ..helpers import TINY, spread
+from .conftest import fake_run, run_trial
+
+ARMS = ['--arms', 'sgd', 'repopt']
 
 
 @pytest.fixture
@@ -13,67 +19,117 @@ def trained(trial):
     """Makes a trial with a run of each arm that has trained."""
 
     def make(*words):
-        runs = trial(*words)
-        for arm in runs.settings.arms:
-            fake_run(runs.training(arm, 0, 0.1), 50)
-        return runs
+        made = trial(*words)
+        for arm in made.settings.arms:
+            fake_run(made.training(arm, 0, 0.1), 50)
+        return made
 
     return make
 
 
-def test_a_folder_takes_one_trial_only(trial, trained):
-    trained('--lr', '0.1')
-    trial('--lr', '0.1', '--seeds', '5', '--arms', 'sgd', '--workers', '0')
-    trial('--lr', '0.1', '--search', '3')
-    for words, name in ((['--lr', '0.2'], 'lr 0.1 -> 0.2'), (['--lr', '0.1', '--epochs', '9'], 'epochs 10 -> 9')):
-        with pytest.raises(ValueError, match=name):
-            trial(*words)
+def best_at(lr):
+    return lambda run: 50 - abs(run.arguments['lr'] - lr)
 
 
-@pytest.mark.parametrize(
-    'words',
-    [
-        ['--crop-pct', '0.5'],
-        ['--interpolation', 'bicubic'],
-        ['--val-split', 'test'],
-        ['--val-num-samples', '9'],
-        ['--val-interval', '2'],
-        ['--cooldown-epochs', '1'],
-        ['--channels-last'],
-        ['--grad-checkpointing'],
-        ['--torchcompile'],
-        ['--batch-size', '64'],
-        ['--train-images', '9'],
-    ],
-)
+def test_learning_rates_come_first_and_then_seed_after_seed(trial):
+    order = run_trial(trial(*ARMS, '--seeds', '2'), best_at(0.1))
+    tuning = [f'tuning/{arm}/lr-{lr}' for arm in ('sgd', 'repopt') for lr in (0.05, 0.1, 0.2)]
+    assert order == tuning + [f'runs/{arm}/seed-{seed}' for seed in (0, 1) for arm in ('sgd', 'repopt')]
+
+
+def test_each_arm_trains_with_the_learning_rate_that_was_best_on_held_out_images(trial):
+    made = trial(*ARMS, '--seeds', '1')
+    run_trial(made, lambda run: best_at(0.1 if run.arguments['opt'] == 'sgd' else 0.4)(run))
+    assert {arm: made.choice(arm).best for arm in made.settings.arms} == {'sgd': 0.1, 'repopt': 0.4}
+    assert all(made.tuning(arm, 0.1).arguments['holdout'] == 0.1 for arm in made.settings.arms)
+    assert 'holdout' not in made.training('sgd', 0, 0.1).arguments
+
+
+def test_a_trial_goes_on_where_it_was_and_takes_more_seeds(trial):
+    made = trial(*ARMS, '--seeds', '1', '--lr', '0.1')
+    fake_run(made.training('sgd', 0, 0.1), 50)
+    order = run_trial(trial(*ARMS, '--seeds', '2', '--lr', '0.1'), best_at(0.1))
+    assert order == ['runs/repopt/seed-0', 'runs/sgd/seed-1', 'runs/repopt/seed-1']
+
+
+def test_half_a_run_is_not_finished(trial):
+    made = trial('--arms', 'sgd', '--seeds', '1', '--lr', '0.1', '--epochs', '4')
+    run = made.training('sgd', 0, 0.1)
+    fake_run(run, 50)
+    path = run.folder / 'summary.csv'
+    path.write_text('\n'.join(path.read_text().splitlines()[:3]) + '\n')
+    assert [each.folder for each in made.open_runs()] == [run.folder]
+
+
+def test_runs_that_diverge_are_never_the_best_nor_tried_again(trial):
+    order = run_trial(trial(*ARMS, '--seeds', '1'), lambda run: None if run.arguments['opt'] == 'sgd' else 50)
+    assert 'runs/repopt/seed-0' in order and 'runs/sgd/seed-0' not in order
+
+
+def test_a_search_precedes_what_trains_with_its_scales_and_does_not_see_held_out_images(trial):
+    made = trial('--arms', 'search', '--search', '2', '--seeds', '1', '--lrs', '0.1', '0.2', '0.4')
+    order = run_trial(made, lambda run: best_at(0.2)(run) if 'lr' in run.arguments else 30)
+    assert order[0] == 'searches/tuning' and order[-2:] == ['searches/seed-0', 'runs/search/seed-0']
+    tuned = made.tuning('search', 0.2)
+    assert tuned.arguments['scales'].endswith('searches/tuning/scales.safetensors')
+    assert tuned.after.arguments['holdout'] == tuned.arguments['holdout']
+    assert tuned.after.arguments['weight_decay'] == 4e-5 and 'lr' not in tuned.after.arguments
+    assert made.training('search', 0, 0.2).arguments['scales'].endswith('searches/seed-0/scales.safetensors')
+
+
+OTHER_PROTOCOLS = [
+    '--lr 0.2',
+    '--epochs 9',
+    '--crop-pct 0.5',
+    '--interpolation bicubic',
+    '--val-split test',
+    '--val-interval 2',
+    '--cooldown-epochs 1',
+    '--channels-last',
+    '--grad-checkpointing',
+    '--batch-size 64',
+    '--train-images 9',
+]
+
+
+@pytest.mark.parametrize('words', OTHER_PROTOCOLS)
 def test_seeds_of_two_protocols_are_not_pooled(trial, trained, words):
     trained('--lr', '0.1', '--arms', 'sgd')
-    with pytest.raises(ValueError, match=f'with other arguments: {words[0][2:].replace("-", "_")} '):
-        trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5', *words)
+    with pytest.raises(ValueError, match=f'with other arguments: {words.split()[0][2:].replace("-", "_")} '):
+        trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5', *words.split())
 
 
 @pytest.mark.parametrize(
     'words',
     [
-        ['--workers', '2', '--pin-mem'],
-        ['--cache-images'],
-        ['--device', 'cpu'],
-        ['--jobs', '2', '--threads', '1'],
-        ['--validation-batch-size', '9'],
-        ['--checkpoint-hist', '9'],
-        ['--log-interval', '9', '--log-tensorboard'],
+        '--workers 2 --pin-mem',
+        '--cache-images',
+        '--device cpu',
+        '--jobs 2 --threads 1',
+        '--validation-batch-size 9',
+        '--checkpoint-hist 9',
+        '--log-interval 9 --log-tensorboard',
     ],
 )
 def test_where_a_trial_is_computed_may_change(trial, trained, words):
     trained('--lr', '0.1', '--arms', 'sgd')
-    trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5', *words)
+    trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5', *words.split())
+
+
+def test_an_argument_that_an_older_folder_lacks_had_its_default(trial, trained):
+    words = ['--lr', '0.1', '--arms', 'sgd']
+    path = trained(*words).folder / 'shared.yaml'
+    path.write_text(''.join(line for line in path.open() if not line.startswith('smoothing')))
+    trial(*words, '--seeds', '5')
+    with pytest.raises(ValueError, match=r'smoothing 0\.1 -> 0\.3'):
+        path.write_text(''.join(line for line in path.open() if not line.startswith('smoothing')))
+        trial(*words, '--seeds', '5', '--smoothing', '0.3')
 
 
 def test_a_folder_in_which_nothing_has_trained_takes_other_arguments(trial):
     trial('--lr', '0.1', '--arms', 'init', '--epochs', '3')
-    runs = trial('--lr', '0.2', '--arms', 'sgd', '--batch-size', '7')
-    found = read_results(runs.folder)
-    assert (found.settings.arms, found.settings.lr, found.shared.batch_size) == (('sgd',), 0.2, 7)
+    found = open_trial(trial('--lr', '0.2', '--arms', 'sgd', '--batch-size', '7').folder)
+    assert (found.settings.arms, found.settings.lr, found.shared['batch_size']) == (['sgd'], 0.2, 7)
 
 
 def test_a_network_that_cannot_be_made_changes_nothing(images, trained, tmp_path, capsys):
@@ -83,47 +139,62 @@ def test_a_network_that_cannot_be_made_changes_nothing(images, trained, tmp_path
     assert main(['trial', TINY, *words, '--output', str(folder), '--arms', 'branches']) == 1
     assert 'corrupts memory' in capsys.readouterr().err
     assert (folder / 'trial.yaml').read_text() == before
-    fresh = tmp_path / 'fresh'
-    assert main(['trial', TINY, *words, '--output', str(fresh), '--model-kwargs', 'nonsense=1']) == 1
-    assert 'timm cannot make' in capsys.readouterr().err
-    assert not (fresh / 'trial.yaml').exists()
+    assert main(['trial', TINY, *words, '--output', str(tmp_path / 'fresh'), '--model-kwargs', 'nonsense=1']) == 1
+    assert 'nonsense' in capsys.readouterr().err
+    assert not (tmp_path / 'fresh/trial.yaml').exists()
 
 
 def test_a_reference_stays_until_another_is_named(trial, trained):
     words = ['--lr', '0.1', '--arms', 'sgd', 'init', 'repopt']
     folder = trained(*words, '--reference', 'init').folder
     trial(*words, '--seeds', '5')
-    assert read_saved_settings(folder).reference == 'init'
+    assert open_trial(folder).settings.reference == 'init'
     trial(*words, '--seeds', '5', '--reference', 'repopt')
-    assert read_saved_settings(folder).reference == 'repopt'
+    assert open_trial(folder).settings.reference == 'repopt'
 
 
 def test_arms_without_a_search_leave_what_the_search_was(trial, trained):
-    folder = trained('--lr', '0.1', '--arms', 'sgd', 'search', '--search', '3', '--search-kwargs', 'lr=0.3').folder
+    folder = trained('--lr', '0.1', '--arms', 'sgd', 'search', '--search', '3').folder
     trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5')
-    found = read_saved_settings(folder)
-    assert (found.search, found.search_kwargs['lr'], len(found.seeds)) == (3, 0.3, 5)
+    found = open_trial(folder).settings
+    assert (found.arms, found.search, len(found.seeds)) == (['sgd', 'search'], 3, 5)
     with pytest.raises(ValueError, match='search 3 -> 4'):
-        trial('--lr', '0.1', '--arms', 'search', '--search', '4', '--search-kwargs', 'lr=0.3')
+        trial('--lr', '0.1', '--arms', 'search', '--search', '4')
 
 
 def test_given_scales_have_an_arm_each(trial, trained):
     words = ['--lr', '0.1', '--scales', 'mine.safetensors', 'published=b1.csv', '--arms']
-    runs = trained(*words, 'published', 'scales', 'sgd', '--reference', 'published')
-    assert runs.settings.arms == ('sgd', 'scales', 'published')
-    given = {arm: runs.training(arm, 0, 0.1).arguments.get('scales') for arm in runs.settings.arms}
+    made = trained(*words, 'published', 'scales', 'sgd', '--reference', 'published')
+    given = {arm: made.training(arm, 0, 0.1).arguments.get('scales') for arm in made.settings.arms}
     assert given == {'sgd': None, 'scales': 'mine.safetensors', 'published': 'b1.csv'}
     trial('--lr', '0.1', '--scales', 'third=c.csv')
-    assert read_results(runs.folder).settings.arms[-3:] == ('scales', 'published', 'third')
-    assert read_results(runs.folder).settings.scales['published'] == 'b1.csv'
+    assert open_trial(made.folder).settings.arms[-3:] == ['scales', 'published', 'third']
+    assert open_trial(made.folder).settings.scales['published'] == 'b1.csv'
     with pytest.raises(ValueError, match=r'published.*b1\.csv.* -> .*b2\.csv'):
         trial('--lr', '0.1', '--scales', 'published=b2.csv')
 
 
-def test_a_folder_of_an_older_trial_has_one_source_of_scales(trial, trained):
-    runs = trained('--lr', '0.1', '--scales', 'x')
-    path = runs.folder / 'trial.yaml'
-    path.write_text(path.read_text().replace('scales:\n  scales: x', 'scales: x'))
-    assert 'scales: x\n' in path.read_text()
-    assert read_results(runs.folder).settings.scales == {'scales': 'x'}
-    trial('--lr', '0.1', '--scales', 'x', '--seeds', '5')
+def test_given_scales_are_known_by_their_fingerprint(trial, tmp_path):
+    path = tmp_path / 'mine.safetensors'
+
+    def call(seeds):
+        made = trial('--arms', 'sgd', 'mine', '--scales', f'mine={path}', '--lr', '0.1', '--seeds', str(seeds))
+        found = replace(made, settings=replace(made.settings, fingerprints=read_fingerprints(made)))
+        found.joined().write()
+        return found
+
+    with pytest.raises(FileNotFoundError, match='No scales found'):
+        call(1)
+    initial = Scales.initial(plain_network(trial()))
+    initial.save(path)
+    made = call(1)
+    assert made.settings.fingerprints == {'mine': initial.fingerprint}
+    fake_run(made.training('mine', 0, 0.1), 50)
+    spread(initial).save(path)
+    with pytest.raises(ValueError, match=rf"fingerprints of mine '{initial.fingerprint}' -> "):
+        call(2)
+    initial.save(path)
+    run_trial(call(2), lambda run: 50)
+    # A trial whose runs are all finished can do without the file.
+    path.unlink()
+    assert call(2).settings.fingerprints == {}

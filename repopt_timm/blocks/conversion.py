@@ -1,0 +1,244 @@
+"""The plain twin of a multi-branch network of timm: one convolution and one BatchNorm for each of its blocks."""
+
+import copy
+import logging
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from ..reparam import (
+    FOLDING_CLASSES,
+    ConvPrior,
+    Scales,
+    branches_of,
+    drop_scales,
+    geometry_of,
+    keep_branches,
+    merge_branches,
+    multi_branch_blocks,
+    network_name,
+    resolve_prior,
+)
+from .merge import implied_vectors, load_merged_
+from .readers import KEPT, READERS, BranchSum
+
+__all__ = ['BlockReport', 'PlainBlock', 'implied_scales', 'plain_twin', 'report_twin']
+
+_logger = logging.getLogger(__name__)
+
+# Classes whose `fuse()` or `reparameterize()` folds normalization into one convolution, or calls that of its children.
+FOLDING_CLASSES.update([
+    'Conv2dNorm', 'ConvLayer1d', 'ConvLayer2d', 'ConvNorm', 'IFormer', 'LinearNorm', 'NextConvBlock',
+    'NextTransformerBlock', 'NormLinear', 'PlainBlock', 'RepOptVggBlock', 'RepVit', 'RepVitClassifier', 'SHViT',
+])  # fmt: skip
+
+# SGD multiplies gradients with the square: a channel may train a thousand times slower than a typical one.
+_RANGE = 30.0
+
+
+class PlainBlock(nn.Module):
+    """What takes the place of a multi-branch block: `conv`, `bn`, then attention and activation under their names.
+
+    Args:
+        conv: The convolution.
+        bn: The BatchNorm.
+        adds_norm: Whether the multi-branch block had no BatchNorm after the sum of its branches. The statistics of one
+            that was added are estimates after a merge; see `recalibrate`.
+        after: Further modules by name, in the order in which they run.
+    """
+
+    conv: Any
+    bn: Any
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.Module, adds_norm: bool = True, **after: nn.Module):
+        super().__init__()
+        for name, module in {'conv': conv, 'bn': bn, **after}.items():
+            self.add_module(name, module)
+        self.adds_norm = adds_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.children():
+            x = module(x)
+        return x
+
+    def fuse(self) -> nn.Module:
+        """Merges branches of a twin and folds BatchNorm into the convolution, which drops its scales, and returns self.
+
+        `timm.utils.reparameterize_model` calls it. A norm without running statistics stays.
+        """
+        conv, norm = self.conv, self.bn
+        if branches_of(conv):
+            merge_branches(conv)
+        # Also those of a frozen or synchronized BatchNorm, which is of another class.
+        mean, variance = (getattr(norm, name, None) for name in ('running_mean', 'running_var'))
+        if mean is not None and variance is not None:
+            # Their Grad Mult is of the kernel without the normalization.
+            drop_scales(conv)
+            conv.weight, conv.bias = fuse_conv_bn_weights(
+                conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
+            )
+            self.bn = getattr(norm, 'act', nn.Identity())
+        return self
+
+
+class BlockReport(NamedTuple):
+    """What became of a multi-branch block.
+
+    Attributes:
+        name: Its name in the network.
+        type: Its class.
+        branches: Name of each convolution that took its place, to branch name to count; empty if it was left.
+        reason: Why it was left as it is; empty if it was converted.
+    """
+
+    name: str
+    type: str
+    branches: dict[str, dict[str, int]]
+    reason: str = ''
+
+
+def plain_twin(model: nn.Module, weights: bool = False) -> nn.Module:
+    """Makes the plain twin of a multi-branch network of timm: one convolution, one BatchNorm in each block's place.
+
+    Attention and activations stay where they are. The convolutions carry the prior that the block's branches state, so
+    that `Scales.initial`, `hyper_search` and `csla` know it. `report_twin` lists what is converted and what is left.
+
+    Args:
+        model: The network; any part of one will do. It is not changed.
+        weights: Merge the trained branches into the twin, whose logits in evaluation mode are then those of the model.
+            By default kernels are those of the first branch of full size, as timm initialized them, and added
+            BatchNorms are neutral: a start for training from scratch.
+
+    Returns:
+        The plain network.
+
+    Raises:
+        ValueError: If the model has no multi-branch block, or one that cannot become plain, as one that drops its
+            branches (`drop_path_rate`), or whose class is unknown.
+
+    Example:
+        >>> twin = plain_twin(timm.create_model('mobileone_s0'))
+        >>> prepare(twin, Scales.initial(twin))
+    """
+    return _convert(model, weights)[0]
+
+
+def report_twin(model: nn.Module) -> list[BlockReport]:
+    """Lists what `plain_twin` makes of the multi-branch blocks of a model, in its order.
+
+    Raises:
+        ValueError: See `plain_twin`.
+    """
+    return _convert(model)[2]
+
+
+def implied_scales(model: nn.Module) -> Scales:
+    """Reads the scales of a trained multi-branch network, to fine-tune its merged plain twin with a RepOptimizer.
+
+    A branch counts with gamma / sigma of its BatchNorm in the sum, which is what the scale of a CSLA branch is. Equal
+    branches share the root of their mean square, which gives the same Grad Mult under SGD. An identity's value is that
+    of its operator, whose Grad Mult is 1. Dead and exploding channels are bounded: to a thirtieth and thirty times of
+    what the strongest branch of a typical channel has. The provenance states how many were, the log in which branches.
+
+    Args:
+        model: Trained multi-branch network; it is not changed.
+
+    Returns:
+        Scales for `plain_twin(model, weights=True)`.
+
+    Raises:
+        ValueError: See `plain_twin`.
+    """
+    twin, sums, _ = _convert(model)
+    modules = {name: implied_vectors(source) for name, source in sums.items()}
+    bounded = 0
+    for name, vectors in modules.items():
+        scaled = {branch: vector.abs() for branch, vector in vectors.items() if branch != 'identity'}
+        typical = torch.stack(list(scaled.values())).amax(0).median().item() or 1.0
+        low, high = typical / _RANGE, typical * _RANGE
+        for branch, size in scaled.items():
+            dead, exploding = int((size < low).sum()), int((size > high).sum())
+            if dead + exploding:
+                _logger.info(f"'{name}', branch {branch}: {dead} dead, {exploding} exploding channels are bounded.")
+            bounded += dead + exploding
+            vectors[branch] = torch.where(vectors[branch] < 0, -1.0, 1.0) * size.clamp(low, high)
+    provenance = {'method': 'implied by trained branches', 'bounded_channels': bounded}
+    counts = {name: source.counts for name, source in sums.items()}
+    return Scales(network_name(twin), modules, geometry_of(twin, modules), counts, provenance, 'implied')
+
+
+def _convert(model: nn.Module, weights: bool = False) -> tuple[nn.Module, dict[str, BranchSum], list[BlockReport]]:
+    """Makes the plain twin, what each of its convolutions replaces, and the report."""
+    twin = copy.deepcopy(model)
+    report: dict[str, BlockReport] = {}
+    for name, block in multi_branch_blocks(twin):
+        report[name] = BlockReport(name, type(block).__name__, {}, KEPT.get(_class_of(block), ''))
+    if not report:
+        raise ValueError(f'{type(model).__name__} has no multi-branch block: it is plain, or its branches are merged.')
+    for name, each in report.items():
+        if each.reason:
+            keep_branches(twin.get_submodule(name))
+    made: dict[nn.Module, tuple[str, BranchSum]] = {}
+    converted: dict[nn.Module, nn.Module] = {}
+    for name, block in multi_branch_blocks(twin):
+        try:
+            if _class_of(block) not in READERS:
+                raise ValueError('plain_twin does not know this class')
+            new = READERS[_class_of(block)](block, partial(_make_plain, made, name, block.training, weights))
+        except ValueError as error:
+            where = f"'{name}' of {type(model).__name__}" if name else 'The model'
+            raise ValueError(f'{where} is a {type(block).__name__} that cannot become plain: {error}.') from None
+        if new is not block:
+            converted[block] = new
+            for hooks, registered in vars(block).items():
+                if '_hooks' in hooks and 'load' not in hooks:
+                    getattr(new, hooks).update(registered)
+            new._is_full_backward_hook = block._is_full_backward_hook
+    twin = converted.get(twin, twin)
+    # Wherever a block is used: a shared one stays shared.
+    for parent in list(twin.modules()):
+        parent._modules.update(
+            {name: converted[child] for name, child in parent._modules.items() if child in converted}
+        )
+    sums: dict[str, BranchSum] = {}
+    prior: dict[str, Any] = {}
+    for conv_name, conv in twin.named_modules():
+        if conv in made:
+            block_name, source = made[conv]
+            sums[conv_name] = source
+            report[block_name].branches[conv_name] = prior[conv_name] = source.counts
+            if source.initial is not None:
+                prior[conv_name] = ConvPrior(source.counts, source.initial(twin, conv_name))
+    for conv_name, found in (resolve_prior(twin, prior) if prior else {}).items():
+        found.put_on(twin.get_submodule(conv_name))  # type: ignore[arg-type]
+    return twin, sums, [each for each in report.values() if each.branches or each.reason]
+
+
+def _class_of(block: nn.Module) -> str:
+    return f'{type(block).__module__}.{type(block).__qualname__}'
+
+
+@torch.no_grad()
+def _make_plain(
+    made: dict[nn.Module, tuple[str, BranchSum]],
+    name: str,
+    training: bool,
+    weights: bool,
+    source: BranchSum,
+    **after: nn.Module,
+) -> nn.Module:
+    """Makes a plain block for the block called `name`, and notes in `made` what its convolution replaces."""
+    conv, first = copy.deepcopy(source.kxk), source.parts[0].norm
+    conv.bias = None
+    norm = copy.deepcopy(source.norm)
+    if norm is None:
+        assert first is not None
+        kernel = conv.weight
+        norm = nn.BatchNorm2d(len(kernel), first.eps, first.momentum, device=kernel.device, dtype=kernel.dtype)
+    if weights:
+        load_merged_(source, conv, norm)
+    made[conv] = (name, source)
+    return PlainBlock(conv, norm, adds_norm=source.norm is None, **after).train(training)

@@ -1,0 +1,293 @@
+"""The file of a model card: facts and scales in its metadata, and text that this package writes between two marks.
+
+The entry `repopt` of the metadata has
+
+* `format`: 1;
+* `architecture` and `fingerprint` of the scales, see `Scales`;
+* `provenance`: where the scales come from, as plain data;
+* `training`, only beside weights: how these were trained, as plain data;
+* `scales`: what `Scales.to_bytes` returns, in base64. In its place `file: scales.safetensors` if the card would be too
+  large; the same bytes are then in that file beside it.
+
+An update keeps all other metadata, and all text outside the marks; comments in the metadata are lost.
+"""
+
+import base64
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+from ..files import replacing
+from ..scales import Scales
+from ..tokens import scrub
+from ..weights_origin import license_identifier
+from .licence import HUB_LICENSES, stated_license
+
+__all__ = [
+    'CARD_FILE',
+    'METADATA_KEY',
+    'METRICS',
+    'SCALES_FILE',
+    'decode_scales',
+    'encode_scales',
+    'eval_results',
+    'read_card_scales',
+    'read_metadata',
+    'update_card',
+]
+
+CARD_FILE = 'README.md'
+SCALES_FILE = 'scales.safetensors'
+METADATA_KEY = 'repopt'
+BEGIN = '<!-- repopt-timm: begin. Text up to the end mark is rewritten with the scales; write yours outside of it. -->'
+END = '<!-- repopt-timm: end -->'
+METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
+
+_FORMAT = 1
+# An order of magnitude above the largest network's: files of a repository may come from anyone.
+_MAX_CARD_BYTES = 1 << 22
+_MAX_SCALES_BYTES = 1 << 26
+_MAX_FACTS = 1 << 18
+# Names appear in snippets that people copy, so they are nothing but names.
+_NAME = re.compile(r'[\w.-]{0,200}')
+# timm's prefixes of datasets; on the Hub only names are known.
+_DATASET_TYPE = re.compile(r'(?:hfds|hfids|tfds|torch|wds)/')
+# An order of magnitude faster than the loader in Python.
+_Loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
+
+
+def read_card_scales(
+    path: str | os.PathLike, source: str | None = None, fetch: Callable[[str], Path] | None = None
+) -> Scales:
+    """Reads the scales of a card; their provenance names the card's licence, unless it names one already.
+
+    Args:
+        path: The file, a `README.md`.
+        source: What to call it in errors. Defaults to its path.
+        fetch: Returns the path of the file of this name beside the card. Defaults to the card's folder.
+
+    Raises:
+        OSError: If there is no such file, or its scales are in a file that is not there.
+        ValueError: If the card cannot be read, holds no scales, or they are damaged.
+    """
+    source = source or os.fspath(path)
+    metadata = read_metadata(path, source)
+    if METADATA_KEY not in metadata:
+        raise ValueError(f"{source}: no scales in it: its metadata has no entry '{METADATA_KEY}'.")
+    scales = decode_scales(metadata[METADATA_KEY], source, fetch or (lambda name: Path(path).parent / name))
+    license_name = license_identifier(stated_license(metadata))
+    return scales.with_provenance({'license': license_name, **scales.provenance}) if license_name else scales
+
+
+def read_metadata(path: str | os.PathLike, source: str | None = None) -> dict[str, Any]:
+    """Reads the metadata of a card, unchecked; none if it has no front matter.
+
+    Args:
+        path: The file, a `README.md`.
+        source: What to call it in errors. Defaults to its path.
+
+    Raises:
+        OSError: If there is no such file.
+        ValueError: If it is too large, or its front matter cannot be read.
+    """
+    source = source or os.fspath(path)
+    try:
+        front = REGEX_YAML_BLOCK.search(_read_at_most(path, _MAX_CARD_BYTES, source).decode('utf-8-sig'))
+        metadata = yaml.load(front[2], _Loader) if front else None
+    except (yaml.YAMLError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # A tag that does not suit its value is an error of any kind.
+        problem = ' '.join(scrub(str(error)).split())[:500]
+        raise ValueError(f'{source}: its metadata cannot be read: {problem}. Mend the front matter.') from None
+    if not isinstance(metadata, dict | None):
+        raise ValueError(f'{source}: its metadata should be a mapping. Mend the front matter.')
+    return metadata or {}
+
+
+def decode_scales(entry: Any, source: str, fetch: Callable[[str], Path]) -> Scales:
+    """Decodes the `repopt` entry of a card, which may come from anyone.
+
+    Args:
+        entry: The entry.
+        source: Card that it comes from, for errors.
+        fetch: Returns the path of the file of this name beside the card.
+
+    Raises:
+        OSError: If the scales are in a file that is not there.
+        ValueError: If the entry is of another format, damaged, or does not match its fingerprint.
+    """
+    try:
+        if entry['format'] != _FORMAT:
+            raise ValueError(f'it is in format {entry["format"]!r:.20}, but this package reads {_FORMAT}: upgrade it')
+        if 'file' in entry:
+            # Never a name of the card's choice, which could lead anywhere.
+            data = _read_at_most(fetch(SCALES_FILE), _MAX_SCALES_BYTES, SCALES_FILE)
+        else:
+            data = base64.b64decode(entry['scales'], validate=True)
+        scales = Scales.from_bytes(data, source)
+        scales.check_fingerprint(entry['fingerprint'])
+        return scales.with_provenance(_plain(entry['provenance'], 'provenance'), source)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: the entry '{METADATA_KEY}' of its metadata cannot be read: {error}.") from None
+
+
+def encode_scales(scales: Scales, training: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], bytes]:
+    """Returns the `repopt` entry of a card without its scales, and these as bytes.
+
+    Raises:
+        ValueError: If a fact is not plain data, or a name could not stand in a snippet.
+    """
+    provenance = _plain(scales.provenance, 'provenance')
+    for name in (scales.architecture, *scales):
+        if not _NAME.fullmatch(name):
+            raise ValueError(f'{name!r:.80} is in the scales, expected up to 200 letters, digits, dots and dashes.')
+    entry = {
+        'format': _FORMAT,
+        'architecture': scales.architecture,
+        'fingerprint': scales.fingerprint,
+        'provenance': provenance,
+    }
+    if training:
+        entry['training'] = _plain(training, 'training')
+    data = scales.with_provenance(provenance).to_bytes()
+    # safetensors writes its metadata in a random order. Sorted, the same scales make the same card.
+    size = int.from_bytes(data[:8], 'little')
+    header = json.dumps(json.loads(data[8 : 8 + size]), sort_keys=True).encode()
+    header += b' ' * (-len(header) % 8)
+    return entry, len(header).to_bytes(8, 'little') + header + data[8 + size :]
+
+
+def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
+    """Turns accuracies into the form in which the Hub shows them.
+
+    Args:
+        metrics: `dataset`, its name, and the results: `top1` and `top5` in percent, or others under names of their own.
+
+    Raises:
+        ValueError: If the dataset is missing, or a result is not a finite number.
+    """
+    dataset = metrics.get('dataset')
+    if not dataset:
+        raise ValueError("No dataset is named. Give it along: {'dataset': 'cifar10', 'top1': 93.1}.")
+    if wrong := [name for name, value in metrics.items() if name != 'dataset' and not math.isfinite(value)]:
+        raise ValueError(f"'{wrong[0]}' is {metrics[wrong[0]]}, expected a finite number.")
+    return [
+        EvalResult(
+            task_type='image-classification',
+            dataset_type=dataset,
+            dataset_name=dataset,
+            metric_type='accuracy' if name in METRICS else name,
+            metric_name=METRICS.get(name, name),
+            metric_value=value,
+        )
+        for name, value in metrics.items()
+        if name != 'dataset'
+    ]
+
+
+def update_card(
+    path: Path,
+    source: str,
+    title: str,
+    render: Callable[[Sequence[EvalResult]], str],
+    entry: Mapping[str, Any] | None = None,
+    results: Sequence[EvalResult] | None = None,
+    license_name: str = '',
+    dataset: str = '',
+) -> None:
+    """Writes a card with new metadata and a new generated body; whatever else it has survives.
+
+    Args:
+        path: The card; there need not be one.
+        source: What to call it in errors.
+        title: Name of the model in the index of results, where the card has none yet.
+        render: Returns the Markdown to put between the two marks, from the results that the card then states.
+        entry: The `repopt` entry. Defaults to what the card has.
+        results: Accuracies of new weights; those that the card states are of other weights, and go. None if the
+            weights stay.
+        license_name: Licence of a card that states none; empty if none is known.
+        dataset: What the weights of a card that names no datasets were trained on: a type and a name, `hfds/user/name`,
+            or the name alone.
+
+    Raises:
+        ValueError: If the card cannot be read, or the client cannot carry its metadata through unchanged.
+    """
+    before = read_metadata(path, source) if path.is_file() else {}
+    try:
+        card = ModelCard.load(path) if path.is_file() else ModelCard('---\n\n---\n')
+        index = card.data.to_dict().get('model-index')
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f'{source}: its metadata cannot be read: {error}. Mend the front matter.') from None
+    if index != before.get('model-index'):
+        # Several models, or results in a form of their own.
+        raise ValueError(f"{source}: its 'model-index' would not survive, as huggingface_hub reads it otherwise.")
+    data: Any = card.data
+    if not data.license and license_name:
+        known = license_name in HUB_LICENSES
+        data.license, data.license_name = (license_name, None) if known else ('other', license_name)
+    data.library_name = data.library_name or 'timm'
+    data.pipeline_tag = data.pipeline_tag or 'image-classification'
+    data.tags = list(dict.fromkeys([*(data.tags or []), 'image-classification', 'timm', 'repopt']))
+    if dataset:
+        data.datasets = data.datasets or [_DATASET_TYPE.sub('', dataset)]
+    if entry is not None:
+        found = before.get(METADATA_KEY)
+        if isinstance(found, Mapping) and isinstance(found.get('format'), int) and found['format'] > _FORMAT:
+            raise ValueError(f"{source}: its '{METADATA_KEY}' is in format {found['format']}: upgrade repopt-timm.")
+        data[METADATA_KEY] = dict(entry)
+    if results is not None:
+        others = [
+            each
+            for each in data.eval_results or []
+            if each.metric_name not in METRICS.values() and not any(map(each.is_equal_except_value, results))
+        ]
+        data.eval_results = [*others, *results] or None
+        data.model_name = (data.model_name or title) if data.eval_results else None
+    card.text = _replace_body(card.text, scrub(render(data.eval_results or ())), source)
+    with replacing(path) as temporary:
+        card.save(temporary)
+        # What could not be read again is not written.
+        read_metadata(temporary, source)
+
+
+def _replace_body(text: str, body: str, source: str) -> str:
+    block = f'{BEGIN}\n{body.strip()}\n{END}'
+    if BEGIN not in text and END not in text:
+        return f'{text.rstrip()}\n\n{block}\n'.lstrip('\n') if text.strip() else f'\n{block}\n'
+    before, *rest = text.split(BEGIN)
+    inside = rest[0].split(END) if len(rest) == 1 else []
+    if len(inside) != 2 or END in before:
+        raise ValueError(f'{source}: expected one begin mark of repopt-timm and one end mark after it. Delete them.')
+    return before + block + inside[1]
+
+
+def _plain(facts: Any, where: str) -> dict[str, Any]:
+    """Returns facts as plain data without access tokens.
+
+    Raises:
+        ValueError: If they are not, or too many: aliases in YAML may expand a small card to gigabytes.
+    """
+    text = ''
+    try:
+        for chunk in json.JSONEncoder(default=str, allow_nan=False).iterencode(dict(facts or {})):
+            text += chunk
+            if len(text) > _MAX_FACTS:
+                raise ValueError(f'expected at most {_MAX_FACTS} characters')
+    except (RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f'{where}: {error}.') from None
+    return json.loads(scrub(text))
+
+
+def _read_at_most(path: str | os.PathLike, limit: int, source: str) -> bytes:
+    with open(path, 'rb') as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise ValueError(f'{source}: it is refused, as it is larger than {limit} bytes.')
+    return data

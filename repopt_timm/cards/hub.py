@@ -1,0 +1,227 @@
+"""Repositories on the Hugging Face Hub: files down, folders up."""
+
+import itertools
+import os
+import random
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, scan_cache_dir, try_to_load_from_cache
+from huggingface_hub.errors import (
+    CacheNotFound,
+    EntryNotFoundError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
+from huggingface_hub.utils import get_token
+
+from ..tokens import scrub
+from .card import CARD_FILE, SCALES_FILE
+
+__all__ = [
+    'HUB_PREFIX',
+    'HubError',
+    'HubFileNotFoundError',
+    'HubSource',
+    'cached_files',
+    'download',
+    'parse_hub_source',
+    'push_folder',
+]
+
+HUB_PREFIX = 'hf-hub:'
+
+# What git allows in the name of a branch or tag, less what could lead out of the cache.
+_REVISION = re.compile(r'\w[\w.+#/-]*')
+
+# Of several pushes that meet, one gets through each time; the others read what it wrote, and try again.
+_ATTEMPTS = 12
+_LONGEST_WAIT = 8.0
+_MOVED = (409, 412)
+_TOO_LARGE = 413
+
+
+class HubError(OSError):
+    """What the Hub's client said, with the repository and file that it is about, and without tokens.
+
+    Attributes:
+        status: The HTTP status of the answer, if there was one.
+    """
+
+    status: int | None = None
+
+
+class HubFileNotFoundError(HubError):
+    """The repository is there, and the file is not in it."""
+
+
+class HubSource(NamedTuple):
+    """A repository on the Hub, at a branch, tag or commit; at its main branch without one."""
+
+    repo_id: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return HUB_PREFIX + self.repo_id + (f'@{self.revision}' if self.revision else '')
+
+
+def parse_hub_source(text: str) -> HubSource:
+    """Parses `hf-hub:user/repo[@revision]`; whether there is such a repository turns out on its use.
+
+    Raises:
+        ValueError: If the revision is not the name of one.
+    """
+    repo_id, at, revision = text.removeprefix(HUB_PREFIX).partition('@')
+    if at and (not _REVISION.fullmatch(revision) or '..' in revision):
+        raise ValueError(f"{text}: '{revision}' is not the name of a revision, expected a branch, tag or commit.")
+    return HubSource(repo_id, revision or None)
+
+
+def download(
+    repo_id: str,
+    file: str,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    token: str | bool | None = None,
+) -> Path:
+    """Downloads a file of a model repository into the cache, unless it is there already, and returns its path.
+
+    Args:
+        repo_id: Name of the repository, `user/repo`.
+        file: Name of the file in it.
+        revision: Branch, tag or commit.
+        cache_dir: Defaults to the client's cache.
+        token: Defaults to the token of `hf auth login`.
+
+    Raises:
+        ValueError: If the name is not that of a repository.
+        HubFileNotFoundError: If the repository has no such file.
+        HubError: If the file cannot be downloaded for another reason.
+    """
+    cache = None if cache_dir is None else os.fspath(cache_dir)
+    with _explained(HubSource(repo_id, revision), file, token):
+        if constants.HF_HUB_OFFLINE and try_to_load_from_cache(repo_id, file, cache, revision) is _CACHED_NO_EXIST:
+            # The client knows that the file is missing, but reports it as unknown while it is offline.
+            raise EntryNotFoundError('The repository has no such file.')
+        return Path(hf_hub_download(repo_id, file, revision=revision, cache_dir=cache, token=token))
+
+
+def cached_files(file: str) -> list[tuple[HubSource, Path]]:
+    """Returns where a file is in the cache: a source and a path for each revision of a model repository that has it."""
+    try:
+        repos = scan_cache_dir().repos
+    except CacheNotFound:
+        return []
+    return [
+        (HubSource(repo.repo_id, None if name == 'main' else name), each.file_path)
+        for repo in sorted(repos, key=lambda each: each.repo_id)
+        if repo.repo_type == 'model'
+        for revision in repo.revisions
+        for name in sorted(revision.refs) or [revision.commit_hash]
+        for each in revision.files
+        if each.file_name == file
+    ]
+
+
+def push_folder(
+    repo_id: str,
+    write: Callable[[Path, str, frozenset[str], bool], None],
+    message: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    token: str | bool | None = None,
+    scales_file: bool = False,
+) -> str:
+    """Writes files into a folder and uploads them in one commit; the repository and the branch are made if need be.
+
+    If somebody else commits to the branch meanwhile, their card is read and `write` called again: nothing is lost.
+
+    Args:
+        repo_id: Name of the repository, `user/repo`, or `repo` for one of the token's owner.
+        write: Writes what is to be uploaded into a folder that has the repository's card, if there is one. Its
+            arguments are the folder, the repository's full name, the names of its files, and `scales_file`.
+        message: Title of the commit.
+        private: Whether a new repository is private. Defaults to the owner's setting.
+        revision: Branch to commit to.
+        create_pr: Open a pull request instead of changing the branch.
+        token: Defaults to the token of `hf auth login`.
+        scales_file: Put scales into a file beside the card. So it is done, too, if the Hub refuses the card as too
+            large.
+
+    Returns:
+        Address of the commit or pull request.
+
+    Raises:
+        ValueError: If the name is not that of a repository.
+        HubError: If the repository cannot be written to.
+    """
+    api = HfApi(token=token)
+    with _explained(HubSource(repo_id, revision), '', token):
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None and not create_pr and not revision.startswith('refs/'):
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+    source = HubSource(repo_id, revision)
+    for attempt in itertools.count(1):
+        try:
+            with TemporaryDirectory(prefix='repopt-timm-') as folder:
+                with _explained(source, '', token):
+                    # The Hub refuses a commit (412) if the branch has moved since.
+                    info = api.model_info(repo_id, revision=revision)
+                    files = frozenset(each.rfilename for each in info.siblings or ())
+                    for name in files & {CARD_FILE, SCALES_FILE}:
+                        api.hf_hub_download(repo_id, name, revision=info.sha, local_dir=folder)
+                write(Path(folder), repo_id, files, scales_file)
+                with _explained(source, '', token):
+                    commit = api.upload_folder(
+                        repo_id=repo_id,
+                        folder_path=folder,
+                        revision=revision,
+                        create_pr=create_pr,
+                        commit_message=message,
+                        parent_commit=info.sha,
+                    )
+            return commit.pr_url or commit.commit_url
+        except HubError as error:
+            if error.status == _TOO_LARGE and not scales_file:
+                scales_file = True
+            elif error.status not in _MOVED or attempt == _ATTEMPTS:
+                raise
+            else:
+                time.sleep(random.uniform(0, min(_LONGEST_WAIT, 0.25 * 2**attempt)))
+    raise AssertionError('the loop returns or raises')
+
+
+@contextmanager
+def _explained(source: HubSource, file: str, token: str | bool | None) -> Iterator[None]:
+    """Turns errors of the client into a HubError of one line; a token may be in their text, or in their causes."""
+    try:
+        yield
+    except (EntryNotFoundError, HTTPError, OfflineModeIsEnabled, RuntimeError) as error:
+        cause: BaseException = error
+        if isinstance(error, LocalEntryNotFoundError | RuntimeError) and isinstance(error.__cause__, HTTPError):
+            # The client calls any answer other than a redirect a failed connection.
+            cause = error.__cause__
+        missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
+        raised = HubFileNotFoundError() if missing else HubError()
+        raised.status = getattr(getattr(cause, 'response', None), 'status_code', None)
+        text = ' '.join(str(cause).split()) or type(cause).__name__
+        if constants.HF_HUB_OFFLINE and not missing:
+            text = 'HF_HUB_OFFLINE forbids asking the Hub: unset it.'
+            if file:
+                revision = f' --revision {source.revision}' if source.revision else ''
+                text += f' Or run `hf download {source.repo_id} {file}{revision}` once with a network.'
+        elif raised.status in (401, 403):
+            text += ' Log in with `hf auth login`, or set HF_TOKEN to a token that has access.'
+        where = f'{source}, file {file}' if file else str(source)
+        text = scrub(f'{where}: {text}', token if isinstance(token, str) else get_token())
+    else:
+        return
+    raised.args = (text,)
+    raise raised

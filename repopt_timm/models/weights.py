@@ -1,0 +1,217 @@
+"""Where the weights and scales of `timm.create_model(name, pretrained=True)` come from, and how branches are merged.
+
+The package's own weights come first, then the Hub's. timm's repositories hold weights of the multi-branch originals.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from timm.models import adapt_input_conv, resolve_pretrained_cfg
+from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
+from timm.models._pretrained import PretrainedCfg
+from timm.models._registry import get_arch_pretrained_cfgs
+from torch import Tensor, nn
+
+from ..architectures import ARCHITECTURES, Architecture
+from ..blocks import implied_scales, plain_twin
+from ..cards.hub import HUB_PREFIX, HubFileNotFoundError, download, parse_hub_source
+from ..cards.text import WEIGHTS_FILE
+from ..checkpoints.packing import unpack
+from ..names import ModelName
+from ..reparam import prepare
+from ..resources import shipped_repositories
+from ..sources import IMPLIED, ScalesSource, load_scales, scales_beside_weights
+from .byobnet import RepVgg
+
+__all__ = ['choose_weights', 'fetch', 'original_cfgs', 'requested_scales', 'restore', 'tagged_cfgs']
+
+# Owner of the repositories `<model>.<tag>` on the Hub. Empty: nothing is published there, so no tag names the Hub.
+HUB_NAMESPACE = os.environ.get('REPOPT_TIMM_HUB_NAMESPACE', '')
+
+# Weights that their authors publish in a format of their own, for everyone to convert.
+_CONVERTIBLE = ('repopt_vgg_b1', 'repopt_vgg_b2', 'repopt_vgg_l1', 'repopt_vgg_l2')
+_CONVERTIBLE_TAG = 'in1k'
+
+_TOTAL_STRIDE = 32
+_STEM = 'stem.conv_kxk.conv.weight'
+
+
+def tagged_cfgs() -> dict[str, dict[str, Any]]:
+    """Makes timm's configurations of all tags: `<model>.<tag>` to what differs from an untrained model's."""
+    cfgs: dict[str, dict[str, Any]] = {f'{name}.{_CONVERTIBLE_TAG}': {} for name in _CONVERTIBLE}
+    for name, folder in shipped_repositories().items():
+        weights = folder / WEIGHTS_FILE
+        if weights.is_file():
+            config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+            cfg = {**config['pretrained_cfg'], 'num_classes': config['num_classes'], 'file': str(weights)}
+            cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
+            cfgs[name] = {**cfg, 'pool_size': tuple(max(1, size // _TOTAL_STRIDE) for size in cfg['input_size'][1:])}
+    for name, cfg in cfgs.items():
+        cfg.pop('tag', None)
+        if HUB_NAMESPACE and 'file' not in cfg:
+            cfg['hf_hub_id'] = f'{HUB_NAMESPACE}/{name}'
+    return cfgs
+
+
+def original_cfgs(kind: str) -> dict[str, dict[str, Any]]:
+    """Makes the configurations of timm's RepVGG weights for our names: `repopt_vgg_b1.rvgg_in1k`.
+
+    Args:
+        kind: `target`, for weights that are merged on load, or `branches`.
+    """
+    cfgs: dict[str, dict[str, Any]] = {}
+    # The squeeze-and-excitation of timm's RepVGG-D2se is elsewhere than ours.
+    for name in (name for name, each in ARCHITECTURES.items() if kind == 'branches' or not each.use_se):
+        for cfg in get_arch_pretrained_cfgs(name.replace('repopt_vgg', 'repvgg')).values():
+            if cfg.has_weights:
+                own = {key: value for key, value in cfg.to_dict().items() if key not in ('architecture', 'tag')}
+                if kind == 'target':
+                    own.pop('first_conv')
+                cfgs[f'{ModelName(name, kind).variant}.{cfg.tag}'] = own
+    return cfgs
+
+
+def choose_weights(variant: str, pretrained: bool, cfg: Any, overlay: dict[str, Any] | None) -> PretrainedCfg:
+    """Chooses the weights of `pretrained=True`: the named ones, else shipped ones, else the first on the Hub.
+
+    Args:
+        variant: Name of the model.
+        pretrained: Whether weights are asked for.
+        cfg: timm's `pretrained_cfg` argument: a tag, a configuration or nothing.
+        overlay: timm's `pretrained_cfg_overlay` argument.
+
+    Raises:
+        ValueError: If there are no such weights; says how to get some.
+    """
+    resolved = resolve_pretrained_cfg(variant, cfg, overlay)
+    if not pretrained or resolved.has_weights or resolved.state_dict:
+        return resolved
+    available = {name: found for name, found in get_arch_pretrained_cfgs(variant).items() if found.has_weights}
+    if not resolved.tag and available:
+        return resolve_pretrained_cfg(variant, min(available.values(), key=lambda each: not each.file).tag, overlay)
+    if resolved.tag == _CONVERTIBLE_TAG:
+        raise ValueError(
+            f"The weights '{variant}.{resolved.tag}' are published by the method's authors as a file of their own. Get "
+            f'RepOpt-VGG-{variant[-2:].upper()}*.pth from https://github.com/DingXiaoH/RepOptimizers, then convert it: '
+            f'`repopt-timm convert-checkpoint FILE --out DIR`, and load it as local-dir:DIR (or publish it with --push '
+            f'USER/{variant}.{resolved.tag} and set REPOPT_TIMM_HUB_NAMESPACE=USER).'
+        )
+    name = f'{variant}.{resolved.tag}' if resolved.tag else variant
+    raise ValueError(
+        f"There are no trained weights '{name}' here. Available: {', '.join(available) or 'none'}. Train some with "
+        f"train.py, or name a repository with 'hf-hub:user/repo'."
+    )
+
+
+def requested_scales(
+    name: ModelName,
+    config: PretrainedCfg,
+    pretrained: bool,
+    scales: ScalesSource | None,
+    kwargs: dict[str, Any],
+    own: bool,
+) -> ScalesSource | None:
+    """Returns the scales that a call of `timm.create_model` means: those named, else those beside the weights.
+
+    Args:
+        name: Name of the model.
+        config: Configuration of the weights.
+        pretrained: Whether weights are asked for.
+        scales: The argument `scales`. One that a downloaded config brings could name any file or repository and does
+            not count.
+        kwargs: Further arguments of the entrypoint.
+        own: Whether the weights are those of the model itself, so that scales may lie beside them.
+
+    Raises:
+        ValueError: If a multi-branch original is to take scales.
+    """
+    args = kwargs.get('pretrained_model_args')
+    if scales is not None and args is None and config.source in ('hf-hub', 'local-dir'):
+        # Before 1.0.31 timm does not say which arguments come from the config.
+        local = config.source == 'local-dir'
+        load: Any = load_model_config_from_path if local else load_model_config_from_hf
+        args = load(config.file if local else config.hf_hub_id)[2]
+    if scales is not None and args is not None and args.pop('scales', None) == scales:
+        scales = None
+    if scales is None and own and (pretrained or config.source in ('hf-hub', 'local-dir')):
+        scales = scales_beside_weights(config.to_dict())
+    if scales is not None and name.kind == 'branches':
+        raise ValueError(
+            f'{name.variant} does not take scales: it has branches, which an ordinary optimizer trains (--opt sgd). '
+            f'{name.architecture} is the plain network that takes them.'
+        )
+    return scales
+
+
+def fetch(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None = None) -> str:
+    """Brings timm's weights into the cache, from where timm loads them, and says what is wrong if that fails.
+
+    Args:
+        cfg: timm's configuration of the weights.
+        cache_dir: Defaults to the client's cache.
+
+    Returns:
+        What to call them: the repository; empty if they are not on the Hub.
+
+    Raises:
+        HubError: If they cannot be downloaded, or are not in the cache while the client is offline.
+    """
+    if not cfg.hf_hub_id or cfg.file or cfg.state_dict:
+        return ''
+    source = parse_hub_source(HUB_PREFIX + cfg.hf_hub_id)
+    # timm looks for another file if there is none of this name.
+    with suppress(HubFileNotFoundError):
+        download(source.repo_id, cfg.hf_hub_filename or WEIGHTS_FILE, source.revision, cache_dir)
+    return source.repo_id
+
+
+def restore(
+    state_dict: dict[str, Tensor], model: Any, first_conv: str = '', implied: bool = False
+) -> dict[str, Tensor]:
+    """Makes the tensors of a file those of a model, for timm's `load_pretrained`.
+
+    Packed weights are unpacked, the branches of a RepVGG merged for a RepOpt-VGG. timm adapts `<first_conv>.weight` to
+    other image channels; the operators of a twin's first convolution have other names, and are adapted here.
+
+    Args:
+        state_dict: The tensors.
+        model: The model.
+        first_conv: Name of its first convolution.
+        implied: Let the model carry the scales that the branches imply.
+
+    Raises:
+        ValueError: If there are no branches to imply scales.
+    """
+    state_dict = unpack(state_dict)
+    if _STEM in state_dict and isinstance(model, RepVgg) and model.block_type is not None:
+        return _merge_repvgg(state_dict, model, implied)
+    if implied:
+        # Raises an error that explains what implied scales require.
+        load_scales(IMPLIED, model)
+    for key, tensor in state_dict.items():
+        if key.startswith(f'{first_conv}.parametrizations.weight.') and tensor.ndim == 4:
+            base = {} if tensor.shape[1] == 3 else {'base_chans': tensor.shape[1]}
+            state_dict[key] = adapt_input_conv(model.get_submodule(first_conv).in_channels, tensor, **base)
+    return state_dict
+
+
+def _merge_repvgg(state_dict: Mapping[str, Tensor], model: Any, implied: bool) -> dict[str, Tensor]:
+    if not isinstance(model.stem.attn, nn.Identity):
+        raise ValueError(
+            "RepVGG's squeeze-and-excitation comes before the ReLU, ours after it, so its weights do not fit. Use "
+            'repopt_repvgg_d2se.'
+        )
+    # Image channels and classes are those of the weights: timm adapts them afterwards.
+    classes = len(state_dict['head.fc.weight']) if 'head.fc.weight' in state_dict else 0
+    numbers: dict[str, Any] = {'in_chans': state_dict[_STEM].shape[1], 'num_classes': classes, 'strides': model.strides}
+    original = RepVgg(Architecture(model.depths, model.widths), **numbers, device='meta')
+    original.load_state_dict(dict(state_dict), assign=True)
+    original.eval()
+    if implied:
+        scales = implied_scales(original).renamed(model.architecture)
+        prepare(model, scales, init=False)
+        model.scales_provenance = scales.provenance
+    return plain_twin(original, weights=True).state_dict()

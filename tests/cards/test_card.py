@@ -1,0 +1,208 @@
+import base64
+import tracemalloc
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+from repopt_timm import Scales, load_scales, save_pretrained
+from repopt_timm.cards.card import BEGIN, END, read_card_scales
+from repopt_timm.cards.publish import save_scales_card
+
+from ..helpers import TINY, random_scales, tiny_model
+
+
+@pytest.fixture
+def card(tmp_path):
+    save_scales_card(random_scales().with_provenance({'dataset': 'digits', 'epochs': 3}), tmp_path)
+    return tmp_path / 'README.md'
+
+
+def rewrite(card, change):
+    """Changes the entry of a card behind our back."""
+    model_card = ModelCard.load(card)
+    change(model_card.data['repopt'])
+    model_card.save(card)
+
+
+def test_every_bit_comes_back(tmp_path):
+    scales = random_scales(strides=(1, 1, 2, 2, 2))
+    odd = dict(scales['stem.conv'], kxk=torch.tensor([-0.0, 1e-45, 3e38, 0.1] * 4))
+    facts = {'dataset': 'digits', 'versions': {'timm': '1'}}
+    scales = Scales(TINY, {**scales, 'stem.conv': odd}, scales.geometry, {'stem.conv': {'kxk': 4}}, facts)
+    save_scales_card(scales, tmp_path)
+    back = read_card_scales(tmp_path / 'README.md')
+    assert back == scales
+    assert (back.provenance, back.geometry, back.counts) == (scales.provenance, scales.geometry, scales.counts)
+    assert back.source == str(tmp_path / 'README.md')
+
+
+def test_a_network_that_is_one_convolution_has_a_card(tmp_path):
+    scales = Scales.initial(torch.nn.Conv2d(4, 4, 3, padding=1))
+    save_scales_card(scales, tmp_path)
+    assert load_scales(tmp_path) == scales
+
+
+def test_the_same_scales_make_the_same_card(card):
+    first = {file.name: file.read_bytes() for file in card.parent.iterdir()}
+    assert set(first) == {'README.md', 'scales.png'}
+    save_scales_card(read_card_scales(card), card.parent)
+    assert {file.name: file.read_bytes() for file in card.parent.iterdir()} == first
+
+
+def test_an_update_keeps_what_others_wrote(card):
+    model_card = ModelCard.load(card)
+    model_card.data['my-key'] = {'nested': [1, 'two', None]}
+    model_card.data['datasets'] = ['digits']
+    model_card.text = f'# My notes\n{model_card.text}\nMore of mine.\n'
+    model_card.save(card)
+    scales = random_scales()
+    save_scales_card(scales, card.parent)
+    data = ModelCard.load(card).data
+    assert (data['my-key'], data.datasets) == ({'nested': [1, 'two', None]}, ['digits'])
+    before, _, rest = card.read_text().partition(BEGIN)
+    inside, _, after = rest.partition(END)
+    assert '# My notes' in before and scales.fingerprint in inside and 'More of mine.' in after
+    assert read_card_scales(card) == scales
+
+
+def test_a_card_without_metadata_gets_our_text_after_its_own(tmp_path):
+    (tmp_path / 'README.md').write_text('# Only text\n')
+    save_scales_card(random_scales(), tmp_path)
+    assert ModelCard.load(tmp_path / 'README.md').text.startswith(f'# Only text\n\n{BEGIN}')
+
+
+def test_results_of_others_survive_new_weights_and_accuracies_of_replaced_ones_do_not(tmp_path):
+    save_pretrained(tiny_model(), tmp_path, metrics={'dataset': 'digits', 'top1': 97.5, 'robustness': 50, 'speed': 3})
+    save_scales_card(random_scales(), tmp_path)
+    again = {'dataset': 'digits', 'top5': 99, 'robustness': 60}
+    save_pretrained(tiny_model(scales=load_scales(tmp_path)), tmp_path, metrics=again)
+    results = ModelCard.load(tmp_path / 'README.md').data.eval_results
+    found = sorted((each.metric_name, each.metric_value) for each in results)
+    assert found == [('Top-5 accuracy', 99), ('robustness', 60), ('speed', 3)]
+
+
+@pytest.mark.parametrize(
+    'front',
+    [
+        'model-index:\n- name: a\n  results: []\n- name: b\n  results: []\n',
+        'model-index:\n- name: a\n',
+        'model-index: text\n',
+        'a: [\n',
+        '- a list\n',
+        'a: !!python/object/apply:os.getcwd []\n',
+        'a: !!bool maybe\n',
+        f'a: {"[" * 100_000}\n',
+        'repopt: {format: 2}\n',
+        'b: "' + 'x' * (1 << 22) + '"\n',
+    ],
+    ids=lambda front: front[:20],
+)
+def test_a_card_that_could_not_be_carried_through_is_left_alone(front, tmp_path):
+    card = tmp_path / 'README.md'
+    card.write_text(f'---\n{front}\n---\n')
+    with pytest.raises(ValueError, match=r'README\.md'):
+        save_scales_card(random_scales(), tmp_path)
+    assert card.read_text() == f'---\n{front}\n---\n'
+
+
+def test_marks_that_were_torn_apart_are_not_guessed_about(card):
+    text = card.read_text()
+    for broken in (text.replace(END, ''), text.replace(BEGIN, ''), text + END, f'{text}{BEGIN}{END}'):
+        card.write_text(broken)
+        with pytest.raises(ValueError, match=f'^{card}'):
+            save_scales_card(random_scales(), card.parent)
+        assert card.read_text() == broken
+
+
+def forge(entry):
+    data = bytearray(base64.b64decode(entry['scales']))
+    data[-1] ^= 1
+    entry['scales'] = base64.b64encode(data).decode()
+
+
+@pytest.mark.parametrize(
+    'change',
+    [
+        forge,
+        lambda entry: entry.pop('scales'),
+        lambda entry: entry.update(scales='eJz#'),
+        lambda entry: entry.update(scales=5),
+        lambda entry: entry.update(fingerprint='0' * 64),
+        lambda entry: entry.update(format=2),
+        lambda entry: entry.update(provenance=[1]),
+        lambda entry: entry.update(provenance={'top1': float('nan')}),
+    ],
+)
+def test_a_damaged_or_forged_entry_is_refused(card, change):
+    rewrite(card, change)
+    with pytest.raises((ValueError, FileNotFoundError), match=r'README\.md|scales\.safetensors'):
+        read_card_scales(card)
+
+
+def test_a_card_does_not_expand_beyond_its_size(card):
+    bomb = 'x: &x0 [a, a, a, a]\n' + ''.join(f'y{n}: &x{n + 1} [*x{n}, *x{n}, *x{n}, *x{n}]\n' for n in range(20))
+    text = card.read_text().replace('repopt:', f'{bomb}repopt:').replace('dataset: digits', 'dataset: *x20')
+    card.write_text(text)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=r'README\.md.*provenance'):
+        read_card_scales(card)
+    assert tracemalloc.get_traced_memory()[1] < 30_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize('facts', [{'top1': float('nan')}, {'log': 'x' * (1 << 19)}, {'note': chr(0xD800)}])
+def test_facts_that_could_not_be_read_again_are_not_written(card, facts):
+    before = card.read_bytes()
+    with pytest.raises(ValueError):
+        save_scales_card(random_scales().with_provenance(facts), card.parent)
+    assert card.read_bytes() == before
+
+
+def test_names_that_could_run_in_a_snippet_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match='import os'):
+        save_scales_card(random_scales().renamed("x'); import os"), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_no_card_with_scales_is_refused(tmp_path):
+    path = tmp_path / 'README.md'
+    with pytest.raises(FileNotFoundError, match=r'README\.md'):
+        read_card_scales(path)
+    path.write_text('# Nothing\n')
+    with pytest.raises(ValueError, match=r'README\.md: no scales'):
+        read_card_scales(path)
+    with path.open('wb') as file:
+        file.truncate(1 << 32)
+    with pytest.raises(ValueError, match=r'README\.md.*larger'):
+        read_card_scales(path)
+
+
+def test_facts_show_no_token_and_cannot_break_the_page(tmp_path):
+    token = 'hf_' + 'aB3' * 11
+    facts = {'command': f'train --token {token}', 'dataset': f'a | b\n# Title <script> {END}'}
+    save_scales_card(random_scales().with_provenance(facts), tmp_path)
+    text = (tmp_path / 'README.md').read_text()
+    assert token not in text
+    assert '| dataset | a \\| b # Title &lt;script> &lt;!--' in text
+    assert text.partition(BEGIN)[2].count(END) == 1
+
+
+def test_scales_beside_a_card_are_those_that_it_names(tmp_path):
+    scales = random_scales().with_provenance({'dataset': 'digits'})
+    save_scales_card(scales, tmp_path, scales_file=True)
+    assert load_scales(tmp_path) == load_scales(tmp_path / 'scales.safetensors') == scales
+    assert load_scales(tmp_path).provenance == {'dataset': 'digits'}
+    # What was put beside the card stays there.
+    update = random_scales()
+    save_scales_card(update, tmp_path)
+    assert load_scales(tmp_path / 'scales.safetensors') == update
+    scales.save(tmp_path / 'scales.safetensors')
+    with pytest.raises(ValueError, match='fingerprint'):
+        load_scales(tmp_path)
+    (tmp_path / 'scales.safetensors').unlink()
+    # A card's own name for the file could lead anywhere.
+    update.save(tmp_path / 'other.safetensors')
+    rewrite(tmp_path / 'README.md', lambda entry: entry.update(file='other.safetensors'))
+    with pytest.raises(FileNotFoundError, match=r'scales\.safetensors'):
+        load_scales(tmp_path)

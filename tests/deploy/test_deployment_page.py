@@ -1,0 +1,73 @@
+"""The Python of docs/deployment.md runs as it stands."""
+
+import re
+from pathlib import Path
+
+import onnxruntime
+import pytest
+import torch
+from PIL import Image
+
+from repopt_timm import make_grad_mults
+from repopt_timm.deploy import ExportOptions, export_onnx, quantize_onnx, save_onnx
+from repopt_timm.deploy.quantization import QuantizationOptions
+
+from ..helpers import random_scales, tiny_model
+
+PAGE = (Path(__file__).parents[2] / 'docs' / 'deployment.md').read_text(encoding='utf-8')
+BLOCKS = re.findall(r'^```python\n(.+?)^```', PAGE, re.M | re.S)
+
+
+def run(word, **names):
+    (block,) = (block for block in BLOCKS if word in block)
+    exec(compile(block, '<docs/deployment.md>', 'exec'), names)
+    return names
+
+
+@pytest.mark.parametrize('int8', [False, True])
+def test_onnx_runtime_alone_classifies_a_photograph(int8, named, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    export_onnx(named, 'a0.onnx', options=ExportOptions(batch=1))
+    if int8:
+        save_onnx(quantize_onnx('a0.onnx', images, QuantizationOptions(images=12)).quantized, 'a0.onnx')
+    for name in ('dark', 'light'):
+        Image.open(images / 'validation' / name / '0.png').resize((50, 40)).save('photo.jpg')
+        run('photo.jpg')
+        assert capsys.readouterr().out == f'{name}\n'
+
+
+@pytest.fixture
+def named(checkpoint, tmp_path):
+    """That checkpoint with the names of its classes."""
+    state = torch.load(checkpoint, weights_only=False)
+    torch.save({**state, 'label_names': ['dark', 'grey', 'light']}, tmp_path / 'named.pth.tar')
+    return tmp_path / 'named.pth.tar'
+
+
+@pytest.mark.slow
+def test_a_segmentation_network_is_exported_by_torch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    segmenter = run('Segmenter')['segmenter']
+    pixels = torch.randn(3, 3, 64, 64)
+    session = onnxruntime.InferenceSession('segmenter.onnx')
+    (found,) = session.run(None, {session.get_inputs()[0].name: pixels.numpy()})
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.from_numpy(found), segmenter(pixels), rtol=1e-3, atol=1e-4)
+
+
+def test_a_library_trains_in_int8_with_the_grad_mults_of_the_network_by_name():
+    pytest.importorskip('torchao', reason='pip install torchao')
+    scales = random_scales()
+    model = tiny_model(scales=scales)
+    before = {name: value.detach().clone() for name, value in model.named_parameters()}
+    expected = make_grad_mults(model, scales)
+    loader = [(torch.randn(4, 3, 32, 32), torch.arange(4) % 5)]
+    names = run('prepare_qat_pt2e', model=model, scales=scales, loader=loader)
+    trained = dict(names['network'].named_parameters())
+    masks = {name: names['mults'][value] for name, value in trained.items() if value in names['mults']}
+    assert masks.keys() == {f'{name}.weight' for name in scales}
+    for name, value in model.named_parameters():
+        if value in expected:
+            assert torch.equal(masks[name], expected[value])
+            assert not torch.equal(trained[name], before[name])
+    assert names['quantized'](loader[0][0]).isfinite().all()

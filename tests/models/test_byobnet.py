@@ -1,0 +1,86 @@
+import pytest
+import timm
+import torch
+from timm.utils import reparameterize_model
+from torch import nn
+
+from repopt_timm import Scales, make_grad_mults, save_pretrained
+from repopt_timm.models.twins import stated_arguments
+
+from ..helpers import tiny_model
+
+NUMBERS = {'depths': (1, 2, 1), 'widths': (8, 16, 16, 24), 'strides': (1, 2, 1, 2)}
+IMAGES = torch.randn(2, 3, 32, 32)
+
+
+def convs(model):
+    found = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return [(conv.weight.shape, conv.stride, conv.padding, conv.dilation, conv.groups) for conv in found]
+
+
+@pytest.mark.parametrize('numbers', [{}, NUMBERS, {**NUMBERS, 'output_stride': 2}, {'use_se': True}])
+def test_both_kinds_are_the_same_network_once_their_branches_are_merged(numbers):
+    plain, branches = tiny_model(**numbers), tiny_model('_branches', **numbers).double()
+    assert len(convs(branches)) > len(convs(plain))
+    merged = reparameterize_model(branches.eval())
+    torch.testing.assert_close(merged(IMAGES.double()), branches(IMAGES.double()), rtol=0, atol=1e-12)
+    # Where squeeze-and-excitation follows the ReLU, modules have another order.
+    order = sorted if 'use_se' in numbers else list
+    assert order(map(str, convs(merged))) == order(map(str, convs(plain)))
+    assert plain.feature_info == branches.feature_info
+
+
+def test_the_branches_take_timms_arguments_and_train_with_an_ordinary_optimizer():
+    model = tiny_model('_branches', in_chans=1, global_pool='max', drop_path_rate=0.5, drop_rate=0.1, **NUMBERS)
+    optimizer = timm.optim.create_optimizer_v2(model, 'sgd', lr=0.1)
+    before = [param.clone() for param in model.parameters()]
+    model(torch.randn(2, 1, 32, 32)).sum().backward()
+    optimizer.step()
+    assert not any(torch.equal(old, new) for old, new in zip(before[:2], model.parameters()))
+    features = tiny_model('_branches', features_only=True, **NUMBERS)
+    assert features.feature_info.reduction() == [1, 2, 4]
+    assert [32 // each.shape[-1] for each in features(IMAGES)] == [1, 2, 4]
+
+
+@pytest.mark.parametrize('kind', ['', '_hs', '_csla'])
+def test_scales_belong_to_the_chosen_numbers(kind):
+    scales = Scales.initial(tiny_model(**NUMBERS))
+    model = tiny_model(kind, scales=scales, **NUMBERS)
+    assert Scales.from_model(model) == scales
+    assert set(scales['stages.1.1.conv']) == {'kxk', '1x1', 'identity'}
+    assert len(scales) == 5 == (5 if kind else len(make_grad_mults(model)))
+    with pytest.raises(ValueError, match='Make the model alike'):
+        tiny_model(kind, scales=scales)
+
+
+@pytest.mark.parametrize(
+    ('numbers', 'message'),
+    [
+        ({'depths': (1, 1)}, 'one width more than depths'),
+        ({'widths': (8, 8)}, 'one width more than depths'),
+        ({'depths': (1, 0, 1, 1)}, 'positive integers'),
+        ({'widths': 'abc'}, 'positive integers'),
+        ({**NUMBERS, 'strides': (2, 2)}, '4 values of 1 or 2'),
+    ],
+)
+@pytest.mark.parametrize('kind', ['', '_branches'])
+def test_numbers_are_checked(kind, numbers, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_model(kind, **numbers)
+
+
+@pytest.mark.parametrize('kind', ['', '_hs', '_branches'])
+def test_a_repository_states_the_numbers(tmp_path, kind, monkeypatch):
+    model = tiny_model(kind, in_chans=1, **NUMBERS, **({} if kind else {'scales': 'initial'})).eval()
+    save_pretrained(model, tmp_path)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert torch.equal(loaded(IMAGES[:, :1]), model(IMAGES[:, :1]))
+    card = (tmp_path / 'README.md').read_text()
+    numbers = ', '.join(f'{name}={value}' for name, value in NUMBERS.items())
+    assert (numbers in card) == (kind != '_branches')
+
+
+def test_before_1_0_31_a_repository_states_what_timm_does_not(monkeypatch):
+    monkeypatch.delattr('timm.models._hub.get_model_args', raising=False)
+    model = tiny_model(in_chans=1, scales='initial', drop_rate=0.1, **NUMBERS)
+    assert stated_arguments(model) == {'in_chans': 1, **NUMBERS}

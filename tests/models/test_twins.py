@@ -1,0 +1,129 @@
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from timm.utils import reparameterize_model
+from torch import nn
+
+from repopt_timm import Scales, make_grad_mults, plain_twin, register_twins, save_pretrained
+from repopt_timm.models import ensure_registered
+from repopt_timm.names import KINDS, MULTI_BRANCH, ModelName
+from repopt_timm.reparam import multi_branch_blocks
+
+from ..helpers import random_scales
+
+register_twins('test_resnet')
+IMAGES = torch.randn(2, 3, 64, 64)
+STRIDES = (1, 1, 2, 2, 2)
+
+
+def twin(name, **kwargs):
+    kwargs.setdefault('num_classes', 5)
+    return timm.create_model(f'repopt_{name}', **kwargs)
+
+
+def convs(model):
+    found = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    return [(*conv.weight.shape, conv.stride, conv.padding, conv.groups, conv.bias is None) for conv in found]
+
+
+def test_each_multi_branch_network_of_timm_has_all_kinds_and_a_first_convolution():
+    names = [name for pattern in MULTI_BRANCH for name in timm.list_models(pattern)]
+    assert 'mobileone_s4' in names
+    for name in names:
+        assert all(timm.is_model(f'repopt_{name}{ending}') for ending in KINDS.values())
+
+
+@pytest.mark.parametrize('strides', [(2, 2, 2, 2, 2), STRIDES])
+def test_a_mobileone_and_its_branches_are_one_network_once_merged(strides):
+    plain, branches = (twin(f'mobileone_s0{kind}', strides=strides) for kind in ('', '_branches'))
+    assert list(multi_branch_blocks(branches))
+    assert plain.state_dict().keys() == plain_twin(timm.create_model('mobileone_s0')).state_dict().keys()
+    assert convs(reparameterize_model(branches)) == convs(reparameterize_model(plain))
+    firsts = [plain.stem, *(stage[0] for stage in plain.stages)]
+    assert tuple(block.conv.stride[0] for block in firsts) == strides
+    for model in (plain, branches):
+        assert model.feature_info[-1]['reduction'] == (32 if strides[0] == 2 else 8)
+    if strides != STRIDES:
+        assert convs(timm.create_model('mobileone_s0')) == convs(branches)
+
+
+def test_reduced_strides_reach_features_scales_and_repositories(tmp_path):
+    scales = Scales.initial(twin('mobileone_s0', strides=STRIDES))
+    model = twin('mobileone_s0', strides=STRIDES, scales=scales).eval()
+    save_pretrained(model, tmp_path)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert torch.equal(loaded(IMAGES), model(IMAGES))
+    assert loaded.strides == STRIDES
+    assert Scales.from_model(loaded) == scales
+    with pytest.raises(ValueError, match='Make the model alike'):
+        twin('mobileone_s0', scales=scales)
+    assert twin('mobileone_s0', features_only=True, strides=STRIDES).feature_info.reduction() == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(
+    ('name', 'kwargs', 'reason'),
+    [
+        ('mobileone_s0', {'strides': (1, 2)}, '5 values'),
+        ('mobileone_s0', {'drop_path_rate': 0.1}, 'drop_path_rate=0'),
+        ('mobileone_s0_branches', {'scales': 'initial'}, 'does not take scales'),
+        ('mobileone_s0', {'scales': 'implied'}, 'trained branches'),
+        ('test_resnet_hs', {'pretrained': True}, 'no pretrained weights'),
+    ],
+)
+def test_arguments_that_do_not_go_together_are_refused(name, kwargs, reason):
+    with pytest.raises(ValueError, match=reason):
+        twin(name, **kwargs)
+
+
+def test_features_end_where_timms_do():
+    register_twins('mobilenetv3_small_050')
+    features = twin('mobilenetv3_small_050', scales='initial', features_only=True)
+    assert isinstance(features.model.conv_head, torch.nn.Identity)
+    assert make_grad_mults(features)
+    expected = timm.create_model('test_resnet', features_only=True, out_indices=2).feature_info.channels()
+    assert twin('test_resnet_hs', features_only=True, out_indices=2).feature_info.channels() == expected
+
+
+def test_registering_twice_and_by_name_is_safe():
+    register_twins('test_resnet')
+    ensure_registered('repopt_test_vit_csla')
+    assert timm.is_model('repopt_test_vit_csla')
+    ensure_registered('repopt_nonsense')
+    with pytest.raises(ValueError, match="'nonsense'"):
+        register_twins('nonsense')
+
+
+def test_the_import_and_a_registration_build_no_network():
+    code = (
+        'from torch import nn\n'
+        'def fail(*args, **kwargs): raise AssertionError\n'
+        'import timm\nnn.Conv2d.__init__ = fail\n'
+        "import repopt_timm\nrepopt_timm.register_twins('resnet10t')\nassert timm.is_model('repopt_resnet10t_hs')"
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_timms_weights_are_the_targets_and_stay_as_they_are():
+    weights = timm.create_model('test_resnet').state_dict()
+    overlay = {'state_dict': weights, 'num_classes': 1000}
+    scales = random_scales('test_resnet')
+    model = twin('test_resnet', pretrained=True, pretrained_cfg_overlay=overlay, scales=scales, num_classes=1000)
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert make_grad_mults(model).fingerprint == scales.fingerprint
+    assert timm.list_pretrained('repopt_test_resnet*')
+
+
+@pytest.mark.parametrize(
+    ('text', 'architecture', 'kind', 'tag', 'network'),
+    [
+        ('repopt_vgg_a0_hs.cifar10', 'repopt_vgg_a0', 'hs', 'cifar10', 'repopt_vgg_a0'),
+        ('repopt_resnet18_csla', 'repopt_resnet18', 'csla', '', 'resnet18'),
+        ('resnet18.a1_in1k', 'resnet18', 'target', 'a1_in1k', 'resnet18'),
+    ],
+)
+def test_a_models_name_is_taken_apart_in_one_place(text, architecture, kind, tag, network):
+    name = ModelName.parse(text)
+    assert (name.architecture, name.kind, name.tag, name.network) == (architecture, kind, tag, network)

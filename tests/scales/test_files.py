@@ -1,0 +1,127 @@
+import argparse
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from repopt_timm import Scales, hyper_search, load_scales
+from repopt_timm.cards.publish import save_scales_card
+from repopt_timm.scales import read_scale_file
+from repopt_timm.scales.files import checkpoint_entry
+
+from ..helpers import TINY, random_scales, tiny_model
+
+
+def reference_keys(scales, names=('scale_conv', 'scale_1x1', 'scale_identity')):
+    """The layout of the reference repository's files."""
+    state = {}
+    for module, vectors in scales.items():
+        parts = module.split('.')
+        prefix = 'stage0' if module == 'stem.conv' else f'stage{int(parts[1]) + 1}.{parts[2]}'
+        for branch, name in zip(('kxk', '1x1', 'identity'), names):
+            if branch in vectors:
+                state[f'{prefix}.{name}.weight'] = vectors[branch]
+    return state
+
+
+def sketch_keys(scales):
+    """The layout of the method's published sketch: scales named after kernels, beside the rest of a block."""
+    state = reference_keys(scales, ('scale3x3', 'scale1x1', 'scale_identity'))
+    return {**state, 'stage0.conv3x3.weight': torch.ones(2, 2, 3, 3), 'fc.weight': torch.ones(3, 4)}
+
+
+@pytest.mark.parametrize('save', [torch.save, save_file])
+def test_modules_come_in_the_order_of_the_network(tmp_path, save):
+    model = timm.create_model('repopt_vgg_b1', device='meta')
+    path = tmp_path / ('b1.safetensors' if save is save_file else 'b1.pth')
+    save(reference_keys(Scales.initial(model)), path)
+    order = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    assert list(read_scale_file(path)) == order
+
+
+def test_counts_survive_file_card_and_checkpoint(tmp_path):
+    prior = {'stem.conv': {'kxk': 3, '1x1': 2}, 'stages.1.1.conv': ['kxk', '1x3', 'identity']}
+    search = hyper_search(tiny_model(), prior)
+    scales = Scales.from_model(search)
+    assert scales.counts['stem.conv'] == prior['stem.conv']
+    scales.save(tmp_path / 'scales.safetensors')
+    save_scales_card(scales, tmp_path / 'card')
+    torch.save({'state_dict': search.state_dict(), 'arch': f'{TINY}_hs'}, tmp_path / 'last.pth.tar')
+    assert load_scales(tmp_path / 'scales.safetensors') == load_scales(tmp_path / 'card') == scales
+    assert load_scales(tmp_path / 'last.pth.tar').counts == scales.counts
+
+
+@pytest.mark.parametrize('kind', ['_hs', '_csla'])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda state: state,
+        lambda state: {'model': state, 'epoch': 3},
+        lambda state: {'state_dict': state, 'arch': f'{TINY}_hs', 'args': argparse.Namespace(model_kwargs={})},
+        lambda state: {'state_dict': {}, 'state_dict_ema': state},
+        lambda state: {'state_dict': {f'module.{key}': value for key, value in state.items()}},
+    ],
+    ids=['bare', 'model', 'timm', 'ema', 'ddp'],
+)
+def test_scales_are_read_from_the_checkpoints_of_twins(tmp_path, kind, wrap):
+    model = tiny_model(kind, scales=random_scales())
+    torch.save(wrap(model.state_dict()), tmp_path / 'last.pth.tar')
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    for file in ('last.pth.tar', 'model.safetensors'):
+        assert load_scales(tmp_path / file, tiny_model()) == Scales.from_model(model)
+
+
+def test_a_convolution_that_is_the_network_or_stands_in_two_places_is_read(tmp_path):
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    for name, network in (('one', conv), ('two', nn.Sequential(conv, conv))):
+        torch.save(hyper_search(network).state_dict(), tmp_path / f'{name}.pth')
+        assert load_scales(tmp_path / f'{name}.pth', network) == Scales.initial(network)
+
+
+def test_a_checkpoint_is_held_to_the_geometry_that_it_states(tmp_path):
+    strides = (1, 2, 2, 2, 2)
+    search = tiny_model('_hs', strides=strides)
+    torch.save({'state_dict': search.state_dict(), 'arch': f'{TINY}_hs'}, tmp_path / 'bare.pth')
+    assert read_scale_file(tmp_path / 'bare.pth').geometry == {}
+    assert tiny_model(scales=tmp_path / 'bare.pth', strides=strides).scales == search.scales
+    content = {'state_dict': search.state_dict(), 'arch': f'{TINY}_hs', 'repopt': checkpoint_entry(search.scales)}
+    torch.save(content, tmp_path / 'last.pth')
+    assert read_scale_file(tmp_path / 'last.pth') == search.scales
+    with pytest.raises(ValueError, match=r"'stem\.conv'.*stride 1x1.*stride 2x2"):
+        tiny_model(scales=tmp_path / 'last.pth')
+
+
+@pytest.mark.parametrize('keys', [reference_keys, sketch_keys])
+@pytest.mark.parametrize('nest', [dict, lambda state: {'model': state}])
+def test_published_layouts_are_read_by_name(tmp_path, keys, nest):
+    scales = random_scales()
+    torch.save(nest(keys(scales)), tmp_path / 'published.pth')
+    assert load_scales(tmp_path / 'published.pth', tiny_model()) == scales
+
+
+def test_the_network_of_a_published_file_is_found_by_its_widths_or_by_who_asks(tmp_path):
+    model = timm.create_model('repopt_vgg_d2se', device='meta')
+    torch.save(reference_keys(Scales.initial(model)), tmp_path / 'se.pth')
+    assert read_scale_file(tmp_path / 'se.pth').architecture == 'repopt_vgg_l2'
+    assert load_scales(tmp_path / 'se.pth', model).architecture == 'repopt_vgg_d2se'
+
+
+@pytest.mark.parametrize(
+    ('change', 'name'),
+    [
+        (lambda state: {k: v for k, v in state.items() if 'stages.3' not in k}, r'stages\.3\.0\.conv'),
+        (lambda state: state | {k.replace('3.0', '4.0'): v + 1 for k, v in state.items()}, r'stages\.4\.0\.conv'),
+        (lambda state: {k: v for k, v in state.items() if 'stem' not in k or 'scales.1x1' not in k}, r'stem\.conv'),
+        (lambda state: tiny_model().state_dict(), 'no scales'),
+        (lambda state: {'stage1.0.rbr_dense.conv.weight': torch.ones(1)}, 'RepVGG.*--scales implied'),
+        (lambda state: {'stage1.0.rbr_reparam.weight': torch.ones(1)}, 'already fused.*rbr_reparam'),
+        (lambda state: {'stages.0.0.reparam_conv.weight': torch.ones(1)}, 'already fused.*reparam_conv'),
+    ],
+    ids=['missing', 'left over', 'branch', 'plain', 'RepVGG', 'deployed RepVGG', 'fused by timm'],
+)
+def test_a_file_without_the_scales_of_the_network_says_what_it_is(tmp_path, change, name):
+    torch.save(change(tiny_model('_hs').state_dict()), tmp_path / 'last.pth')
+    with pytest.raises(ValueError, match=rf'last\.pth.*{name}'):
+        tiny_model(scales=tmp_path / 'last.pth')

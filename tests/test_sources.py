@@ -1,0 +1,66 @@
+import json
+
+import pytest
+import timm
+
+from repopt_timm import load_scales
+from repopt_timm.cards.publish import save_scales_card
+from repopt_timm.cli import main
+
+from .helpers import TINY, random_scales, tiny_model
+
+
+def test_a_source_that_is_nowhere_is_named():
+    with pytest.raises(FileNotFoundError, match=r"'missing\.safetensors'"):
+        tiny_model(scales='missing.safetensors')
+
+
+def test_a_mapping_is_taken_by_name_for_a_model():
+    scales = random_scales()
+    assert load_scales(dict(scales), tiny_model()) == scales
+
+
+@pytest.mark.parametrize('source', ['initial', 'published', 'implied'])
+def test_a_name_that_means_nothing_without_a_model_says_what_it_needs(source):
+    with pytest.raises(ValueError, match=f"scales='{source}'"):
+        load_scales(source)
+
+
+@pytest.mark.parametrize('out', ['file.safetensors', 'card'])
+def test_extract_writes_any_source_to_a_file_or_a_card(tmp_path, out, capsys):
+    assert main(['scales', 'extract', 'initial', str(tmp_path / out), '--architecture', f'{TINY}_hs', '--json']) == 0
+    found = load_scales(tmp_path / out)
+    assert found == load_scales('initial', timm.create_model(TINY))
+    assert json.loads(capsys.readouterr().out)['fingerprint'] == found.fingerprint
+    assert main(['scales', 'extract', str(tmp_path / out), str(tmp_path / 'again'), '--scales-file']) == 0
+    assert (tmp_path / 'again/scales.safetensors').is_file()
+    assert load_scales(tmp_path / 'again') == found
+
+
+@pytest.mark.parametrize('option', [['--scales-file'], ['--license', 'mit']])
+def test_an_option_of_cards_is_refused_for_a_file(tmp_path, option, capsys):
+    save_scales_card(random_scales(), tmp_path / 'card')
+    assert main(['scales', 'extract', str(tmp_path / 'card'), str(tmp_path / 'x.safetensors'), *option]) == 1
+    assert option[0] in capsys.readouterr().err
+    assert not (tmp_path / 'x.safetensors').exists()
+
+
+def test_show_says_how_far_scales_are_from_their_initial_values(tmp_path, capsys):
+    random_scales().with_provenance({'dataset': 'digits'}).save(tmp_path / 'x.safetensors')
+    assert main(['scales', 'show', str(tmp_path / 'x.safetensors')]) == 0
+    shown = capsys.readouterr().out
+    assert 'digits' in shown and 'layer means moved by' in shown and 'stage 4' in shown
+    assert main(['scales', 'show', 'initial', '--architecture', TINY, '--json']) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert 'moved by 0.0%' in shown['movement'] and len(shown['stages']) == 12
+
+
+def test_a_list_shows_the_name_of_a_licence_of_its_own(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / f'{TINY}.mine'
+    save_scales_card(random_scales(), folder, license='my-licence')
+    assert 'license: other' in (folder / 'README.md').read_text()
+    monkeypatch.setattr('repopt_timm.sources.shipped_repositories', lambda: {folder.name: folder})
+    assert main(['scales', 'list', '--json']) == 0
+    assert {'my-licence'} == {
+        row['license'] for row in json.loads(capsys.readouterr().out)['scales'] if row['name'] == folder.name
+    }
