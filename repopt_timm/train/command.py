@@ -82,8 +82,10 @@ def continuation(program: Sequence[str], argv: Sequence[str], folder: Path) -> s
     if not any(folder.glob(f'**/{LAST_CHECKPOINT}')):
         return f'no epoch was finished; start again with  {shlex.join(words)}'
     # Later flags replace those before them: not from where this call began.
-    words += ['--output', str(folder.parent), '--experiment', folder.name, '--resume']
-    return f'continue with  {shlex.join(words)}'
+    for pair in (['--output', str(folder.parent)], ['--experiment', folder.name]):
+        if f' {shlex.join(pair)} ' not in f' {shlex.join(words)} ':
+            words += pair
+    return f'continue with  {shlex.join([*words, "--resume"])}'
 
 
 def _search_and_train(args: argparse.Namespace) -> None:
