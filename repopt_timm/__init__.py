@@ -11,4 +11,4 @@ from .publish import push_to_hub, save_pretrained
 from .reparam import Scales, csla, hyper_search, make_grad_mults, prepare, refused_convs, repvgg_prior
 from .sources import load_scales
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'

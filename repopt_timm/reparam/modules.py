@@ -3,6 +3,7 @@
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 __all__ = ['is_sharded', 'modules_of', 'name_as_part', 'network_name', 'pair', 'uncompiled_name', 'unwrap', 'whole']
 
@@ -31,7 +32,8 @@ def network_name(model: nn.Module) -> str:
     if not isinstance(name, str):
         config = getattr(inner, 'pretrained_cfg', None)
         name = config.get('architecture') if isinstance(config, dict) else None
-    return name or type(inner).__name__
+    # A network that is one convolution may be its own twin.
+    return name or type_before_parametrizations(inner).__name__
 
 
 def uncompiled_name(name: str) -> str:

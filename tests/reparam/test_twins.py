@@ -64,6 +64,13 @@ def test_a_plain_convolution_comes_back_as_it_was(layout):
     assert seen == [1]
 
 
+def test_a_network_may_be_one_convolution():
+    conv = nn.Conv2d(4, 4, 3, padding=1)
+    twin = hyper_search(conv)
+    assert Scales.from_model(twin) == Scales.initial(conv)
+    assert Scales.from_model(to_plain(twin)) == Scales.initial(conv)
+
+
 def test_a_shared_convolution_stays_shared():
     twin = hyper_search(Neck())
     assert twin.shared is twin.also_shared
