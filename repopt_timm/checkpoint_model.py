@@ -72,8 +72,8 @@ def model_of(
         kwargs['num_classes'] = len(state[f'{classifier}.weight'])
     if args.get('gp'):
         kwargs['global_pool'] = args['gp']
-    if args.get('in_chans') or args.get('input_size'):
-        kwargs['in_chans'] = args.get('in_chans') or args['input_size'][0]
+    if channels := args.get('in_chans') or (args.get('input_size') or [None])[0]:
+        kwargs['in_chans'] = channels
     model: Any = timm.create_model(name, **kwargs)
     try:
         model.load_state_dict(state)

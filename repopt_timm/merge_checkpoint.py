@@ -25,10 +25,7 @@ _IMAGES, _BATCH = 2048, 64
 
 
 def merge_trained(
-    source: str,
-    model_name: str = '',
-    data: str | os.PathLike | None = None,
-    implied: bool = False,
+    source: str, model_name: str = '', data: str | os.PathLike | None = None, implied: bool = False
 ) -> nn.Module:
     """Makes the plain network of a trained multi-branch one, under our name.
 

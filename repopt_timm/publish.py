@@ -1,7 +1,8 @@
 """Models with their scales as repositories in timm's format: local folders, and the Hugging Face Hub."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,9 +56,8 @@ def save_pretrained(
     """Writes a model as a repository in timm's format, whose card holds the scales.
 
     The files are `config.json`, `model.safetensors`, `README.md`, `scales.png`, `curves.png`; each appears whole or not
-    at all. With the same `repo_id` they are what `push_to_hub` uploads. `timm.create_model(
-    'local-dir:<directory>', pretrained=True)` loads them. A card that is there already keeps its other metadata, and
-    the text outside the marks.
+    at all. `timm.create_model('local-dir:<directory>', pretrained=True)` loads them. With the same `repo_id` they are
+    what `push_to_hub` uploads. A card that is there already keeps its other metadata, and the text outside the marks.
 
     Args:
         model: A timm model, compiled or wrapped for parallel training or not, or a checkpoint of a run.
@@ -66,7 +66,7 @@ def save_pretrained(
         metrics: Results as the Hub shows them, such as `{'dataset': 'cifar10', 'top1': 93.1}`, in percent.
             Defaults to those of the checkpoint, unless `precision` is `int8`.
         training: How the weights were trained, plain data for the card. Defaults to what the checkpoint states.
-        curves: Picture of the training curves to put beside, a PNG file. Drawn from the checkpoint by default.
+        curves: Picture of the training curves, a PNG file. Drawn from the checkpoint by default.
         precision: `float32`, or `float16` or `int8` for smaller kernels, see `packing.pack`; loading restores them.
         repo_id: Name that the repository has on the Hub, for the snippets in the card.
         scales_file: Put the scales into `scales.safetensors` beside the card.
@@ -83,16 +83,13 @@ def save_pretrained(
     for file in files:
         check_output(directory / file, *(() if isinstance(model, nn.Module) else (model,)))
     write = _prepare(model, scales, metrics, training, curves, precision, license)
-    repo_id = repo_id or f'USER/{directory.resolve().name}'
     directory.mkdir(parents=True, exist_ok=True)
     # Everything is made beside its place first: an error in the middle leaves the directory as it was.
     with TemporaryDirectory(prefix='.repopt-timm-', dir=directory) as name:
-        folder = Path(name)
-        for file in (CARD_FILE, SCALES_FILE):
-            if (directory / file).is_file():
-                (folder / file).write_bytes((directory / file).read_bytes())
-        published = frozenset(file.name for file in directory.iterdir())
-        write(folder, repo_id, published, scales_file, directory)
+        folder, published = Path(name), frozenset(os.listdir(directory))
+        for file in published & {CARD_FILE, SCALES_FILE}:
+            shutil.copyfile(directory / file, folder / file)
+        write(folder, repo_id or f'USER/{directory.resolve().name}', published, scales_file, directory)
         for file in files:
             if (folder / file).is_file():
                 with replacing(directory / file) as temporary:
@@ -104,91 +101,80 @@ def save_pretrained(
 def push_to_hub(
     model: nn.Module | str | os.PathLike,
     repo_id: str,
-    scales: ScalesSource | None = None,
-    metrics: Mapping[str, float | str] | None = None,
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
     token: str | bool | None = None,
-    training: Mapping[str, Any] | None = None,
-    curves: str | os.PathLike | None = None,
-    precision: str = 'float32',
     commit_message: str = 'Model with scales of repopt-timm',
     scales_file: bool = False,
-    license: str | None = None,
+    **contents: Any,
 ) -> str:
     """Publishes a model on the Hugging Face Hub, in timm's format, with its scales in the card.
 
     Args:
         model: See `save_pretrained`.
         repo_id: Name of the repository, `user/repo`, made if there is none.
-        scales: See `save_pretrained`, as for `metrics`, `training` and `curves`.
-        metrics: See there.
         private: Whether a new repository is private.
         revision: Branch to commit to, made if there is none.
         create_pr: Open a pull request instead of changing the branch.
         token: Defaults to the token of `hf auth login`.
-        training: See there.
-        curves: See there.
-        precision: See there.
         commit_message: Title of the commit.
-        scales_file: Put the scales into `scales.safetensors` beside the card, as is done when the Hub refuses the card
-            as too large.
-        license: See there.
+        scales_file: Put the scales into `scales.safetensors`, as is done when the Hub refuses the card as too large.
+        contents: `scales`, `metrics`, `training`, `curves`, `precision` and `license`, see `save_pretrained`.
 
     Returns:
         Address of the commit or pull request.
 
     Raises:
         HubError: If the repository cannot be written to.
-        FileNotFoundError: If there is no such checkpoint or source of scales.
-        ValueError: If the checkpoint does not name its model, the scales are missing or another model's, a weight is
-            sharded, it or a result would not work or is not finite, or the licence is not an identifier.
+        FileNotFoundError: See `save_pretrained`, as for ValueError.
 
     Example:
         >>> push_to_hub(model, 'user/a0', metrics={'dataset': 'cifar10', 'top1': 93.1})  # doctest: +SKIP
     """
-    write = _prepare(model, scales, metrics, training, curves, precision, license)
+    write = _prepare(model, **contents)
     return push_folder(repo_id, write, commit_message, private, revision, create_pr, token, scales_file)
 
 
 def _prepare(
-    model: nn.Module | str | os.PathLike,
-    scales: ScalesSource | None,
-    metrics: Mapping[str, float | str] | None,
-    training: Mapping[str, Any] | None,
-    curves: str | os.PathLike | None,
-    precision: str,
-    license: str | None,
+    model: Any,
+    scales: ScalesSource | None = None,
+    metrics: Mapping[str, float | str] | None = None,
+    training: Mapping[str, Any] | None = None,
+    curves: str | os.PathLike | None = None,
+    precision: str = 'float32',
+    license: str | None = None,
 ) -> Callable[..., None]:
     """Checks everything, and returns a function that writes the files; see `push_folder` for its arguments."""
     license_name = checked_license(license)
     picture = b'' if curves is None else Path(curves).read_bytes()
     if curves is not None and not picture.startswith(_PNG):
         raise ValueError(f"'{curves}' is not a picture, expected a PNG file.")
-    history: Sequence[Mapping[str, Any]] = []
-    facts = dict(training or {})
+    history: list[Mapping[str, Any]] = []
+    facts, source = dict(training or {}), ''
     if isinstance(model, nn.Module):
         model = unwrap(model)
-        source = _timm_name(model)
     else:
         source, checkpoint = os.fspath(model), read_checkpoint(model)
         with explaining(f"'{source}' does not hold the model of a run"):
             model = model_of(checkpoint, source, scales)
             facts = _training_of(checkpoint) if training is None else facts
-            measured = _metrics_of(checkpoint)
-            history = [row for row in checkpoint.get('history') or [] if 'train_loss' in row]
+            history = checkpoint.get('history') or []
+            last = {key: history[-1].get(f'eval_{key}') for key in ('top1', 'top5')} if history else {}
+            measured = {key: round(value, 3) for key, value in last.items() if value is not None}
+            history = [row for row in history if 'train_loss' in row]
         if precision == 'int8':
             # Those of the rounded weights are others.
-            facts |= {f'{name}_before_rounding': value for name, value in measured.items()}
+            facts |= {f'{key}_before_rounding': value for key, value in measured.items()}
         elif metrics is None:
             metrics = measured
-    name = _timm_name(model)
-    weights = _weights_of(model, source)
+    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+    if name is None:
+        raise ValueError(f'{type(model).__name__} is not a model of timm: create it with timm.create_model.')
     if precision == 'int8' and not isinstance(model, RepOptVgg):
         raise ValueError(f"{name} cannot load 8-bit weights, RepOpt-VGG alone restores them: use 'float16'.")
-    has_scales = kind_of(model) != 'target' or carried_scales(model)
-    found = Scales.from_model(model) if has_scales else None
+    packed = pack(_weights_of(model, source or name), precision)
+    found = Scales.from_model(model) if kind_of(model) != 'target' or carried_scales(model) else None
     if scales is not None:
         given = load_scales(scales, model)
         if found is not None and found != given:
@@ -208,8 +194,14 @@ def _prepare(
     if found is not None:
         # What no card can hold is an error before anything is written or uploaded.
         encode_scales(found, facts)
-    results = eval_results(metrics) if metrics else []
-    packed = pack(weights, precision)
+    card = {
+        'model_name': name,
+        'scales': found,
+        'license_name': license_name,
+        'training': facts,
+        'results': eval_results(metrics) if metrics else [],
+        'weights_license': origin_of(model).get('license', ''),
+    }
 
     def write(
         folder: Path, repo_id: str, published: frozenset[str], scales_file: bool, target: str | os.PathLike = ''
@@ -222,20 +214,8 @@ def _prepare(
             (folder / CURVES_FILE).write_bytes(picture)
         elif history:
             draw(plot_curves, {name: history}, folder / CURVES_FILE)
-        write_card(
-            folder,
-            repo_id,
-            # A picture that is there already is of other weights' training.
-            published - {CURVES_FILE},
-            scales_file,
-            model_name=name,
-            scales=found,
-            license_name=license_name,
-            training=facts,
-            results=results,
-            weights_license=origin_of(model).get('license', ''),
-            source=target,
-        )
+        # A picture that is there already is of other weights' training.
+        write_card(folder, repo_id, published - {CURVES_FILE}, scales_file, source=target, **card)
 
     return write
 
@@ -250,17 +230,8 @@ def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
             f'and publish it from one process.'
         )
     check_weights(weights, source)
-    # A tensor that is tied to another has memory of its own in a file, under each of its names.
+    # safetensors refuses tensors that share memory, as tied ones do.
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
-
-
-def _timm_name(model: nn.Module) -> str:
-    config: Any = getattr(model, 'pretrained_cfg', None) or {}
-    if 'architecture' not in config:
-        raise ValueError(
-            f'{type(model).__name__} is not a model of timm: create it with timm.create_model, then publish it.'
-        )
-    return config['architecture']
 
 
 def _training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -272,16 +243,9 @@ def _training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     training |= {key: args[key] for key in _STATED if isinstance(args.get(key), int | float | str) and args[key]}
     if 'batch_size' in args:
         training['batch_size'] = args['batch_size'] * args.get('world_size', 1) * args.get('grad_accum_steps', 1)
-    if 'seed' in args:
-        training['seed'] = args['seed']
     if isinstance(checkpoint.get('epoch'), int):
         training['epochs'] = checkpoint['epoch'] + 1
-    if 'versions' in checkpoint:
-        training['versions'] = checkpoint['versions']
+    for key, found in {'seed': args, 'versions': checkpoint}.items():
+        if key in found:
+            training[key] = found[key]
     return training
-
-
-def _metrics_of(checkpoint: Mapping[str, Any]) -> dict[str, float | str]:
-    history = checkpoint.get('history') or [{}]
-    found = {name: history[-1].get(f'eval_{name}') for name in ('top1', 'top5')}
-    return {name: round(value, 3) for name, value in found.items() if value is not None}

@@ -11,7 +11,7 @@ from .files import check_output_folder
 from .merge_checkpoint import merge_trained
 from .publish import push_to_hub, save_pretrained
 from .reporting import add_command, print_result
-from .scale_commands import SOURCE, add_license, add_publishing, add_scales_file
+from .scale_commands import SOURCE, add_card_options, add_publishing, given
 from .sources import IMPLIED
 from .weights_origin import merged_from
 
@@ -24,19 +24,20 @@ def add_commands(commands: Any) -> None:
     Args:
         commands: What `ArgumentParser.add_subparsers` returned.
     """
-    save = add_command(commands, 'save', _save)
-    save.add_argument('checkpoint', help='checkpoint of a training run')
+    save, push = add_command(commands, 'save', _save), add_command(commands, 'push', _push)
+    for parser in (save, push):
+        parser.add_argument('checkpoint', help='checkpoint of a training run')
+        parser.add_argument('--scales', metavar='SOURCE', help=f'scales that it was trained with: {SOURCE}')
+        parser.add_argument(
+            '--precision', choices=PRECISIONS, default='float32', help='number format of stored kernels'
+        )
+        add_card_options(parser)
     save.add_argument('out', help='folder to write, which local-dir:OUT loads')
-    _add_contents(save)
     save.add_argument(
         '--data', metavar='DIR', help='image folder on whose validation split to measure what is written, for the card'
     )
     add_class_map(save)
-
-    push = add_command(commands, 'push', _push)
-    push.add_argument('checkpoint', help='checkpoint of a training run')
     push.add_argument('repo', help='repository on the Hub, user/repo')
-    _add_contents(push)
     add_publishing(push)
 
     convert = add_command(commands, 'convert-checkpoint', _convert_checkpoint)
@@ -53,32 +54,18 @@ def add_commands(commands: Any) -> None:
         metavar='DIR',
         help='image folder to measure the BatchNorms of a merged network on [estimates from the branches]',
     )
-    convert.add_argument('--out', metavar='DIR', help='folder to write, which local-dir:DIR loads')
-    convert.add_argument('--push', metavar='REPO', help='repository on the Hub to publish it in')
+    convert.add_argument('--out', metavar='DIR', required=True, help='folder to write, which local-dir:DIR loads')
     convert.add_argument(
         '--scales', metavar='SOURCE', help=f"scales that it was trained with: {SOURCE}; 'implied' by branches"
     )
-    add_license(convert)
-    add_publishing(convert)
-
-
-def _add_contents(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('--scales', metavar='SOURCE', help=f'scales that it was trained with: {SOURCE}')
-    parser.add_argument('--curves', metavar='PNG', help='picture of the training curves [drawn from CHECKPOINT]')
-    parser.add_argument('--precision', choices=PRECISIONS, default='float32', help='number format of stored kernels')
-    add_license(parser)
-    add_scales_file(parser)
-
-
-def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in names}
+    add_card_options(convert)
 
 
 def _save(args: argparse.Namespace) -> None:
-    contents = _given(args, 'scales', 'curves', 'precision', 'license')
-    values, text = _given(args, 'checkpoint', 'out'), f'{args.checkpoint} -> {args.out}'
-    metrics = None
     check_output_folder(args.out)
+    contents = given(args, 'scales', 'precision', 'license')
+    metrics: dict[str, Any] | None = None
+    values, text = given(args, 'checkpoint', 'out'), f'{args.checkpoint} -> {args.out}'
     if args.data:
         with TemporaryDirectory() as folder:
             save_pretrained(args.checkpoint, folder, **contents)
@@ -92,33 +79,28 @@ def _save(args: argparse.Namespace) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    names = ('scales', 'curves', 'precision', 'license', 'scales_file', 'private', 'revision', 'create_pr')
-    url = push_to_hub(args.checkpoint, args.repo, **_given(args, *names))
+    names = ('scales', 'precision', 'license', 'scales_file', 'private', 'revision', 'create_pr')
+    url = push_to_hub(args.checkpoint, args.repo, **given(args, *names))
     print_result(args, {'checkpoint': args.checkpoint, 'url': url}, f'{args.checkpoint} -> {url}')
 
 
 def _convert_checkpoint(args: argparse.Namespace) -> None:
-    if not args.out and not args.push:
-        raise ValueError('Name a folder to write with --out, a repository to publish in with --push, or both.')
-    if args.out:
-        check_output_folder(args.out)
+    check_output_folder(args.out)
     implied = args.scales == IMPLIED
-    name = Path(args.checkpoint).name if Path(args.checkpoint).is_file() else args.checkpoint
     model: Any = merge_trained(args.checkpoint, args.model, args.data, implied)
     if merged_from(model):
         measured = f'measured on images of {Path(args.data).resolve().name}' if args.data else 'estimated from branches'
         how = {'trained_with': 'branches; merged into plain kernels', 'batchnorm': measured}
     else:
         how = {'method': "published by the method's authors"}
-    contents: dict[str, Any] = {
-        'scales': None if implied else args.scales,
-        'training': {'converted_from': name, **how},
-        'license': args.license,
-    }
-    values: dict[str, Any] = {'architecture': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes}
-    if args.out:
-        save_pretrained(model, args.out, **contents)
-        values['out'] = args.out
-    if args.push:
-        values['url'] = push_to_hub(model, args.push, **contents, **_given(args, 'private', 'revision', 'create_pr'))
+    name = Path(args.checkpoint).name if Path(args.checkpoint).is_file() else args.checkpoint
+    save_pretrained(
+        model,
+        args.out,
+        None if implied else args.scales,
+        training={'converted_from': name, **how},
+        **given(args, 'license', 'scales_file'),
+    )
+    config = model.pretrained_cfg
+    values = {'architecture': config['architecture'], 'num_classes': model.num_classes, 'out': args.out}
     print_result(args, values, ', '.join(f'{name} {value}' for name, value in values.items()))

@@ -19,7 +19,7 @@ from .scales import Scales
 from .scales.summary import movement, scales_table
 from .sources import known_scales, load_scales
 
-__all__ = ['SOURCE', 'add_commands', 'add_license', 'add_publishing', 'add_scales_file']
+__all__ = ['SOURCE', 'add_card_options', 'add_commands', 'add_publishing', 'given']
 
 SOURCE = "file, folder, model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, or 'published' or 'initial'"
 
@@ -30,46 +30,42 @@ def add_commands(commands: Any) -> None:
     Args:
         commands: What `ArgumentParser.add_subparsers` returned.
     """
-    parser = commands.add_parser('scales', help=COMMANDS['scales'].summary)
-    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    commands = commands.add_parser('scales', help=COMMANDS['scales'].summary)
+    commands = commands.add_subparsers(required=True, metavar='COMMAND')
     add_command(commands, 'list', _list, 'list the scales that ship, are published, or are in the cache of the Hub')
-    _add_command(commands, 'show', _show, 'show scales, and how far they are from their initial values')
-    extract = _add_command(commands, 'extract', _extract, 'write scales, from the checkpoint of a search or any source')
+    show = add_command(commands, 'show', _show, 'show scales, and how far they are from their initial values')
+    extract = add_command(commands, 'extract', _extract, 'write scales, from the checkpoint of a search or any source')
+    plot = add_command(commands, 'plot', _plot, 'draw scales against depth')
+    push = add_command(commands, 'push', _push, 'publish scales on the Hub')
+    for parser in (show, extract, plot, push):
+        parser.add_argument('source', help=f'{SOURCE} with --architecture')
+        parser.add_argument('--architecture', metavar='MODEL', help='plain model that the scales are for')
     extract.add_argument('out', help='.safetensors file, or folder for a model card')
-    plot = _add_command(commands, 'plot', _plot, 'draw scales against depth')
     plot.add_argument('out', help='picture to write')
-    push = _add_command(commands, 'push', _push, 'publish scales on the Hub')
     push.add_argument('repo', help='repository on the Hub, user/repo')
-    for parser in (extract, push):
-        add_license(parser)
-        add_scales_file(parser)
+    add_card_options(extract)
+    add_card_options(push)
     add_publishing(push)
 
 
-def _add_command(commands: Any, name: str, run: Any, summary: str) -> argparse.ArgumentParser:
-    parser = add_command(commands, name, run, summary)
-    parser.add_argument('source', help=f'{SOURCE} with --architecture')
-    parser.add_argument('--architecture', metavar='MODEL', help='plain model that the scales are for')
-    return parser
-
-
-def add_license(parser: argparse.ArgumentParser) -> None:
-    """Adds `--license` to a command that writes a card."""
+def add_card_options(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of a command that writes a card."""
     text = 'licence for a card that states none, such as mit [that of what it comes from, as far as known]'
     parser.add_argument('--license', metavar='ID', help=text)
-
-
-def add_scales_file(parser: argparse.ArgumentParser) -> None:
-    """Adds `--scales-file` to a command that writes a card."""
     text = 'put the scales into scales.safetensors beside the card, as is done when the Hub refuses a large card'
     parser.add_argument('--scales-file', action='store_true', help=text)
 
 
 def add_publishing(parser: argparse.ArgumentParser) -> None:
-    """Adds what a command needs that commits to the Hub."""
+    """Adds the options of a command that commits to the Hub."""
     parser.add_argument('--private', action='store_true', default=None, help='make a new repository private')
     parser.add_argument('--revision', help='branch to commit to')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of changing the branch')
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Returns arguments of a command by name, to pass on."""
+    return {name: getattr(args, name) for name in names}
 
 
 def _load(args: argparse.Namespace) -> Scales:
@@ -106,20 +102,18 @@ def _show(args: argparse.Namespace) -> None:
 
 
 def _extract(args: argparse.Namespace) -> None:
-    is_file = Path(args.out).suffix == '.safetensors'
-    if is_file and (args.license or args.scales_file):
-        raise ValueError(
-            f"'{args.out}': --license and --scales-file are for a folder with a model card. Name a folder."
-        )
-    if is_file:
+    if Path(args.out).suffix == '.safetensors':
+        if args.license or args.scales_file:
+            raise ValueError(
+                f"'{args.out}': --license and --scales-file are for a folder with a model card. Name a folder."
+            )
         check_output(args.out, args.source)
-    else:
-        check_output_folder(args.out)
-    scales = _load(args)
-    if is_file:
+        scales = _load(args)
         scales.save(args.out)
     else:
-        save_scales_card(scales, args.out, scales_file=args.scales_file, license=args.license)
+        check_output_folder(args.out)
+        scales = _load(args)
+        save_scales_card(scales, args.out, **given(args, 'license', 'scales_file'))
     _print(args, scales, out=args.out)
 
 
@@ -133,5 +127,4 @@ def _plot(args: argparse.Namespace) -> None:
 def _push(args: argparse.Namespace) -> None:
     scales = _load(args)
     names = ('private', 'revision', 'create_pr', 'scales_file', 'license')
-    url = push_scales(scales, args.repo, **{name: getattr(args, name) for name in names})
-    _print(args, scales, url=url)
+    _print(args, scales, url=push_scales(scales, args.repo, **given(args, *names)))

@@ -25,9 +25,7 @@ def origin_of(model: Any) -> dict[str, Any]:
 def restore_origin(model: Any, origin: Any) -> None:
     """Gives a timm model the origin of the weights that it took over; what it stated before goes.
 
-    Args:
-        model: The model.
-        origin: What `origin_of` returned; anything else, of a damaged file for example, counts as none.
+    `origin` is what `origin_of` returned; anything else, of a damaged file for example, counts as none.
     """
     others = {key: value for key, value in model.pretrained_cfg.items() if key not in ('license', 'notes')}
     model.pretrained_cfg = {**others, **_checked(origin)}
@@ -39,12 +37,7 @@ def forget_origin(model: Any) -> None:
 
 
 def note_merged(model: Any, source: str) -> None:
-    """Notes that a timm model's weights were merged from those of branches.
-
-    Args:
-        model: The model.
-        source: Name of the weights with branches, such as `timm/mobileone_s0.apple_in1k`.
-    """
+    """Notes that a timm model's weights were merged from weights with branches, by the name of these."""
     origin = origin_of(model)
     others = [note for note in origin.get('notes', ()) if not note.startswith(_MERGED)]
     restore_origin(model, {**origin, 'notes': [f'{_MERGED}{source}'[:_MAX_NOTE], *others]})
@@ -52,10 +45,8 @@ def note_merged(model: Any, source: str) -> None:
 
 def merged_from(model: Any) -> str:
     """Returns the name of the weights with branches that a timm model's were merged from; empty if there are none."""
-    for note in origin_of(model).get('notes', ()):
-        if note.startswith(_MERGED):
-            return note.removeprefix(_MERGED)
-    return ''
+    notes = origin_of(model).get('notes', ())
+    return next((note.removeprefix(_MERGED) for note in notes if note.startswith(_MERGED)), '')
 
 
 def license_identifier(name: Any) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import timm
 import torch
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from repopt_timm import Scales, save_pretrained
@@ -75,3 +76,13 @@ def write_tar(path: Path, count: int, folder: str = '{}') -> None:
             member = tarfile.TarInfo(f'{folder.format(("cat", "dog")[index % 2])}/{index}.png')
             member.size = len(buffer.getvalue())
             archive.addfile(member, io.BytesIO(buffer.getvalue()))
+
+
+def card_of(folder):
+    """The model card of a folder."""
+    return ModelCard.load(folder / 'README.md')
+
+
+def read_tree(folder):
+    """The content of the files of a folder, by name."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}

@@ -202,7 +202,6 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     timeout = 60
     routes = (
-        (r'GET /api/whoami-v2', 'whoami'),
         (r'POST /api/validate-yaml', 'validate_yaml'),
         (r'POST /api/repos/create', 'create_repo'),
         (r'GET /api/models/{id}(?:/revision/(?P<rev>[^/]+))?', 'repo_info'),
@@ -276,9 +275,6 @@ class _Handler(BaseHTTPRequestHandler):
             raise ApiError(403, "You don't have the required permissions to perform this operation")
         return repo
 
-    def whoami(self) -> None:
-        self.reply({'type': 'user', 'name': self.user, 'orgs': [], 'auth': {'type': 'access_token'}})
-
     def validate_yaml(self) -> None:
         self.reply({'errors': [], 'warnings': []})
 
@@ -345,15 +341,10 @@ class _Handler(BaseHTTPRequestHandler):
     def lfs_batch(self) -> None:
         """Tells where to upload what is not stored yet."""
         self.repo()
-        replies = [
-            {
-                'oid': item['oid'],
-                'size': item['size'],
-                'actions': {'upload': {'href': f'{self.hub.endpoint}/storage/{item["oid"]}'}},
-            }
-            for item in json.loads(self.body)['objects']
-        ]
-        self.reply({'transfer': 'basic', 'objects': replies})
+        objects = json.loads(self.body)['objects']
+        for item in objects:
+            item['actions'] = {'upload': {'href': f'{self.hub.endpoint}/storage/{item["oid"]}'}}
+        self.reply({'transfer': 'basic', 'objects': objects})
 
     def lfs_upload(self) -> None:
         if hashlib.sha256(self.body).hexdigest() != self.args['oid']:
@@ -367,8 +358,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {'X-Repo-Commit': sha}
         content = repo.files(sha).get(path)
         if content is None:
-            error = ApiError(404, 'Entry not found', 'EntryNotFound')
-            self.reply({}, 404, **error.headers, **headers)
+            self.reply({}, 404, **ApiError(404, 'Entry not found', 'EntryNotFound').headers, **headers)
             return
         size, headers['ETag'] = len(content), f'"{object_id(path, content)}"'
         if self.fault is not None:

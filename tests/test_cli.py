@@ -27,7 +27,7 @@ def search(tmp_path):
 def test_scales_go_from_a_checkpoint_to_files_and_folders(search, tmp_path, capsys):
     file, folder = tmp_path / 'scales.safetensors', tmp_path / 'folder'
     assert main(['scales', 'extract', str(search), str(file)]) == 0
-    assert main(['scales', 'convert', str(file), str(folder)]) == 0
+    assert main(['scales', 'extract', str(file), str(folder)]) == 0
     assert main(['scales', 'plot', str(folder), str(tmp_path / 'scales.png')]) == 0
     capsys.readouterr()
     for source in (search, file, folder, folder / 'README.md'):
@@ -39,7 +39,7 @@ def test_a_table_is_shown_on_a_terminal(capsys):
     assert main(['scales', 'show', 'initial', '--architecture', 'repopt_vgg_b1']) == 0
     out = capsys.readouterr().out
     assert 'initial values, not searched' in out
-    assert 'stage 3    identity      1.0000    1.0000    1.0000' in out
+    assert '| stage 3 | identity | 1.0000 | 1.0000 | 1.0000 |' in out
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ def test_a_table_is_shown_on_a_terminal(capsys):
         ('scales show nowhere', "'nowhere'"),
         ('scales show hf-hub:a/b@', 'revision'),
         ('scales show initial', '--arch'),
-        ('convert-checkpoint x.pth', 'folder'),
+        ('convert-checkpoint x.pth', '--out'),
         ('train --scales nowhere --dataset digits --output {tmp} --data-dir {tmp}', 'nowhere'),
         ('qantize x', "unknown command 'qantize'. Did you mean 'quantize'?"),
         ('train --device-modules repopt_timm', "timm's own train.py"),
@@ -171,11 +171,9 @@ def test_the_help_of_all_commands_waits_for_none_of_them():
         ('scales plot {file} {tmp}/picture', "picture' does not end in the suffix of a picture, such as picture.png"),
         ('scales plot {file} {tmp}/picture.docx', 'does not end in the suffix of a picture'),
         ('scales plot {file} {tmp}/pipe.png', "pipe.png' cannot be written: it is a device or a pipe"),
-        ('scales convert {file} {file}', 'it is the input itself'),
-        ('scales convert {file} {tmp}/pipe.png', 'scales are written as .safetensors or as a folder'),
-        ('scales convert {file} {tmp}/device.safetensors', 'it is a device or a pipe'),
+        ('scales extract {file} {file}', 'it is the input itself'),
+        ('scales extract {file} {tmp}/device.safetensors', 'it is a device or a pipe'),
         ('scales extract {file} {file}/folder', 'is not a folder'),
-        ('scales pull nobody/nothing {tmp}/device.safetensors', 'it is a device or a pipe'),
         ('save nowhere.pth {file}', 'is not a folder'),
         ('save {tmp}/model.safetensors {tmp}', "model.safetensors' cannot be written: it is the input itself"),
         ('convert-checkpoint nowhere.pth --out {file}', 'is not a folder'),

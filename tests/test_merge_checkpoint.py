@@ -89,20 +89,10 @@ def test_a_network_that_timm_has_fused_is_called_that(name, stated, tmp_path):
         merge_trained(str(tmp_path / 'fused.pth'), '' if name != 'repvit_m0_9' else name)
 
 
-@pytest.mark.parametrize(
-    ('name', 'change'),
-    [
-        ('stem.conv_1x1.bn.running_var', lambda tensor: -tensor - 1),
-        ('stem.conv_kxk.conv.weight', lambda tensor: tensor * 1e38),
-        ('stem.conv_kxk.conv.weight', lambda tensor: tensor.to(torch.complex64)),
-        ('stem.conv_kxk.conv.weight', lambda tensor: tensor.int()),
-    ],
-    ids=['variance', 'large', 'complex', 'integer'],
-)
-def test_weights_that_no_network_computes_with_are_not_converted(checkpoint, tmp_path, capsys, name, change):
+def test_weights_that_no_network_computes_with_are_not_converted(checkpoint, tmp_path, capsys):
     content = torch.load(checkpoint, weights_only=False)
-    content['state_dict'][name] = change(content['state_dict'][name])
+    content['state_dict']['stem.conv_1x1.bn.running_var'].neg_().sub_(1)
     torch.save(content, checkpoint)
     assert main(['convert-checkpoint', str(checkpoint), '--out', str(tmp_path / 'out')]) == 1
-    assert f"'{name}'" in capsys.readouterr().err
+    assert "'stem.conv_1x1.bn.running_var'" in capsys.readouterr().err
     assert not (tmp_path / 'out').exists()

@@ -10,14 +10,11 @@ from repopt_timm.cli import main
 from .helpers import TINY, random_scales, tiny_model
 
 
-def test_a_source_that_is_nowhere_is_named():
-    with pytest.raises(FileNotFoundError, match=r"'missing\.safetensors'"):
-        tiny_model(scales='missing.safetensors')
-
-
-def test_a_mapping_is_taken_by_name_for_a_model():
+def test_a_mapping_is_taken_by_name_and_a_source_that_is_nowhere_is_named():
     scales = random_scales()
     assert load_scales(dict(scales), tiny_model()) == scales
+    with pytest.raises(FileNotFoundError, match=r"'missing\.safetensors'"):
+        tiny_model(scales='missing.safetensors')
 
 
 @pytest.mark.parametrize('source', ['initial', 'published', 'implied'])

@@ -5,7 +5,6 @@ import argparse
 import pytest
 import timm
 import torch
-from huggingface_hub import ModelCard
 
 from repopt_timm import save_pretrained
 from repopt_timm.checkpoint_model import model_from_checkpoint
@@ -13,7 +12,7 @@ from repopt_timm.merge_checkpoint import merge_trained
 from repopt_timm.train.command import main as train
 from repopt_timm.weights_origin import merged_from, note_merged, origin_of, restore_origin
 
-from .helpers import TINY, tiny_model
+from .helpers import TINY, card_of, tiny_model
 
 
 def merged(license_name='mit'):
@@ -21,10 +20,6 @@ def merged(license_name='mit'):
     restore_origin(model, {'license': license_name})
     note_merged(model, 'timm/net.in1k')
     return model
-
-
-def card_of(folder):
-    return ModelCard.load(folder / 'README.md', ignore_metadata_errors=False)
 
 
 def test_a_saved_model_says_what_its_weights_were_merged_from_once_loaded_again(tmp_path):

@@ -72,7 +72,7 @@ def read_card_scales(
     Args:
         path: The file, a `README.md`.
         source: What to call it in errors. Defaults to its path.
-        fetch: Returns the path of the file of this name beside the card. Defaults to the card's folder.
+        fetch: Returns the path of a file beside the card, by its name. Defaults to the card's folder.
 
     Raises:
         OSError: If there is no such file, or its scales are in a file that is not there.
@@ -89,10 +89,6 @@ def read_card_scales(
 
 def read_metadata(path: str | os.PathLike, source: str | None = None) -> dict[str, Any]:
     """Reads the metadata of a card, unchecked; none if it has no front matter.
-
-    Args:
-        path: The file, a `README.md`.
-        source: What to call it in errors. Defaults to its path.
 
     Raises:
         OSError: If there is no such file.
@@ -112,12 +108,7 @@ def read_metadata(path: str | os.PathLike, source: str | None = None) -> dict[st
 
 
 def decode_scales(entry: Any, source: str, fetch: Callable[[str], Path]) -> Scales:
-    """Decodes the `repopt` entry of a card, which may come from anyone.
-
-    Args:
-        entry: The entry.
-        source: Card that it comes from, for errors.
-        fetch: Returns the path of the file of this name beside the card.
+    """Decodes the `repopt` entry of a card, which may come from anyone; see `read_card_scales`.
 
     Raises:
         OSError: If the scales are in a file that is not there.
@@ -173,11 +164,13 @@ def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
     Raises:
         ValueError: If the dataset is missing, or a result is not a finite number.
     """
-    dataset = metrics.get('dataset')
+    values = dict(metrics)
+    dataset = values.pop('dataset', '')
     if not dataset:
         raise ValueError("No dataset is named. Give it along: {'dataset': 'cifar10', 'top1': 93.1}.")
-    if wrong := [name for name, value in metrics.items() if name != 'dataset' and not math.isfinite(value)]:
-        raise ValueError(f"'{wrong[0]}' is {metrics[wrong[0]]}, expected a finite number.")
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise ValueError(f"'{name}' is {value}, expected a finite number.")
     return [
         EvalResult(
             task_type='image-classification',
@@ -187,8 +180,7 @@ def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
             metric_name=METRICS.get(name, name),
             metric_value=value,
         )
-        for name, value in metrics.items()
-        if name != 'dataset'
+        for name, value in values.items()
     ]
 
 
@@ -210,11 +202,9 @@ def update_card(
         title: Name of the model in the index of results, where the card has none yet.
         render: Returns the Markdown to put between the two marks, from the results that the card then states.
         entry: The `repopt` entry. Defaults to what the card has.
-        results: Accuracies of new weights; those that the card states are of other weights, and go. None if the
-            weights stay.
+        results: Accuracies of new weights; those of replaced ones go. None if the weights stay.
         license_name: Licence of a card that states none; empty if none is known.
-        dataset: What the weights of a card that names no datasets were trained on: a type and a name, `hfds/user/name`,
-            or the name alone.
+        dataset: What the weights were trained on, such as `hfds/user/name`, for a card that names no datasets.
 
     Raises:
         ValueError: If the card cannot be read, or the client cannot carry its metadata through unchanged.
@@ -239,8 +229,8 @@ def update_card(
         data.datasets = data.datasets or [_DATASET_TYPE.sub('', dataset)]
     if entry is not None:
         found = before.get(METADATA_KEY)
-        if isinstance(found, Mapping) and isinstance(found.get('format'), int) and found['format'] > _FORMAT:
-            raise ValueError(f"{source}: its '{METADATA_KEY}' is in format {found['format']}: upgrade repopt-timm.")
+        if isinstance(found, Mapping) and found.get('format', _FORMAT) != _FORMAT:
+            raise ValueError(f"{source}: its '{METADATA_KEY}' is in another format: upgrade repopt-timm.")
         data[METADATA_KEY] = dict(entry)
     if results is not None:
         others = [
@@ -250,22 +240,22 @@ def update_card(
         ]
         data.eval_results = [*others, *results] or None
         data.model_name = (data.model_name or title) if data.eval_results else None
-    card.text = _replace_body(card.text, scrub(render(data.eval_results or ())), source)
+    body = scrub(render(data.eval_results or ()))
+    block, text = f'{BEGIN}\n{body.strip()}\n{END}', card.text
+    if BEGIN in text or END in text:
+        above, _, rest = text.partition(BEGIN)
+        _, end, below = rest.partition(END)
+        if not end or BEGIN in rest or END in above + below:
+            raise ValueError(
+                f'{source}: expected one begin mark of repopt-timm and one end mark after it. Delete them.'
+            )
+        card.text = above + block + below
+    else:
+        card.text = f'{text.rstrip()}\n\n{block}\n'.lstrip('\n') if text.strip() else f'\n{block}\n'
     with replacing(path) as temporary:
         card.save(temporary)
         # What could not be read again is not written.
         read_metadata(temporary, source)
-
-
-def _replace_body(text: str, body: str, source: str) -> str:
-    block = f'{BEGIN}\n{body.strip()}\n{END}'
-    if BEGIN not in text and END not in text:
-        return f'{text.rstrip()}\n\n{block}\n'.lstrip('\n') if text.strip() else f'\n{block}\n'
-    before, *rest = text.split(BEGIN)
-    inside = rest[0].split(END) if len(rest) == 1 else []
-    if len(inside) != 2 or END in before:
-        raise ValueError(f'{source}: expected one begin mark of repopt-timm and one end mark after it. Delete them.')
-    return before + block + inside[1]
 
 
 def _plain(facts: Any, where: str) -> dict[str, Any]:

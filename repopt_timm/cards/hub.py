@@ -1,6 +1,5 @@
 """Repositories on the Hugging Face Hub: files down, folders up."""
 
-import itertools
 import os
 import random
 import re
@@ -152,8 +151,7 @@ def push_folder(
         revision: Branch to commit to.
         create_pr: Open a pull request instead of changing the branch.
         token: Defaults to the token of `hf auth login`.
-        scales_file: Put scales into a file beside the card. So it is done, too, if the Hub refuses the card as too
-            large.
+        scales_file: What `write` gets; True once the Hub refuses the card as too large.
 
     Returns:
         Address of the commit or pull request.
@@ -168,7 +166,9 @@ def push_folder(
         if revision is not None and not create_pr and not revision.startswith('refs/'):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
     source = HubSource(repo_id, revision)
-    for attempt in itertools.count(1):
+    attempt = 0
+    while True:
+        attempt += 1
         try:
             with TemporaryDirectory(prefix='repopt-timm-') as folder:
                 with _explained(source, '', token):
@@ -195,7 +195,6 @@ def push_folder(
                 raise
             else:
                 time.sleep(random.uniform(0, min(_LONGEST_WAIT, 0.25 * 2**attempt)))
-    raise AssertionError('the loop returns or raises')
 
 
 @contextmanager
@@ -220,8 +219,8 @@ def _explained(source: HubSource, file: str, token: str | bool | None) -> Iterat
         elif raised.status in (401, 403):
             text += ' Log in with `hf auth login`, or set HF_TOKEN to a token that has access.'
         where = f'{source}, file {file}' if file else str(source)
-        text = scrub(f'{where}: {text}', token if isinstance(token, str) else get_token())
+        raised.args = (scrub(f'{where}: {text}', token if isinstance(token, str) else get_token()),)
     else:
         return
-    raised.args = (text,)
+    # Outside of the except block, so that no traceback shows the client's error.
     raise raised

@@ -55,7 +55,7 @@ def write_card(
         folder: Folder of the card, and of the files that it describes.
         repo_id: Name that the repository has on the Hub.
         published: Names of further files that the repository has.
-        scales_file: Put the scales into `scales.safetensors` beside the card; a card that has done so goes on.
+        scales_file: Put the scales into `scales.safetensors` beside the card, as is done if the card has done so.
         model_name: Name of the model in timm.
         scales: The scales. Defaults to what the card has already.
         license_name: Licence of a card that states none. Defaults to the weights' own, or, without weights, to
@@ -76,8 +76,7 @@ def write_card(
     found = found if isinstance(found, Mapping) else {}
     new_weights = training is not None
     training = training if new_weights else found.get('training')
-    files = {file.name for file in folder.iterdir()} | set(published)
-    files -= {SCALES_FILE}
+    files = ({file.name for file in folder.iterdir()} | set(published)) - {SCALES_FILE}
     entry, known = None, weights_license
     if scales is not None:
         entry, data = encode_scales(scales, training)
@@ -96,11 +95,8 @@ def write_card(
             known = license_identifier(scales.provenance.get('license'))
     title = repo_id.split('/')[-1]
     license_name = choose_license(title, stated_license(before), license_name, known)
-
-    def render(shown: Sequence[EvalResult]) -> str:
-        return render_body(repo_id, model_name, files, scales, training, license_name, shown)
-
     dataset = (training or {}).get('dataset', '') if WEIGHTS_FILE in files else ''
+    render = partial(render_body, repo_id, model_name, files, scales, training, license_name)
     update_card(path, where, title, render, entry, results if new_weights else None, license_name, dataset)
 
 
@@ -111,29 +107,22 @@ def save_scales_card(
     scales_file: bool = False,
     license: str | None = None,
 ) -> None:
-    """Writes a repository of scales without weights: a model card with a picture.
-
-    An existing card keeps its other metadata, and the text outside the marks of this package.
+    """Writes a folder with a model card that holds scales; what it has already stays.
 
     Args:
         scales: The scales.
-        directory: Folder to write.
-        repo_id: Name that it has on the Hub, for the snippets in the card. Defaults to `USER/<name of the folder>`.
+        directory: The folder.
+        repo_id: Name that the repository has on the Hub, for the snippets in the card.
         scales_file: Put the scales into `scales.safetensors` beside the card.
-        license: Identifier of the licence, such as `mit`, for a card that states none. Defaults to what the provenance
-            of the scales names; without one the card states none.
+        license: See `push_scales`.
 
     Raises:
         ValueError: If an existing card cannot be read, or could not be carried through unchanged, or the licence is
             not an identifier.
     """
-    folder, license_name = Path(directory), checked_license(license)
+    folder, write = Path(directory), _writer(scales, license)
     folder.mkdir(parents=True, exist_ok=True)
-    repo_id = repo_id or f'USER/{folder.resolve().name}'
-    model_name = model_for(scales.architecture)
-    write_card(
-        folder, repo_id, (), scales_file, model_name=model_name, scales=scales, license_name=license_name, source=folder
-    )
+    write(folder, repo_id or f'USER/{folder.resolve().name}', (), scales_file, source=folder)
 
 
 def push_scales(
@@ -157,8 +146,7 @@ def push_scales(
         create_pr: Open a pull request instead of changing the branch.
         token: Defaults to the token of `hf auth login`.
         commit_message: Title of the commit.
-        scales_file: Put the scales into `scales.safetensors` beside the card, as is done when the Hub refuses the card
-            as too large.
+        scales_file: Put the scales into `scales.safetensors`, as is done when the Hub refuses the card as too large.
         license: Identifier of the licence, such as `mit`, for a card that states none. Defaults to what the provenance
             of the scales names; without one the card states none.
 
@@ -167,13 +155,9 @@ def push_scales(
 
     Raises:
         HubError: If the repository cannot be written to.
-        ValueError: If its card cannot be read, or could not be carried through unchanged, or the licence is not an
-            identifier.
+        ValueError: See `save_scales_card`.
     """
-    # What no card can hold is an error before the repository is made.
-    encode_scales(scales)
-    model_name, license_name = model_for(scales.architecture), checked_license(license)
-    write = partial(write_card, model_name=model_name, scales=scales, license_name=license_name)
+    write = _writer(scales, license)
     return push_folder(repo_id, write, commit_message, private, revision, create_pr, token, scales_file)
 
 
@@ -185,3 +169,10 @@ def draw(plot: Callable[..., None], content: Any, path: Path, *args: Any) -> boo
         _logger.warning(f'The card has no {path.name}: {error}')
         return False
     return True
+
+
+def _writer(scales: Scales, license: str | None) -> Callable[..., None]:
+    # What no card can hold is an error before anything is made.
+    encode_scales(scales)
+    model_name, license_name = model_for(scales.architecture), checked_license(license)
+    return partial(write_card, model_name=model_name, scales=scales, license_name=license_name)

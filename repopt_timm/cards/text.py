@@ -58,26 +58,18 @@ def render_body(
     license_name: str = '',
     results: Sequence[EvalResult] = (),
 ) -> str:
-    """Renders what a card says about a repository, in Markdown.
+    """Renders what a card says about a repository, in Markdown; see `publish.write_card` for the arguments.
 
-    Args:
-        repo_id: Name of the repository on the Hub.
-        model_name: Name of the model in timm.
-        files: Names of the files beside the card.
-        scales: Its scales, if it has any.
-        training: How the weights were trained, as far as known.
-        license_name: Licence that the card's metadata names; empty if they name none.
-        results: Measured accuracies.
+    `files` are the names of all files beside the card.
     """
     weights, training = WEIGHTS_FILE in files, training or {}
     sections = [f'# {repo_id.split("/")[-1]}', _summary(model_name, files, scales)]
-    if weights:
-        sections.append(_figures(results, training))
+    sections.append(_figures(results, training) if weights else '')
     owner = ' Replace `USER` by the owner of the repository.' if repo_id.startswith('USER/') else ''
     sections += [
         '## Usage',
         f'`pip install repopt-timm`; `import repopt_timm` makes its models and optimizers known to timm.{owner}',
-        *_usage(f"'hf-hub:{repo_id}'", model_name, weights, scales, _image_mode(training)),
+        *_usage(f"'hf-hub:{repo_id}'", model_name, weights, scales, training),
     ]
     if scales is not None:
         sections += ['## How the scales were searched', _facts(scales.provenance) or 'Not recorded.']
@@ -86,7 +78,18 @@ def render_body(
     if CURVES_FILE in files:
         sections.append(f'![Training loss and accuracy against epochs]({CURVES_FILE})')
     if scales is not None:
-        sections += [*_scales_section(scales)]
+        strided = [_cell(name) for name, each in scales.geometry.items() if max(each.stride) > 1]
+        searched = f' Searched with strides at {", ".join(strided)}.' if strided else ''
+        rows = [
+            (row['stage'], row['branch'], *(f'{row[name]:.4f}' for name in ('mean', 'min', 'max')))
+            for row in scales_table(scales)
+        ]
+        sections += [
+            '## Scales',
+            f'One value per branch and channel of {len(scales)} convolutions.{searched} Fingerprint '
+            f'`{scales.fingerprint}`.',
+            _table(('stage', 'branch', 'mean', 'min', 'max'), rows, ('---', '---', '---:', '---:', '---:')),
+        ]
         if SCALES_PICTURE in files:
             sections.append(f'![Scales against depth: mean, and range over channels]({SCALES_PICTURE})')
     sections.append('## Limits')
@@ -131,40 +134,34 @@ def _summary(model_name: str, files: Collection[str], scales: Scales | None) -> 
 
 def _figures(results: Sequence[EvalResult], training: Mapping[str, Any]) -> str:
     """Returns what people choose a model by, as a table of one row; nothing if nothing is known."""
-    figures = {
+    figures: dict[str, Any] = {
         f'{each.metric_name}, {each.dataset_name}': f'{each.metric_value:.2f} %'
         for each in results
         if each.metric_name in METRICS.values() and isinstance(each.metric_value, int | float)
     }
     if 'image_size' in training:
-        figures['image size'] = _text(training['image_size'])
+        figures['image size'] = training['image_size']
     for name in ('parameters', 'multiply_adds'):
         if name in training:
             figures[name.replace('_', ' ')] = f'{training[name] / 1e6:,.1f} M'
     return _table([*figures], [figures.values()] if figures else [], ['---:'] * len(figures))
 
 
-def _image_mode(training: Mapping[str, Any]) -> str:
-    """Returns Pillow's name of the images that a model takes; empty if it opens none of so many channels."""
-    try:
-        return color_mode(training.get('image_size', [3])[0], training.get('image_mode'))
-    except ValueError:
-        return ''
-
-
-def _usage(hub: str, model_name: str, weights: bool, scales: Scales | None, mode: str) -> Iterator[str]:
+def _usage(
+    hub: str, model_name: str, weights: bool, scales: Scales | None, training: Mapping[str, Any]
+) -> Iterator[str]:
     name = ModelName.parse(model_name)
-    # A network of timm's own, or one unknown to it, takes its scales by a call of ours.
-    takes_scales = name.architecture in ARCHITECTURES or name.architecture.startswith(PREFIX)
-    register = [] if name.is_registered_at_import else [f"repopt_timm.register_twins('{name.network}')"]
+    create = [*_register(name), f'model = timm.create_model({hub}, pretrained=True).eval()']
     if weights:
-        load = [*register, f'model = timm.create_model({hub}, pretrained=True).eval()']
-        if mode:
-            yield 'Classify an image:'
-            yield _python('from PIL import Image', '', *load, _CLASSIFY.format(mode=mode))
-        else:
+        try:
+            mode = color_mode(training.get('image_size', [3])[0], training.get('image_mode'))
+        except ValueError:
+            # Pillow opens no images of so many channels.
             yield 'Load the model:'
-            yield _python('', *load)
+            yield _python('', *create)
+        else:
+            yield 'Classify an image:'
+            yield _python('from PIL import Image', '', *create, _CLASSIFY.format(mode=mode))
     elif scales is not None:
         yield 'Load the scales:'
         yield f'```python\nfrom repopt_timm import load_scales\n\nscales = load_scales({hub})\n```'
@@ -180,23 +177,32 @@ def _usage(hub: str, model_name: str, weights: bool, scales: Scales | None, mode
         yield 'Fine-tune:'
         yield _python(
             '',
-            *register,
+            *_register(name),
             f'model = timm.create_model(\n    {hub},\n    pretrained=True, num_classes=10,\n)',
-            *(attach if plain and not takes_scales else []),
+            *(attach if plain and not _takes_scales(name) else []),
             _optimizer('repopt_sgd' if plain else 'sgd', 0.01),
         )
+
+
+def _register(name: ModelName) -> list[str]:
+    return [] if name.is_registered_at_import else [f"repopt_timm.register_twins('{name.network}')"]
+
+
+def _takes_scales(name: ModelName) -> bool:
+    # A network of timm's own, or one unknown to it, takes its scales by a call of ours.
+    return name.architecture in ARCHITECTURES or name.architecture.startswith(PREFIX)
 
 
 def _scaled(hub: str, name: ModelName, scales: Scales, kind: str = 'target') -> list[str]:
     """Returns lines that make the plain network with its scales, or a search that starts from them."""
     name = ModelName.parse(model_for(name.network))
-    if name.architecture not in ARCHITECTURES and not name.architecture.startswith(PREFIX):
+    if not _takes_scales(name):
         use = 'repopt_timm.prepare(model' if kind == 'target' else 'search = repopt_timm.hyper_search(model'
         load = f'scales = repopt_timm.load_scales({hub}, model)'
         return [f'model = ...  # your {name.architecture}', load, f'{use}, scales)']
-    register = [] if name.is_registered_at_import else [f"repopt_timm.register_twins('{name.network}')"]
     size = f'num_classes=100{_numbers(scales)}'
-    return [*register, f"model = timm.create_model(\n    '{name.of_kind(kind)}',\n    {size},\n    scales={hub},\n)"]
+    create = f"model = timm.create_model(\n    '{name.of_kind(kind)}',\n    {size},\n    scales={hub},\n)"
+    return [*_register(name), create]
 
 
 def _numbers(scales: Scales) -> str:
@@ -220,21 +226,6 @@ def _optimizer(name: str, lr: float) -> str:
 
 def _python(*lines: str) -> str:
     return '\n'.join(['```python', 'import repopt_timm, timm', *lines, '```'])
-
-
-def _scales_section(scales: Scales) -> list[str]:
-    strided = [_cell(name) for name, each in scales.geometry.items() if max(each.stride) > 1]
-    searched = f' Searched with strides at {", ".join(strided)}.' if strided else ''
-    rows = [
-        (row['stage'], row['branch'], *(f'{row[name]:.4f}' for name in ('mean', 'min', 'max')))
-        for row in scales_table(scales)
-    ]
-    return [
-        '## Scales',
-        f'One value per branch and channel of {len(scales)} convolutions.{searched} Fingerprint '
-        f'`{scales.fingerprint}`.',
-        _table(('stage', 'branch', 'mean', 'min', 'max'), rows, ('---', '---', '---:', '---:', '---:')),
-    ]
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

@@ -23,8 +23,10 @@ def pack(state_dict: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
             output channel, shape (O,), float32, under the tensor's name and `_scale`.
 
     Raises:
-        ValueError: If a value is too large for float16.
+        ValueError: If there is no such precision, or a value is too large for float16.
     """
+    if precision not in PRECISIONS:
+        raise ValueError(f"'{precision}' is not a precision, expected one of {', '.join(PRECISIONS)}.")
     packed: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
         if precision == 'float32' or tensor.ndim < 2 or not tensor.is_floating_point():

@@ -60,13 +60,12 @@ def model_from_reference(path: str | os.PathLike) -> Any:
 
 def _vgg_of(state: Mapping[str, Tensor]) -> str | None:
     kernels = {f'{match[1]}.conv': state[key] for key in state if (match := _KERNEL.fullmatch(key))}
-    has_se = any('.attn.' in key for key in state)
-    name = infer_architecture(
-        {conv: len(kernel) for conv, kernel in kernels.items()}, 'repopt_vgg_d2se' if has_se else None
-    )
-    if name is not None and any('.conv_kxk.' in key for key in state):
+    taken = 'repopt_vgg_d2se' if any('.attn.' in key for key in state) else None
+    name = infer_architecture({conv: len(kernel) for conv, kernel in kernels.items()}, taken)
+    if name and any('.conv_kxk.' in key for key in state):
         # RepVGG-B1g4 has groups in every second block.
-        groups = len(kernels['stages.0.1.conv']) // kernels['stages.0.1.conv'].shape[1]
+        second = kernels['stages.0.1.conv']
+        groups = len(second) // second.shape[1]
         name = name.replace('repopt_vgg', 'repvgg') + (f'g{groups}' if groups > 1 else '')
     return name if name and timm.is_model(name) else None
 

@@ -96,8 +96,8 @@ def choose_weights(variant: str, pretrained: bool, cfg: Any, overlay: dict[str, 
         raise ValueError(
             f"The weights '{variant}.{resolved.tag}' are published by the method's authors as a file of their own. Get "
             f'RepOpt-VGG-{variant[-2:].upper()}*.pth from https://github.com/DingXiaoH/RepOptimizers, then convert it: '
-            f'`repopt-timm convert-checkpoint FILE --out DIR`, and load it as local-dir:DIR (or publish it with --push '
-            f'USER/{variant}.{resolved.tag} and set REPOPT_TIMM_HUB_NAMESPACE=USER).'
+            f'`repopt-timm convert-checkpoint FILE --out DIR`, and load it as local-dir:DIR (or run `hf upload '
+            f'USER/{variant}.{resolved.tag} DIR` and set REPOPT_TIMM_HUB_NAMESPACE=USER).'
         )
     name = f'{variant}.{resolved.tag}' if resolved.tag else variant
     raise ValueError(

@@ -9,7 +9,7 @@ from repopt_timm import Scales, load_scales, save_pretrained
 from repopt_timm.cards.card import BEGIN, END, read_card_scales
 from repopt_timm.cards.publish import save_scales_card
 
-from ..helpers import TINY, random_scales, tiny_model
+from ..helpers import TINY, random_scales, read_tree, tiny_model
 
 
 @pytest.fixture
@@ -37,17 +37,11 @@ def test_every_bit_comes_back(tmp_path):
     assert back.source == str(tmp_path / 'README.md')
 
 
-def test_a_network_that_is_one_convolution_has_a_card(tmp_path):
-    scales = Scales.initial(torch.nn.Conv2d(4, 4, 3, padding=1))
-    save_scales_card(scales, tmp_path)
-    assert load_scales(tmp_path) == scales
-
-
 def test_the_same_scales_make_the_same_card(card):
-    first = {file.name: file.read_bytes() for file in card.parent.iterdir()}
+    first = read_tree(card.parent)
     assert set(first) == {'README.md', 'scales.png'}
     save_scales_card(read_card_scales(card), card.parent)
-    assert {file.name: file.read_bytes() for file in card.parent.iterdir()} == first
+    assert read_tree(card.parent) == first
 
 
 def test_an_update_keeps_what_others_wrote(card):
@@ -86,12 +80,9 @@ def test_results_of_others_survive_new_weights_and_accuracies_of_replaced_ones_d
     'front',
     [
         'model-index:\n- name: a\n  results: []\n- name: b\n  results: []\n',
-        'model-index:\n- name: a\n',
         'model-index: text\n',
         'a: [\n',
-        '- a list\n',
         'a: !!python/object/apply:os.getcwd []\n',
-        'a: !!bool maybe\n',
         f'a: {"[" * 100_000}\n',
         'repopt: {format: 2}\n',
         'b: "' + 'x' * (1 << 22) + '"\n',
@@ -127,7 +118,6 @@ def forge(entry):
         forge,
         lambda entry: entry.pop('scales'),
         lambda entry: entry.update(scales='eJz#'),
-        lambda entry: entry.update(scales=5),
         lambda entry: entry.update(fingerprint='0' * 64),
         lambda entry: entry.update(format=2),
         lambda entry: entry.update(provenance=[1]),

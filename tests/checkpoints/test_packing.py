@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from repopt_timm.checkpoints.packing import pack, unpack
 
 SIZES = st.integers(1, 5)
-WEIGHTS = st.tuples(SIZES, SIZES, SIZES, st.floats(0, 1e6)).map(lambda s: torch.randn(s[0], s[1], s[2]) * s[3])
+SHAPES, SIZE = st.tuples(SIZES, SIZES, SIZES), st.just(0.0) | st.floats(1e-20, 1e6)
+WEIGHTS = st.tuples(SHAPES, SIZE).map(lambda drawn: drawn[1] * torch.randn(drawn[0]))
 
 
 @given(WEIGHTS)
