@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..reparam import (
@@ -39,7 +39,7 @@ FOLDING_CLASSES.update([
 _RANGE = 30.0
 
 
-class PlainBlock(nn.Module):
+class PlainBlock(nn.Sequential):
     """What takes the place of a multi-branch block: `conv`, `bn`, then attention and activation under their names.
 
     Args:
@@ -50,26 +50,19 @@ class PlainBlock(nn.Module):
         after: Further modules by name, in the order in which they run.
     """
 
-    conv: Any
-    bn: Any
-
     def __init__(self, conv: nn.Conv2d, bn: nn.Module, adds_norm: bool = True, **after: nn.Module):
         super().__init__()
         for name, module in {'conv': conv, 'bn': bn, **after}.items():
             self.add_module(name, module)
         self.adds_norm = adds_norm
 
-    def forward(self, x: Tensor) -> Tensor:
-        for module in self.children():
-            x = module(x)
-        return x
-
     def fuse(self) -> nn.Module:
         """Merges branches of a twin and folds BatchNorm into the convolution, which drops its scales, and returns self.
 
         `timm.utils.reparameterize_model` calls it. A norm without running statistics stays.
         """
-        conv, norm = self.conv, self.bn
+        conv: Any = self.conv
+        norm: Any = self.bn
         if branches_of(conv):
             merge_branches(conv)
         # Also those of a frozen or synchronized BatchNorm, which is of another class.
@@ -80,7 +73,7 @@ class PlainBlock(nn.Module):
             conv.weight, conv.bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
             )
-            self.bn = getattr(norm, 'act', nn.Identity())
+            self.add_module('bn', getattr(norm, 'act', nn.Identity()))
         return self
 
 

@@ -44,8 +44,6 @@ class RepOptVggBlock(PlainBlock):
         dtype: Floating point type of the parameters.
     """
 
-    attn: Any
-
     def __init__(
         self,
         in_chs: int,
@@ -72,14 +70,15 @@ class RepOptVggBlock(PlainBlock):
             index: Index of the block inside its stage.
             stride: Stride that the convolution was constructed with.
         """
-        branches = repvgg_branches(self.conv)
+        conv: Any = self.conv
+        branches = repvgg_branches(conv)
         if stride != 1:
             branches.pop('identity', None)
-        ConvPrior(branches, stage_scale(index), (stride, stride)).put_on(self.conv)
+        ConvPrior(branches, stage_scale(index), (stride, stride)).put_on(conv)
 
 
-def _activate_and_convolve(x: Tensor, block: RepOptVggBlock, following: RepOptVggBlock) -> Tensor:
-    return following.conv(block.attn(block.bn(x)))  # type: ignore[operator]
+def _activate_and_convolve(x: Tensor, block: Any, following: Any) -> Tensor:
+    return following.conv(block.attn(block.bn(x)))
 
 
 @contextmanager

@@ -131,7 +131,7 @@ def five_classes(tmp_path):
     ('arguments', 'message'),
     [
         ('export runs/nowhere --onnx {tmp}/new.onnx', "There is no folder 'runs/nowhere'"),
-        ('export {tmp}/nowhere.pth.tar --onnx {tmp}/new.onnx', 'There is no checkpoint'),
+        ('export {tmp}/nowhere.pth.tar --onnx {tmp}/new.onnx', 'nowhere.pth.tar'),
         ('export {five} --onnx {five}/new.onnx', 'cannot be written'),
         ('quantize {model} --data {tmp}/nowhere --out {tmp}/new.onnx', 'There is no image folder'),
         ('quantize {model} --data {tmp}/empty --out {tmp}/new.onnx', 'There are no images'),

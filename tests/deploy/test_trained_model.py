@@ -77,7 +77,7 @@ def test_the_twin_in_a_folder_or_repository_is_the_one_that_its_config_names(tmp
         (
             'nowhere/last.pth.tar',
             FileNotFoundError,
-            "There is no checkpoint 'nowhere/last.pth.tar', expected a file such as output/RUN/model_best.pth.tar",
+            'nowhere/last.pth.tar',
         ),
         ('model.onnx', ValueError, 'is an ONNX file already'),
         ('no_such_model', ValueError, 'no_such_model'),
