@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
-from ..datasets import class_numbers
+from ..datasets import Images, class_numbers
 
 __all__ = ['SelectedImages', 'class_sizes', 'select_images']
 
@@ -120,8 +120,8 @@ def class_sizes(dataset: Any, num_classes: int) -> Tensor | None:
 
 
 def _labels(dataset: Any) -> list[int] | None:
-    """Returns the labels of timm's folders and archives, and of torchvision's data sets."""
-    labels = getattr(dataset, 'labels' if isinstance(dataset, SelectedImages) else 'targets', None)
+    """Returns the labels of folders and archives, of timm's data sets, and of torchvision's."""
+    labels = getattr(dataset, 'labels' if isinstance(dataset, SelectedImages | Images) else 'targets', None)
     samples = getattr(getattr(dataset, 'reader', None), 'samples', None)
     if labels is None and isinstance(samples, Sequence):
         labels = [sample[1] for sample in samples]
