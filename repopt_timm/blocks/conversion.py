@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..reparam import (
@@ -39,7 +39,7 @@ FOLDING_CLASSES.update([
 _RANGE = 30.0
 
 
-class PlainBlock(nn.Sequential):
+class PlainBlock(nn.Module):
     """What takes the place of a multi-branch block: `conv`, `bn`, then attention and activation under their names.
 
     Args:
@@ -55,6 +55,11 @@ class PlainBlock(nn.Sequential):
         for name, module in {'conv': conv, 'bn': bn, **after}.items():
             self.add_module(name, module)
         self.adds_norm = adds_norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.children():
+            x = module(x)
+        return x
 
     def fuse(self) -> nn.Module:
         """Merges branches of a twin and folds BatchNorm into the convolution, which drops its scales, and returns self.

@@ -21,7 +21,7 @@ from ..cards.hub import HUB_PREFIX, HubFileNotFoundError, download, parse_hub_so
 from ..cards.text import WEIGHTS_FILE
 from ..checkpoints.packing import unpack
 from ..names import ModelName
-from ..reparam import prepare
+from ..reparam import kind_of, prepare
 from ..resources import shipped_repositories
 from ..sources import IMPLIED, ScalesSource, load_scales, scales_beside_weights
 from .byobnet import RepVgg
@@ -191,8 +191,10 @@ def restore(
     if implied:
         # Raises an error that explains what implied scales require.
         load_scales(IMPLIED, model)
+    # In some twins the first convolution has no branches.
+    plain = f'{first_conv}.weight' if kind_of(model) != 'target' else None
     for key, tensor in state_dict.items():
-        if key.startswith(f'{first_conv}.parametrizations.weight.') and tensor.ndim == 4:
+        if (key == plain or key.startswith(f'{first_conv}.parametrizations.weight.')) and tensor.ndim == 4:
             base = {} if tensor.shape[1] == 3 else {'base_chans': tensor.shape[1]}
             state_dict[key] = adapt_input_conv(model.get_submodule(first_conv).in_channels, tensor, **base)
     return state_dict

@@ -99,7 +99,8 @@ def read_config(name: str) -> dict[str, Any]:
     try:
         config = yaml.load(path.read_text(encoding='utf-8'), _UniqueKeys)
     except (yaml.YAMLError, RecursionError, ArithmeticError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"'{path}' is not a YAML file of 'argument: value' lines: {error}") from None
+        reason = ' '.join(str(error).split())
+        raise ValueError(f"'{path}' is not a YAML file of 'argument: value' lines: {reason}") from None
     if not isinstance(config, dict):
         raise ValueError(f"'{path}' holds a {type(config).__name__}, expected 'argument: value' lines.")
     folders = {value for value in (config.pop('data', None), config.get('data_dir')) if value}

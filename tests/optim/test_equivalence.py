@@ -105,7 +105,8 @@ NETWORKS = {
 def test_networks_of_timm_train_like_their_csla_twins(name, rule):
     kwargs, prior = NETWORKS[name]
     model = timm.create_model(name, num_classes=5, **kwargs).double()
-    if name in ('ghostnet_100', 'mobilenetv3_small_100', 'edgenext_xx_small'):
+    # AdamW makes steps of the rounding errors in the gradients of biases in front of a BatchNorm.
+    if name in ('ghostnet_100', 'mobilenetv3_small_100', 'edgenext_xx_small', 'vgg11_bn'):
         model = freeze_batch_norm_2d(model)
     twin = csla(model, counted_scales(model, prior))
     nets = twin, to_plain(twin)
@@ -113,7 +114,7 @@ def test_networks_of_timm_train_like_their_csla_twins(name, rule):
     settings = {**SGD, 'lr': 1e-3} if rule == 'sgd' else ADAMW
     train(nets, optimizers(*nets, rule, **settings), steps=4, size=64)
     assert relative_difference(nets[1], to_plain(twin), smallest=1e-9) < 1e-11 * (1 if rule == 'sgd' else 1e3)
-    assert relative_difference(nets[1], before, smallest=1e-9) > 1e-4
+    assert relative_difference(nets[1], before, smallest=1e-9) > 1e-5
 
 
 @pytest.mark.parametrize('mutation', ['power', 'diagonal', 'centre'])
