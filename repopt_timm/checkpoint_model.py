@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import timm
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 from torch import nn
 
 from .checkpoints.read import check_weights, read_checkpoint, select_state_dict
