@@ -195,8 +195,11 @@ def restore(
     plain = f'{first_conv}.weight' if kind_of(model) != 'target' else None
     for key, tensor in state_dict.items():
         if (key == plain or key.startswith(f'{first_conv}.parametrizations.weight.')) and tensor.ndim == 4:
+            channels = model.get_submodule(first_conv).in_channels
+            # timm before 1.0.31 adapts weights of three channels only.
             base = {} if tensor.shape[1] == 3 else {'base_chans': tensor.shape[1]}
-            state_dict[key] = adapt_input_conv(model.get_submodule(first_conv).in_channels, tensor, **base)
+            if tensor.shape[1] != channels:
+                state_dict[key] = adapt_input_conv(channels, tensor, **base)
     return state_dict
 
 
