@@ -1,6 +1,6 @@
 """Plain twins of timm's structurally re-parameterized networks.
 
-Read `readers`, `merge`, `conversion`, `recalibration`.
+Read `readers`, `conversion`, `recalibration`.
 """
 
 from .conversion import BlockReport, PlainBlock, implied_scales, plain_twin, report_twin

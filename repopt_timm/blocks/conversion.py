@@ -11,10 +11,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ..reparam import (
     FOLDING_CLASSES,
+    Branch,
     ConvPrior,
     Scales,
     branches_of,
     drop_scales,
+    embed,
     geometry_of,
     keep_branches,
     merge_branches,
@@ -22,8 +24,7 @@ from ..reparam import (
     network_name,
     resolve_prior,
 )
-from .merge import implied_vectors, load_merged_
-from .readers import KEPT, READERS, BranchSum
+from .readers import KEPT, READERS, BranchSum, Part
 
 __all__ = ['BlockReport', 'PlainBlock', 'implied_scales', 'plain_twin', 'report_twin']
 
@@ -151,9 +152,16 @@ def implied_scales(model: nn.Module) -> Scales:
         ValueError: See `plain_twin`.
     """
     twin, sums, _ = _convert(model)
-    modules = {name: implied_vectors(source) for name, source in sums.items()}
+    modules: dict[str, dict[str, Tensor]] = {}
     bounded = 0
-    for name, vectors in modules.items():
+    for name, source in sums.items():
+        kernel = source.kxk.weight.double()
+        vectors = modules[name] = {}
+        for branch in source.counts:
+            # Without their operators, branches are gamma / sigma.
+            parts = [Part(norm=part.norm) for each, part in zip(source.names, source.parts) if each == branch]
+            equal = [_folded(part, kernel)[0].detach().flatten() for part in parts]
+            vectors[branch] = equal[0] if len(equal) == 1 else torch.stack(equal).square().mean(0).sqrt()
         scaled = {branch: vector.abs() for branch, vector in vectors.items() if branch != 'identity'}
         typical = torch.stack(list(scaled.values())).amax(0).median().item() or 1.0
         low, high = typical / _RANGE, typical * _RANGE
@@ -171,14 +179,13 @@ def implied_scales(model: nn.Module) -> Scales:
 def _convert(model: nn.Module, weights: bool = False) -> tuple[nn.Module, dict[str, BranchSum], list[BlockReport]]:
     """Makes the plain twin, what each of its convolutions replaces, and the report."""
     twin = copy.deepcopy(model)
-    report: dict[str, BlockReport] = {}
-    for name, block in multi_branch_blocks(twin):
-        report[name] = BlockReport(name, type(block).__name__, {}, KEPT.get(_class_of(block), ''))
-    if not report:
+    blocks = dict(multi_branch_blocks(twin))
+    if not blocks:
         raise ValueError(f'{type(model).__name__} has no multi-branch block: it is plain, or its branches are merged.')
-    for name, each in report.items():
-        if each.reason:
-            keep_branches(twin.get_submodule(name))
+    report = {n: BlockReport(n, type(each).__name__, {}, KEPT.get(_class_of(each), '')) for n, each in blocks.items()}
+    for name, block in blocks.items():
+        if report[name].reason:
+            keep_branches(block)
     made: dict[nn.Module, tuple[str, BranchSum]] = {}
     converted: dict[nn.Module, nn.Module] = {}
     for name, block in multi_branch_blocks(twin):
@@ -191,16 +198,13 @@ def _convert(model: nn.Module, weights: bool = False) -> tuple[nn.Module, dict[s
             raise ValueError(f'{where} is a {type(block).__name__} that cannot become plain: {error}.') from None
         if new is not block:
             converted[block] = new
-            for hooks, registered in vars(block).items():
-                if '_hooks' in hooks and 'load' not in hooks:
-                    getattr(new, hooks).update(registered)
-            new._is_full_backward_hook = block._is_full_backward_hook
+            hooks = {key: value for key, value in vars(block).items() if '_hook' in key and 'load' not in key}
+            vars(new).update(hooks)
     twin = converted.get(twin, twin)
     # Wherever a block is used: a shared one stays shared.
     for parent in list(twin.modules()):
-        parent._modules.update(
-            {name: converted[child] for name, child in parent._modules.items() if child in converted}
-        )
+        for child_name, child in parent._modules.items():
+            parent._modules[child_name] = converted.get(child, child)  # type: ignore[arg-type]
     sums: dict[str, BranchSum] = {}
     prior: dict[str, Any] = {}
     for conv_name, conv in twin.named_modules():
@@ -237,6 +241,46 @@ def _make_plain(
         kernel = conv.weight
         norm = nn.BatchNorm2d(len(kernel), first.eps, first.momentum, device=kernel.device, dtype=kernel.dtype)
     if weights:
-        load_merged_(source, conv, norm)
+        _load_merged_(source, conv, norm)
     made[conv] = (name, source)
     return PlainBlock(conv, norm, adds_norm=source.norm is None, **after).train(training)
+
+
+def _load_merged_(source: BranchSum, conv: nn.Conv2d, norm: Any) -> None:
+    """Fills convolution and BatchNorm so that both compute in evaluation mode what the branches do.
+
+    The kernel is `W' = sum_b gamma_b / sigma_b * A_b theta_b`. A BatchNorm that followed the sum keeps gamma, beta and
+    variance, and its mean moves by the branches' offsets. One that is added gets the branches' mean
+    `sum_b gamma_b / sigma_b * mu_b`, which is exact, and `sum_b gamma_b^2` for its variance, as if branches did not
+    correlate: gamma undoes it, so that the function stays, and `recalibrate` replaces it.
+    """
+    kernel = torch.zeros_like(conv.weight, dtype=torch.float64)
+    beta, offset, variance = kernel.new_zeros(3, len(kernel))
+    for name, part in zip(source.names, source.parts):
+        operator, bias = _folded(part, kernel)
+        kernel += embed(operator, kernel.shape, Branch.of(name, conv.kernel_size))
+        offset += bias
+        if source.norm is None:
+            assert part.norm is not None
+            beta += part.norm.bias
+            variance += part.norm.weight.double() ** 2
+    conv.weight.copy_(kernel)
+    if source.norm is not None:
+        norm.running_mean -= offset
+        return
+    norm.running_mean.copy_(beta - offset)
+    norm.running_var.copy_(variance)
+    norm.weight.copy_((norm.running_var.double() + norm.eps).sqrt())
+    norm.bias.copy_(beta)
+
+
+def _folded(part: Part, kernel: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns a branch's operator with gamma / sigma of its BatchNorm in it, and its bias, in float64."""
+    conv: Any = part.conv
+    norm: Any = part.norm
+    operator = kernel.new_ones(len(kernel), 1, 1, 1) if conv is None else conv.weight.double()
+    bias = kernel.new_zeros(len(kernel)) if conv is None or conv.bias is None else conv.bias.double()
+    if norm is None:
+        return operator, bias
+    mean, variance = norm.running_mean.double(), norm.running_var.double()
+    return fuse_conv_bn_weights(operator, bias, mean, variance, norm.eps, norm.weight, norm.bias)

@@ -5,7 +5,7 @@ A reader for each class of block is in `READERS`; a new family needs one functio
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from timm.models.repghost import RepGhostBottleneck
@@ -16,14 +16,8 @@ from ..reparam import refusal, run_scale, stage_scale
 __all__ = ['KEPT', 'READERS', 'BranchSum', 'MakePlain', 'Part']
 
 
-@dataclass(frozen=True)
-class Part:
-    """One branch of a block.
-
-    Attributes:
-        conv: Its convolution; None for an identity.
-        norm: The BatchNorm of this branch alone, if it has one.
-    """
+class Part(NamedTuple):
+    """One branch of a block: its convolution, None for an identity, and the BatchNorm of this branch alone, if any."""
 
     conv: nn.Conv2d | None = None
     norm: nn.BatchNorm2d | None = None
@@ -35,12 +29,6 @@ class Part:
         if any(not isinstance(each, nn.Identity) for each in rest):
             raise ValueError(f'{type(module).__name__} does more than a convolution and a BatchNorm')
         return cls(conv, norm)  # type: ignore[arg-type]
-
-    def __post_init__(self) -> None:
-        if self.conv is not None and (reason := refusal(self.conv)):
-            raise ValueError(reason)
-        if self.norm is not None:
-            _check_norm(self.norm)
 
 
 @dataclass(frozen=True)
@@ -59,19 +47,14 @@ class BranchSum:
     initial: Callable[[nn.Module, str], float] | None = None
 
     def __post_init__(self) -> None:
-        if self.norm is not None:
-            _check_norm(self.norm)
-        elif all(part.norm is None for part in self.parts):
-            raise ValueError('neither a branch nor the sum is normalized')
-        if not self.parts or self.parts[0].conv is None:
-            raise ValueError('it has no convolution')
-        shapes = [
-            (part.conv.in_channels, part.conv.out_channels, part.conv.stride, part.conv.groups)
-            for part in self.parts
-            if part.conv is not None
-        ]
-        if len(set(shapes)) > 1:
-            raise ValueError(f'its branches differ in input and output channels, stride and groups: {shapes}')
+        for conv, norm in (*self.parts, Part(norm=self.norm)):
+            if conv is not None and (reason := refusal(conv)):
+                raise ValueError(reason)
+            extra = [getattr(norm, name, None) for name in ('drop', 'act')]
+            if any(each is not None and not isinstance(each, nn.Identity) for each in extra):
+                raise ValueError(f'{type(norm).__name__} of a branch drops or activates; set drop_block_rate=0')
+            if norm is not None and (not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None):
+                raise ValueError(f'{type(norm).__name__} of a branch is not a BatchNorm2d with running statistics')
 
     @property
     def kxk(self) -> nn.Conv2d:
@@ -79,30 +62,22 @@ class BranchSum:
         assert self.parts[0].conv is not None
         return self.parts[0].conv
 
-    def name_of(self, part: Part) -> str:
-        """Returns the name of a part's branch; parts of one name are equal branches that share a scale."""
-        if part.conv is None:
-            return 'identity'
-        size = part.conv.kernel_size
-        return 'kxk' if size == self.kxk.kernel_size else 'x'.join(map(str, size))
+    @property
+    def names(self) -> list[str]:
+        """Name of each part's branch; parts of one name are equal branches that share a scale."""
+        sizes = [None if conv is None else conv.kernel_size for conv, _ in self.parts]
+        return [
+            'identity' if size is None else 'kxk' if size == sizes[0] else 'x'.join(map(str, size)) for size in sizes
+        ]
 
     @property
     def counts(self) -> dict[str, int]:
         """Branch name to the number of equal branches."""
-        names = [self.name_of(part) for part in self.parts]
-        return {name: names.count(name) for name in sorted(names)}
+        return {name: self.names.count(name) for name in sorted(self.names)}
 
 
 MakePlain = Callable[..., nn.Module]
 """Makes the plain block of a `BranchSum`; modules that follow its BatchNorm go by name: `plain(sum, act=nn.ReLU())`."""
-
-
-def _check_norm(norm: Any) -> None:
-    extra = [getattr(norm, name, None) for name in ('drop', 'act')]
-    if any(each is not None and not isinstance(each, nn.Identity) for each in extra):
-        raise ValueError(f'{type(norm).__name__} of a branch drops or activates; set drop_block_rate=0')
-    if not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
-        raise ValueError(f'{type(norm).__name__} of a branch is not a BatchNorm2d with running statistics')
 
 
 def _sum(branches: Iterable[nn.Module | None], identity: Any, initial: Any = None) -> BranchSum:

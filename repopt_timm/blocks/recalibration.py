@@ -32,16 +32,18 @@ def recalibrate(twin: nn.Module, batches: Iterable[Any]) -> nn.Module:
         ValueError: If the model has no plain block, its BatchNorms are folded or frozen, there are no images, or one
             has a NaN or infinite value; the model is as before then.
     """
-    blocks: dict[str, Any] = {name: each for name, each in twin.named_modules() if isinstance(each, PlainBlock)}
+    blocks: dict[str, Any] = {
+        f'{name}.bn'.lstrip('.'): each for name, each in twin.named_modules() if isinstance(each, PlainBlock)
+    }
     if not blocks:
         raise ValueError(f'{type(twin).__name__} has no block to recalibrate: make it with plain_twin(model).')
     for name, block in blocks.items():
         if not isinstance(block.bn, nn.BatchNorm2d | nn.SyncBatchNorm):
             raise ValueError(
-                f"Found {type(block.bn).__name__} at '{f'{name}.bn'.lstrip('.')}' of {type(twin).__name__}, expected a "
-                f'BatchNorm: recalibrate the twin before freeze_batch_norm_2d and reparameterize_model.'
+                f"Found {type(block.bn).__name__} at '{name}' of {type(twin).__name__}, expected a BatchNorm: "
+                f'recalibrate the twin before freeze_batch_norm_2d and reparameterize_model.'
             )
-    added = {f'{name}.bn'.lstrip('.'): block.bn for name, block in blocks.items() if block.adds_norm}
+    added = {name: block.bn for name, block in blocks.items() if block.adds_norm}
     device = next(twin.parameters()).device
     # As in `swa_utils.update_bn`, but beside the network, whose BatchNorms go on with the statistics that they have.
     settings: dict[str, Any] = {'momentum': None, 'affine': False, 'device': device, 'dtype': torch.float64}
