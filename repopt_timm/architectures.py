@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-__all__ = ['ARCHITECTURES', 'Architecture', 'infer_architecture']
+__all__ = ['ARCHITECTURES', 'Architecture', 'chosen_numbers', 'infer_architecture']
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,9 @@ class Architecture:
         """Returns the architecture with other depths or widths; None keeps its own.
 
         Raises:
-            ValueError: If they are not positive integers, one width more than depths.
+            ValueError: If there is not one width more than depths.
         """
-        chosen = replace(
-            self, depths=_numbers('depths', depths, self.depths), widths=_numbers('widths', widths, self.widths)
-        )
+        chosen = replace(self, depths=tuple(depths or self.depths), widths=tuple(widths or self.widths))
         if len(chosen.widths) != len(chosen.depths) + 1:
             raise ValueError(
                 f'depths={chosen.depths} and widths={chosen.widths}: expected one width more than depths, for the stem '
@@ -36,28 +35,12 @@ class Architecture:
             )
         return chosen
 
-    def arguments(
-        self, depths: Sequence[int], widths: Sequence[int], strides: Sequence[int]
-    ) -> dict[str, tuple[int, ...]]:
-        """Returns the arguments of `timm.create_model` by which a network differs from this architecture."""
-        own = {'depths': self.depths, 'widths': self.widths, 'strides': (2,) * (len(depths) + 1)}
-        given = {'depths': tuple(depths), 'widths': tuple(widths), 'strides': tuple(strides)}
-        return {name: numbers for name, numbers in given.items() if numbers != own[name]}
-
     def out_channels(self) -> dict[str, int]:
         """Returns the module name of each convolution, to its number of output channels."""
         channels = {'stem.conv': self.widths[0]}
         for stage, (depth, width) in enumerate(zip(self.depths, self.widths[1:])):
             channels |= {f'stages.{stage}.{index}.conv': width for index in range(depth)}
         return channels
-
-
-def _numbers(name: str, given: Sequence[int] | None, own: tuple[int, ...]) -> tuple[int, ...]:
-    if given is None:
-        return own
-    if not isinstance(given, list | tuple) or not given or not all(type(each) is int and each > 0 for each in given):
-        raise ValueError(f'{name}={given!r:.80}: expected positive integers, such as {own}.')
-    return tuple(given)
 
 
 def _vgg(depths: tuple[int, ...], factors: tuple[float, ...], base: int = 64, use_se: bool = False) -> Architecture:
@@ -97,3 +80,21 @@ def infer_architecture(channels: Mapping[str, int], preferred: str | None = None
     if preferred in fitting:
         return preferred
     return fitting[0] if fitting else None
+
+
+def chosen_numbers(scales: Any) -> dict[str, tuple[int, ...]]:
+    """Returns the arguments of `timm.create_model` by which the network of `Scales` differs from its architecture."""
+    own = ARCHITECTURES.get(scales.architecture)
+    stages: dict[str, list[str]] = {}
+    for name in scales:
+        stages.setdefault(name.removesuffix('.conv').rpartition('.')[0], []).append(name)
+    if own is None or 'stem.conv' not in scales:
+        return {}
+    firsts = [names[0] for names in stages.values()]
+    numbers = {
+        'depths': tuple(map(len, list(stages.values())[1:])),
+        'widths': tuple(len(scales[name]['kxk']) for name in firsts),
+        'strides': tuple(scales.geometry[name].stride[0] if scales.geometry else 2 for name in firsts),
+    }
+    theirs = {'depths': own.depths, 'widths': own.widths, 'strides': (2,) * len(firsts)}
+    return {name: each for name, each in numbers.items() if each != theirs[name]}

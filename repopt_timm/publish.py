@@ -24,7 +24,7 @@ from .errors import explaining
 from .files import check_output, check_output_folder, naming_write_errors, replacing
 from .model_size import size_of
 from .models import RepOptVgg
-from .models.twins import stated_arguments
+from .models.records import stated_arguments
 from .plot import plot_curves
 from .reparam import carried_scales, is_sharded, kind_of, uncompiled_name, unwrap
 from .scales import Scales

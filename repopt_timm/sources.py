@@ -10,9 +10,8 @@ from typing import Any
 from timm.models import is_model_pretrained, parse_model_name
 from torch import nn
 
-from .cards.card import CARD_FILE, METADATA_KEY, read_card_scales, read_metadata
+from .cards.card import CARD_FILE, METADATA_KEY, read_card_scales
 from .cards.hub import HUB_PREFIX, HubFileNotFoundError, cached_files, download, parse_hub_source
-from .cards.licence import stated_license
 from .errors import explaining
 from .names import ModelName
 from .reparam import network_name, scales_for
@@ -50,7 +49,7 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
     """
     network = None if model is None else network_name(model)
     if isinstance(source, Scales):
-        scales = source
+        scales: Scales | None = source
     elif isinstance(source, Mapping):
         # Without a model it lacks the counts of equal branches.
         return scales_for(model, source) if model is not None else Scales('', source)
@@ -71,9 +70,7 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
             f"were trained with branches, such as 'repopt_mobileone_s0.apple_in1k'."
         )
     elif isinstance(source, str) and source.startswith(HUB_PREFIX):
-        hub = parse_hub_source(source)
-        fetch = partial(download, hub.repo_id, revision=hub.revision, token=token)
-        scales = read_card_scales(fetch(CARD_FILE), str(hub), fetch)
+        scales = read_card_scales(*_hub_card(source, token))
     else:
         path = Path(source)
         if not path.exists():
@@ -85,6 +82,8 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
             )
         path = path / CARD_FILE if path.is_dir() else path
         scales = read_card_scales(path) if path.suffix == '.md' else read_scale_file(path, network)
+    if scales is None:
+        raise ValueError(f"{source}: no scales in it: the metadata of its {CARD_FILE} has no entry '{METADATA_KEY}'.")
     return scales if model is None else scales.for_model(model)
 
 
@@ -106,8 +105,7 @@ def default_scales(model_name: str) -> Scales:
     for shipped, folder in shipped_repositories().items():
         # Other weights of the architecture were trained with other scales, or with none.
         if shipped == model_name or (not name.tag and ModelName.parse(shipped).architecture == name.architecture):
-            scales = _card_scales(folder / CARD_FILE, shipped)
-            if scales is not None:
+            if scales := read_card_scales(folder / CARD_FILE, shipped):
                 return scales
     further = ''
     if is_model_pretrained('.'.join(filter(None, (name.of_kind('branches'), name.tag)))):
@@ -134,8 +132,8 @@ def known_scales() -> list[dict[str, Any]]:
     for name, card, where in cards:
         # A cache may hold any kind of card.
         with suppress(OSError, ValueError):
-            if scales := _card_scales(card, name):
-                facts = {'dataset': scales.provenance.get('dataset'), 'license': stated_license(read_metadata(card))}
+            if scales := read_card_scales(card, name):
+                facts = {key: scales.provenance.get(key) for key in ('dataset', 'license')}
                 rows.append({'name': name, 'network': scales.architecture, **facts, 'where': where})
     for name, row in published_table().items():
         facts = {'dataset': row.dataset, 'license': row.license}
@@ -158,19 +156,18 @@ def scales_beside_weights(cfg: Mapping[str, Any]) -> Scales | None:
         ValueError: If the card is damaged, or of another version.
     """
     if cfg.get('file') and cfg.get('source') != 'hf-hub':
-        folder = Path(cfg['file']) if cfg.get('source') == 'local-dir' else Path(cfg['file']).parent
-        card = folder / CARD_FILE
-        return _card_scales(card, str(card)) if card.is_file() else None
-    if not cfg.get('hf_hub_id'):
-        return None
-    source = parse_hub_source(HUB_PREFIX + cfg['hf_hub_id'])
-    fetch = partial(download, source.repo_id, revision=source.revision)
+        place = Path(cfg['file'])
+        card = (place if cfg.get('source') == 'local-dir' else place.parent) / CARD_FILE
+        return read_card_scales(card) if card.is_file() else None
     try:
-        card = fetch(CARD_FILE)
+        found = _hub_card(cfg['hf_hub_id']) if cfg.get('hf_hub_id') else None
     except HubFileNotFoundError:
         return None
-    return _card_scales(card, str(source), fetch)
+    return read_card_scales(*found) if found else None
 
 
-def _card_scales(card: Path, source: str, fetch: Callable[[str], Path] | None = None) -> Scales | None:
-    return read_card_scales(card, source, fetch) if METADATA_KEY in read_metadata(card, source) else None
+def _hub_card(repository: str, token: str | bool | None = None) -> tuple[Path, str, Callable[[str], Path]]:
+    """Returns the arguments of `read_card_scales` for a repository on the Hub."""
+    hub = parse_hub_source(repository)
+    fetch = partial(download, hub.repo_id, revision=hub.revision, token=token)
+    return fetch(CARD_FILE), str(hub), fetch

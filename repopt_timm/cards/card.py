@@ -65,8 +65,8 @@ _Loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
 
 
 def read_card_scales(
-    path: str | os.PathLike, source: str | None = None, fetch: Callable[[str], Path] | None = None
-) -> Scales:
+    path: str | os.PathLike, source: str = '', fetch: Callable[[str], Path] | None = None
+) -> Scales | None:
     """Reads the scales of a card; their provenance names the card's licence, unless it names one already.
 
     Args:
@@ -74,14 +74,17 @@ def read_card_scales(
         source: What to call it in errors. Defaults to its path.
         fetch: Returns the path of a file beside the card, by its name. Defaults to the card's folder.
 
+    Returns:
+        The scales; None if the card has none.
+
     Raises:
         OSError: If there is no such file, or its scales are in a file that is not there.
-        ValueError: If the card cannot be read, holds no scales, or they are damaged.
+        ValueError: If the card cannot be read, or its scales are damaged.
     """
     source = source or os.fspath(path)
     metadata = read_metadata(path, source)
     if METADATA_KEY not in metadata:
-        raise ValueError(f"{source}: no scales in it: its metadata has no entry '{METADATA_KEY}'.")
+        return None
     scales = decode_scales(metadata[METADATA_KEY], source, fetch or (lambda name: Path(path).parent / name))
     license_name = license_identifier(stated_license(metadata))
     return scales.with_provenance({'license': license_name, **scales.provenance}) if license_name else scales

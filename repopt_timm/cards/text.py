@@ -6,10 +6,9 @@ from typing import Any
 import timm
 from huggingface_hub import EvalResult
 
-from ..architectures import ARCHITECTURES
+from ..architectures import ARCHITECTURES, chosen_numbers
 from ..datasets import color_mode
 from ..names import PREFIX, ModelName
-from ..reparam import Geometry
 from ..scales import Scales, scales_table
 from .card import METRICS, SCALES_FILE
 
@@ -200,23 +199,11 @@ def _scaled(hub: str, name: ModelName, scales: Scales, kind: str = 'target') -> 
         use = 'repopt_timm.prepare(model' if kind == 'target' else 'search = repopt_timm.hyper_search(model'
         load = f'scales = repopt_timm.load_scales({hub}, model)'
         return [f'model = ...  # your {name.architecture}', load, f'{use}, scales)']
-    size = f'num_classes=100{_numbers(scales)}'
-    create = f"model = timm.create_model(\n    '{name.of_kind(kind)}',\n    {size},\n    scales={hub},\n)"
+    numbers = ''.join(f', {key}={each}' for key, each in chosen_numbers(scales).items())
+    create = (
+        f"model = timm.create_model(\n    '{name.of_kind(kind)}',\n    num_classes=100{numbers},\n    scales={hub},\n)"
+    )
     return [*_register(name), create]
-
-
-def _numbers(scales: Scales) -> str:
-    """Returns the arguments by which the network that scales were searched on differs from its architecture."""
-    own = ARCHITECTURES.get(scales.architecture)
-    stages: dict[str, list[Geometry]] = {}
-    for name, each in scales.geometry.items():
-        stages.setdefault(name.removesuffix('.conv').rpartition('.')[0], []).append(each)
-    if own is None or not stages:
-        return ''
-    first = [stage[0] for stage in stages.values()]
-    depths = [len(stage) for stage in stages.values()][1:]
-    chosen = own.arguments(depths, [each.out_channels for each in first], [each.stride[0] for each in first])
-    return ''.join(f', {name}={numbers}' for name, numbers in chosen.items())
 
 
 def _optimizer(name: str, lr: float) -> str:

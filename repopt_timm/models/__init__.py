@@ -1,11 +1,12 @@
 """Importing this package registers the RepOpt-VGG models with timm, and the twins of its multi-branch networks.
 
-Read `byobnet`, `weights`, `twins`, `repopt_vgg`.
+Read `byobnet`, `repopt_vgg`, `weights`, `records`, `twins`.
 """
 
 from ..reparam import to_plain
+from .records import take_name
 from .repopt_vgg import RepOptVgg, RepOptVggBlock
-from .twins import ensure_registered, make_kind, register_multi_branch, register_twins, resolve_model, take_name
+from .twins import ensure_registered, make_kind, register_models, register_twins, resolve_model
 
 __all__ = [
     'RepOptVgg',
@@ -18,4 +19,4 @@ __all__ = [
     'to_plain',
 ]
 
-register_multi_branch()
+register_models()

@@ -22,7 +22,8 @@ from timm.models.byobnet import (
 )
 from torch import nn
 
-from ..architectures import Architecture
+from ..architectures import ARCHITECTURES, Architecture
+from ..names import ModelName
 
 __all__ = ['RepVgg', 'StridedByobNet', 'create_byobnet', 'feature_indices']
 
@@ -160,30 +161,31 @@ class RepVgg(StridedByobNet):
 
 
 def create_byobnet(variant: str, pretrained: bool = False, strides: Sequence[int] | None = None, **kwargs: Any) -> Any:
-    """Creates a network of timm's byobnet, such as `mobileone_s0`, with chosen strides.
+    """Creates a network of timm's byobnet, such as `mobileone_s0`, or a RepVGG of ours, with chosen strides.
 
     Args:
         variant: timm's name.
-        pretrained: Load timm's weights.
+        pretrained: Load its weights.
         strides: Strides of the stem and of each stage. Defaults to timm's.
         kwargs: timm's arguments.
     """
-    cfg = model_cfgs[variant]
+    repvgg = ARCHITECTURES.get(ModelName.parse(variant).architecture)
     return build_model_with_cfg(
-        StridedByobNet,
+        RepVgg if repvgg else StridedByobNet,
         variant,
         pretrained,
-        model_cfg=cfg,
+        model_cfg=repvgg or model_cfgs[variant],
         pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={
-            'flatten_sequential': True,
-            'out_indices': feature_indices(strides or (2,) * (1 + len(cfg.blocks))),
-        },
+        feature_cfg={'flatten_sequential': True, 'out_indices': feature_indices(variant, strides, **kwargs)},
         strides=strides,
         **kwargs,
     )
 
 
-def feature_indices(strides: Sequence[int]) -> tuple[int, ...]:
-    """Returns the indices of all features of a network with these strides of stem and stages."""
-    return tuple(range(1 + sum(stride != 1 for stride in strides[1:])))
+def feature_indices(
+    variant: str, strides: Sequence[int] | None = None, depths: Sequence[int] | None = None, **_: Any
+) -> tuple[int, ...]:
+    """Returns the indices of all features of a network of `create_byobnet`."""
+    repvgg = ARCHITECTURES.get(ModelName.parse(variant).architecture)
+    stages = depths or (repvgg.depths if repvgg else model_cfgs[variant].blocks)
+    return tuple(range(1 + sum(stride != 1 for stride in (strides or (2,) * (1 + len(stages)))[1:])))

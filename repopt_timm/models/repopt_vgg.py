@@ -19,13 +19,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..architectures import ARCHITECTURES, Architecture
 from ..blocks import PlainBlock
-from ..names import KINDS, ModelName
+from ..names import KINDS
 from ..reparam import ConvPrior, Scales, branches_of, carried_scales, repvgg_branches, stage_scale, to_plain
-from ..sources import IMPLIED, ScalesSource
-from ..weights_origin import note_merged
-from .byobnet import RepVgg, feature_indices
-from .twins import Twin, build, make_kind, register_kinds
-from .weights import choose_weights, fetch, original_cfgs, requested_scales, tagged_cfgs
+from .byobnet import RepVgg
+from .records import Twin
+from .weights import original_cfgs, tagged_cfgs
 
 __all__ = ['RepOptVgg', 'RepOptVggBlock']
 
@@ -174,40 +172,6 @@ class RepOptVgg(Twin, RepVgg):
         return blocks[-1].attn(blocks[-1].bn(x))
 
 
-def _create_repopt_vgg(
-    variant: str,
-    pretrained: bool = False,
-    pretrained_cfg: Any = None,
-    pretrained_cfg_overlay: dict[str, Any] | None = None,
-    scales: ScalesSource | None = None,
-    cache_dir: Any = None,
-    **kwargs: Any,
-) -> nn.Module:
-    name = ModelName.parse(variant)
-    config = choose_weights(variant, pretrained, pretrained_cfg, pretrained_cfg_overlay)
-    of_timm = any(config.hf_hub_id == each['hf_hub_id'] for each in original_cfgs(name.kind).values())
-    repository = fetch(config, cache_dir) if pretrained and of_timm else ''
-    scales = requested_scales(name, config, pretrained, scales, kwargs, own=not of_timm)
-    implied = pretrained and isinstance(scales, str) and scales == IMPLIED
-
-    def make(**arguments: Any) -> nn.Module:
-        if name.kind == 'branches':
-            return RepVgg(**arguments)
-        plain = RepOptVgg(architecture=name.architecture, **arguments)
-        return make_kind(plain, name.kind, None if implied else scales, init=not pretrained)
-
-    cfg = ARCHITECTURES[name.architecture]
-    numbers = cfg.with_numbers(kwargs.get('depths'), kwargs.get('widths'))
-    indices = feature_indices(kwargs.get('strides') or (2,) * len(numbers.widths))
-    feature_cfg = {'flatten_sequential': True, 'out_indices': indices}
-    model = build(
-        partial(make, cfg=cfg), name, config, pretrained, True, feature_cfg, implied, cache_dir=cache_dir, **kwargs
-    )
-    if repository and name.kind == 'target':
-        note_merged(model, repository)
-    return model
-
-
 def _cfg(kind: str, **kwargs: Any) -> dict[str, Any]:
     return {
         'num_classes': 1000,
@@ -237,7 +201,3 @@ default_cfgs = generate_default_cfgs(
         **{f'{name}{suffix}.*': _cfg(kind) for name in ARCHITECTURES for kind, suffix in KINDS.items()},
     }
 )
-
-
-for _name in ARCHITECTURES:
-    register_kinds(_name, _create_repopt_vgg, __name__, KINDS)

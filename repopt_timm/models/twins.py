@@ -1,7 +1,6 @@
 """Target, Hyper-Search and CSLA models of timm's networks by our names, and the originals with branches."""
 
 import functools
-import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -9,7 +8,6 @@ from typing import Any
 
 import timm
 from timm.models import (
-    _hub,
     build_model_with_cfg,
     get_pretrained_cfg,
     model_entrypoint,
@@ -19,42 +17,34 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
-from timm.models._pretrained import DefaultCfg, PretrainedCfg
+from timm.models._pretrained import DefaultCfg
 from timm.models._registry import get_arch_pretrained_cfgs
 from torch import nn
 
+from ..architectures import ARCHITECTURES
 from ..blocks import PlainBlock, implied_scales, plain_twin
 from ..names import KINDS, MULTI_BRANCH, PREFIX, ModelName
 from ..reparam import Branches, convert_, multi_branch_blocks, name_as_part, prepare, repvgg_prior
 from ..sources import IMPLIED, ScalesSource, load_scales
 from ..weights_origin import note_merged
-from .byobnet import create_byobnet
-from .weights import fetch, requested_scales, restore
+from .byobnet import create_byobnet, feature_indices
+from .records import Twin, first_conv_of, take_name
+from .repopt_vgg import RepOptVgg
+from .weights import choose_weights, fetch, requested_scales, restore
 
-__all__ = [
-    'Twin',
-    'build',
-    'ensure_registered',
-    'make_kind',
-    'register_kinds',
-    'register_multi_branch',
-    'register_twins',
-    'resolve_model',
-    'stated_arguments',
-    'take_name',
-]
+__all__ = ['create', 'ensure_registered', 'make_kind', 'register_models', 'register_twins', 'resolve_model']
 
 default_cfgs: dict[str, DefaultCfg] = {}
 """timm looks here for the configurations of what this module registers."""
-
-_UNRECORDED = ('device', 'dtype', 'pretrained_model_args')
 
 # A tracer records a CSLA convolution's kernel as one call.
 register_notrace_module(Branches)
 
 
-def register_multi_branch() -> None:
-    """Registers the twins of timm's multi-branch networks, `names.MULTI_BRANCH`, as far as this timm has them."""
+def register_models() -> None:
+    """Registers RepOpt-VGG, and the twins of timm's multi-branch networks as far as this timm has them."""
+    for name in ARCHITECTURES:
+        register_kinds(name, RepOptVgg.__module__, KINDS)
     for pattern in MULTI_BRANCH:
         for name in timm.list_models(pattern):
             _register(name, KINDS)
@@ -113,22 +103,6 @@ def resolve_model(model_name: str) -> tuple[str, dict[str, Any]]:
     return name, saved_args
 
 
-class Twin(nn.Module):
-    """What a timm network has besides its own class, as a model of this package."""
-
-    pretrained_cfg: dict[str, Any]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # timm's factory records its arguments on the model and writes them to config.json. Scales are data, no setting.
-        if name == '_model_args':
-            value = {key: each for key, each in value.items() if key != 'scales'}
-        super().__setattr__(name, value)
-
-    def note_plain(self) -> None:
-        """States that the network is the target now; `to_plain` calls it."""
-        take_name(self, ModelName(ModelName.parse(self.pretrained_cfg['architecture']).architecture))
-
-
 @functools.cache
 def _twin_class(network: Any) -> type:
     """Makes the class of a twin: a subclass, so that timm's own class stays as it is for the whole process."""
@@ -143,32 +117,6 @@ def _twin_class(network: Any) -> type:
 def _new_twin(network: type) -> Any:
     made: Any = _twin_class(network)
     return made.__new__(made)
-
-
-def take_name(model: Any, name: ModelName) -> None:
-    """Lets a network be the model called `name`: its name in timm's records, and the one that its scales go by.
-
-    Args:
-        model: The network, plain or a twin; changed in place.
-        name: Name of a model that timm knows.
-    """
-    first_conv = _first_conv(get_pretrained_cfg(name.architecture), name.kind)
-    model.architecture = name.network
-    model.pretrained_cfg = {**model.pretrained_cfg, 'architecture': name.variant, 'first_conv': first_conv}
-    model.default_cfg = model.pretrained_cfg
-    if hasattr(model, '_traits'):
-        model._traits = {**model._traits, 'first_conv': first_conv}
-
-
-def _first_conv(config: PretrainedCfg | None, kind: str = 'target') -> Any:
-    """Returns the name of what timm adapts to other image channels; None for a twin, see `weights.restore`."""
-    given = config.first_conv if config else None
-    if kind == 'branches' or not given:
-        return given
-    plain = {
-        re.sub(r'\.conv_(kxk|scale|1x1)\..*', '.conv', each) for each in ([given] if isinstance(given, str) else given)
-    }
-    return None if kind != 'target' else plain.pop() if len(plain) == 1 else tuple(given)
 
 
 def make_kind(model: nn.Module, kind: str, source: ScalesSource | None, init: bool = True) -> nn.Module:
@@ -195,76 +143,8 @@ def make_kind(model: nn.Module, kind: str, source: ScalesSource | None, init: bo
     return model
 
 
-def build(
-    make: Callable[..., nn.Module],
-    name: ModelName,
-    config: PretrainedCfg,
-    pretrained: bool,
-    own: bool,
-    feature_cfg: dict[str, Any],
-    implied: bool = False,
-    cache_dir: Any = None,
-    **kwargs: Any,
-) -> nn.Module:
-    """Builds a model in timm's way: its records, its weights, and its features.
-
-    Args:
-        make: Function of timm's arguments that makes the network.
-        name: Name of the model.
-        config: Configuration of its weights.
-        pretrained: Whether weights are asked for.
-        own: Whether they are to be loaded here; otherwise `make` returns a network that has them.
-        feature_cfg: timm's settings for `features_only`.
-        implied: Let a target carry the scales that the branches of its weights imply.
-        cache_dir: Folder for downloads. Defaults to the Hub client's.
-        kwargs: timm's arguments.
-    """
-    whole: list[nn.Module] = []
-
-    def make_once(**arguments: Any) -> nn.Module:
-        whole.append(make(**arguments))
-        return whole[0]
-
-    if not pretrained:
-        config = replace(config, license=None, notes=None)
-    first_conv = _first_conv(get_pretrained_cfg(name.architecture))
-    config = replace(config, architecture=name.variant, first_conv=_first_conv(config, name.kind))
-    model: Any = build_model_with_cfg(
-        make_once,
-        name.variant,
-        pretrained and own,
-        pretrained_cfg=config,  # type: ignore[arg-type]
-        pretrained_filter_fn=functools.partial(restore, first_conv=first_conv, implied=implied),
-        feature_cfg=feature_cfg,
-        cache_dir=cache_dir,
-        **kwargs,
-    )
-    # As timm does itself from 1.0.31 on.
-    model._model_args = {key: each for key, each in kwargs.items() if key not in _UNRECORDED}
-    if model is not whole[0] and name.kind != 'branches':
-        names = {module: child for child, module in whole[0].named_modules()}
-        model.architecture = name.network
-        name_as_part(model, {child: names.get(module, '') for child, module in model.named_children()})
-    return model
-
-
-def stated_arguments(model: nn.Module) -> dict[str, Any]:
-    """Returns the arguments of `timm.create_model` that a repository has to state; from 1.0.31 on timm does so."""
-    if hasattr(_hub, 'get_model_args'):
-        return {}
-    args: dict[str, Any] = getattr(model, '_model_args', {})
-    return {key: each for key, each in args.items() if key != 'num_classes' and not key.endswith('_rate')}
-
-
-def register_kinds(architecture: str, create: Callable[..., nn.Module], module: str, kinds: Iterable[str]) -> None:
-    """Registers models of an architecture with timm.
-
-    Args:
-        architecture: Name of the plain model.
-        create: Function of variant, `pretrained` and timm's arguments that creates it.
-        module: Name of the module whose `default_cfgs` describe them.
-        kinds: The kinds to register.
-    """
+def register_kinds(architecture: str, module: str, kinds: Iterable[str]) -> None:
+    """Registers models of an architecture with timm, which finds their configurations in a module's `default_cfgs`."""
     for kind in kinds:
         variant = ModelName(architecture, kind).variant
         entrypoint: Any = functools.partial(create, variant)
@@ -282,10 +162,10 @@ def _register(name: str, kinds: Iterable[str]) -> None:
         entry = default_cfgs[ModelName(architecture, kind).variant] = DefaultCfg()
         entry.tags.extend(tags)
         entry.cfgs.update(tags)
-    register_kinds(architecture, _create, __name__, kinds)
+    register_kinds(architecture, __name__, kinds)
 
 
-def _create(
+def create(
     variant: str,
     pretrained: bool = False,
     pretrained_cfg: Any = None,
@@ -294,58 +174,111 @@ def _create(
     cache_dir: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
+    """Creates any model of this package in timm's way: its records, its weights, its scales and its features.
+
+    Args:
+        variant: Name of the model.
+        pretrained: Load weights: those of the model itself, or those of timm's original, whose branches are merged.
+        pretrained_cfg: timm's argument.
+        pretrained_cfg_overlay: timm's argument.
+        scales: See `load_scales`; `implied` for those of the branches that are merged.
+        cache_dir: Folder for downloads. Defaults to the Hub client's.
+        kwargs: timm's arguments, and those of the network.
+
+    Raises:
+        ValueError: If there are no such weights or scales, or they do not belong to the network.
+    """
     name = ModelName.parse(variant)
-    config = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
+    is_vgg = name.architecture in ARCHITECTURES
+    config = choose_weights(variant, pretrained, pretrained_cfg, pretrained_cfg_overlay)
+    if not pretrained:
+        config = replace(config, license=None, notes=None)
     own = config.source in ('hf-hub', 'local-dir') or (
         timm.is_model(name.of_kind('branches')) and bool(config.file or config.state_dict)
     )
-    scales = requested_scales(name, config, pretrained, scales, kwargs, own)
     of_timm = pretrained and not own
+    scales = requested_scales(name, config, scales, beside=pretrained and own)
     if of_timm and name.kind in ('hs', 'csla'):
         raise ValueError(
-            f'{variant} has no pretrained weights: its kernels are sums of branches. Those of '
-            f'{name.architecture} can be trained further, with scales; this one starts without any.'
+            f'{variant} takes no weights of timm: its kernels are sums of branches. Take {name.architecture}.'
         )
     repository = fetch(config, cache_dir) if of_timm else ''
+    original_name = name.of_kind('branches') if is_vgg else name.network
     # timm's entrypoint of MobileOne takes no strides.
-    own_strides = name.network.startswith('mobileone_')
-    create: Any = functools.partial(create_byobnet, name.network) if own_strides else model_entrypoint(name.network)
+    own_strides = is_vgg or name.network.startswith('mobileone_')
+    original: Any = functools.partial(create_byobnet, original_name) if own_strides else model_entrypoint(original_name)
+    original_config = replace(config, first_conv=get_pretrained_cfg(original_name).first_conv)  # type: ignore[union-attr]
     if name.kind == 'branches':
-        return create(pretrained=pretrained, pretrained_cfg=config, cache_dir=cache_dir, **kwargs)
+        model = original(pretrained=pretrained, pretrained_cfg=original_config, cache_dir=cache_dir, **kwargs)
+        model._model_args = _recorded(kwargs)
+        return model
+    whole: list[nn.Module] = []
 
     def make(**arguments: Any) -> nn.Module:
-        # timm loads the original's weights into the original, whatever their file format, channels and classes.
-        original = create(pretrained=of_timm, pretrained_cfg=config, cache_dir=cache_dir, **arguments)
-        plain, source = _plain(original, weights=of_timm), scales
-        if of_timm and plain is not original and isinstance(source, str) and source == IMPLIED:
-            source = implied_scales(original).renamed(name.network)
-        plain.__class__ = _twin_class(plain.__class__)
-        take_name(plain, name)
-        if 'output_stride' in arguments:
-            _state_constructed_strides(plain, create, arguments)
-        return make_kind(plain, name.kind, source, init=not pretrained)
+        if is_vgg:
+            plain: Any = RepOptVgg(ARCHITECTURES[name.architecture], name.architecture, **arguments)
+            if of_timm and not isinstance(plain.stem.attn, nn.Identity):
+                raise ValueError(
+                    "RepVGG's squeeze-and-excitation comes before the ReLU, ours after it, so its weights do not fit. "
+                    'Use repopt_repvgg_d2se.'
+                )
+        branches: Any = None
+        if of_timm or not is_vgg:
+            # timm loads the original's weights into the original, whatever their file format, channels and classes.
+            branches = original(pretrained=of_timm, pretrained_cfg=original_config, cache_dir=cache_dir, **arguments)
+        if is_vgg and of_timm:
+            plain.load_state_dict(plain_twin(branches, weights=True).state_dict())
+        elif not is_vgg:
+            plain = plain_twin(branches, of_timm) if any(multi_branch_blocks(branches)) else branches
+            plain.__class__ = _twin_class(plain.__class__)
+            take_name(plain, name)
+            if 'output_stride' in arguments:
+                _state_constructed_strides(plain, original, arguments)
+        source = scales
+        if of_timm and plain is not branches and isinstance(source, str) and source == IMPLIED:
+            source = implied_scales(branches).renamed(name.network)
+        whole.append(make_kind(plain, name.kind, source, init=not pretrained))
+        return whole[0]
 
     feature_cfg: dict[str, Any] = {}
-    if kwargs.get('features_only'):
+    if is_vgg:
+        feature_cfg = {'flatten_sequential': True, 'out_indices': feature_indices(variant, **kwargs)}
+    elif kwargs.get('features_only'):
         strides = {key: kwargs[key] for key in ('strides',) if key in kwargs}
-        theirs = create(features_only=True, device='meta', **strides).feature_info
+        theirs = original(features_only=True, device='meta', **strides).feature_info
         flatten = any('.' in each['module'] for each in theirs.info)
         feature_cfg = {'feature_cls': 'getter', 'out_indices': theirs.out_indices, 'flatten_sequential': flatten}
-    model = build(make, name, config, pretrained, own, feature_cfg, cache_dir=cache_dir, **kwargs)
-    if of_timm and repository and any(isinstance(module, PlainBlock) for module in model.modules()):
+    first_conv = first_conv_of(get_pretrained_cfg(name.architecture))
+    model = build_model_with_cfg(
+        make,
+        variant,
+        pretrained and own,
+        pretrained_cfg=replace(config, architecture=variant, first_conv=first_conv_of(config, name.kind)),  # type: ignore[arg-type]
+        pretrained_filter_fn=functools.partial(restore, first_conv=first_conv),
+        feature_cfg=feature_cfg,
+        cache_dir=cache_dir,
+        **kwargs,
+    )
+    model._model_args = _recorded(kwargs)
+    if model is not whole[0]:
+        names = {module: child for child, module in whole[0].named_modules()}
+        model.architecture = name.network
+        name_as_part(model, {child: names.get(module, '') for child, module in model.named_children()})
+    if repository and any(isinstance(module, PlainBlock) for module in model.modules()):
         note_merged(model, repository)
     return model
 
 
-def _plain(original: nn.Module, weights: bool = False) -> Any:
-    """Returns the plain twin of a network with branches, and any other as it is."""
-    return plain_twin(original, weights) if any(multi_branch_blocks(original)) else original
+def _recorded(kwargs: dict[str, Any]) -> dict[str, Any]:
+    # As timm does itself from 1.0.31 on.
+    return {key: each for key, each in kwargs.items() if key not in ('device', 'dtype', 'pretrained_model_args')}
 
 
 def _state_constructed_strides(plain: nn.Module, create: Callable[..., nn.Module], kwargs: dict[str, Any]) -> None:
     """Lets convolutions whose stride an `output_stride` turned into dilation carry the one of before."""
     kept = {key: value for key, value in kwargs.items() if key not in ('output_stride', 'device')}
-    original: Any = _plain(create(pretrained=False, device='meta', **kept))
+    original: Any = create(pretrained=False, device='meta', **kept)
+    original = plain_twin(original) if any(multi_branch_blocks(original)) else original
     for name, each in repvgg_prior(original).items():
         conv: Any = plain.get_submodule(name)
         replace(each, stride=tuple(original.get_submodule(name).stride)).put_on(conv)

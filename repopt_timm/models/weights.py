@@ -5,7 +5,6 @@ The package's own weights come first, then the Hub's. timm's repositories hold w
 
 import json
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -13,30 +12,24 @@ from timm.models import adapt_input_conv, resolve_pretrained_cfg
 from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
 from timm.models._pretrained import PretrainedCfg
 from timm.models._registry import get_arch_pretrained_cfgs
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..architectures import ARCHITECTURES, Architecture
-from ..blocks import implied_scales, plain_twin
+from ..architectures import ARCHITECTURES
 from ..cards.hub import HUB_PREFIX, HubFileNotFoundError, download, parse_hub_source
 from ..cards.text import WEIGHTS_FILE
 from ..checkpoints.packing import unpack
 from ..names import ModelName
-from ..reparam import kind_of, prepare
+from ..reparam import kind_of
 from ..resources import shipped_repositories
-from ..sources import IMPLIED, ScalesSource, load_scales, scales_beside_weights
-from .byobnet import RepVgg
+from ..sources import ScalesSource, scales_beside_weights
 
 __all__ = ['choose_weights', 'fetch', 'original_cfgs', 'requested_scales', 'restore', 'tagged_cfgs']
-
-# Owner of the repositories `<model>.<tag>` on the Hub. Empty: nothing is published there, so no tag names the Hub.
-HUB_NAMESPACE = os.environ.get('REPOPT_TIMM_HUB_NAMESPACE', '')
 
 # Weights that their authors publish in a format of their own, for everyone to convert.
 _CONVERTIBLE = ('repopt_vgg_b1', 'repopt_vgg_b2', 'repopt_vgg_l1', 'repopt_vgg_l2')
 _CONVERTIBLE_TAG = 'in1k'
 
 _TOTAL_STRIDE = 32
-_STEM = 'stem.conv_kxk.conv.weight'
 
 
 def tagged_cfgs() -> dict[str, dict[str, Any]]:
@@ -49,10 +42,8 @@ def tagged_cfgs() -> dict[str, dict[str, Any]]:
             cfg = {**config['pretrained_cfg'], 'num_classes': config['num_classes'], 'file': str(weights)}
             cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
             cfgs[name] = {**cfg, 'pool_size': tuple(max(1, size // _TOTAL_STRIDE) for size in cfg['input_size'][1:])}
-    for name, cfg in cfgs.items():
+    for cfg in cfgs.values():
         cfg.pop('tag', None)
-        if HUB_NAMESPACE and 'file' not in cfg:
-            cfg['hf_hub_id'] = f'{HUB_NAMESPACE}/{name}'
     return cfgs
 
 
@@ -96,8 +87,7 @@ def choose_weights(variant: str, pretrained: bool, cfg: Any, overlay: dict[str, 
         raise ValueError(
             f"The weights '{variant}.{resolved.tag}' are published by the method's authors as a file of their own. Get "
             f'RepOpt-VGG-{variant[-2:].upper()}*.pth from https://github.com/DingXiaoH/RepOptimizers, then convert it: '
-            f'`repopt-timm convert-checkpoint FILE --out DIR`, and load it as local-dir:DIR (or run `hf upload '
-            f'USER/{variant}.{resolved.tag} DIR` and set REPOPT_TIMM_HUB_NAMESPACE=USER).'
+            f'`repopt-timm convert-checkpoint FILE --out DIR`, and load it as local-dir:DIR.'
         )
     name = f'{variant}.{resolved.tag}' if resolved.tag else variant
     raise ValueError(
@@ -107,36 +97,27 @@ def choose_weights(variant: str, pretrained: bool, cfg: Any, overlay: dict[str, 
 
 
 def requested_scales(
-    name: ModelName,
-    config: PretrainedCfg,
-    pretrained: bool,
-    scales: ScalesSource | None,
-    kwargs: dict[str, Any],
-    own: bool,
+    name: ModelName, config: PretrainedCfg, scales: ScalesSource | None, beside: bool
 ) -> ScalesSource | None:
     """Returns the scales that a call of `timm.create_model` means: those named, else those beside the weights.
 
     Args:
         name: Name of the model.
         config: Configuration of the weights.
-        pretrained: Whether weights are asked for.
         scales: The argument `scales`. One that a downloaded config brings could name any file or repository and does
             not count.
-        kwargs: Further arguments of the entrypoint.
-        own: Whether the weights are those of the model itself, so that scales may lie beside them.
+        beside: Whether the weights are those of the model itself, so that scales may lie beside them.
 
     Raises:
         ValueError: If a multi-branch original is to take scales.
     """
-    args = kwargs.get('pretrained_model_args')
-    if scales is not None and args is None and config.source in ('hf-hub', 'local-dir'):
-        # Before 1.0.31 timm does not say which arguments come from the config.
+    repository = config.source in ('hf-hub', 'local-dir')
+    if scales is not None and repository:
         local = config.source == 'local-dir'
         load: Any = load_model_config_from_path if local else load_model_config_from_hf
-        args = load(config.file if local else config.hf_hub_id)[2]
-    if scales is not None and args is not None and args.pop('scales', None) == scales:
-        scales = None
-    if scales is None and own and (pretrained or config.source in ('hf-hub', 'local-dir')):
+        if load(config.file if local else config.hf_hub_id)[2].get('scales') == scales:
+            scales = None
+    if scales is None and (beside or repository):
         scales = scales_beside_weights(config.to_dict())
     if scales is not None and name.kind == 'branches':
         raise ValueError(
@@ -148,10 +129,6 @@ def requested_scales(
 
 def fetch(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None = None) -> str:
     """Brings timm's weights into the cache, from where timm loads them, and says what is wrong if that fails.
-
-    Args:
-        cfg: timm's configuration of the weights.
-        cache_dir: Defaults to the client's cache.
 
     Returns:
         What to call them: the repository; empty if they are not on the Hub.
@@ -168,29 +145,13 @@ def fetch(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None = None) -> str
     return source.repo_id
 
 
-def restore(
-    state_dict: dict[str, Tensor], model: Any, first_conv: str = '', implied: bool = False
-) -> dict[str, Tensor]:
+def restore(state_dict: dict[str, Tensor], model: Any, first_conv: str = '') -> dict[str, Tensor]:
     """Makes the tensors of a file those of a model, for timm's `load_pretrained`.
 
-    Packed weights are unpacked, the branches of a RepVGG merged for a RepOpt-VGG. timm adapts `<first_conv>.weight` to
-    other image channels; the operators of a twin's first convolution have other names, and are adapted here.
-
-    Args:
-        state_dict: The tensors.
-        model: The model.
-        first_conv: Name of its first convolution.
-        implied: Let the model carry the scales that the branches imply.
-
-    Raises:
-        ValueError: If there are no branches to imply scales.
+    Packed weights are unpacked. timm adapts `<first_conv>.weight` to other image channels; the operators of a twin's
+    first convolution have other names, and are adapted here.
     """
     state_dict = unpack(state_dict)
-    if _STEM in state_dict and isinstance(model, RepVgg) and model.block_type is not None:
-        return _merge_repvgg(state_dict, model, implied)
-    if implied:
-        # Raises an error that explains what implied scales require.
-        load_scales(IMPLIED, model)
     # In some twins the first convolution has no branches.
     plain = f'{first_conv}.weight' if kind_of(model) != 'target' else None
     for key, tensor in state_dict.items():
@@ -201,22 +162,3 @@ def restore(
             if tensor.shape[1] != channels:
                 state_dict[key] = adapt_input_conv(channels, tensor, **base)
     return state_dict
-
-
-def _merge_repvgg(state_dict: Mapping[str, Tensor], model: Any, implied: bool) -> dict[str, Tensor]:
-    if not isinstance(model.stem.attn, nn.Identity):
-        raise ValueError(
-            "RepVGG's squeeze-and-excitation comes before the ReLU, ours after it, so its weights do not fit. Use "
-            'repopt_repvgg_d2se.'
-        )
-    # Image channels and classes are those of the weights: timm adapts them afterwards.
-    classes = len(state_dict['head.fc.weight']) if 'head.fc.weight' in state_dict else 0
-    numbers: dict[str, Any] = {'in_chans': state_dict[_STEM].shape[1], 'num_classes': classes, 'strides': model.strides}
-    original = RepVgg(Architecture(model.depths, model.widths), **numbers, device='meta')
-    original.load_state_dict(dict(state_dict), assign=True)
-    original.eval()
-    if implied:
-        scales = implied_scales(original).renamed(model.architecture)
-        prepare(model, scales, init=False)
-        model.scales_provenance = scales.provenance
-    return plain_twin(original, weights=True).state_dict()

@@ -11,14 +11,11 @@ import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
+import torch
 from huggingface_hub import constants
-from huggingface_hub.errors import HTTPError
-from huggingface_hub.utils import get_session
 
 from ..errors import reason_of
-from ..files import replacing
 from ..names import ModelName
 from ..reparam import Scales
 from .files import read_scale_file
@@ -29,8 +26,7 @@ PUBLISHED = 'published'
 """The tag of these scales, and what means those of a model at hand."""
 
 _TABLE = Path(__file__).with_name('published_scales.csv')
-# Where files of GitHub's repositories are: <address>/<repository>/<commit>/<file>. Tests and mirrors set another, which
-# may hold a user and a password.
+# Where files of GitHub's repositories are: <address>/<repository>/<commit>/<file>. Tests and mirrors set another.
 _ADDRESS_VARIABLE = 'REPOPT_TIMM_PUBLISHED_URL'
 _ADDRESS = 'https://raw.githubusercontent.com'
 
@@ -74,7 +70,7 @@ class PublishedScales:
     @property
     def is_cached(self) -> bool:
         """Whether it is in the cache, whole and unchanged."""
-        return self.path.is_file() and _digest(self.path.read_bytes()) == self.sha256
+        return self.path.is_file() and hashlib.sha256(self.path.read_bytes()).hexdigest() == self.sha256
 
 
 @cache
@@ -105,7 +101,7 @@ def read_published(model_name: str) -> Scales:
 
     Raises:
         OSError: If they can be neither found in the cache nor downloaded.
-        ValueError: If none are published for it, or the file that came is another.
+        ValueError: If none are published for it.
     """
     row = find_published(model_name)
     if row is None:
@@ -124,29 +120,15 @@ def read_published(model_name: str) -> Scales:
 
 
 def _download(row: PublishedScales) -> None:
-    address = urlsplit(os.environ.get(_ADDRESS_VARIABLE, _ADDRESS))
-    # Without user and password: the client logs the address, and its errors name it.
-    host = address.netloc.rpartition('@')[2]
-    url = f'{address.scheme}://{host}{address.path.rstrip("/")}/{row.repository}/{row.commit}/{row.file}'
-    login = (unquote(address.username), unquote(address.password or '')) if address.username else None
+    url = '/'.join([os.environ.get(_ADDRESS_VARIABLE, _ADDRESS), row.repository, row.commit, row.file])
     _logger.info(f'{row.name}: downloading {url} ({row.license.upper()} licence)')
+    row.path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # Says so if HF_HUB_OFFLINE is set.
-        response = get_session().get(url, auth=login, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)
-        response.raise_for_status()
-    except (HTTPError, OSError) as error:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError('HF_HUB_OFFLINE is set')
+        torch.hub.download_url_to_file(url, str(row.path), row.sha256, progress=False)
+    except (OSError, RuntimeError) as error:
         raise OSError(
             f'{row.name} is not in the cache, and its download failed: {reason_of(error)}. Check the network, and '
             f'{_ADDRESS_VARIABLE} if it is set.'
         ) from None
-    if (found := _digest(response.content)) != row.sha256:
-        raise ValueError(
-            f'{row.name}: {url} is another file than expected: its sha256 is {found}, expected {row.sha256}. Check the '
-            f'network for a proxy, and {_ADDRESS_VARIABLE} if it is set.'
-        )
-    with replacing(row.path) as temporary:
-        temporary.write_bytes(response.content)
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

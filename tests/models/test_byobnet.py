@@ -5,7 +5,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from repopt_timm import Scales, make_grad_mults, save_pretrained
-from repopt_timm.models.twins import stated_arguments
+from repopt_timm.models.records import stated_arguments
 
 from ..helpers import tiny_model
 
