@@ -82,7 +82,7 @@ def infer_architecture(channels: Mapping[str, int], preferred: str | None = None
     return fitting[0] if fitting else None
 
 
-def chosen_numbers(scales: Any) -> dict[str, tuple[int, ...]]:
+def chosen_numbers(scales: Any) -> dict[str, Any]:
     """Returns the arguments of `timm.create_model` by which the network of `Scales` differs from its architecture."""
     own = ARCHITECTURES.get(scales.architecture)
     stages: dict[str, list[str]] = {}

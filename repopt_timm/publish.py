@@ -1,10 +1,8 @@
 """Models with their scales as repositories in timm's format: local folders, and the Hugging Face Hub."""
 
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,16 +10,16 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import Tensor, nn
 
-from .cards.card import CARD_FILE, SCALES_FILE, encode_scales, eval_results
+from .cards.card import encode_scales, eval_results
 from .cards.hub import push_folder
 from .cards.licence import checked_license
-from .cards.publish import draw, write_card
-from .cards.text import CURVES_FILE, SCALES_PICTURE, WEIGHTS_FILE
+from .cards.publish import CONFIG_FILE, draw, save_folder, write_card
+from .cards.text import CURVES_FILE, WEIGHTS_FILE
 from .checkpoint_model import model_of
 from .checkpoints.packing import pack
 from .checkpoints.read import check_weights, read_checkpoint
 from .errors import explaining
-from .files import check_output, check_output_folder, naming_write_errors, replacing
+from .files import naming_write_errors
 from .model_size import size_of
 from .models import RepOptVgg
 from .models.records import stated_arguments
@@ -33,8 +31,6 @@ from .trained_scales import arguments_of
 from .weights_origin import merged_from, origin_of
 
 __all__ = ['push_to_hub', 'save_pretrained']
-
-CONFIG_FILE = 'config.json'
 
 # Arguments of a run that a card states, as far as they are set.
 _STATED = ('epochs', 'opt', 'lr', 'weight_decay', 'clip_grad', 'smoothing', 'mixup', 'cutmix')
@@ -60,7 +56,7 @@ def save_pretrained(
     what `push_to_hub` uploads. A card that is there already keeps its other metadata, and the text outside the marks.
 
     Args:
-        model: A timm model, compiled or wrapped for parallel training or not, or a checkpoint of a run.
+        model: A whole timm model, compiled or wrapped for parallel training or not, or a checkpoint of a run.
         directory: Where to.
         scales: The scales that it was trained with. Defaults to what the model carries.
         metrics: Results as the Hub shows them, such as `{'dataset': 'cifar10', 'top1': 93.1}`, in percent.
@@ -75,38 +71,23 @@ def save_pretrained(
 
     Raises:
         FileNotFoundError: If there is no such checkpoint or source of scales.
-        ValueError: If the checkpoint does not name its model, the scales are missing or another model's, a weight is
-            sharded, it or a result would not work or is not finite, or the licence is not an identifier.
+        ValueError: If the checkpoint does not name its model, the model is made of features only, the scales are
+            missing or another model's, a weight is sharded, it or a result would not work or is not finite, or the
+            licence is not an identifier.
     """
-    directory = check_output_folder(directory)
-    files = (WEIGHTS_FILE, CONFIG_FILE, SCALES_PICTURE, SCALES_FILE, CURVES_FILE, CARD_FILE)
-    for file in files:
-        check_output(directory / file, *(() if isinstance(model, nn.Module) else (model,)))
     write = _prepare(model, scales, metrics, training, curves, precision, license)
-    directory.mkdir(parents=True, exist_ok=True)
-    # Everything is made beside its place first: an error in the middle leaves the directory as it was.
-    with TemporaryDirectory(prefix='.repopt-timm-', dir=directory) as name:
-        folder, published = Path(name), frozenset(os.listdir(directory))
-        for file in published & {CARD_FILE, SCALES_FILE}:
-            shutil.copyfile(directory / file, folder / file)
-        write(folder, repo_id or f'USER/{directory.resolve().name}', published, scales_file, directory)
-        for file in files:
-            if (folder / file).is_file():
-                with replacing(directory / file) as temporary:
-                    os.replace(folder / file, temporary)
-            elif file == CURVES_FILE:
-                (directory / file).unlink(missing_ok=True)
+    save_folder(directory, write, repo_id, scales_file, () if isinstance(model, nn.Module) else (model,))
 
 
 def push_to_hub(
     model: nn.Module | str | os.PathLike,
     repo_id: str,
+    commit_message: str = 'Model with scales of repopt-timm',
+    scales_file: bool = False,
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
     token: str | bool | None = None,
-    commit_message: str = 'Model with scales of repopt-timm',
-    scales_file: bool = False,
     **contents: Any,
 ) -> str:
     """Publishes a model on the Hugging Face Hub, in timm's format, with its scales in the card.
@@ -114,12 +95,12 @@ def push_to_hub(
     Args:
         model: See `save_pretrained`.
         repo_id: Name of the repository, `user/repo`, made if there is none.
+        commit_message: Title of the commit.
+        scales_file: Put the scales into `scales.safetensors`, as is done when the Hub refuses the card as too large.
         private: Whether a new repository is private.
         revision: Branch to commit to, made if there is none.
         create_pr: Open a pull request instead of changing the branch.
         token: Defaults to the token of `hf auth login`.
-        commit_message: Title of the commit.
-        scales_file: Put the scales into `scales.safetensors`, as is done when the Hub refuses the card as too large.
         contents: `scales`, `metrics`, `training`, `curves`, `precision` and `license`, see `save_pretrained`.
 
     Returns:
@@ -133,7 +114,7 @@ def push_to_hub(
         >>> push_to_hub(model, 'user/a0', metrics={'dataset': 'cifar10', 'top1': 93.1})  # doctest: +SKIP
     """
     write = _prepare(model, **contents)
-    return push_folder(repo_id, write, commit_message, private, revision, create_pr, token, scales_file)
+    return push_folder(repo_id, write, commit_message, scales_file, private, revision, create_pr, token)
 
 
 def _prepare(
@@ -169,8 +150,11 @@ def _prepare(
         elif metrics is None:
             metrics = measured
     name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
-    if name is None:
-        raise ValueError(f'{type(model).__name__} is not a model of timm: create it with timm.create_model.')
+    if name is None or not hasattr(model, 'num_classes'):
+        raise ValueError(
+            f'{type(model).__name__} is not a whole model of timm: create it with timm.create_model, and without '
+            f'features_only, of which the format has no notion.'
+        )
     if precision == 'int8' and not isinstance(model, RepOptVgg):
         raise ValueError(f"{name} cannot load 8-bit weights, RepOpt-VGG alone restores them: use 'float16'.")
     packed = pack(_weights_of(model, source or name), precision)
@@ -194,7 +178,7 @@ def _prepare(
     if found is not None:
         # What no card can hold is an error before anything is written or uploaded.
         encode_scales(found, facts)
-    card = {
+    card: dict[str, Any] = {
         'model_name': name,
         'scales': found,
         'license_name': license_name,
@@ -215,7 +199,7 @@ def _prepare(
         elif history:
             draw(plot_curves, {name: history}, folder / CURVES_FILE)
         # A picture that is there already is of other weights' training.
-        write_card(folder, repo_id, published - {CURVES_FILE}, scales_file, source=target, **card)
+        write_card(folder, repo_id, published - {CURVES_FILE}, scales_file, target, **card)
 
     return write
 

@@ -104,9 +104,9 @@ def default_scales(model_name: str) -> Scales:
     name = ModelName.parse(model_name)
     for shipped, folder in shipped_repositories().items():
         # Other weights of the architecture were trained with other scales, or with none.
-        if shipped == model_name or (not name.tag and ModelName.parse(shipped).architecture == name.architecture):
-            if scales := read_card_scales(folder / CARD_FILE, shipped):
-                return scales
+        fits = shipped == model_name or (not name.tag and ModelName.parse(shipped).architecture == name.architecture)
+        if fits and (scales := read_card_scales(folder / CARD_FILE, shipped)):
+            return scales
     further = ''
     if is_model_pretrained('.'.join(filter(None, (name.of_kind('branches'), name.tag)))):
         further += f'go on with those that the branches of its weights imply: --scales {IMPLIED}, '

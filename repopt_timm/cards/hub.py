@@ -36,9 +36,6 @@ __all__ = [
 
 HUB_PREFIX = 'hf-hub:'
 
-# What git allows in the name of a branch or tag, less what could lead out of the cache.
-_REVISION = re.compile(r'\w[\w.+#/-]*')
-
 # Of several pushes that meet, one gets through each time; the others read what it wrote, and try again.
 _ATTEMPTS = 12
 _LONGEST_WAIT = 8.0
@@ -77,7 +74,8 @@ def parse_hub_source(text: str) -> HubSource:
         ValueError: If the revision is not the name of one.
     """
     repo_id, at, revision = text.removeprefix(HUB_PREFIX).partition('@')
-    if at and (not _REVISION.fullmatch(revision) or '..' in revision):
+    # Less than git allows: nothing that could lead out of the cache.
+    if at and (not re.fullmatch(r'\w[\w.+#/-]*', revision) or '..' in revision):
         raise ValueError(f"{text}: '{revision}' is not the name of a revision, expected a branch, tag or commit.")
     return HubSource(repo_id, revision or None)
 
@@ -132,11 +130,11 @@ def push_folder(
     repo_id: str,
     write: Callable[[Path, str, frozenset[str], bool], None],
     message: str,
+    scales_file: bool = False,
     private: bool | None = None,
     revision: str | None = None,
     create_pr: bool = False,
     token: str | bool | None = None,
-    scales_file: bool = False,
 ) -> str:
     """Writes files into a folder and uploads them in one commit; the repository and the branch are made if need be.
 
@@ -147,11 +145,11 @@ def push_folder(
         write: Writes what is to be uploaded into a folder that has the repository's card, if there is one. Its
             arguments are the folder, the repository's full name, the names of its files, and `scales_file`.
         message: Title of the commit.
+        scales_file: What `write` gets; True once the Hub refuses the card as too large.
         private: Whether a new repository is private. Defaults to the owner's setting.
-        revision: Branch to commit to.
+        revision: Branch to commit to, made if there is none.
         create_pr: Open a pull request instead of changing the branch.
         token: Defaults to the token of `hf auth login`.
-        scales_file: What `write` gets; True once the Hub refuses the card as too large.
 
     Returns:
         Address of the commit or pull request.

@@ -3,14 +3,16 @@
 import base64
 import logging
 import os
+import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import EvalResult
 
-from ..files import replacing
+from ..files import check_output, check_output_folder, replacing
 from ..plot import plot_scales
 from ..scales import Scales
 from ..weights_origin import license_identifier
@@ -25,9 +27,12 @@ from .card import (
 )
 from .hub import push_folder
 from .licence import checked_license, choose_license, stated_license
-from .text import SCALES_PICTURE, WEIGHTS_FILE, model_for, render_body
+from .text import CURVES_FILE, SCALES_PICTURE, WEIGHTS_FILE, model_for, render_body
 
-__all__ = ['draw', 'push_scales', 'save_scales_card', 'write_card']
+__all__ = ['CONFIG_FILE', 'draw', 'push_scales', 'save_folder', 'save_scales_card', 'write_card']
+
+CONFIG_FILE = 'config.json'
+_FILES = (WEIGHTS_FILE, CONFIG_FILE, SCALES_PICTURE, SCALES_FILE, CURVES_FILE, CARD_FILE)
 
 _logger = logging.getLogger(__name__)
 
@@ -40,6 +45,7 @@ def write_card(
     repo_id: str,
     published: Collection[str],
     scales_file: bool,
+    source: str | os.PathLike = '',
     *,
     model_name: str,
     scales: Scales | None,
@@ -47,7 +53,6 @@ def write_card(
     training: Mapping[str, Any] | None = None,
     results: Sequence[EvalResult] = (),
     weights_license: str = '',
-    source: str | os.PathLike = '',
 ) -> None:
     """Writes the card of a folder, and the picture of its scales; what else an existing card says survives.
 
@@ -56,6 +61,7 @@ def write_card(
         repo_id: Name that the repository has on the Hub.
         published: Names of further files that the repository has.
         scales_file: Put the scales into `scales.safetensors` beside the card, as is done if the card has done so.
+        source: What to call the folder in errors. Defaults to `repo_id`.
         model_name: Name of the model in timm.
         scales: The scales. Defaults to what the card has already.
         license_name: Licence of a card that states none. Defaults to the weights' own, or, without weights, to
@@ -63,7 +69,6 @@ def write_card(
         training: How the weights beside it were trained; None if they stay as they are, with what the card says.
         results: Accuracies of these weights.
         weights_license: Licence of the weights, as far as known.
-        source: What to call the folder in errors. Defaults to `repo_id`.
 
     Raises:
         ValueError: If the existing card cannot be read, or could not be carried through unchanged.
@@ -100,6 +105,44 @@ def write_card(
     update_card(path, where, title, render, entry, results if new_weights else None, license_name, dataset)
 
 
+def save_folder(
+    directory: str | os.PathLike,
+    write: Callable[..., None],
+    repo_id: str | None = None,
+    scales_file: bool = False,
+    inputs: Sequence[Any] = (),
+) -> None:
+    """Writes the files of a repository into a folder, each whole or not at all; what else it has stays.
+
+    Args:
+        directory: The folder.
+        write: See `push_folder`; its last argument is what to call the folder in errors.
+        repo_id: Name that the repository has on the Hub, for the snippets in the card.
+        scales_file: Put the scales into `scales.safetensors` beside the card.
+        inputs: Files that it is made from, which it must not replace.
+
+    Raises:
+        ValueError: If `directory` is not a folder, or a file of it cannot be replaced.
+    """
+    directory = check_output_folder(directory)
+    for file in _FILES:
+        check_output(directory / file, *inputs)
+    directory.mkdir(parents=True, exist_ok=True)
+    # Everything is made beside its place first: an error in the middle leaves the directory as it was.
+    with TemporaryDirectory(prefix='.repopt-timm-', dir=directory) as name:
+        folder, published = Path(name), frozenset(os.listdir(directory))
+        for file in published & {CARD_FILE, SCALES_FILE}:
+            shutil.copyfile(directory / file, folder / file)
+        write(folder, repo_id or f'USER/{directory.resolve().name}', published, scales_file, directory)
+        made = {file.name for file in folder.iterdir()}
+        # The card comes last: it describes the others.
+        for file in sorted(made, key=lambda file: file == CARD_FILE):
+            with replacing(directory / file) as temporary:
+                os.replace(folder / file, temporary)
+        if WEIGHTS_FILE in made and CURVES_FILE not in made:
+            (directory / CURVES_FILE).unlink(missing_ok=True)
+
+
 def save_scales_card(
     scales: Scales,
     directory: str | os.PathLike,
@@ -107,48 +150,33 @@ def save_scales_card(
     scales_file: bool = False,
     license: str | None = None,
 ) -> None:
-    """Writes a folder with a model card that holds scales; what it has already stays.
-
-    Args:
-        scales: The scales.
-        directory: The folder.
-        repo_id: Name that the repository has on the Hub, for the snippets in the card.
-        scales_file: Put the scales into `scales.safetensors` beside the card.
-        license: See `push_scales`.
+    """Writes a folder with a model card that holds scales; see `save_folder` and `push_scales`.
 
     Raises:
         ValueError: If an existing card cannot be read, or could not be carried through unchanged, or the licence is
             not an identifier.
     """
-    folder, write = Path(directory), _writer(scales, license)
-    folder.mkdir(parents=True, exist_ok=True)
-    write(folder, repo_id or f'USER/{folder.resolve().name}', (), scales_file, source=folder)
+    save_folder(directory, _writer(scales, license), repo_id, scales_file)
 
 
 def push_scales(
     scales: Scales,
     repo_id: str,
-    private: bool | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    token: str | bool | None = None,
-    commit_message: str = 'Scales of repopt-timm',
     scales_file: bool = False,
     license: str | None = None,
+    commit_message: str = 'Scales of repopt-timm',
+    **options: Any,
 ) -> str:
     """Publishes scales on the Hugging Face Hub; weights that the repository has stay as they are.
 
     Args:
         scales: The scales.
         repo_id: Name of the repository, `user/repo`, made if there is none.
-        private: Whether a new repository is private.
-        revision: Branch to commit to, made if there is none.
-        create_pr: Open a pull request instead of changing the branch.
-        token: Defaults to the token of `hf auth login`.
-        commit_message: Title of the commit.
         scales_file: Put the scales into `scales.safetensors`, as is done when the Hub refuses the card as too large.
         license: Identifier of the licence, such as `mit`, for a card that states none. Defaults to what the provenance
             of the scales names; without one the card states none.
+        commit_message: Title of the commit.
+        options: `private`, `revision`, `create_pr` and `token`, see `cards.hub.push_folder`.
 
     Returns:
         Address of the commit or pull request.
@@ -157,8 +185,7 @@ def push_scales(
         HubError: If the repository cannot be written to.
         ValueError: See `save_scales_card`.
     """
-    write = _writer(scales, license)
-    return push_folder(repo_id, write, commit_message, private, revision, create_pr, token, scales_file)
+    return push_folder(repo_id, _writer(scales, license), commit_message, scales_file, **options)
 
 
 def draw(plot: Callable[..., None], content: Any, path: Path, *args: Any) -> bool:

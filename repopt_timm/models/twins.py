@@ -249,7 +249,7 @@ def create(
         flatten = any('.' in each['module'] for each in theirs.info)
         feature_cfg = {'feature_cls': 'getter', 'out_indices': theirs.out_indices, 'flatten_sequential': flatten}
     first_conv = first_conv_of(get_pretrained_cfg(name.architecture))
-    model = build_model_with_cfg(
+    model: Any = build_model_with_cfg(
         make,
         variant,
         pretrained and own,

@@ -121,7 +121,7 @@ def read_published(model_name: str) -> Scales:
 
 def _download(row: PublishedScales) -> None:
     url = '/'.join([os.environ.get(_ADDRESS_VARIABLE, _ADDRESS), row.repository, row.commit, row.file])
-    _logger.info(f'{row.name}: downloading {url} ({row.license.upper()} licence)')
+    _logger.info(f'{row.name}: downloading {row.file} of {row.repository} ({row.license.upper()} licence)')
     row.path.parent.mkdir(parents=True, exist_ok=True)
     try:
         if constants.HF_HUB_OFFLINE:
