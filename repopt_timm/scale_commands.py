@@ -96,8 +96,8 @@ def _show(args: argparse.Namespace) -> None:
     moved = {} if initial is None else {'movement': str(movement([scales], initial))}
     facts = {'architecture': scales.architecture, 'modules': len(scales), 'fingerprint': scales.fingerprint, **moved}
     lines = [f'{name:<13} {value}' for name, value in {**facts, **scales.provenance}.items()]
-    cells = [[row['stage'], row['branch'], *(f'{row[key]:.4f}' for key in ('mean', 'min', 'max'))] for row in rows]
-    table = markdown_table(('stage', 'branch', 'mean', 'min', 'max'), cells, align=True)
+    cells = [[f'{value:.4f}' if isinstance(value, float) else value for value in row.values()] for row in rows]
+    table = markdown_table([*rows[0]], cells, align=True)
     _print(args, scales, '\n'.join([*lines, '', table]), stages=rows, **moved)
 
 

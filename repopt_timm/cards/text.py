@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult
 from ..architectures import ARCHITECTURES, chosen_numbers
 from ..datasets import color_mode
 from ..names import PREFIX, ModelName
+from ..reporting import markdown_table
 from ..scales import Scales, scales_table
 from .card import METRICS, SCALES_FILE
 
@@ -87,7 +88,7 @@ def render_body(
             '## Scales',
             f'One value per branch and channel of {len(scales)} convolutions.{searched} Fingerprint '
             f'`{scales.fingerprint}`.',
-            _table(('stage', 'branch', 'mean', 'min', 'max'), rows, ('---', '---', '---:', '---:', '---:')),
+            _table(('stage', 'branch', 'mean', 'min', 'max'), rows),
         ]
         if SCALES_PICTURE in files:
             sections.append(f'![Scales against depth: mean, and range over channels]({SCALES_PICTURE})')
@@ -143,7 +144,7 @@ def _figures(results: Sequence[EvalResult], training: Mapping[str, Any]) -> str:
     for name in ('parameters', 'multiply_adds'):
         if name in training:
             figures[name.replace('_', ' ')] = f'{training[name] / 1e6:,.1f} M'
-    return _table([*figures], [figures.values()] if figures else [], ['---:'] * len(figures))
+    return _table([*figures], [figures.values()] if figures else [])
 
 
 def _usage(
@@ -219,9 +220,9 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return _table(('what', 'value'), [(name.replace('_', ' '), value) for name, value in facts.items()])
 
 
-def _table(head: Sequence[str], rows: Any, align: Sequence[str] = ('---', '---')) -> str:
-    lines = [f'| {" | ".join(_cell(_text(cell)) for cell in row)} |' for row in rows]
-    return '\n'.join([f'| {" | ".join(map(_cell, head))} |', f'|{"|".join(align)}|', *lines]) * bool(lines)
+def _table(head: Sequence[str], rows: Any) -> str:
+    rows = [[_cell(_text(cell)) for cell in row] for row in rows]
+    return markdown_table([*map(_cell, head)], rows) if rows else ''
 
 
 def _text(value: Any) -> str:

@@ -124,7 +124,6 @@ class RepOptVgg(Twin, RepVgg):
                 # An `output_stride` may have turned the stride into dilation.
                 block.put_prior(index, stride if index == 0 else 1)
         self.architecture = architecture
-        self.scales_provenance: dict[str, Any] = {}
 
     @property
     def scales(self) -> Scales | None:

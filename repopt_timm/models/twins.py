@@ -209,7 +209,7 @@ def create(
     original: Any = functools.partial(create_byobnet, original_name) if own_strides else model_entrypoint(original_name)
     original_config = replace(config, first_conv=get_pretrained_cfg(original_name).first_conv)  # type: ignore[union-attr]
     if name.kind == 'branches':
-        model = original(pretrained=pretrained, pretrained_cfg=original_config, cache_dir=cache_dir, **kwargs)
+        model: Any = original(pretrained=pretrained, pretrained_cfg=original_config, cache_dir=cache_dir, **kwargs)
         model._model_args = _recorded(kwargs)
         return model
     whole: list[nn.Module] = []
@@ -249,7 +249,7 @@ def create(
         flatten = any('.' in each['module'] for each in theirs.info)
         feature_cfg = {'feature_cls': 'getter', 'out_indices': theirs.out_indices, 'flatten_sequential': flatten}
     first_conv = first_conv_of(get_pretrained_cfg(name.architecture))
-    model: Any = build_model_with_cfg(
+    model = build_model_with_cfg(
         make,
         variant,
         pretrained and own,
