@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .cards.card import encode_scales, eval_results
 from .cards.hub import push_folder
 from .cards.licence import checked_license
-from .cards.publish import CONFIG_FILE, draw, save_folder, write_card
+from .cards.publish import CONFIG_FILE, check_folder, draw, save_folder, write_card
 from .cards.text import CURVES_FILE, WEIGHTS_FILE
 from .checkpoint_model import model_of
 from .checkpoints.packing import pack
@@ -75,8 +75,9 @@ def save_pretrained(
             missing or another model's, a weight is sharded, it or a result would not work or is not finite, or the
             licence is not an identifier.
     """
+    check_folder(directory, *(() if isinstance(model, nn.Module) else (model,)))
     write = _prepare(model, scales, metrics, training, curves, precision, license)
-    save_folder(directory, write, repo_id, scales_file, () if isinstance(model, nn.Module) else (model,))
+    save_folder(directory, write, repo_id, scales_file)
 
 
 def push_to_hub(

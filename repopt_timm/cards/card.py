@@ -17,22 +17,22 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub import EvalResult
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from ..files import replacing
 from ..scales import Scales
 from ..tokens import scrub
 from ..weights_origin import license_identifier
-from .licence import HUB_LICENSES, stated_license
+from .licence import stated_license
 
 __all__ = [
     'CARD_FILE',
+    'FORMAT',
     'METADATA_KEY',
     'METRICS',
     'SCALES_FILE',
@@ -41,25 +41,20 @@ __all__ = [
     'eval_results',
     'read_card_scales',
     'read_metadata',
-    'update_card',
 ]
 
 CARD_FILE = 'README.md'
 SCALES_FILE = 'scales.safetensors'
 METADATA_KEY = 'repopt'
-BEGIN = '<!-- repopt-timm: begin. Text up to the end mark is rewritten with the scales; write yours outside of it. -->'
-END = '<!-- repopt-timm: end -->'
+FORMAT = 1
 METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
 
-_FORMAT = 1
 # An order of magnitude above the largest network's: files of a repository may come from anyone.
 _MAX_CARD_BYTES = 1 << 22
 _MAX_SCALES_BYTES = 1 << 26
 _MAX_FACTS = 1 << 18
 # Names appear in snippets that people copy, so they are nothing but names.
 _NAME = re.compile(r'[\w.-]{0,200}')
-# timm's prefixes of datasets; on the Hub only names are known.
-_DATASET_TYPE = re.compile(r'(?:hfds|hfids|tfds|torch|wds)/')
 # An order of magnitude faster than the loader in Python.
 _Loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
 
@@ -118,8 +113,8 @@ def decode_scales(entry: Any, source: str, fetch: Callable[[str], Path]) -> Scal
         ValueError: If the entry is of another format, damaged, or does not match its fingerprint.
     """
     try:
-        if entry['format'] != _FORMAT:
-            raise ValueError(f'it is in format {entry["format"]!r:.20}, but this package reads {_FORMAT}: upgrade it')
+        if entry['format'] != FORMAT:
+            raise ValueError(f'it is in format {entry["format"]!r:.20}, but this package reads {FORMAT}: upgrade it')
         if 'file' in entry:
             # Never a name of the card's choice, which could lead anywhere.
             data = _read_at_most(fetch(SCALES_FILE), _MAX_SCALES_BYTES, SCALES_FILE)
@@ -143,7 +138,7 @@ def encode_scales(scales: Scales, training: Mapping[str, Any] | None = None) -> 
         if not _NAME.fullmatch(name):
             raise ValueError(f'{name!r:.80} is in the scales, expected up to 200 letters, digits, dots and dashes.')
     entry = {
-        'format': _FORMAT,
+        'format': FORMAT,
         'architecture': scales.architecture,
         'fingerprint': scales.fingerprint,
         'provenance': provenance,
@@ -185,80 +180,6 @@ def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
         )
         for name, value in values.items()
     ]
-
-
-def update_card(
-    path: Path,
-    source: str,
-    title: str,
-    render: Callable[[Sequence[EvalResult]], str],
-    entry: Mapping[str, Any] | None = None,
-    results: Sequence[EvalResult] | None = None,
-    license_name: str = '',
-    dataset: str = '',
-) -> None:
-    """Writes a card with new metadata and a new generated body; whatever else it has survives.
-
-    Args:
-        path: The card; there need not be one.
-        source: What to call it in errors.
-        title: Name of the model in the index of results, where the card has none yet.
-        render: Returns the Markdown to put between the two marks, from the results that the card then states.
-        entry: The `repopt` entry. Defaults to what the card has.
-        results: Accuracies of new weights; those of replaced ones go. None if the weights stay.
-        license_name: Licence of a card that states none; empty if none is known.
-        dataset: What the weights were trained on, such as `hfds/user/name`, for a card that names no datasets.
-
-    Raises:
-        ValueError: If the card cannot be read, or the client cannot carry its metadata through unchanged.
-    """
-    before = read_metadata(path, source) if path.is_file() else {}
-    try:
-        card = ModelCard.load(path) if path.is_file() else ModelCard('---\n\n---\n')
-        index = card.data.to_dict().get('model-index')
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f'{source}: its metadata cannot be read: {error}. Mend the front matter.') from None
-    if index != before.get('model-index'):
-        # Several models, or results in a form of their own.
-        raise ValueError(f"{source}: its 'model-index' would not survive, as huggingface_hub reads it otherwise.")
-    data: Any = card.data
-    if not data.license and license_name:
-        known = license_name in HUB_LICENSES
-        data.license, data.license_name = (license_name, None) if known else ('other', license_name)
-    data.library_name = data.library_name or 'timm'
-    data.pipeline_tag = data.pipeline_tag or 'image-classification'
-    data.tags = list(dict.fromkeys([*(data.tags or []), 'image-classification', 'timm', 'repopt']))
-    if dataset:
-        data.datasets = data.datasets or [_DATASET_TYPE.sub('', dataset)]
-    if entry is not None:
-        found = before.get(METADATA_KEY)
-        if isinstance(found, Mapping) and found.get('format', _FORMAT) != _FORMAT:
-            raise ValueError(f"{source}: its '{METADATA_KEY}' is in another format: upgrade repopt-timm.")
-        data[METADATA_KEY] = dict(entry)
-    if results is not None:
-        others = [
-            each
-            for each in data.eval_results or []
-            if each.metric_name not in METRICS.values() and not any(map(each.is_equal_except_value, results))
-        ]
-        data.eval_results = [*others, *results] or None
-        data.model_name = (data.model_name or title) if data.eval_results else None
-    body = scrub(render(data.eval_results or ()))
-    block, text = f'{BEGIN}\n{body.strip()}\n{END}', card.text
-    if BEGIN in text or END in text:
-        above, _, rest = text.partition(BEGIN)
-        _, end, below = rest.partition(END)
-        if not end or BEGIN in rest or END in above + below:
-            raise ValueError(
-                f'{source}: expected one begin mark of repopt-timm and one end mark after it. Delete them.'
-            )
-        card.text = above + block + below
-    else:
-        card.text = f'{text.rstrip()}\n\n{block}\n'.lstrip('\n') if text.strip() else f'\n{block}\n'
-    with replacing(path) as temporary:
-        card.save(temporary)
-        # What could not be read again is not written.
-        read_metadata(temporary, source)
 
 
 def _plain(facts: Any, where: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import base64
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -10,34 +11,40 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import EvalResult
+from huggingface_hub import EvalResult, ModelCard
 
 from ..files import check_output, check_output_folder, replacing
 from ..plot import plot_scales
 from ..scales import Scales
+from ..tokens import scrub
 from ..weights_origin import license_identifier
 from .card import (
     CARD_FILE,
+    FORMAT,
     METADATA_KEY,
+    METRICS,
     SCALES_FILE,
     decode_scales,
     encode_scales,
     read_metadata,
-    update_card,
 )
 from .hub import push_folder
-from .licence import checked_license, choose_license, stated_license
+from .licence import HUB_LICENSES, checked_license, choose_license, stated_license
 from .text import CURVES_FILE, SCALES_PICTURE, WEIGHTS_FILE, model_for, render_body
 
-__all__ = ['CONFIG_FILE', 'draw', 'push_scales', 'save_folder', 'save_scales_card', 'write_card']
+__all__ = ['CONFIG_FILE', 'check_folder', 'draw', 'push_scales', 'save_folder', 'save_scales_card', 'write_card']
 
 CONFIG_FILE = 'config.json'
+BEGIN = '<!-- repopt-timm: begin. Text up to the end mark is rewritten with the scales; write yours outside of it. -->'
+END = '<!-- repopt-timm: end -->'
+
 _FILES = (WEIGHTS_FILE, CONFIG_FILE, SCALES_PICTURE, SCALES_FILE, CURVES_FILE, CARD_FILE)
-
-_logger = logging.getLogger(__name__)
-
 # A card that is half as large as one that is still read.
 _LARGE = 1 << 20
+# timm's prefixes of datasets; on the Hub only names are known.
+_DATASET_TYPE = re.compile(r'(?:hfds|hfids|tfds|torch|wds)/')
+
+_logger = logging.getLogger(__name__)
 
 
 def write_card(
@@ -75,6 +82,15 @@ def write_card(
     """
     path, where = folder / CARD_FILE, f'{source or repo_id}/{CARD_FILE}'
     before = read_metadata(path, where) if path.is_file() else {}
+    try:
+        card = ModelCard.load(path) if path.is_file() else ModelCard('---\n\n---\n')
+        index = card.data.to_dict().get('model-index')
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f'{where}: its metadata cannot be read: {error}. Mend the front matter.') from None
+    if index != before.get('model-index'):
+        # Several models, or results in a form of their own.
+        raise ValueError(f"{where}: its 'model-index' would not survive, as huggingface_hub reads it otherwise.")
+    data: Any = card.data
     found = before.get(METADATA_KEY)
     if scales is None and found is not None:
         scales = decode_scales(found, where, lambda name: folder / name)
@@ -82,17 +98,19 @@ def write_card(
     new_weights = training is not None
     training = training if new_weights else found.get('training')
     files = ({file.name for file in folder.iterdir()} | set(published)) - {SCALES_FILE}
-    entry, known = None, weights_license
+    known = weights_license
     if scales is not None:
-        entry, data = encode_scales(scales, training)
+        if found.get('format', FORMAT) != FORMAT:
+            raise ValueError(f"{where}: its '{METADATA_KEY}' is in another format: upgrade repopt-timm.")
+        entry, content = encode_scales(scales, training)
         training = entry.get('training')
-        if scales_file or 'file' in found or len(data) > _LARGE:
+        if scales_file or 'file' in found or len(content) > _LARGE:
             files.add(SCALES_FILE)
             entry['file'] = SCALES_FILE
-            with replacing(folder / SCALES_FILE) as temporary:
-                temporary.write_bytes(data)
+            (folder / SCALES_FILE).write_bytes(content)
         else:
-            entry['scales'] = base64.b64encode(data).decode()
+            entry['scales'] = base64.b64encode(content).decode()
+        data[METADATA_KEY] = entry
         files -= {SCALES_PICTURE}
         if draw(plot_scales, scales, folder / SCALES_PICTURE, scales.title):
             files.add(SCALES_PICTURE)
@@ -100,33 +118,59 @@ def write_card(
             known = license_identifier(scales.provenance.get('license'))
     title = repo_id.split('/')[-1]
     license_name = choose_license(title, stated_license(before), license_name, known)
-    dataset = (training or {}).get('dataset', '') if WEIGHTS_FILE in files else ''
-    render = partial(render_body, repo_id, model_name, files, scales, training, license_name)
-    update_card(path, where, title, render, entry, results if new_weights else None, license_name, dataset)
+    if not data.license and license_name:
+        on_hub = license_name in HUB_LICENSES
+        data.license, data.license_name = (license_name, None) if on_hub else ('other', license_name)
+    data.library_name = data.library_name or 'timm'
+    data.pipeline_tag = data.pipeline_tag or 'image-classification'
+    data.tags = list(dict.fromkeys([*(data.tags or []), 'image-classification', 'timm', 'repopt']))
+    if WEIGHTS_FILE in files and (dataset := (training or {}).get('dataset')):
+        data.datasets = data.datasets or [_DATASET_TYPE.sub('', dataset)]
+    if new_weights:
+        others = [
+            each
+            for each in data.eval_results or []
+            if each.metric_name not in METRICS.values() and not any(map(each.is_equal_except_value, results))
+        ]
+        data.eval_results = [*others, *results] or None
+        data.model_name = (data.model_name or title) if data.eval_results else None
+    body = render_body(repo_id, model_name, files, scales, training, license_name, data.eval_results or ())
+    block, text = f'{BEGIN}\n{scrub(body).strip()}\n{END}', card.text
+    if BEGIN in text or END in text:
+        above, _, rest = text.partition(BEGIN)
+        _, end, below = rest.partition(END)
+        if not end or BEGIN in rest or END in above + below:
+            raise ValueError(f'{where}: expected one begin mark of repopt-timm and one end mark after it. Delete them.')
+        card.text = above + block + below
+    else:
+        card.text = f'{text.rstrip()}\n\n{block}\n'.lstrip('\n') if text.strip() else f'\n{block}\n'
+    card.save(path)
+    # What could not be read again is not published.
+    read_metadata(path, where)
+
+
+def check_folder(directory: str | os.PathLike, *inputs: Any) -> None:
+    """Checks that a repository can be written into a folder, before the work that makes its content.
+
+    Raises:
+        ValueError: If `directory` is not a folder, or a file in it cannot be replaced, as it is an input for example.
+    """
+    for file in _FILES:
+        check_output(check_output_folder(directory) / file, *inputs)
 
 
 def save_folder(
-    directory: str | os.PathLike,
-    write: Callable[..., None],
-    repo_id: str | None = None,
-    scales_file: bool = False,
-    inputs: Sequence[Any] = (),
+    directory: str | os.PathLike, write: Callable[..., None], repo_id: str | None = None, scales_file: bool = False
 ) -> None:
     """Writes the files of a repository into a folder, each whole or not at all; what else it has stays.
 
     Args:
-        directory: The folder.
+        directory: The folder, see `check_folder`.
         write: See `push_folder`; its last argument is what to call the folder in errors.
         repo_id: Name that the repository has on the Hub, for the snippets in the card.
         scales_file: Put the scales into `scales.safetensors` beside the card.
-        inputs: Files that it is made from, which it must not replace.
-
-    Raises:
-        ValueError: If `directory` is not a folder, or a file of it cannot be replaced.
     """
-    directory = check_output_folder(directory)
-    for file in _FILES:
-        check_output(directory / file, *inputs)
+    directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # Everything is made beside its place first: an error in the middle leaves the directory as it was.
     with TemporaryDirectory(prefix='.repopt-timm-', dir=directory) as name:
@@ -156,6 +200,7 @@ def save_scales_card(
         ValueError: If an existing card cannot be read, or could not be carried through unchanged, or the licence is
             not an identifier.
     """
+    check_folder(directory)
     save_folder(directory, _writer(scales, license), repo_id, scales_file)
 
 

@@ -6,8 +6,8 @@ import torch
 from huggingface_hub import ModelCard
 
 from repopt_timm import Scales, load_scales, save_pretrained
-from repopt_timm.cards.card import BEGIN, END, read_card_scales
-from repopt_timm.cards.publish import save_scales_card
+from repopt_timm.cards.card import read_card_scales
+from repopt_timm.cards.publish import BEGIN, END, save_scales_card
 
 from ..helpers import TINY, random_scales, read_tree, tiny_model
 
