@@ -25,9 +25,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import huggingface_hub
 import huggingface_hub.hf_api
 import pytest
-import yaml
 from huggingface_hub import constants
-from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
 LFS_SUFFIXES = ('.bin', '.png', '.safetensors')
 
@@ -39,16 +37,6 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.headers = {'X-Error-Message': message, **({'X-Error-Code': code} if code else {})}
-
-
-@dataclass
-class Fault:
-    """What happens to the next `times` requests that match: an error, or only the first bytes of a download."""
-
-    pattern: str
-    times: int
-    status: int = 0
-    after: int = 0
 
 
 @dataclass
@@ -90,18 +78,6 @@ def object_id(path: str, content: bytes) -> str:
     return hashlib.sha1(b'blob %d\0' % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def card_data(files: dict[str, bytes]) -> dict[str, Any]:
-    """Returns the metadata of a README; 400 unless it is a YAML mapping."""
-    match = REGEX_YAML_BLOCK.search(files.get('README.md', b'').decode())
-    try:
-        data = yaml.safe_load(match[2]) if match else None
-    except yaml.YAMLError as error:
-        raise ApiError(400, 'YAML metadata error: ' + ' '.join(str(error).split())) from error
-    if not isinstance(data, dict | None):
-        raise ApiError(400, 'YAML metadata error: a mapping is expected')
-    return data or {}
-
-
 class HubServer:
     """The server; a context manager.
 
@@ -110,7 +86,7 @@ class HubServer:
         repos: Name to repository.
         readme_limit: Largest README.md in bytes that a commit may hold; beyond it the answer is 413.
         requests: Paths of all requests.
-        faults: What goes wrong next.
+        faults: Pattern of requests that fail, to the status of the answer.
     """
 
     def __init__(self) -> None:
@@ -120,7 +96,7 @@ class HubServer:
         self.uploads: dict[str, bytes] = {}
         self.readme_limit = 10_000_000
         self.requests: list[str] = []
-        self.faults: list[Fault] = []
+        self.faults: dict[str, int] = {}
 
     def __enter__(self) -> 'HubServer':
         self.http = ThreadingHTTPServer(('127.0.0.1', 0), type('Handler', (_Handler,), {'hub': self}))
@@ -138,22 +114,6 @@ class HubServer:
 
     def repo(self, repo_id: str) -> Repo:
         return self.repos[repo_id]
-
-    def drop_downloads(self, path: str, after: int, times: int = 1) -> None:
-        """Ends the next downloads of a file after some bytes."""
-        self.faults.append(Fault(f'GET .*/resolve/.*{path}$', times, after=after))
-
-    def fail_requests(self, status: int, times: int = 1, pattern: str = '') -> None:
-        """Answers the next requests that match with an error."""
-        self.faults.append(Fault(pattern, times, status))
-
-    def take_fault(self, request: str) -> Fault | None:
-        with self.lock:
-            for fault in self.faults:
-                if fault.times > 0 and re.search(fault.pattern, request):
-                    fault.times -= 1
-                    return fault
-        return None
 
     def client_env(self, home: Path, token: str | None = None, offline: bool = False) -> dict[str, str]:
         """Returns the environment that points a new process at this server; its cache is `home/hub`."""
@@ -221,10 +181,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.query = parse_qs(urlsplit(self.path).query)
         self.hub.requests.append(path)
         self.body = self.read_body()
-        self.fault = self.hub.take_fault(f'{self.command} {path}')
         try:
-            if self.fault is not None and self.fault.status:
-                raise ApiError(self.fault.status, f'Injected failure {self.fault.status}')
+            for pattern, status in self.hub.faults.items():
+                if re.search(pattern, path):
+                    raise ApiError(status, f'Injected failure {status}')
             self.route(path)
         except ApiError as error:
             self.reply({'error': str(error)}, error.status, **error.headers)
@@ -255,10 +215,10 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         raise ApiError(404, 'Not found')
 
-    def reply(self, data: Any, status: int = 200, size: int | None = None, **headers: object) -> None:
+    def reply(self, data: Any, status: int = 200, **headers: object) -> None:
         content = data if isinstance(data, bytes) else json.dumps(data).encode()
         self.send_response(status)
-        for name, value in {'Content-Length': len(content) if size is None else size, **headers}.items():
+        for name, value in {'Content-Length': len(content), **headers}.items():
             self.send_header(name, str(value))
         self.end_headers()
         if self.command != 'HEAD':
@@ -295,9 +255,8 @@ class _Handler(BaseHTTPRequestHandler):
     def repo_info(self) -> None:
         repo = self.repo()
         sha = repo.resolve(self.args.get('rev', 'main'))
-        files = repo.files(sha)
-        siblings = [{'rfilename': path} for path in files]
-        self.reply({'id': repo.id, 'sha': sha, 'siblings': siblings, 'cardData': card_data(files)})
+        siblings = [{'rfilename': path} for path in repo.files(sha)]
+        self.reply({'id': repo.id, 'sha': sha, 'siblings': siblings})
 
     def preupload(self) -> None:
         """Tells which files go to LFS, and what they are now."""
@@ -324,7 +283,6 @@ class _Handler(BaseHTTPRequestHandler):
             files[value['path']] = self.hub.uploads[value['oid']] if is_lfs else base64.b64decode(value['content'])
         if len(files.get('README.md', b'')) > self.hub.readme_limit:
             raise ApiError(413, 'Payload too large: README.md')
-        card_data(files)
         number = 1 + sum(name.startswith('refs/pr/') for name in repo.refs)
         sha = repo.commit(f'refs/pr/{number}' if create_pr else ref, files)
         url = f'{self.hub.endpoint}/{repo.id}'
@@ -360,8 +318,4 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             self.reply({}, 404, **ApiError(404, 'Entry not found', 'EntryNotFound').headers, **headers)
             return
-        size, headers['ETag'] = len(content), f'"{object_id(path, content)}"'
-        if self.fault is not None:
-            self.close_connection = True
-            content = content[: self.fault.after]
-        self.reply(content, size=size, **headers)
+        self.reply(content, ETag=f'"{object_id(path, content)}"', **headers)

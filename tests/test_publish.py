@@ -255,6 +255,7 @@ def test_what_cannot_be_published_is_refused_before_anything_is_made(hub, client
         (shard(trained()), {}, 'sharded'),
         (model, {'scales': random_scales()}, 'scales'),
         (model, {'scales': Scales.initial(timm.create_model('repopt_vgg_a0'))}, 'scales'),
+        (tiny_model(features_only=True), {}, 'FeatureListNet'),
         (damaged, {}, rf"{TINY}: 'stem\.bn\.running_var'"),
         (path, {'scales': model.scales}, r"last\.pth\.tar: 'stem\.bn\.running_var'"),
     ):
@@ -312,13 +313,6 @@ def test_what_timm_pushes_takes_scales_afterwards(hub, client, images):
     assert load_scales(f'hf-hub:{REPO}') == model.scales
     assert torch.equal(timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()(images), model(images))
     assert 'Model card for tiny' in ModelCard.load(REPO).text
-
-
-def test_a_config_states_the_arguments_that_its_model_was_created_with(tmp_path):
-    model = trained(strides=(1, 2, 2, 2, 2), use_se=True)
-    save_pretrained(model, tmp_path)
-    args = json.loads((tmp_path / 'config.json').read_text())['model_args']
-    assert (args['strides'], args['use_se']) == ([1, 2, 2, 2, 2], True)
 
 
 def test_a_wrapped_model_is_saved_as_the_plain_one(tmp_path):

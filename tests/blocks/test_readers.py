@@ -51,7 +51,6 @@ class Odd(RepVggBlock):
     ('block', 'reason'),
     [
         (RepVggBlock(4, 4, drop_path_rate=0.1), 'drop_path_rate=0'),
-        (MobileOneBlock(4, 4, drop_path_rate=0.1), 'drop_path_rate=0'),
         (RepVggBlock(4, 4, drop_block=nn.Dropout), 'BatchNormAct2d .* drops'),
         (MobileOneBlock(32, 32, layers=LayerFn(norm_act=GroupNormAct)), 'GroupNormAct'),
         (MobileOneBlock(4, 4, layers=LayerFn(conv_norm_act=lambda *args, **kwargs: nn.Sequential(

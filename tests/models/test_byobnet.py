@@ -30,16 +30,9 @@ def test_both_kinds_are_the_same_network_once_their_branches_are_merged(numbers)
     assert plain.feature_info == branches.feature_info
 
 
-def test_the_branches_take_timms_arguments_and_train_with_an_ordinary_optimizer():
-    model = tiny_model('_branches', in_chans=1, global_pool='max', drop_path_rate=0.5, drop_rate=0.1, **NUMBERS)
-    optimizer = timm.optim.create_optimizer_v2(model, 'sgd', lr=0.1)
-    before = [param.clone() for param in model.parameters()]
-    model(torch.randn(2, 1, 32, 32)).sum().backward()
-    optimizer.step()
-    assert not any(torch.equal(old, new) for old, new in zip(before[:2], model.parameters()))
-    features = tiny_model('_branches', features_only=True, **NUMBERS)
-    assert features.feature_info.reduction() == [1, 2, 4]
-    assert [32 // each.shape[-1] for each in features(IMAGES)] == [1, 2, 4]
+def test_features_of_the_branches_have_the_chosen_strides():
+    features = tiny_model('_branches', features_only=True, drop_path_rate=0.5, **NUMBERS)
+    assert features.feature_info.reduction() == [1, 2, 4] == [32 // each.shape[-1] for each in features(IMAGES)]
 
 
 @pytest.mark.parametrize('kind', ['', '_hs', '_csla'])
@@ -53,24 +46,15 @@ def test_scales_belong_to_the_chosen_numbers(kind):
         tiny_model(kind, scales=scales)
 
 
-@pytest.mark.parametrize(
-    ('numbers', 'message'),
-    [
-        ({'depths': (1, 1)}, 'one width more than depths'),
-        ({'widths': (8, 8)}, 'one width more than depths'),
-        ({'depths': (1, 0, 1, 1)}, 'positive integers'),
-        ({'widths': 'abc'}, 'positive integers'),
-        ({**NUMBERS, 'strides': (2, 2)}, '4 values of 1 or 2'),
-    ],
-)
+@pytest.mark.parametrize('numbers', [{'depths': (1, 1)}, {'widths': (8, 8)}, {**NUMBERS, 'strides': (2, 2)}])
 @pytest.mark.parametrize('kind', ['', '_branches'])
-def test_numbers_are_checked(kind, numbers, message):
-    with pytest.raises(ValueError, match=message):
+def test_numbers_that_do_not_go_together_are_refused(kind, numbers):
+    with pytest.raises(ValueError, match=r'one width more|expected 4 values'):
         tiny_model(kind, **numbers)
 
 
 @pytest.mark.parametrize('kind', ['', '_hs', '_branches'])
-def test_a_repository_states_the_numbers(tmp_path, kind, monkeypatch):
+def test_a_repository_states_the_numbers(tmp_path, kind):
     model = tiny_model(kind, in_chans=1, **NUMBERS, **({} if kind else {'scales': 'initial'})).eval()
     save_pretrained(model, tmp_path)
     loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()

@@ -1,6 +1,3 @@
-import subprocess
-import sys
-
 import pytest
 import timm
 import torch
@@ -70,7 +67,12 @@ def test_reduced_strides_reach_features_scales_and_repositories(tmp_path):
         ('mobileone_s0', {'drop_path_rate': 0.1}, 'drop_path_rate=0'),
         ('mobileone_s0_branches', {'scales': 'initial'}, 'does not take scales'),
         ('mobileone_s0', {'scales': 'implied'}, 'trained branches'),
-        ('test_resnet_hs', {'pretrained': True}, 'no pretrained weights'),
+        ('test_resnet_hs', {'pretrained': True}, 'no trained weights'),
+        (
+            'test_resnet_hs',
+            {'pretrained': True, 'pretrained_cfg_overlay': {'state_dict': {'a': 1}}},
+            'no weights of timm',
+        ),
     ],
 )
 def test_arguments_that_do_not_go_together_are_refused(name, kwargs, reason):
@@ -81,10 +83,8 @@ def test_arguments_that_do_not_go_together_are_refused(name, kwargs, reason):
 def test_features_end_where_timms_do():
     register_twins('mobilenetv3_small_050')
     features = twin('mobilenetv3_small_050', scales='initial', features_only=True)
-    assert isinstance(features.model.conv_head, torch.nn.Identity)
+    assert isinstance(features.model.conv_head, nn.Identity)
     assert make_grad_mults(features)
-    expected = timm.create_model('test_resnet', features_only=True, out_indices=2).feature_info.channels()
-    assert twin('test_resnet_hs', features_only=True, out_indices=2).feature_info.channels() == expected
 
 
 def test_registering_twice_and_by_name_is_safe():
@@ -94,16 +94,6 @@ def test_registering_twice_and_by_name_is_safe():
     ensure_registered('repopt_nonsense')
     with pytest.raises(ValueError, match="'nonsense'"):
         register_twins('nonsense')
-
-
-def test_the_import_and_a_registration_build_no_network():
-    code = (
-        'from torch import nn\n'
-        'def fail(*args, **kwargs): raise AssertionError\n'
-        'import timm\nnn.Conv2d.__init__ = fail\n'
-        "import repopt_timm\nrepopt_timm.register_twins('resnet10t')\nassert timm.is_model('repopt_resnet10t_hs')"
-    )
-    subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_timms_weights_are_the_targets_and_stay_as_they_are():

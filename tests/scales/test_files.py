@@ -54,19 +54,13 @@ def test_counts_survive_file_card_and_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['_hs', '_csla'])
-@pytest.mark.parametrize(
-    'wrap',
-    [
-        lambda state: state,
-        lambda state: {'state_dict': state, 'arch': f'{TINY}_hs', 'args': argparse.Namespace(model_kwargs={})},
-    ],
-    ids=['bare', 'timm'],
-)
-def test_scales_are_read_from_the_checkpoints_of_twins(tmp_path, kind, wrap):
+def test_scales_are_read_from_the_checkpoints_of_twins(tmp_path, kind):
     model = tiny_model(kind, scales=random_scales())
-    torch.save(wrap(model.state_dict()), tmp_path / 'last.pth.tar')
-    save_file(model.state_dict(), tmp_path / 'model.safetensors')
-    for file in ('last.pth.tar', 'model.safetensors'):
+    state = model.state_dict()
+    torch.save({'state_dict': state, 'arch': f'{TINY}_hs', 'args': argparse.Namespace()}, tmp_path / 'last.pth.tar')
+    torch.save(state, tmp_path / 'bare.pth')
+    save_file(state, tmp_path / 'model.safetensors')
+    for file in ('last.pth.tar', 'bare.pth', 'model.safetensors'):
         assert load_scales(tmp_path / file, tiny_model()) == Scales.from_model(model)
 
 

@@ -1,7 +1,5 @@
-import base64
 import hashlib
 import json
-import logging
 import re
 import threading
 from functools import partial
@@ -27,7 +25,7 @@ class Handler(SimpleHTTPRequestHandler):
     """Serves a folder; `cut` of its server is the number of bytes after which connections end."""
 
     def log_message(self, *args):
-        self.server.logins.append(self.headers['Authorization'])
+        self.server.answers += 1
 
     def copyfile(self, source, outputfile):
         outputfile.write(source.read(self.server.cut))
@@ -38,9 +36,9 @@ def server(tmp_path, monkeypatch, client):
     """Serves stand-ins in the place of GitHub, to a client with an empty cache."""
     (tmp_path / 'github').mkdir()
     with ThreadingHTTPServer(('127.0.0.1', 0), partial(Handler, directory=tmp_path / 'github')) as server:
-        server.cut, server.logins = -1, []
+        server.cut, server.answers = -1, 0
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        monkeypatch.setenv('REPOPT_TIMM_PUBLISHED_URL', f'http://127.0.0.1:{server.server_port}/')
+        monkeypatch.setenv('REPOPT_TIMM_PUBLISHED_URL', f'http://127.0.0.1:{server.server_port}')
         yield server
         server.shutdown()
 
@@ -82,31 +80,21 @@ def test_published_scales_are_downloaded_once_and_name_their_source_and_licence(
     assert load_scales(NAME).provenance == model.scales_provenance
     client(offline=True)
     assert load_scales('published', tiny_model('_hs')) == scales
-    assert len(server.logins) == 1
+    assert server.answers == 1
     assert cached(tmp_path) == ['tiny-scales.pth']
-
-
-def test_a_file_that_was_changed_in_the_cache_is_downloaded_again(scales, tmp_path):
-    load_scales(NAME)
+    # A file that was changed in the cache is downloaded again.
+    client()
     next((tmp_path / 'home').rglob('tiny-scales.pth')).write_bytes(b'changed')
     assert load_scales(NAME, tiny_model()) == scales
 
 
 @pytest.mark.parametrize(
     ('problem', 'message'),
-    [
-        ('changed', 'sha256'),
-        ('missing', '404'),
-        ('cut', r'tiny-scales|incomplete|peer closed'),
-        ('closed', 'refused'),
-        ('offline', 'HF_HUB_OFFLINE'),
-    ],
+    [('changed', 'hash'), ('missing', '404'), ('cut', 'hash'), ('closed', 'refused'), ('offline', 'HF_HUB_OFFLINE')],
 )
-def test_what_cannot_be_downloaded_is_one_line_without_the_password_and_leaves_nothing(
-    server, scales, tmp_path, monkeypatch, client, capsys, caplog, problem, message
+def test_what_cannot_be_downloaded_is_said_in_one_line_and_leaves_nothing(
+    server, scales, tmp_path, client, capsys, problem, message
 ):
-    caplog.set_level(logging.DEBUG)
-    monkeypatch.setenv('REPOPT_TIMM_PUBLISHED_URL', f'http://ann:s%40cret@127.0.0.1:{server.server_port}')
     file = tmp_path / 'github/ann/repo/0123/tiny-scales.pth'
     if problem == 'changed':
         file.write_bytes(b'changed')
@@ -119,13 +107,8 @@ def test_what_cannot_be_downloaded_is_one_line_without_the_password_and_leaves_n
         server.server_close()
     client(offline=problem == 'offline')
     assert main(['scales', 'show', NAME]) == 1
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f'error: {NAME}')
-    assert re.search(message, error)
-    assert not re.search('s(@|%40)cret', error + caplog.text)
+    assert re.match(f'error: {NAME} .*{message}', capsys.readouterr().err.splitlines()[-1])
     assert not cached(tmp_path)
-    if problem in ('changed', 'missing', 'cut'):
-        assert base64.b64decode(server.logins[0].removeprefix('Basic ')) == b'ann:s@cret'
 
 
 def test_a_target_without_scales_of_its_own_is_told_of_published_ones(scales):

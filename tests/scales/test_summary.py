@@ -7,7 +7,7 @@ from repopt_timm.models import ensure_registered
 from repopt_timm.models.initial_values import initial_values
 from repopt_timm.scales.summary import movement, scales_table
 
-from ..helpers import TINY, tiny_model
+from ..helpers import tiny_model
 
 INITIAL = Scales.initial(tiny_model())
 
@@ -40,11 +40,6 @@ def test_a_movement_is_compared_with_that_from_search_to_search():
     assert 'The search moved the scales. ' in steady.sentence()
 
 
-def test_channels_that_go_both_ways_leave_a_layer_where_it_is():
-    vectors = {m: {b: v * torch.linspace(0.5, 1.5, len(v)) for b, v in INITIAL[m].items()} for m in INITIAL}
-    assert movement([vectors], INITIAL).mean < 1e-6
-
-
 def test_a_table_has_a_row_for_each_stage_and_branch():
     rows = scales_table({'stem.conv': INITIAL['stem.conv'], 'stages.2.0.conv': {'kxk': torch.tensor([1.0, 4.0])}})
     assert [(row['stage'], row['branch']) for row in rows] == [('stem', '1x1'), ('stem', 'kxk'), ('stage 3', 'kxk')]
@@ -53,20 +48,11 @@ def test_a_table_has_a_row_for_each_stage_and_branch():
 
 @pytest.mark.parametrize(
     ('name', 'kwargs'),
-    [
-        (TINY, {}),
-        ('repopt_vgg', {'depths': (1, 3), 'widths': (4, 8, 8), 'strides': (1, 2, 2)}),
-        ('repopt_resnet18', {}),
-    ],
+    [('repopt_vgg', {'depths': (1, 3), 'widths': (4, 8, 8), 'strides': (1, 2, 2)}), ('repopt_resnet18', {})],
 )
 def test_initial_values_are_found_by_the_name_of_the_network(name, kwargs):
     ensure_registered(name)
     scales = Scales.from_model(timm.create_model(name, scales='initial', **kwargs))
     found = initial_values(scales)
     assert all(torch.equal(found[m][b], scales[m][b]) for m in scales for b in scales[m])
-
-
-def test_scales_of_a_part_of_a_network_or_of_an_unknown_one():
-    part = Scales.initial(timm.create_model('repopt_vgg_a0', device='meta'), {'stages.0.1.conv': ['kxk', '1x1']})
-    assert 'stages.0.1.conv' in initial_values(part)
-    assert initial_values(INITIAL.renamed('nonesuch')) is None
+    assert initial_values(scales.renamed('nonesuch')) is None
