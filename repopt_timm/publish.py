@@ -34,7 +34,6 @@ __all__ = ['push_to_hub', 'save_pretrained']
 
 # Arguments of a run that a card states, as far as they are set.
 _STATED = ('epochs', 'opt', 'lr', 'weight_decay', 'clip_grad', 'smoothing', 'mixup', 'cutmix')
-_PNG = b'\x89PNG\r\n\x1a\n'
 
 
 def save_pretrained(
@@ -43,7 +42,6 @@ def save_pretrained(
     scales: ScalesSource | None = None,
     metrics: Mapping[str, float | str] | None = None,
     training: Mapping[str, Any] | None = None,
-    curves: str | os.PathLike | None = None,
     precision: str = 'float32',
     repo_id: str | None = None,
     scales_file: bool = False,
@@ -51,9 +49,10 @@ def save_pretrained(
 ) -> None:
     """Writes a model as a repository in timm's format, whose card holds the scales.
 
-    The files are `config.json`, `model.safetensors`, `README.md`, `scales.png`, `curves.png`; each appears whole or not
-    at all. `timm.create_model('local-dir:<directory>', pretrained=True)` loads them. With the same `repo_id` they are
-    what `push_to_hub` uploads. A card that is there already keeps its other metadata, and the text outside the marks.
+    The files are `config.json`, `model.safetensors`, `README.md`, `scales.png` and, of a checkpoint, `curves.png`; each
+    appears whole or not at all. `timm.create_model('local-dir:<directory>', pretrained=True)` loads them. With the same
+    `repo_id` they are what `push_to_hub` uploads. A card that is there already keeps its other metadata, and the text
+    outside the marks.
 
     Args:
         model: A whole timm model, compiled or wrapped for parallel training or not, or a checkpoint of a run.
@@ -62,7 +61,6 @@ def save_pretrained(
         metrics: Results as the Hub shows them, such as `{'dataset': 'cifar10', 'top1': 93.1}`, in percent.
             Defaults to those of the checkpoint, unless `precision` is `int8`.
         training: How the weights were trained, plain data for the card. Defaults to what the checkpoint states.
-        curves: Picture of the training curves, a PNG file. Drawn from the checkpoint by default.
         precision: `float32`, or `float16` or `int8` for smaller kernels, see `packing.pack`; loading restores them.
         repo_id: Name that the repository has on the Hub, for the snippets in the card.
         scales_file: Put the scales into `scales.safetensors` beside the card.
@@ -76,7 +74,7 @@ def save_pretrained(
             licence is not an identifier.
     """
     check_folder(directory, *(() if isinstance(model, nn.Module) else (model,)))
-    write = _prepare(model, scales, metrics, training, curves, precision, license)
+    write = _prepare(model, scales, metrics, training, precision, license)
     save_folder(directory, write, repo_id, scales_file)
 
 
@@ -102,7 +100,7 @@ def push_to_hub(
         revision: Branch to commit to, made if there is none.
         create_pr: Open a pull request instead of changing the branch.
         token: Defaults to the token of `hf auth login`.
-        contents: `scales`, `metrics`, `training`, `curves`, `precision` and `license`, see `save_pretrained`.
+        contents: `scales`, `metrics`, `training`, `precision` and `license`, see `save_pretrained`.
 
     Returns:
         Address of the commit or pull request.
@@ -123,15 +121,11 @@ def _prepare(
     scales: ScalesSource | None = None,
     metrics: Mapping[str, float | str] | None = None,
     training: Mapping[str, Any] | None = None,
-    curves: str | os.PathLike | None = None,
     precision: str = 'float32',
     license: str | None = None,
 ) -> Callable[..., None]:
     """Checks everything, and returns a function that writes the files; see `push_folder` for its arguments."""
     license_name = checked_license(license)
-    picture = b'' if curves is None else Path(curves).read_bytes()
-    if curves is not None and not picture.startswith(_PNG):
-        raise ValueError(f"'{curves}' is not a picture, expected a PNG file.")
     history: list[Mapping[str, Any]] = []
     facts, source = dict(training or {}), ''
     if isinstance(model, nn.Module):
@@ -195,9 +189,7 @@ def _prepare(
             save_file(packed, folder / WEIGHTS_FILE, {'format': 'pt'})
         config_file: Any = folder / CONFIG_FILE  # timm before 1.0.31 opens it as a path
         save_config_for_hf(model, config_file, model_args=stated_arguments(model))
-        if picture:
-            (folder / CURVES_FILE).write_bytes(picture)
-        elif history:
+        if history:
             draw(plot_curves, {name: history}, folder / CURVES_FILE)
         # A picture that is there already is of other weights' training.
         write_card(folder, repo_id, published - {CURVES_FILE}, scales_file, target, **card)

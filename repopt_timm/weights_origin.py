@@ -13,8 +13,6 @@ __all__ = ['forget_origin', 'license_identifier', 'merged_from', 'note_merged', 
 _MERGED = 'merged from '
 # Both may come from anyone's config.json, checkpoint or scales, and go into a card.
 _LICENSE = re.compile(r'[a-z0-9][a-z0-9.+_-]{0,99}')
-_MAX_NOTES = 10
-_MAX_NOTE = 300
 
 
 def origin_of(model: Any) -> dict[str, Any]:
@@ -40,7 +38,7 @@ def note_merged(model: Any, source: str) -> None:
     """Notes that a timm model's weights were merged from weights with branches, by the name of these."""
     origin = origin_of(model)
     others = [note for note in origin.get('notes', ()) if not note.startswith(_MERGED)]
-    restore_origin(model, {**origin, 'notes': [f'{_MERGED}{source}'[:_MAX_NOTE], *others]})
+    restore_origin(model, {**origin, 'notes': [f'{_MERGED}{source}', *others]})
 
 
 def merged_from(model: Any) -> str:
@@ -59,6 +57,6 @@ def _checked(origin: Any) -> dict[str, Any]:
     origin = origin if isinstance(origin, Mapping) else {}
     notes = origin.get('notes')
     notes = [notes] if isinstance(notes, str) else notes if isinstance(notes, list | tuple) else []
-    notes = [note for note in notes if isinstance(note, str) and len(note) <= _MAX_NOTE][:_MAX_NOTES]
+    notes = [note for note in notes if isinstance(note, str)]
     known = {'license': license_identifier(origin.get('license')), 'notes': notes}
     return {key: value for key, value in known.items() if value}

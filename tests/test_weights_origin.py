@@ -39,17 +39,9 @@ def test_a_model_that_did_not_take_the_weights_has_no_origin(tmp_path):
     assert origin_of(timm.create_model('repopt_mobileone_s0')) == {}
 
 
-@pytest.mark.parametrize(
-    'start',
-    [
-        pytest.param(('--model', 'local-dir:{}', '--pretrained'), marks=pytest.mark.slow),
-        ('--model', TINY, '--initial-checkpoint', '{}/model.pth'),
-    ],
-)
-def test_fine_tuning_keeps_the_origin(start, tmp_path):
-    save_pretrained(merged(), tmp_path / 'merged')
-    torch.save({'state_dict': merged().state_dict(), 'origin': origin_of(merged())}, tmp_path / 'merged/model.pth')
-    command = [word.format(tmp_path / 'merged') for word in start]
+def test_fine_tuning_keeps_the_origin(tmp_path):
+    torch.save({'state_dict': merged().state_dict(), 'origin': origin_of(merged())}, tmp_path / 'model.pth')
+    command = ['--model', TINY, '--initial-checkpoint', str(tmp_path / 'model.pth')]
     command += ['--dataset', 'digits', '--opt', 'sgd', '--epochs', '1', '--img-size', '32']
     train([*command, '--train-images', '64', '-b', '32', '--workers', '0', '--output', str(tmp_path / 'run')])
     (checkpoint,) = tmp_path.glob('run/*/last.pth.tar')
@@ -71,7 +63,7 @@ def test_a_converted_checkpoint_names_the_network_with_branches(tmp_path):
 
 @pytest.mark.parametrize(
     'origin',
-    [5, 'mit', [1], {'license': 5, 'notes': 7}, {'license': 'a\nb', 'notes': [3, 'x' * 1000]}, {'license': '<img>'}],
+    [5, 'mit', [1], {'license': 5, 'notes': 7}, {'license': 'a\nb', 'notes': [3]}, {'license': '<img>'}],
 )
 def test_an_origin_that_is_none_is_ignored(origin):
     model = merged()

@@ -1,4 +1,4 @@
-from collections import OrderedDict
+import re
 
 import pytest
 import timm
@@ -9,7 +9,7 @@ from repopt_timm import load_scales
 from repopt_timm.cli import main
 from repopt_timm.models.reference_weights import model_from_reference
 
-from ..helpers import TINY
+from ..helpers import TINY, tiny_model
 
 IMAGES = torch.randn(2, 3, 64, 64)
 
@@ -22,102 +22,66 @@ def randomized(model):
     return model.eval()
 
 
-def conv_bn(in_channels, out_channels, kernel, stride, groups=1, **further):
-    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels), **further))
+def published(model):
+    """The state dict of a network, under the names of the authors' repositories."""
+    names = {
+        'head.fc.': 'linear.',
+        '.conv_kxk.': '.rbr_dense.',
+        '.conv_1x1.': '.rbr_1x1.',
+        '.identity.': '.rbr_identity.',
+        '.attn.fc1.': '.se.down.',
+        '.attn.fc2.': '.se.up.',
+        'cheap_operation.conv.': 'cheap_operation.0.',
+        'cheap_operation.bn.': 'final_bn.',
+    }
+    state = {}
+    for key, tensor in model.state_dict().items():
+        key = re.sub(r'^stem\.', 'stage0.', re.sub(r'^stages\.(\d+)', lambda found: f'stage{int(found[1]) + 1}', key))
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        state[key] = tensor
+    return state
 
 
-def target_block(in_channels, out_channels, stride, index):
-    return conv_bn(in_channels, out_channels, 3, stride, relu=nn.ReLU())
-
-
-class RepVggBlock(nn.Module):
-    """A block as RepVGG's authors train it."""
-
-    def __init__(self, in_channels, out_channels, stride, index, g4=False, se=False):
-        super().__init__()
-        groups = 4 if g4 and index in range(2, 27, 2) else 1
-        self.rbr_identity = nn.BatchNorm2d(in_channels) if in_channels == out_channels and stride == 1 else None
-        self.rbr_dense = conv_bn(in_channels, out_channels, 3, stride, groups)
-        self.rbr_1x1 = conv_bn(in_channels, out_channels, 1, stride, groups)
-        self.se = nn.Module()
-        if se:
-            self.se.down = nn.Conv2d(out_channels, out_channels // 16, 1)
-            self.se.up = nn.Conv2d(out_channels // 16, out_channels, 1)
-
-    def forward(self, x):
-        total = self.rbr_dense(x) + self.rbr_1x1(x) + (self.rbr_identity(x) if self.rbr_identity else 0)
-        if hasattr(self.se, 'down'):
-            total = total * self.se.up(self.se.down(total.mean((2, 3), keepdim=True)).relu()).sigmoid()
-        return total.relu()
-
-
-class PublishedVgg(nn.Module):
-    """A network with the module names of the authors' repositories."""
-
-    def __init__(self, block, depths, widths, num_classes=7):
-        super().__init__()
-        self.stage0 = block(3, widths[0], 2, 0)
-        for stage, depth in enumerate(depths, start=1):
-            channels, first = [widths[stage - 1]] + [widths[stage]] * depth, 1 + sum(depths[: stage - 1])
-            blocks = [block(channels[i], channels[i + 1], 1 if i else 2, first + i) for i in range(depth)]
-            setattr(self, f'stage{stage}', nn.Sequential(*blocks))
-        self.linear = nn.Linear(widths[-1], num_classes)
-
-    def forward(self, x):
-        for stage in (self.stage0, self.stage1, self.stage2, self.stage3, self.stage4):
-            x = stage(x)
-        return self.linear(x.mean((2, 3)))
-
-
-def tiny_target(widths=(16, 16, 32, 64, 128)):
-    return randomized(PublishedVgg(target_block, (1, 2, 2, 1), widths, num_classes=1000))
+def tiny_target():
+    return randomized(timm.create_model(TINY))
 
 
 def test_a_converted_target_has_the_same_logits_and_the_tag_in1k(tmp_path):
-    published = tiny_target()
-    torch.save({'model': published.state_dict(), 'epoch': 119}, tmp_path / 'RepOpt.pth')
+    target = tiny_target()
+    state = published(target)
+    assert {'stage0.conv.weight', 'stage2.1.bn.running_var', 'linear.bias'} < state.keys()
+    torch.save({'model': state, 'epoch': 119}, tmp_path / 'RepOpt.pth')
     assert main(['convert-checkpoint', str(tmp_path / 'RepOpt.pth'), '--out', str(tmp_path / 'out')]) == 0
     model = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True).eval()
     assert (model.pretrained_cfg['architecture'], model.pretrained_cfg['tag']) == (TINY, 'in1k')
-    torch.testing.assert_close(model(IMAGES), published(IMAGES))
+    assert torch.equal(model(IMAGES), target(IMAGES))
 
 
 def test_a_repvgg_of_its_authors_becomes_a_plain_network_with_the_same_logits(tmp_path):
-    published = randomized(PublishedVgg(RepVggBlock, (2, 4, 14, 1), (48, 48, 96, 192, 1280)))
+    repvgg = randomized(timm.create_model('repvgg_a0', num_classes=7))
     file, out = str(tmp_path / 'RepVGG-A0-train.pth'), tmp_path / 'out'
-    torch.save(published.state_dict(), file)
-    assert torch.equal(model_from_reference(file)(IMAGES), published(IMAGES))
+    torch.save(published(repvgg), file)
     assert main(['convert-checkpoint', file, '--out', str(out), '--scales', 'implied']) == 0
     plain = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
-    torch.testing.assert_close(plain(IMAGES), published(IMAGES), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(plain(IMAGES), repvgg(IMAGES), rtol=1e-4, atol=1e-4)
     assert load_scales(out).architecture == plain.pretrained_cfg['architecture'] == 'repopt_vgg_a0'
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ('name', 'depths', 'widths', 'options'),
+    'name',
     [
-        ('repvgg_b1g4', (4, 6, 16, 1), (64, 128, 256, 512, 2048), {'g4': True}),
-        ('repvgg_d2se', (8, 14, 24, 1), (64, 160, 320, 640, 2560), {'se': True}),
+        pytest.param('repvgg_b1g4', marks=pytest.mark.slow),
+        pytest.param('repvgg_d2se', marks=pytest.mark.slow),
+        'repopt_repghostnet_050',
     ],
 )
-def test_groups_and_attention_of_a_repvgg_are_found_by_its_shapes(tmp_path, name, depths, widths, options):
-    published = randomized(PublishedVgg(lambda *args: RepVggBlock(*args, **options), depths, widths))
-    torch.save(published.state_dict(), tmp_path / 'RepVGG.pth')
-    model = model_from_reference(tmp_path / 'RepVGG.pth')
-    assert model.pretrained_cfg['architecture'] == name
-    torch.testing.assert_close(model(IMAGES), published(IMAGES), rtol=1e-4, atol=1e-4)
-
-
-def test_a_ghost_net_of_the_reference_goes_by_name(tmp_path):
-    model = randomized(timm.create_model('repopt_repghostnet_050', num_classes=7))
-    names = {'cheap_operation.conv.': 'cheap_operation.0.', 'cheap_operation.bn.': 'final_bn.'}
-    state = model.state_dict()
-    for ours, theirs in names.items():
-        state = {key.replace(ours, theirs): tensor for key, tensor in state.items()}
-    torch.save({'model': state}, tmp_path / 'ghost.pth')
-    torch.testing.assert_close(model_from_reference(tmp_path / 'ghost.pth')(IMAGES), model(IMAGES))
+def test_groups_attention_and_ghost_modules_are_found_by_their_shapes(tmp_path, name):
+    model = randomized(timm.create_model(name, num_classes=7))
+    torch.save({'model': published(model)}, tmp_path / 'published.pth')
+    found = model_from_reference(tmp_path / 'published.pth')
+    assert found.pretrained_cfg['architecture'] == name
+    assert torch.equal(found(IMAGES), model(IMAGES))
 
 
 def test_the_scales_of_a_ghost_net_go_by_name(tmp_path):
@@ -139,8 +103,8 @@ def test_the_scales_of_a_ghost_net_go_by_name(tmp_path):
     [
         ({'stage0.scale_conv.weight': torch.ones(64)}, 'scales extract'),
         ({'stage1.0.rbr_reparam.weight': torch.ones(2, 2, 3, 3)}, 'already fused.*rbr_reparam'),
-        (tiny_target((8, 8, 8, 8, 8)).state_dict(), 'no known architecture'),
-        ({**tiny_target().state_dict(), 'linear.weight': torch.ones(3)}, TINY),
+        (published(tiny_model(depths=(1, 1), widths=(8, 8, 8))), 'no known architecture'),
+        ({**published(tiny_target()), 'linear.weight': torch.ones(3)}, TINY),
         ({'stage0.conv.weight': torch.ones(2, dtype=torch.int32)}, r"'stem\.conv\.weight'"),
     ],
     ids=['search', 'deployed RepVGG', 'unknown widths', 'classifier', 'integer'],

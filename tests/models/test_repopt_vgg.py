@@ -7,7 +7,7 @@ from timm.data import resolve_data_config
 from timm.utils import reparameterize_model
 from torch import nn
 
-from repopt_timm import Scales, make_grad_mults
+from repopt_timm import Scales
 from repopt_timm.architectures import ARCHITECTURES
 from repopt_timm.reparam import kind_of
 
@@ -85,16 +85,6 @@ def test_a_csla_model_without_scales_raises(use):
         use(tiny_model('_csla'))
 
 
-def test_a_target_starts_by_the_rule_of_initialization_unless_it_has_weights():
-    kernel = tiny_model(scales=Scales.initial(tiny_model())).stages[1][1].conv.weight
-    assert kernel[torch.arange(32), torch.arange(32), 1, 1].mean() > 0.9
-    trained = tiny_model()
-    overlay = {'state_dict': trained.state_dict(), 'num_classes': 5}
-    model = tiny_model(pretrained=True, scales=random_scales(), pretrained_cfg_overlay=overlay)
-    assert torch.equal(model.stages[0][0].conv.weight, trained.stages[0][0].conv.weight)
-    assert model.scales is not None
-
-
 @pytest.mark.parametrize('name', ['repopt_vgg_a0', 'repopt_vgg_b1_hs'])
 def test_an_untrained_model_has_imagenets_classes_and_size(name):
     model = timm.create_model(name, device='meta')
@@ -116,13 +106,6 @@ def test_features_have_the_reductions_that_they_claim(kwargs, reductions):
     assert model.feature_info.reduction() == reductions
     assert [64 // feature.shape[-1] for feature in model(IMAGES)] == reductions
     assert [feature.shape[1] for feature in model(IMAGES)] == model.feature_info.channels()
-
-
-def test_a_convolution_that_was_replaced_in_features_is_named():
-    features = tiny_model(scales='initial', features_only=True)
-    features['stages_1'][1].conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
-    with pytest.raises(ValueError, match=r'stages\.1\.1\.conv'):
-        make_grad_mults(features)
 
 
 def test_squeeze_and_excitation_comes_after_the_relu():
