@@ -14,7 +14,7 @@ from .errors import explaining
 from .models import ensure_registered
 from .names import ModelName
 from .reparam import attach_scales, kind_of
-from .scales import read_scale_file
+from .scales.files import searched_scales
 from .sources import ScalesSource
 from .trained_scales import arguments_of, find_scales
 from .weights_origin import restore_origin
@@ -23,7 +23,7 @@ __all__ = ['model_from_checkpoint', 'model_of']
 
 
 def model_from_checkpoint(
-    path: str | os.PathLike, scales: ScalesSource | None = None, need_scales: bool = True, architecture: str = ''
+    path: str | os.PathLike, scales: ScalesSource | None = None, need_scales: bool = True
 ) -> nn.Module:
     """Creates the model of a run's checkpoint, with its weights, and its data configuration in `pretrained_cfg`.
 
@@ -31,22 +31,24 @@ def model_from_checkpoint(
         path: A checkpoint that the training command, or timm's script, wrote.
         scales: Scales for a target model to carry; the checkpoint of an `_hs` or `_csla` model has its own.
         need_scales: Refuse a target trained with scales if none are given or found, as it cannot be trained on.
-        architecture: timm's name of the model, for a file that does not state it.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint or source of scales.
         ValueError: If the checkpoint does not name its model, its weights are not that model's, or a weight is none,
             see `check_weights`.
     """
-    checkpoint = {**read_checkpoint(path), **({'arch': architecture} if architecture else {})}
-    with explaining(f"'{os.fspath(path)}' does not hold the model of a run"):
-        return model_of(checkpoint, os.fspath(path), scales, need_scales)
+    return model_of(read_checkpoint(path), os.fspath(path), scales, need_scales)
 
 
 def model_of(
-    checkpoint: Mapping[str, Any], source: str, scales: ScalesSource | None, need_scales: bool = True
+    checkpoint: Mapping[str, Any], source: str, scales: ScalesSource | None = None, need_scales: bool = True
 ) -> nn.Module:
     """Creates the model of a checkpoint that is read already from `source`, see `model_from_checkpoint`."""
+    with explaining(f"'{source}' does not hold the model of a run"):
+        return _model_of(checkpoint, source, scales, need_scales)
+
+
+def _model_of(checkpoint: Mapping[str, Any], source: str, scales: ScalesSource | None, need_scales: bool) -> nn.Module:
     args = arguments_of(checkpoint)
     if 'quantization' in args:
         raise ValueError(
@@ -64,7 +66,7 @@ def model_of(
     # The file itself holds them; a path in its arguments could name anything.
     kwargs = {key: value for key, value in (args.get('model_kwargs') or {}).items() if key != 'scales'}
     if ModelName.parse(name).kind == 'hs':
-        kwargs['scales'] = read_scale_file(source)
+        kwargs['scales'] = searched_scales(checkpoint, source)
     classifier = timm.get_pretrained_cfg_value(name, 'classifier')
     if isinstance(classifier, tuple | list):  # of a distilled network
         classifier = classifier[0]

@@ -9,7 +9,7 @@ from torch import nn
 
 from .architectures import ARCHITECTURES
 from .blocks import implied_scales, plain_twin, recalibrate
-from .checkpoint_model import model_from_checkpoint
+from .checkpoint_model import model_of
 from .checkpoints.read import check_weights, read_checkpoint
 from .datasets import open_evaluation
 from .deploy.classifier import preprocessing
@@ -45,12 +45,15 @@ def merge_trained(
         ValueError: If the network has no branches, or cannot become plain, or a weight is none, see `check_weights`.
     """
     is_file = Path(source).is_file() or not (':' in source or timm.is_model(source.split('.')[0]))
-    of_authors = is_file and not model_name and not isinstance(read_checkpoint(source).get('arch'), str)
+    checkpoint = read_checkpoint(source) if is_file else {}
+    if model_name:
+        checkpoint['arch'] = model_name
+    of_authors = is_file and not isinstance(checkpoint.get('arch'), str)
     original: Any
     if of_authors:
-        original = model_from_reference(source)
+        original = model_from_reference(checkpoint, source)
     elif is_file:
-        original = model_from_checkpoint(source, need_scales=False, architecture=model_name)
+        original = model_of(checkpoint, source, need_scales=False)
     else:
         resolve_model(source)
         original = timm.create_model(source, pretrained=True).eval()

@@ -168,23 +168,21 @@ def push_folder(
     while True:
         attempt += 1
         try:
-            with TemporaryDirectory(prefix='repopt-timm-') as folder:
-                with _explained(source, '', token):
-                    # The Hub refuses a commit (412) if the branch has moved since.
-                    info = api.model_info(repo_id, revision=revision)
-                    files = frozenset(each.rfilename for each in info.siblings or ())
-                    for name in files & {CARD_FILE, SCALES_FILE}:
-                        api.hf_hub_download(repo_id, name, revision=info.sha, local_dir=folder)
+            with _explained(source, '', token), TemporaryDirectory(prefix='repopt-timm-') as folder:
+                info = api.model_info(repo_id, revision=revision)
+                files = frozenset(each.rfilename for each in info.siblings or ())
+                for name in files & {CARD_FILE, SCALES_FILE}:
+                    api.hf_hub_download(repo_id, name, revision=info.sha, local_dir=folder)
                 write(Path(folder), repo_id, files, scales_file)
-                with _explained(source, '', token):
-                    commit = api.upload_folder(
-                        repo_id=repo_id,
-                        folder_path=folder,
-                        revision=revision,
-                        create_pr=create_pr,
-                        commit_message=message,
-                        parent_commit=info.sha,
-                    )
+                # The Hub refuses a commit (412) if the branch has moved since.
+                commit = api.upload_folder(
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    revision=revision,
+                    create_pr=create_pr,
+                    commit_message=message,
+                    parent_commit=info.sha,
+                )
             return commit.pr_url or commit.commit_url
         except HubError as error:
             if error.status == _TOO_LARGE and not scales_file:

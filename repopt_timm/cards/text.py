@@ -154,7 +154,7 @@ def _usage(
     create = [*_register(name), f'model = timm.create_model({hub}, pretrained=True).eval()']
     if weights:
         try:
-            mode = color_mode(training.get('image_size', [3])[0], training.get('image_mode'))
+            mode = color_mode(training.get('image_size', [3])[0])
         except ValueError:
             # Pillow opens no images of so many channels.
             yield 'Load the model:'

@@ -1,6 +1,5 @@
 """Weights of the method's and of RepVGG's repository as timm models."""
 
-import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +8,7 @@ import timm
 from torch import Tensor
 
 from ..architectures import infer_architecture
-from ..checkpoints.read import check_weights, read_checkpoint, select_state_dict
+from ..checkpoints.read import check_weights, select_state_dict
 from ..checkpoints.reference import refuse_fused, scale_names, timm_names
 from ..errors import explaining
 from ..names import PREFIX
@@ -19,23 +18,22 @@ __all__ = ['model_from_reference']
 _KERNEL = re.compile(r'(stem|stages\.\d+\.\d+)(?:\.conv_kxk)?\.conv\.weight')
 
 
-def model_from_reference(path: str | os.PathLike) -> Any:
+def model_from_reference(checkpoint: Mapping[str, Any], source: str) -> Any:
     """Creates the timm model of a checkpoint in the layout of a repository of the authors.
 
     Args:
-        path: A target such as `RepOpt-VGG-B1-acc78.62.pth`, or one of a RepOptGhostNet; or a RepVGG as it was trained,
-            with `rbr_dense`. Its tensors are nested under `model` or `state_dict`, or bare.
+        checkpoint: A target such as `RepOpt-VGG-B1-acc78.62.pth`, or one of a RepOptGhostNet; or a RepVGG as it was
+            trained, with `rbr_dense`. Its tensors are nested under `model` or `state_dict`, or bare.
+        source: Its file, for errors.
 
     Returns:
         The model in evaluation mode, with these weights and as many classes; tagged `in1k` if they are 1000. A RepVGG
         has its branches.
 
     Raises:
-        FileNotFoundError: If there is no such file.
         ValueError: If it is no such checkpoint, fits no known architecture, or a weight is none, see `check_weights`.
     """
-    source = os.fspath(path)
-    found = select_state_dict(read_checkpoint(path))
+    found = select_state_dict(checkpoint)
     refuse_fused(found, source)
     if scale_names(found):
         raise ValueError(f'{source} is a hyper-search; take its scales: repopt-timm scales extract.')

@@ -14,7 +14,7 @@ from ..checkpoints.reference import refuse_fused, scale_names
 from ..names import ModelName
 from ..reparam import Geometry, Scales
 
-__all__ = ['CHECKPOINT_KEY', 'checkpoint_entry', 'read_scale_file']
+__all__ = ['CHECKPOINT_KEY', 'checkpoint_entry', 'read_scale_file', 'searched_scales']
 
 CHECKPOINT_KEY = 'repopt'
 """Key under which a checkpoint states what its scales belong to, see `checkpoint_entry`."""
@@ -42,6 +42,11 @@ def read_scale_file(path: str | os.PathLike, architecture: str | None = None) ->
     checkpoint = read_checkpoint(path)
     if 'fingerprint' in checkpoint.get('__metadata__', ()):
         return Scales.from_bytes(Path(path).read_bytes(), source)
+    return searched_scales(checkpoint, source, architecture)
+
+
+def searched_scales(checkpoint: Mapping[str, Any], source: str, architecture: str | None = None) -> Scales:
+    """Returns the scales of a checkpoint that is read already from `source`, see `read_scale_file`."""
     state_dict = select_state_dict(checkpoint)
     modules, counts = _branches_of(state_dict)
     if not modules:

@@ -76,10 +76,9 @@ def test_a_repvgg_of_its_authors_becomes_a_plain_network_with_the_same_logits(tm
         'repopt_repghostnet_050',
     ],
 )
-def test_groups_attention_and_ghost_modules_are_found_by_their_shapes(tmp_path, name):
+def test_groups_attention_and_ghost_modules_are_found_by_their_shapes(name):
     model = randomized(timm.create_model(name, num_classes=7))
-    torch.save({'model': published(model)}, tmp_path / 'published.pth')
-    found = model_from_reference(tmp_path / 'published.pth')
+    found = model_from_reference({'model': published(model)}, 'published.pth')
     assert found.pretrained_cfg['architecture'] == name
     assert torch.equal(found(IMAGES), model(IMAGES))
 
@@ -109,7 +108,6 @@ def test_the_scales_of_a_ghost_net_go_by_name(tmp_path):
     ],
     ids=['search', 'deployed RepVGG', 'unknown widths', 'classifier', 'integer'],
 )
-def test_what_is_no_target_is_named_with_its_file(tmp_path, state, name):
-    torch.save(state, tmp_path / 'other.pth')
+def test_what_is_no_target_is_named_with_its_file(state, name):
     with pytest.raises(ValueError, match=rf'other\.pth.*{name}'):
-        model_from_reference(tmp_path / 'other.pth')
+        model_from_reference(state, 'other.pth')
