@@ -7,7 +7,7 @@ from timm.models.byobnet import MobileOneBlock
 from timm.utils import reparameterize_model
 from torch import nn
 
-from repopt_timm import Scales, csla, hyper_search, implied_scales, make_grad_mults, plain_twin, prepare
+from repopt_timm import Scales, hyper_search, implied_scales, plain_twin, prepare
 from repopt_timm.blocks import PlainBlock
 from repopt_timm.reparam import carried_scales
 
@@ -88,17 +88,6 @@ def test_a_csla_twin_of_operators_and_implied_scales_has_the_merged_kernel():
     kxk[:, :, 1:2, 1:2] += scales['conv']['1x1'].double().view(-1, 1, 1, 1) * block.conv_scale.conv.weight
     kxk[:, :, 1, 1] += torch.diag(scales['conv']['identity'].double())
     torch.testing.assert_close(merged.conv.weight, kxk, rtol=1e-6, atol=1e-6)
-
-
-def test_fine_tuning_starts_from_merged_weights_with_implied_scales():
-    block = EXAMPLES['mobileone-depthwise'].block
-    scales = implied_scales(block)
-    merged = prepare(plain_twin(block, weights=True), scales, init=False)
-    assert torch.equal(merged.conv.weight, plain_twin(block, weights=True).conv.weight)
-    mask = make_grad_mults(merged)[merged.conv.weight]
-    kxk = [branch.bn.weight / (branch.bn.running_var + branch.bn.eps).sqrt() for branch in block.conv_kxk]
-    torch.testing.assert_close(mask[:, 0, 0, 0].double(), torch.stack(kxk).square().sum(0))
-    assert Scales.from_model(csla(merged, scales)).counts == scales.counts
 
 
 def test_dead_and_exploding_channels_are_bounded_and_counted(caplog):

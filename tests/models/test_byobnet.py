@@ -1,10 +1,9 @@
 import pytest
-import timm
 import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
-from repopt_timm import Scales, make_grad_mults, save_pretrained
+from repopt_timm import Scales, make_grad_mults
 from repopt_timm.models.records import stated_arguments
 
 from ..helpers import tiny_model
@@ -51,17 +50,6 @@ def test_scales_belong_to_the_chosen_numbers(kind):
 def test_numbers_that_do_not_go_together_are_refused(kind, numbers):
     with pytest.raises(ValueError, match=r'one width more|expected 4 values'):
         tiny_model(kind, **numbers)
-
-
-@pytest.mark.parametrize('kind', ['', '_hs', '_branches'])
-def test_a_repository_states_the_numbers(tmp_path, kind):
-    model = tiny_model(kind, in_chans=1, **NUMBERS, **({} if kind else {'scales': 'initial'})).eval()
-    save_pretrained(model, tmp_path)
-    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
-    assert torch.equal(loaded(IMAGES[:, :1]), model(IMAGES[:, :1]))
-    card = (tmp_path / 'README.md').read_text()
-    numbers = ', '.join(f'{name}={value}' for name, value in NUMBERS.items())
-    assert (numbers in card) == (kind != '_branches')
 
 
 def test_before_1_0_31_a_repository_states_what_timm_does_not(monkeypatch):
