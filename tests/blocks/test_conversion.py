@@ -90,6 +90,13 @@ def test_a_csla_twin_of_operators_and_implied_scales_has_the_merged_kernel():
     torch.testing.assert_close(merged.conv.weight, kxk, rtol=1e-6, atol=1e-6)
 
 
+def test_equal_branches_share_the_root_of_their_mean_square():
+    block = EXAMPLES['mobileone-depthwise'].block
+    each = [branch.bn.weight / (branch.bn.running_var + branch.bn.eps).sqrt() for branch in block.conv_kxk]
+    scales = implied_scales(block)['conv']['kxk'].double()
+    torch.testing.assert_close(scales, torch.stack(each).square().mean(0).sqrt(), rtol=1e-6, atol=0)
+
+
 def test_dead_and_exploding_channels_are_bounded_and_counted(caplog):
     block = with_equal_norms(copy.deepcopy(EXAMPLES['repvgg'].block))
     with torch.no_grad():

@@ -5,12 +5,14 @@ import json
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.models import push_to_hf_hub, save_for_hf
 
-from repopt_timm import Scales, implied_scales, make_grad_mults, plain_twin, save_pretrained
+from repopt_timm import Scales, implied_scales, load_scales, make_grad_mults, plain_twin, save_pretrained
 from repopt_timm.cards.hub import HubError
 from repopt_timm.cards.publish import save_scales_card
 from repopt_timm.models import weights
+from repopt_timm.resources import shipped_repositories
 from repopt_timm.train.command import main as train
 from repopt_timm.weights_origin import merged_from
 
@@ -87,6 +89,14 @@ def test_scales_in_a_downloaded_config_are_ignored(repository, tmp_path):
 def test_pretrained_without_weights_says_how_to_get_some(name, reason):
     with pytest.raises(ValueError, match=reason):
         timm.create_model(name, pretrained=True)
+
+
+def test_what_ships_loads_offline_with_its_scales(client):
+    client(offline=True)
+    model = timm.create_model('repopt_vgg_a0.cifar10', pretrained=True)
+    file = load_file(shipped_repositories()['repopt_vgg_a0.cifar10'] / 'model.safetensors')
+    assert torch.equal(model.stages[2][3].conv.weight, file['stages.2.3.conv.weight'].float())
+    assert (model.num_classes, model.scales) == (10, load_scales('repopt_vgg_a0.cifar10'))
 
 
 @pytest.mark.parametrize(('name', 'tag'), [('repopt_vgg_b1', 'cifar10'), ('repopt_vgg_b3', 'rvgg_in1k')])
