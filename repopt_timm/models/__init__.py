@@ -5,14 +5,12 @@ Read `byobnet`, `repopt_vgg`, `weights`, `records`, `twins`.
 
 from ..reparam import to_plain
 from .records import take_name
-from .repopt_vgg import RepOptVgg, RepOptVggBlock
-from .twins import ensure_registered, make_kind, register_models, register_twins, resolve_model
+from .repopt_vgg import RepOptVgg
+from .twins import ensure_registered, register_models, register_twins, resolve_model
 
 __all__ = [
     'RepOptVgg',
-    'RepOptVggBlock',
     'ensure_registered',
-    'make_kind',
     'register_twins',
     'resolve_model',
     'take_name',
