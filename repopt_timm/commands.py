@@ -30,12 +30,12 @@ COMMANDS = {
     ),
     'export': Command('write a trained model as ONNX', '.deploy.deploy_commands'),
     'quantize': Command('write a trained model as INT8 ONNX', '.deploy.deploy_commands'),
-    'evaluate': Command('measure accuracy, latency, throughput and size of a model', '.deploy.evaluate_commands'),
+    'evaluate': Command('measure accuracy, latency, throughput and size of a model', '.deploy.deploy_commands'),
     'compare-int8': Command(
         'measure models in float32 and in all kinds of INT8, in one table', '.deploy.deploy_commands'
     ),
     'predict': Command(
-        'classify images, with the names of the classes where they are known', '.deploy.evaluate_commands'
+        'classify images, with the names of the classes where they are known', '.deploy.deploy_commands'
     ),
     'doctor': Command('check that this machine trains a model right', '.doctor.doctor_command'),
     'run': Command("run a script, such as timm's validate.py, that finds these models and optimizers", '.script'),

@@ -1,23 +1,19 @@
 """From a trained model to an INT8 one with measured accuracy and speed: ONNX, and ONNX Runtime on the CPU."""
 
 from .classifier import Classifier, load_classifier
-from .deploy_commands import add_commands
+from .deploy_commands import add_class_map, add_commands
 from .equalization import Equalization, equalize
-from .evaluate_commands import add_class_map
-from .evaluation import evaluate
+from .evaluation import evaluate, predict
 from .int8_table import compare_int8, comparison_table
-from .layer_noise import layer_report, plot_layers
-from .onnx_export import ExportOptions, export_onnx, to_onnx
-from .prediction import predict
+from .layer_reports import layer_report, layer_sensitivity, plot_layers, plot_sensitivity, sensitivity_table
+from .onnx_export import export_onnx, to_onnx
 from .quantization import Quantization, QuantizationOptions, calibrate, quantize, quantize_onnx
 from .runtime import save_onnx
-from .sensitivity import layer_sensitivity, plot_sensitivity, sensitivity_table
 from .trained_model import load_model
 
 __all__ = [
     'Classifier',
     'Equalization',
-    'ExportOptions',
     'Quantization',
     'QuantizationOptions',
     'add_class_map',

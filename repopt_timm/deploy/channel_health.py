@@ -8,10 +8,10 @@ from torch import nn
 
 from ..datasets import Images
 from .classifier import image_input
-from .onnx_graph import layers_of, with_outputs
-from .runtime import open_session
+from .onnx_graph import layers_of
+from .runtime import open_session, require
 
-__all__ = ['constant_inputs', 'dead_channels', 'health_warnings', 'kernel_outliers', 'still_channels']
+__all__ = ['constant_inputs', 'health_warnings', 'kernel_outliers', 'still_channels']
 
 # Images whose activations are in memory at a time.
 _BATCH = 8
@@ -37,29 +37,27 @@ def constant_inputs(model: Any, images: Images, indices: Sequence[int]) -> dict[
     Raises:
         ValueError: If an image does not decode, or ONNX Runtime cannot run the model.
     """
-    layers = {name: node for name, node in layers_of(model).items() if node.op_type in ('Conv', 'Gemm')}
-    tensors = {name: node.inputs[0].name for name, node in layers.items()}
-    names = list(dict.fromkeys(tensors.values()))
+    ir = require('onnx_ir')
+    graph = ir.from_proto(model)
+    tensors = {name: node.inputs[0] for name, node in layers_of(graph).items() if node.op_type in ('Conv', 'Gemm')}
+    wanted = list(dict.fromkeys(tensors.values()))
+    graph.graph.outputs.extend(value for value in wanted if not value.is_graph_output())
     # The optimizer would fuse the requested tensors away.
-    session = open_session(with_outputs(model, names), optimize=False)
-    name, (fixed, *_) = image_input(model)
+    session = open_session(ir.to_proto(graph), optimize=False)
+    input_name, (fixed, *_) = image_input(model)
+    names = [value.name for value in wanted]
     lowest: dict[str, Any] = dict.fromkeys(names, np.inf)
     highest: dict[str, Any] = dict.fromkeys(names, -np.inf)
     for batch, _ in images.batches(indices, fixed or _BATCH, 'dead channels', whole=fixed > 0):
-        for tensor, values in zip(names, session.run(names, {name: batch.numpy()})):
+        for name, values in zip(names, session.run(names, {input_name: batch.numpy()})):
             axes = (0, *range(2, values.ndim))
-            lowest[tensor] = np.minimum(lowest[tensor], values.min(axes))
-            highest[tensor] = np.maximum(highest[tensor], values.max(axes))
-    values_of = {}
-    for tensor in names:
-        same = highest[tensor] - lowest[tensor] <= 1e-6 * np.abs(highest[tensor])
-        values_of[tensor] = np.where(same, highest[tensor], np.nan).astype(np.float32)
-    return {layer: values_of[tensor] for layer, tensor in tensors.items()}
-
-
-def dead_channels(constants: Mapping[str, np.ndarray]) -> dict[str, int]:
-    """Counts what `constant_inputs` found, for each layer that has any."""
-    return _positive({layer: int((~np.isnan(values)).sum()) for layer, values in constants.items()})
+            lowest[name] = np.minimum(lowest[name], values.min(axes))
+            highest[name] = np.maximum(highest[name], values.max(axes))
+    found = {}
+    for layer, tensor in tensors.items():
+        low, high = lowest[tensor.name], highest[tensor.name]
+        found[layer] = np.where(high - low <= 1e-6 * np.abs(high), high, np.nan).astype(np.float32)
+    return found
 
 
 def kernel_outliers(model: Any) -> dict[str, int]:
@@ -71,13 +69,14 @@ def kernel_outliers(model: Any) -> dict[str, int]:
     Returns:
         Layer to the number of its values that are over 100 times the 99th percentile, for each layer that has any.
     """
-    counts = {}
+    found = {}
     for layer, node in layers_of(model).items():
         sizes = np.abs(node.inputs[1].const_value.numpy())
         # Kernels that are mostly zeros are pruned, not broken.
         usual = np.percentile(sizes[sizes > 0], 99) if sizes.any() else np.inf
-        counts[layer] = int((sizes > _OUTLIER * usual).sum())
-    return _positive(counts)
+        if count := int((sizes > _OUTLIER * usual).sum()):
+            found[layer] = count
+    return found
 
 
 def still_channels(model: nn.Module) -> dict[str, int]:
@@ -90,49 +89,42 @@ def still_channels(model: nn.Module) -> dict[str, int]:
         BatchNorm to the number of its channels whose running variance is below its eps and next to nothing beside that
         of others, for each that has any.
     """
-    counts = {}
+    found = {}
     for name, norm in model.named_modules():
         if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None:
             variance = norm.running_var
-            counts[name] = int((variance < (_STILL * variance.max()).clamp(max=norm.eps)).sum())
-    return _positive(counts)
-
-
-def _positive(counts: Mapping[str, int]) -> dict[str, int]:
-    return {name: count for name, count in counts.items() if count}
+            if count := int((variance < (_STILL * variance.max()).clamp(max=norm.eps)).sum()):
+                found[name] = count
+    return found
 
 
 def health_warnings(
     dead: Mapping[str, int], outliers: Mapping[str, int], images: int = 0, still: Mapping[str, int] | None = None
 ) -> list[str]:
-    """Puts what `dead_channels`, `kernel_outliers` and `still_channels` counted into a line each.
+    """Puts counts of channels and weights into a line each.
 
     Args:
         dead: Layer to number of dead input channels.
         outliers: Layer to number of outliers.
         images: Images on which the channels were constant.
-        still: BatchNorm to number of channels.
+        still: BatchNorm to number of channels that hardly changed in training.
     """
     kinds = (
         (
             still or {},
             'channels hardly changed in training, by the variance of their BatchNorm',
-            '`quantize --equalize` removes dead channels.',
+            'removes dead channels',
         ),
         (
             dead,
             f'input channels never changed on these {images} images',
-            '`quantize --equalize` removes a channel if it never changes on other images either.',
+            'removes a channel if it never changes on other images either',
         ),
-        (
-            outliers,
-            f'weights are over {_OUTLIER} times the 99th percentile of their kernel, beside which INT8 rounds the '
-            f'others away',
-            '`quantize --equalize` may help.',
-        ),
+        (outliers, f'weights are over {_OUTLIER} times the 99th percentile of their kernel', 'may help'),
     )
     return [
-        f'{sum(found.values())} {what}: {", ".join(f"{name} {count}" for name, count in found.items())}. {advice}'
-        for found, what, advice in kinds
+        f'{sum(found.values())} {what}: {", ".join(f"{name} {count}" for name, count in found.items())}. '
+        f'`quantize --equalize` {effect}.'
+        for found, what, effect in kinds
         if found
     ]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,8 +29,6 @@ __all__ = [
     'preprocessing',
     'torch_classifier',
 ]
-
-_IMAGENET_TAG = re.compile(r'(^|_)in(1k|12k|21k|22k)(_|$)')
 
 
 @dataclass(frozen=True)
@@ -137,7 +134,8 @@ def label_names(model: nn.Module) -> list[str]:
     """Returns the names of a timm model's classes in the order of its logits; none if unknown."""
     config: Any = getattr(model, 'pretrained_cfg', None) or {}
     # timm's own weights state their data in their tag alone.
-    subset = infer_imagenet_subset(model) if _IMAGENET_TAG.search(config.get('tag') or '') else None
+    of_imagenet = {'in1k', 'in12k', 'in21k', 'in22k'}.intersection((config.get('tag') or '').split('_'))
+    subset = infer_imagenet_subset(model) if of_imagenet else None
     names = config.get('label_names') or (ImageNetInfo(subset).label_names() if subset else ())
     # timm allows a dict from number to name, for classes with gaps between them.
     complete = isinstance(names, list | tuple) and len(names) == getattr(model, 'num_classes', None)
@@ -145,13 +143,11 @@ def label_names(model: nn.Module) -> list[str]:
 
 
 def _metadata(model: Any) -> dict[str, Any]:
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] = {'label_names': []}
     for entry in model.metadata_props:
-        with suppress(RecursionError, ValueError):
+        # Other exporters write other text.
+        with suppress(ValueError):
             metadata[entry.key] = json.loads(entry.value)
-    names = metadata.get('label_names')
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        metadata['label_names'] = []
     return metadata
 
 

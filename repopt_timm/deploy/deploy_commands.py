@@ -1,75 +1,71 @@
-"""The deployment commands of `repopt-timm` and their arguments: export, quantize and compare-int8."""
+"""The commands export, quantize, compare-int8, evaluate and predict, and their arguments."""
 
 import argparse
 import json
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..files import check_output, write_text
-from ..reporting import add_command, positive, print_result
+from ..files import check_output, check_output_folder, write_text
+from ..reporting import add_command, markdown_table, positive, print_result
 from .channel_health import health_warnings, kernel_outliers
 from .equalization import describe
-from .evaluate_commands import DATA_HELP, MODEL_HELP, add_class_map, add_preprocessing, add_threads, overrides_of
+from .evaluation import UNSTEADY, evaluate, predict, write_csv
 from .int8_table import compare_int8, comparison_table
-from .layer_noise import layer_report, plot_layers
-from .onnx_export import OPSET, ExportOptions, export_onnx
+from .layer_reports import layer_report, layer_sensitivity, plot_layers, plot_sensitivity, sensitivity_table
+from .onnx_export import OPSET, export_onnx
 from .quantization import CALIBRATIONS, TARGETS, WEIGHTS, QuantizationOptions, quantize_onnx
 from .runtime import require, save_onnx
-from .sensitivity import layer_sensitivity, plot_sensitivity, sensitivity_table
 
-__all__ = ['add_commands']
+__all__ = ['add_class_map', 'add_commands']
 
 _logger = logging.getLogger(__name__)
 
+_MODEL = 'checkpoint or folder of a run, folder in the format of timm, or name for timm.create_model'
+_DATA = 'folder of images, <class>/..., or one with a folder for each split'
 _EQUALIZE = 'remove dead channels and equalize layers, which changes no logit'
+_MOST_CLASSES = 20
+_PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 
 def add_commands(commands: Any) -> None:
-    """Adds export, quantize and compare-int8 to the commands of `repopt-timm`.
+    """Adds the five commands to those of `repopt-timm`.
 
     Args:
         commands: What `ArgumentParser.add_subparsers` returned.
     """
     export = add_command(commands, 'export', _export)
     add = export.add_argument
-    add('model', help=MODEL_HELP)
+    add('model', help=_MODEL)
     add('--onnx', metavar='FILE', type=_onnx_file, required=True, help='file to write')
     opset_help = f"version of ONNX's operators, {OPSET} or later"
     add('--opset', type=positive(int), default=OPSET, metavar='N', help=opset_help)
-    add('--fixed-batch', type=positive(int), metavar='N', help='take N images at a time, no other number')
+    add('--fixed-batch', type=positive(int), default=0, metavar='N', help='take N images at a time, no other number')
     add('--fp16', action='store_true', help='weights and computation in float16')
-    add_preprocessing(export)
 
     quantized = add_command(commands, 'quantize', _quantize)
     add = quantized.add_argument
-    add('model', help=f'{MODEL_HELP}, or .onnx file')
-    add('--data', metavar='DIR', required=True, help=f'{DATA_HELP}, to calibrate on')
+    add('model', help=f'{_MODEL}, or .onnx file')
+    add('--data', metavar='DIR', required=True, help=f'{_DATA}, to calibrate on')
     add('--split', default='train', help='split to calibrate on')
-    add_class_map(quantized)
     add('--out', metavar='FILE', type=_onnx_file, required=True, help='file to write')
-    defaults = QuantizationOptions()
-    add('--weights', choices=WEIGHTS, default=defaults.weights, help='one scale per output channel, or one per tensor')
+    add('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale per output channel, or one per tensor')
     calibration_help = (
         'auto tries all, and takes the one whose file classifies most other images as before; ways to find the ranges '
         'of activations'
     )
-    add('--calibration', choices=(*CALIBRATIONS, 'auto'), default=defaults.calibration, help=calibration_help)
+    add('--calibration', choices=(*CALIBRATIONS, 'auto'), default=CALIBRATIONS[0], help=calibration_help)
     add('--equalize', action='store_true', help=f'first {_EQUALIZE}')
-    add('--target', choices=TARGETS, default=defaults.target, help='runtime; ort is for OpenVINO too')
-    _add_quantization(quantized)
+    add('--target', choices=TARGETS, default=TARGETS[0], help='runtime; ort is for OpenVINO too')
     add('--report', metavar='DIR', type=_folder, help='write layers.png and layers.json, on each layer')
     add('--versus', metavar='MODEL', help='with --report, another model to draw beside')
     sensitivity_help = 'write sensitivity.md, .png and .json: accuracy with one layer at a time in INT8'
     add('--sensitivity', metavar='DIR', type=_folder, help=sensitivity_help)
-    add_preprocessing(quantized)
 
     compared = add_command(commands, 'compare-int8', _compare)
     add = compared.add_argument
-    add('models', nargs='+', metavar='[LABEL=]MODEL', help=f'{MODEL_HELP}, or .onnx file')
-    add('--data', metavar='DIR', required=True, help=f'{DATA_HELP}; validation is evaluated')
-    add_class_map(compared)
+    add('models', nargs='+', metavar='[LABEL=]MODEL', help=f'{_MODEL}, or .onnx file')
+    add('--data', metavar='DIR', required=True, help=f'{_DATA}; validation is evaluated')
     add('--calibration-data', metavar='DIR', help='calibrate on the train split of this [--data]')
     add('--out', metavar='DIR', type=_folder, help='write int8.md and int8.json')
     weights_help = 'scales of weights to measure: one per output channel, one per tensor'
@@ -77,12 +73,55 @@ def add_commands(commands: Any) -> None:
     calibrations_help = 'ways to find the ranges of activations, each measured'
     add('--calibrations', nargs='+', choices=CALIBRATIONS, default=CALIBRATIONS, help=calibrations_help)
     add('--targets', nargs='+', choices=TARGETS, default=TARGETS[:1], help='forms to measure')
-    _add_quantization(compared)
     add('--equalize', action='store_true', help=f'measure each model a second time: {_EQUALIZE}')
     batches_help = 'batch sizes to time'
     add('--latency-batches', nargs='*', type=positive(int), default=(1, 32), metavar='N', help=batches_help)
-    add_threads(compared)
-    add_preprocessing(compared)
+
+    evaluated = add_command(commands, 'evaluate', _evaluate)
+    add = evaluated.add_argument
+    add('model', help=f'{_MODEL}, or .onnx file')
+    add('--data', metavar='DIR', required=True, help=_DATA)
+    add('--split', default='validation', help='split to evaluate')
+    add('-b', '--batch-size', type=positive(int), default=32, metavar='N', help='images at a time')
+    add('--out', metavar='DIR', help='write classes.csv, confusion.csv and confusion.png')
+
+    predicted = add_command(commands, 'predict', _predict)
+    add = predicted.add_argument
+    add('images', nargs='+', metavar='IMAGE', help='file, or folder of images')
+    add('--model', required=True, help=f"{_MODEL} such as 'hf-hub:user/repo', or .onnx file")
+    add('--top', type=positive(int), default=5, metavar='N', help='classes to show')
+    add('--csv', metavar='FILE', help='write a table with a row for each image')
+
+    defaults = QuantizationOptions()
+    for parser in (quantized, compared):
+        add = parser.add_argument
+        add('--percentile', type=float, default=defaults.percentile, help='values that a range covers, in percent')
+        add('--images', type=positive(int), default=defaults.images, metavar='N', help='images to calibrate on')
+        add('--seed', type=int, default=defaults.seed, help='seed for choosing calibration images')
+        add('--reduce-range', action='store_true', help='7-bit weights, for x86 without VNNI')
+        exclude_help = "leave in float32, such as head.fc, 'stages.3.*', Add"
+        add('--exclude', nargs='+', default=(), metavar='LAYER', help=exclude_help)
+    for parser in (quantized, compared, evaluated):
+        add_class_map(parser)
+    for parser in (compared, evaluated, predicted):
+        threads_help = 'threads of the model, at most one for each core [all cores]'
+        parser.add_argument('--threads', type=positive(int), metavar='N', help=threads_help)
+    for parser in (export, quantized, compared, evaluated, predicted):
+        add = parser.add_argument_group("preprocessing, where it differs from the model's own").add_argument
+        size_help = 'channels, height and width of the images'
+        add('--input-size', nargs=3, type=positive(int), metavar=('C', 'H', 'W'), help=size_help)
+        add('--mean', nargs='+', type=float, help='mean pixel value, or one for each channel')
+        add('--std', nargs='+', type=float, help='standard deviation of pixel values, or one for each channel')
+        interpolations = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+        add('--interpolation', choices=interpolations, help='resize interpolation')
+        add('--crop-pct', type=positive(float), help='share of the resized image that the crop keeps')
+        add('--crop-mode', choices=('center', 'squash', 'border'), help='way to crop')
+
+
+def add_class_map(parser: argparse.ArgumentParser) -> None:
+    """Adds `--class-map` to a command that reads labelled images."""
+    help_text = 'class map used in training; needed only for a model that does not name its classes'
+    parser.add_argument('--class-map', default='', metavar='FILE', help=help_text)
 
 
 def _onnx_file(text: str) -> str:
@@ -97,15 +136,8 @@ def _folder(text: str) -> str:
     return text
 
 
-def _add_quantization(parser: argparse.ArgumentParser) -> None:
-    defaults = QuantizationOptions()
-    add = parser.add_argument
-    add('--percentile', type=float, default=defaults.percentile, help='values that a range covers, in percent')
-    add('--images', type=positive(int), default=defaults.images, metavar='N', help='images to calibrate on')
-    add('--seed', type=int, default=defaults.seed, help='seed for choosing calibration images')
-    add('--reduce-range', action='store_true', help='7-bit weights, for x86 without VNNI')
-    exclude_help = "leave in float32, such as head.fc, 'stages.3.*', Add"
-    add('--exclude', nargs='+', default=(), metavar='LAYER', help=exclude_help)
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(args, name) for name in _PREPROCESSING if getattr(args, name) is not None}
 
 
 def _options(args: argparse.Namespace, *more: str) -> QuantizationOptions:
@@ -113,27 +145,19 @@ def _options(args: argparse.Namespace, *more: str) -> QuantizationOptions:
     return QuantizationOptions(exclude=tuple(args.exclude), **{name: getattr(args, name) for name in names})
 
 
-def _megabytes(size: int) -> str:
-    return f'{size / 1e6:.1f} MB'
-
-
 def _short(source: str) -> str:
     return '/'.join(Path(source).parts[-2:])
 
 
-def _warn(lines: Iterable[str]) -> None:
-    for line in lines:
-        _logger.warning(line)
-
-
 def _export(args: argparse.Namespace) -> None:
     path = check_output(args.onnx, args.model)
-    options = ExportOptions(args.opset, args.fixed_batch or 0, args.fp16)
-    result = {**export_onnx(args.model, path, overrides_of(args), options), 'out': args.onnx}
-    _warn(health_warnings({}, result['outliers'], still=result['still_channels']))
+    form = {'opset': args.opset, 'batch': args.fixed_batch, 'half': args.fp16}
+    result = {**export_onnx(args.model, path, _overrides(args), **form), 'out': args.onnx}
+    for line in health_warnings({}, result['outliers'], still=result['still_channels']):
+        _logger.warning(line)
     left = f', {result["batchnorms"]} BatchNorms without a convolution before them' if result['batchnorms'] else ''
     text = (
-        f'{args.model} -> {args.onnx}: {_megabytes(result["bytes"])}, opset {result["opset"]}{left}; logits within '
+        f'{args.model} -> {args.onnx}: {result["bytes"] / 1e6:.1f} MB, opset {args.opset}{left}; logits within '
         f'{result["difference"]:.1e} of PyTorch, relative to the largest'
     )
     print_result(args, result, text)
@@ -142,37 +166,33 @@ def _export(args: argparse.Namespace) -> None:
 def _quantize(args: argparse.Namespace) -> None:
     if args.versus and not args.report:
         raise ValueError('--versus draws another model into the report: name a folder for it with --report.')
-    if args.versus == args.model:
-        raise ValueError(f"--versus '{args.versus}' is the model itself: name another one to draw beside it.")
     if args.report or args.sensitivity:
         require('matplotlib')
-    files = {'out': args.out}
-    for folder, name, suffixes in (
-        (args.report, 'layers', 'png json'),
-        (args.sensitivity, 'sensitivity', 'md png json'),
-    ):
-        files |= {f'{name}.{suffix}': Path(folder, f'{name}.{suffix}') for suffix in suffixes.split() if folder}
-    files = {name: check_output(file, *filter(None, (args.model, args.versus))) for name, file in files.items()}
-    options = _options(args, 'weights', 'calibration', 'target')
-    how = args.data, options, args.split, overrides_of(args), args.class_map
+    names = ['out', *(name for name in ('report', 'sensitivity') if getattr(args, name))]
+    check_output(args.out, *filter(None, (args.model, args.versus)))
+    for name in names[1:]:
+        check_output_folder(getattr(args, name))
+    how = args.data, _options(args, 'weights', 'calibration', 'target'), args.split, _overrides(args), args.class_map
     done = quantize_onnx(args.model, *how)
-    _warn(done.warnings())
+    for line in done.warnings():
+        _logger.warning(line)
+    table = ''
     if args.sensitivity:
         ranking = layer_sensitivity(done)
-        plot_sensitivity(ranking, files['sensitivity.png'])
-        write_text(files['sensitivity.json'], json.dumps(ranking, indent=2) + '\n')
-        write_text(files['sensitivity.md'], sensitivity_table(ranking) + '\n')
+        table = f'; sensitivity in {args.sensitivity}, most sensitive:\n{sensitivity_table(ranking, 5)}'
+        plot_sensitivity(ranking, Path(args.sensitivity, 'sensitivity.png'))
+        write_text(Path(args.sensitivity, 'sensitivity.json'), json.dumps(ranking, indent=2) + '\n')
+        write_text(Path(args.sensitivity, 'sensitivity.md'), sensitivity_table(ranking) + '\n')
     if args.report:
         reports = {args.model: layer_report(done)}
         if args.versus:
             reports[args.versus] = layer_report(quantize_onnx(args.versus, *how))
         if len({_short(source) for source in reports}) == len(reports):
             reports = {_short(source): report for source, report in reports.items()}
-        plot_layers(reports, files['layers.png'])
-        write_text(files['layers.json'], json.dumps(reports, indent=2) + '\n')
-    save_onnx(done.quantized, files['out'])
+        plot_layers(reports, Path(args.report, 'layers.png'))
+        write_text(Path(args.report, 'layers.json'), json.dumps(reports, indent=2) + '\n')
+    save_onnx(done.quantized, args.out)
     result = {
-        'out': args.out,
         'bytes': done.quantized.ByteSize(),
         'float_bytes': done.model.ByteSize(),
         'images': len(done.indices),
@@ -183,26 +203,30 @@ def _quantize(args: argparse.Namespace) -> None:
         'dead_channels': dict(done.dead),
         'outliers': kernel_outliers(done.model),
         **({'equalization': done.equalization.counts} if done.equalization else {}),
-        **{name: getattr(args, name) for name in ('report', 'sensitivity') if getattr(args, name)},
+        **{name: getattr(args, name) for name in names},
     }
     judged = 'others' if set(done.judged).isdisjoint(done.indices) else 'them'
     parts = [
-        f'{args.model} -> {args.out}: {_megabytes(result["float_bytes"])} -> {_megabytes(result["bytes"])}',
+        f'{args.model} -> {args.out}: {result["float_bytes"] / 1e6:.1f} MB -> {result["bytes"] / 1e6:.1f} MB',
         f'calibrated on {len(done.indices)} images of {result["folder"]} ({done.options.calibration}); of '
         f'{len(done.judged)} {judged} {done.agreement:.1f} % are classified as before',
         *([describe(done.equalization.counts)] if done.equalization else []),
         *([f'report in {args.report}'] if args.report else []),
-        *([f'sensitivity in {args.sensitivity}, most sensitive:'] if args.sensitivity else []),
     ]
-    table = f'\n{sensitivity_table(ranking, 5)}' if args.sensitivity else ''
     print_result(args, result, '; '.join(parts) + table)
 
 
 def _compare(args: argparse.Namespace) -> None:
-    models = dict(_labelled(text) for text in args.models)
+    models = {}
+    for text in args.models:
+        label, separator, source = text.partition('=')
+        if not separator or Path(text).exists():
+            label, source = _short(text), text
+        models[label] = source
     if len(models) < len(args.models):
         raise ValueError('Two models have the same label: name them as LABEL=MODEL.')
-    files = [check_output(Path(args.out, f'int8.{suffix}'), *models.values()) for suffix in ('md', 'json') if args.out]
+    if args.out:
+        check_output_folder(args.out)
     results = compare_int8(
         models,
         args.data,
@@ -212,18 +236,61 @@ def _compare(args: argparse.Namespace) -> None:
         _options(args),
         args.latency_batches,
         args.threads,
-        overrides_of(args),
+        _overrides(args),
         args.class_map,
         args.targets,
     )
     table = comparison_table(results)
-    for file, text in zip(files, (table, json.dumps(results, indent=2))):
-        write_text(file, text + '\n')
+    if args.out:
+        write_text(Path(args.out, 'int8.md'), table + '\n')
+        write_text(Path(args.out, 'int8.json'), json.dumps(results, indent=2) + '\n')
     print_result(args, results, table)
 
 
-def _labelled(text: str) -> tuple[str, str]:
-    label, separator, source = text.partition('=')
-    if not separator or Path(text).exists():
-        return _short(text), text
-    return label, source
+def _evaluate(args: argparse.Namespace) -> None:
+    if args.out:
+        require('matplotlib')
+        require('sklearn')
+        check_output_folder(args.out)
+    result = evaluate(
+        args.model, args.data, args.split, args.batch_size, args.threads, _overrides(args), args.class_map, args.out
+    )
+    ties = f'ties        {result["ties"]} images have two equal largest logits; the lower class counts'
+    lines = [
+        f'top-1       {result["top1"]:.2f} %',
+        f'top-5       {result["top5"]:.2f} %  of {result["images"]} images',
+        *([ties] if result['ties'] else []),
+        f'latency     {result["latency_ms"]:.2f} ms median, {result["latency_p90_ms"]:.2f} ms p90 at batch '
+        f'{result["latency_batch"]}',
+        f'throughput  {result["throughput"]:.0f} images/s at batch {result["batch_size"]}',
+        f'size        {result["bytes"] / 1e6:.1f} MB, {result["backend"]}',
+    ]
+    if not result['steady']:
+        _logger.warning(UNSTEADY)
+    seen = sorted((row for row in result['classes'] if row['images']), key=lambda row: row['accuracy'])
+    if len(seen) > _MOST_CLASSES:
+        lines += ['', f'The {_MOST_CLASSES} classes of the lowest accuracy; --out writes all of them.']
+    if seen:
+        head = ['class', 'images', 'top-1 %', 'most often taken for', 'images']
+        rows = [
+            [row['class'], str(row['images']), f'{row["accuracy"]:.2f}', row['confused_with'], str(row['confused'])]
+            for row in seen[:_MOST_CLASSES]
+        ]
+        lines += ['', markdown_table(head, rows, align=True)]
+    print_result(args, result, '\n'.join(lines))
+
+
+def _predict(args: argparse.Namespace) -> None:
+    if args.csv:
+        check_output(args.csv, args.model, *args.images)
+    rows = predict(args.model, args.images, args.top, args.threads, _overrides(args))
+    if args.csv:
+        places = range(1, len(rows[0]['classes']) + 1)
+        head = ['image', *(f'{name}_{place}' for place in places for name in ('class', 'name', 'probability'))]
+        cells = ([row['image'], *(value for best in row['classes'] for value in best.values())] for row in rows)
+        write_csv(args.csv, head, cells)
+    lines = []
+    for row in rows:
+        best = (f'{each["name"] or each["class"]} {100 * each["probability"]:.2f} %' for each in row['classes'])
+        lines.append(f'{row["image"]}: {", ".join(best)}')
+    print_result(args, {'model': args.model, 'images': rows}, '\n'.join(lines))

@@ -14,10 +14,10 @@ import numpy as np
 from ..datasets import Images
 from ..reporting import amount
 from .channel_health import constant_inputs
-from .classifier import image_input, onnx_classifier
+from .classifier import onnx_classifier
 from .onnx_graph import Graph
 
-__all__ = ['Equalization', 'describe', 'equalize', 'equalize_layers', 'remove_dead_channels']
+__all__ = ['Equalization', 'describe', 'equalize']
 
 _SWEEPS = 100
 _BATCH = 32
@@ -89,8 +89,8 @@ def equalize(
         count = max(len(used), _BATCH)
         checked, fresh = [*used, *fresh[:count]], fresh[count:]
         graph = Graph(model)
-        removed, unread, kept = remove_dead_channels(graph, constant_inputs(model, images, used))
-        pairs, left = equalize_layers(graph)
+        removed, unread, kept = _remove_dead_channels(graph, constant_inputs(model, images, used))
+        pairs, left = _equalize_layers(graph)
         difference = _difference(model, graph.model, images, checked)
         if difference <= tolerance:
             return Equalization(graph.model, removed, unread, kept, pairs, left, len(checked), difference)
@@ -103,58 +103,37 @@ def equalize(
         used = checked
 
 
-def remove_dead_channels(
-    graph: Graph, constants: Mapping[str, np.ndarray]
-) -> tuple[dict[str, int], dict[str, int], dict[str, int]]:
+def _remove_dead_channels(graph: Graph, constants: Mapping[str, np.ndarray]) -> list[dict[str, int]]:
     """Zeroes the weights of input channels that never change, and of output channels that nothing reads.
 
     A constant other than 0 moves to the bias. It stays where a convolution pads with zeros: its border then sees less
     of it than its middle.
 
-    Args:
-        graph: What to change.
-        constants: What `constant_inputs` returned for it.
-
     Returns:
-        Layer to numbers of channels: input channels that were removed, output channels that were, and dead input
-        channels that stayed.
+        Layer to numbers of channels, thrice: input channels that were removed, output channels that were, and dead
+        input channels that stayed.
     """
-    removed: dict[str, int] = {}
-    unread: dict[str, int] = {}
-    kept: dict[str, int] = {}
-    for layer, values in constants.items():
-        kernel = graph.kernel(layer)
-        if kernel is None:
-            continue
+    removed, unread, kept = {}, {}, {}
+    for layer, kernel in graph.kernels.items():
         groups, _, width, _ = kernel.shape
-        dead = ~np.isnan(values) & ((values == 0) | (not graph.has_padding(layer)))
-        moved = np.where(dead, values, 0).reshape(groups, 1, width)
-        if moved.any():
-            bias = graph.bias(layer, create=True)
-            assert bias is not None
-            bias += (kernel.sum(3) * moved).sum(2).reshape(-1)
-        kernel *= ~dead.reshape(groups, 1, width, 1)
+        values, attributes = constants[layer].reshape(groups, 1, width), graph.layers[layer].attributes
+        padded = any(attributes.get_ints('pads', ())) or attributes.get_string('auto_pad', '').startswith('SAME')
+        dead = (values == 0) | ~(np.isnan(values) | padded)
+        graph.biases[layer] += (kernel.sum(3) * np.where(dead, values, 0)).sum(2).reshape(-1)
+        kernel *= ~dead[..., None]
         removed[layer], kept[layer] = int(dead.sum()), int((~np.isnan(values) & ~dead).sum())
     # What becomes unread by this is further up.
-    for layer in reversed(graph.layers):
-        rows, columns = graph.kernel(layer), _read_columns(graph, layer)
-        if rows is None or columns is None:
-            continue
-        needless = (columns == 0) & (_row_sizes(rows) > 0)
-        rows *= ~needless.reshape(*rows.shape[:2], 1, 1)
-        bias = graph.bias(layer)
-        if bias is not None:
-            bias *= columns > 0
-        unread[layer] = int(needless.sum())
-    removed, unread, kept = ({layer: n for layer, n in found.items() if n} for found in (removed, unread, kept))
-    return removed, unread, kept
+    for layer, rows in reversed(graph.kernels.items()):
+        columns = _read_columns(graph, layer)
+        if columns is not None:
+            unread[layer] = int(((columns == 0) & (_row_sizes(rows) > 0)).sum())
+            rows *= (columns > 0).reshape(*rows.shape[:2], 1, 1)
+            graph.biases[layer] *= columns > 0
+    return [{layer: count for layer, count in found.items() if count} for found in (removed, unread, kept)]
 
 
-def equalize_layers(graph: Graph) -> tuple[dict[str, list[str]], dict[str, str]]:
+def _equalize_layers(graph: Graph) -> tuple[dict[str, list[str]], dict[str, str]]:
     """Moves scales of channels between layers until the largest weights of both sides are equal.
-
-    Args:
-        graph: What to change.
 
     Returns:
         Equalized layer to the layers that read it; and layer to the reason for the others.
@@ -165,12 +144,13 @@ def equalize_layers(graph: Graph) -> tuple[dict[str, list[str]], dict[str, str]]
         columns = _read_columns(graph, layer)
         if reason:
             left[layer] = reason
-        elif columns is not None and not columns.any():
-            left[layer] = 'unread'
         elif columns is None:
-            left[layer] = next(filter(None, map(graph.obstacle, (layer, *readers))), 'shape') if readers else 'unread'
-        else:
+            obstacles = [graph.obstacles[each] for each in (layer, *readers) if each in graph.obstacles]
+            left[layer] = [*obstacles, 'shape'][0] if readers else 'unread'
+        elif columns.any():
             pairs[layer] = readers
+        else:
+            left[layer] = 'unread'
     for _ in range(_SWEEPS):
         if max((_equalize_pair(graph, *pair) for pair in pairs.items()), default=1.0) < 1.001:
             break
@@ -179,18 +159,13 @@ def equalize_layers(graph: Graph) -> tuple[dict[str, list[str]], dict[str, str]]
 
 def _equalize_pair(graph: Graph, layer: str, readers: Sequence[str]) -> float:
     """Equalizes a layer with its readers; returns the largest factor."""
-    rows, columns = graph.kernel(layer), _read_columns(graph, layer)
-    assert rows is not None and columns is not None
+    rows, columns = graph.kernels[layer], _read_columns(graph, layer)
     sizes = _row_sizes(rows)
     both = (sizes > 0) & (columns > 0)
     scale = np.sqrt(np.divide(sizes, columns, where=both, out=np.ones_like(sizes)))
     rows /= scale.reshape(*rows.shape[:2], 1, 1)
-    bias = graph.bias(layer)
-    if bias is not None:
-        bias /= scale
-    for reader in readers:
-        kernel = graph.kernel(reader)
-        assert kernel is not None
+    graph.biases[layer] /= scale
+    for kernel in map(graph.kernels.__getitem__, readers):
         groups, _, width, _ = kernel.shape
         kernel *= np.repeat(scale, groups * width // len(scale)).reshape(groups, 1, width, 1)
     return float(np.maximum(scale, 1 / scale).max())
@@ -200,29 +175,23 @@ def _row_sizes(kernel: np.ndarray) -> np.ndarray:
     return np.abs(kernel).max((2, 3)).reshape(-1)
 
 
-def _read_columns(graph: Graph, layer: str) -> np.ndarray | None:
+def _read_columns(graph: Graph, layer: str) -> Any:
     """Returns the largest weight with which each output channel of a layer is read, or None if that is not known."""
-    rows = graph.kernel(layer)
     readers, reason = graph.readers(layer)
-    kernels = [graph.kernel(reader) for reader in readers]
-    if rows is None or reason or not kernels:
+    if reason or not readers or not graph.kernels.keys() >= {layer, *readers}:
         return None
-    channels = rows.shape[0] * rows.shape[1]
-    found = np.zeros(channels, rows.dtype)
-    for kernel in kernels:
-        if kernel is None or kernel.shape[0] * kernel.shape[2] % channels:
-            return None
-        # A flattened map has several columns for a channel.
-        sizes = np.abs(kernel).max((1, 3)).reshape(channels, -1)
-        found = np.maximum(found, sizes.max(1))
-    return found
+    channels = len(graph.biases[layer])
+    # A flattened map has several columns for a channel.
+    sizes = [np.abs(graph.kernels[reader]).max((1, 3)).reshape(-1) for reader in readers]
+    if any(len(columns) % channels for columns in sizes):
+        return None
+    return np.maximum.reduce([columns.reshape(channels, -1).max(1) for columns in sizes])
 
 
 def _difference(model: Any, changed: Any, images: Images, indices: Sequence[int]) -> float:
     first, second = onnx_classifier(model), onnx_classifier(changed)
     difference = largest = 0.0
-    fixed = image_input(model)[1][0]
-    for batch, _ in images.batches(indices, fixed or _BATCH, 'equalization'):
+    for batch, _ in images.batches(indices, _BATCH, 'equalization'):
         expected, found = first.run(batch), second.run(batch)
         # Unlike `max`, it passes NaN on.
         difference = float(np.maximum(difference, (found - expected).abs().max().item()))

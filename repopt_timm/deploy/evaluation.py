@@ -1,23 +1,26 @@
-"""Accuracy, classes, latency, throughput and size of a model."""
+"""Accuracy, classes, latency, throughput and size of a model, and what it takes images for."""
 
 import csv
 import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from timm.data import ImageNetInfo
 from torch import Tensor
 
-from ..datasets import Images, class_names, count_classes, open_evaluation
+from ..datasets import Images, class_names, count_classes, open_evaluation, open_files
 from ..files import replacing
 from ..plot import save_figure, subplots
 from ..reporting import take_turns, time_call
 from .classifier import Classifier, load_classifier
+from .runtime import require
 
 __all__ = [
     'UNSTEADY',
@@ -29,12 +32,14 @@ __all__ = [
     'classify',
     'evaluate',
     'is_steady',
+    'predict',
     'random_images',
-    'sklearn_metrics',
     'time_runs',
     'write_confusion',
     'write_csv',
 ]
+
+_T = TypeVar('_T')
 
 _logger = logging.getLogger(__name__)
 
@@ -43,6 +48,8 @@ _STEADY = 1.25
 
 # Most classes of a picture with their names.
 _LEGIBLE = 40
+
+_SYNSET = re.compile(r'n\d{8}')
 
 UNSTEADY = (
     f'The times are not steady, their 90th percentile is over {_STEADY} times their median: speed-ups are not stated. '
@@ -111,7 +118,7 @@ def evaluate(
     try:
         classes = class_table(found.labels, found.ranked[:, 0], names)
     except ImportError as error:
-        _logger.warning(str(error))
+        _logger.warning(f'There is no table of the classes. {error}')
         classes = []
     if out is not None:
         write_confusion(found.labels, found.ranked[:, 0], names, out)
@@ -138,9 +145,50 @@ def evaluate(
     }
 
 
+def predict(
+    source: str | os.PathLike,
+    images: Sequence[str | os.PathLike],
+    top: int = 5,
+    threads: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """Classifies images on the CPU.
+
+    Args:
+        source: See `evaluate`.
+        images: Files, and folders, of which all images are taken.
+        top: Number of classes to return of each image.
+        threads: See `evaluate`.
+        overrides: See `evaluate`.
+
+    Returns:
+        A row for each image: `image`, its file, and `classes`, its most probable ones, the best first, each with
+        `class` (its index), `name` (None if unknown) and `probability`.
+
+    Raises:
+        FileNotFoundError: If an image or the model does not exist.
+        ValueError: If a folder has no images, an image does not decode, or the model cannot be loaded.
+    """
+    classifier = load_classifier(source, threads, overrides)
+    words = ImageNetInfo().label_name_to_description
+    # ImageNet calls its classes by WordNet's numbers.
+    names = [words(name) if _SYNSET.fullmatch(name) else name for name in classifier.class_names]
+    found = open_files(images, classifier.config)
+    rows: list[dict[str, Any]] = []
+    for batch, _ in found.batches(range(len(found)), 32, 'predict'):
+        probabilities, order = check_logits(classifier.run(batch)).float().softmax(1).sort(descending=True, stable=True)
+        for pairs in zip(order[:, :top].tolist(), probabilities.tolist()):
+            best = [
+                {'class': index, 'name': names[index] if names else None, 'probability': value}
+                for index, value in zip(*pairs)
+            ]
+            rows.append({'image': found.files[len(rows)], 'classes': best})
+    return rows
+
+
 def classify(
-    classifiers: Mapping[str, Classifier], images: Images, batch_size: int = 32, title: str = 'evaluation'
-) -> dict[str, Predictions]:
+    classifiers: Mapping[_T, Classifier], images: Images, batch_size: int = 32, title: str = 'evaluation'
+) -> dict[_T, Predictions]:
     """Runs models with the same preprocessing in one pass over labelled images.
 
     Args:
@@ -157,7 +205,7 @@ def classify(
     """
     for classifier in classifiers.values():
         check_classes(classifier, images)
-    ranked: dict[str, list[Tensor]] = {name: [] for name in classifiers}
+    ranked: dict[_T, list[Tensor]] = {name: [] for name in classifiers}
     ties = dict.fromkeys(classifiers, 0)
     for batch, _ in images.batches(range(len(images)), batch_size, title):
         for name, classifier in classifiers.items():
@@ -183,9 +231,9 @@ def class_table(labels: Tensor, predictions: Tensor, classes: Sequence[str]) -> 
     Raises:
         ImportError: If scikit-learn is not installed.
     """
-    confusion = sklearn_metrics().confusion_matrix(labels, predictions, labels=range(len(classes)))
+    metrics = require('sklearn.metrics')
     rows = []
-    for number, counts in enumerate(confusion):
+    for number, counts in enumerate(metrics.confusion_matrix(labels, predictions, labels=range(len(classes)))):
         images, right = int(counts.sum()), int(counts[number])
         counts[number] = 0
         worst = int(counts.argmax())
@@ -214,21 +262,15 @@ def write_confusion(labels: Tensor, predictions: Tensor, classes: Sequence[str],
     Raises:
         ImportError: If matplotlib or scikit-learn is not installed.
     """
-    table, metrics = class_table(labels, predictions, classes), sklearn_metrics()
+    table, metrics = class_table(labels, predictions, classes), require('sklearn.metrics')
     counts = metrics.confusion_matrix(labels, predictions, labels=range(len(classes)))
+    percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
     legible = len(classes) <= _LEGIBLE
     side = 3 + 0.4 * len(classes) if legible else 7
     figure, axes = subplots(1, 1, (side + 1, side), 'constrained')
-    percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
     display = metrics.ConfusionMatrixDisplay(percent, display_labels=[f'{name:.30}' for name in classes])
-    display.plot(
-        ax=axes,
-        cmap='Blues',
-        include_values=legible,
-        xticks_rotation='vertical',
-        values_format='.0f',
-        im_kw={'vmin': 0, 'vmax': 100},
-    )
+    style = {'cmap': 'Blues', 'xticks_rotation': 'vertical', 'values_format': '.0f', 'im_kw': {'vmin': 0, 'vmax': 100}}
+    display.plot(ax=axes, include_values=legible, **style)
     axes.set(xlabel='predicted class', ylabel='class of the image', title='Percent of the images of a class')
     if not legible:
         axes.set(xticks=[], yticks=[])
@@ -245,19 +287,6 @@ def write_csv(path: str | os.PathLike, head: Iterable[str], rows: Iterable[Itera
         open(temporary, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file,
     ):
         csv.writer(file).writerows([head, *rows])
-
-
-def sklearn_metrics() -> Any:
-    """Returns `sklearn.metrics`.
-
-    Raises:
-        ImportError: If scikit-learn is not installed.
-    """
-    try:
-        from sklearn import metrics
-    except ImportError:
-        raise ImportError("A table of the classes needs scikit-learn: pip install 'repopt-timm[deploy]'.") from None
-    return metrics
 
 
 def check_logits(logits: Tensor) -> Tensor:

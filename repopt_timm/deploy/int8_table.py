@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain, compress, product
 from statistics import median
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 
 from ..datasets import open_evaluation
 from ..reporting import cpu_name, markdown_table, package_versions
-from .classifier import Classifier, data_config, is_onnx, onnx_classifier, torch_classifier
+from .classifier import Classifier, is_onnx, onnx_classifier, torch_classifier
 from .equalization import describe, equalize
 from .evaluation import UNSTEADY, alternate, check_classes, classify, is_steady, random_images
 from .onnx_export import float_onnx
@@ -21,9 +22,6 @@ from .runtime import require
 from .trained_model import load_model
 
 __all__ = ['compare_int8', 'comparison_table']
-
-# What a row of the accuracy table is about.
-_WAY = ('weights', 'calibration', 'target', 'equalized')
 
 
 def compare_int8(
@@ -71,11 +69,10 @@ def compare_int8(
     counted: dict[str, int] = {}
     for label, source in models.items():
         model = float_onnx(source, overrides)
-        config = data_config(model, overrides)
         float32 = onnx_classifier(model, threads, overrides)
-        names = float32.class_names
-        images = open_evaluation(data, 'validation', config, class_map, names)
-        pool = open_evaluation(calibration_data or data, 'train', config, class_map, names)
+        folders = class_map, float32.class_names
+        images = open_evaluation(data, 'validation', float32.config, *folders)
+        pool = open_evaluation(calibration_data or data, 'train', float32.config, *folders)
         indices, others = draw(pool, options)
         counted = {'validation_images': len(images), 'calibration_images': len(indices)}
         # Before the calibrations, which take long.
@@ -93,12 +90,12 @@ def compare_int8(
                 for target, kind in product(targets, weights):
                     int8 = quantize(form, ranges, replace(chosen, weights=kind, target=target))
                     classifiers[kind, calibration, target, equalized] = onnx_classifier(int8, threads, overrides)
-        named = {str(way): classifier for way, classifier in classifiers.items()}
-        found = classify(named, images, title=f'{label}: evaluation')
-        for way in classifiers:
-            top1, top5 = (found[str(way)].accuracy(count) for count in (1, 5))
-            drop = found[str(('float32', '', '', False))].accuracy() - top1
-            accuracy.append({'model': label, **dict(zip(_WAY, way)), 'top1': top1, 'top5': top5, 'drop': drop})
+        found = classify(classifiers, images, title=f'{label}: evaluation')
+        best = found['float32', '', '', False].accuracy()
+        for way, each in found.items():
+            row = {'top1': each.accuracy(), 'top5': each.accuracy(5), 'drop': best - each.accuracy()}
+            named = dict(zip(('weights', 'calibration', 'target', 'equalized'), way))
+            accuracy.append({'model': label, **named, **row})
         timed = {} if is_onnx(source) else {'pytorch': torch_classifier(load_model(source), threads)}
         # Calibration and equalizing change values, not the work.
         timed |= {
@@ -106,7 +103,7 @@ def compare_int8(
             **{kind: classifiers[kind, calibrations[0], targets[0], False] for kind in weights},
         }
         batches = dict.fromkeys(map(float32.images_for, latency_batches))
-        latency += [_latency_row(label, timed, config, batch) for batch in batches]
+        latency += [_latency_row(label, timed, batch) for batch in batches]
     cpu, vnni = cpu_name()
     # The other options are counted, or varied.
     settings = {
@@ -119,25 +116,16 @@ def compare_int8(
     return {'settings': settings, 'accuracy': accuracy, 'latency': latency, 'equalization': equalization}
 
 
-def _latency_row(
-    label: str, classifiers: Mapping[str, Classifier], config: Mapping[str, Any], batch: int
-) -> dict[str, Any]:
-    images = random_images(config, batch)
-    runs = {name: (lambda classifier=classifier: classifier.run(images)) for name, classifier in classifiers.items()}
-    turns = alternate(runs)
+def _latency_row(label: str, classifiers: Mapping[str, Classifier], batch: int) -> dict[str, Any]:
+    images = random_images(classifiers['float32'].config, batch)
+    turns = alternate({name: partial(classifier.run, images) for name, classifier in classifiers.items()})
     times = {name: [median(turn) for turn in found] for name, found in turns.items()}
     steady = {name: is_steady([*chain.from_iterable(found)]) for name, found in turns.items()}
-    speedups = {
-        kind: {
-            base: median(slow / fast for slow, fast in zip(times[base], times[kind]))
-            if steady[base] and steady[kind]
-            else None
-            for base in ('pytorch', 'float32')
-            if base in times
-        }
-        for kind in WEIGHTS
-        if kind in times
-    }
+    bases = [name for name in ('pytorch', 'float32') if name in times]
+    speedups: dict[str, dict[str, float | None]] = {}
+    for kind, base in product((kind for kind in WEIGHTS if kind in times), bases):
+        ratio = median(slow / fast for slow, fast in zip(times[base], times[kind]))
+        speedups.setdefault(kind, {})[base] = ratio if steady[base] and steady[kind] else None
     milliseconds = {name: 1000 * median(values) for name, values in times.items()}
     sizes = {name: classifier.size for name, classifier in classifiers.items()}
     return {'model': label, 'batch': batch, 'ms': milliseconds, 'speedups': speedups, 'bytes': sizes}
@@ -146,68 +134,51 @@ def _latency_row(
 def comparison_table(results: Mapping[str, Any]) -> str:
     """Formats what `compare_int8` returned as Markdown."""
     settings = results['settings']
-    lines = [
+    parts = [
         f'Top-1 accuracy in percent on {settings["validation_images"]} images, and its drop from float32 in points; '
         f'calibrated on {settings["calibration_images"]} others, seed {settings["seed"]}, percentile '
         f'{settings["percentile"]}.',
-        '',
         _accuracy_table(results['accuracy']),
+        *(f'{label}: {describe(counts)}.' for label, counts in results['equalization'].items()),
     ]
-    for label, counts in results['equalization'].items():
-        lines += ['', f'{label}: {describe(counts)}.']
     if results['latency']:
         versions = ', '.join(f'{name} {version}' for name, version in settings['versions'].items())
-        lines += [
-            '',
+        parts += [
             f'Milliseconds per batch, and how many times faster INT8 is: medians, measured in turn. {settings["cpu"]}, '
             f'{settings["threads"]} threads, {versions}.',
-            '',
             _latency_table(results['latency']),
         ]
         if any(None in speedups.values() for row in results['latency'] for speedups in row['speedups'].values()):
-            lines += ['', UNSTEADY]
-    return '\n'.join(lines)
+            parts.append(UNSTEADY)
+    return '\n\n'.join(parts)
 
 
 def _accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    quantized = [row for row in rows if row['weights'] != 'float32']
-    calibrations = list(dict.fromkeys(row['calibration'] for row in quantized))
     reference = {(row['model'], row['equalized']): f'{row["top1"]:.2f}' for row in rows if row['weights'] == 'float32'}
     cells: dict[tuple[Any, ...], dict[str, str]] = {}
-    for row in quantized:
-        key = tuple(row[name] for name in ('model', 'equalized', 'target', 'weights'))
-        cells.setdefault(key, {})[row['calibration']] = f'{row["top1"]:.2f} ({0 - row["drop"]:+.2f})'
-    several = [len({row[name] for row in quantized}) > 1 for name in ('equalized', 'target')]
-    head = ['model', *compress(['equalized', 'target'], several), 'weights', 'float32']
+    for row in rows:
+        if row['weights'] != 'float32':
+            key = row['model'], row['equalized'], row['target'], row['weights']
+            cells.setdefault(key, {})[row['calibration']] = f'{row["top1"]:.2f} ({0 - row["drop"]:+.2f})'
+    # Columns in which all rows are the same say nothing.
+    several = [True, *(len({key[place] for key in cells}) > 1 for place in (1, 2)), True]
     body = [
-        [
-            model,
-            *compress(['yes' if equalized else '', target], several),
-            weights,
-            reference[model, equalized],
-            *(found[calibration] for calibration in calibrations),
-        ]
-        for (model, equalized, target, weights), found in cells.items()
+        [*compress((model, 'yes' if equalized else '', *way), several), reference[model, equalized], *found.values()]
+        for (model, equalized, *way), found in cells.items()
     ]
-    return markdown_table([*head, *(f'INT8 {name}' for name in calibrations)], body)
+    calibrations = (f'INT8 {name}' for name in next(iter(cells.values())))
+    head = compress(('model', 'equalized', 'target', 'weights'), several)
+    return markdown_table([*head, 'float32', *calibrations], body)
 
 
 def _latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
     body = []
-    for row in rows:
-        milliseconds, sizes = row['ms'], row['bytes']
-        for kind, speedups in row['speedups'].items():
-            times = (milliseconds.get(name) for name in ('pytorch', 'float32', kind))
-            ratios = ((base in speedups, speedups.get(base)) for base in ('pytorch', 'float32'))
-            body.append(
-                [
-                    row['model'],
-                    str(row['batch']),
-                    kind,
-                    *('' if value is None else f'{value:.2f}' for value in times),
-                    *(f'{ratio:.2f}x' if ratio else '-' if timed else '' for timed, ratio in ratios),
-                    f'{sizes["float32"] / 1e6:.1f} -> {sizes[kind] / 1e6:.1f}',
-                ]
-            )
+    for row, kind in [(each, kind) for each in rows for kind in each['speedups']]:
+        times = (row['ms'].get(name) for name in ('pytorch', 'float32', kind))
+        cells = [row['model'], str(row['batch']), kind, *('' if time is None else f'{time:.2f}' for time in times)]
+        for base in ('pytorch', 'float32'):
+            ratio = row['speedups'][kind].get(base, '')
+            cells.append(ratio if ratio == '' else '-' if ratio is None else f'{ratio:.2f}x')
+        body.append([*cells, f'{row["bytes"]["float32"] / 1e6:.1f} -> {row["bytes"][kind] / 1e6:.1f}'])
     head = ['model', 'batch', 'weights', 'PyTorch', 'ONNX float32', 'INT8', 'vs PyTorch', 'vs ONNX', 'MB']
     return markdown_table(head, body)

@@ -4,7 +4,6 @@ import copy
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,13 @@ import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
+from ..errors import reason_of
 from .channel_health import kernel_outliers, still_channels
 from .classifier import is_onnx, label_names, onnx_classifier, preprocessing
 from .runtime import load_onnx, quiet, require, save_onnx
 from .trained_model import load_trained
 
-__all__ = ['OPSET', 'ExportOptions', 'export_onnx', 'float_onnx', 'to_onnx']
+__all__ = ['OPSET', 'export_onnx', 'float_onnx', 'to_onnx']
 
 # PyTorch's exporter writes it without a conversion, every ONNX Runtime since 1.14 runs it, and it has 8-bit
 # convolutions, per channel too.
@@ -31,26 +31,8 @@ _HALF_TOLERANCE = 1e-2
 _NOISE = 4
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """How to write the file.
-
-    Attributes:
-        opset: Version of ONNX's operators.
-        batch: Images in a batch, for runtimes that take no other; 0 for any number.
-        half: Store weights and compute in float16. Images and logits stay in float32.
-    """
-
-    opset: int = OPSET
-    batch: int = 0
-    half: bool = False
-
-
 def export_onnx(
-    source: str | os.PathLike,
-    path: str | os.PathLike,
-    overrides: Mapping[str, Any] | None = None,
-    options: ExportOptions | None = None,
+    source: str | os.PathLike, path: str | os.PathLike, overrides: Mapping[str, Any] | None = None, **form: Any
 ) -> dict[str, Any]:
     """Exports a trained model to an ONNX file with its preprocessing in the metadata.
 
@@ -58,7 +40,7 @@ def export_onnx(
         source: What `load_model` takes.
         path: File to write.
         overrides: Preprocessing that differs from the model's own, by timm's names.
-        options: See there.
+        **form: `opset`, `batch` and `half` of `to_onnx`.
 
     Returns:
         `out`, `opset`, `bytes`, `batchnorms` (the number that follow no convolution and stay), `difference`, the
@@ -66,20 +48,18 @@ def export_onnx(
         `kernel_outliers` and `still_channels`.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint.
+        OSError: If there is no such checkpoint, or the file cannot be written.
         ValueError: If the model cannot be loaded or exported, or the result differs from PyTorch.
-        OSError: If the file cannot be written.
         ImportError: If the `[deploy]` extra is not installed.
     """
     require('onnxscript')
-    options = options or ExportOptions()
     model = load_trained(source)
     still = still_channels(model)
-    proto, difference = to_onnx(model, preprocessing(overrides, model=model), options)
+    proto, difference = to_onnx(model, preprocessing(overrides, model=model), **form)
     save_onnx(proto, path)
     return {
         'out': os.fspath(path),
-        'opset': options.opset,
+        'opset': form.get('opset', OPSET),
         'bytes': proto.ByteSize(),
         'batchnorms': sum(node.op_type == 'BatchNormalization' for node in proto.graph.node),
         'difference': difference,
@@ -112,13 +92,17 @@ def float_onnx(source: str | os.PathLike, overrides: Mapping[str, Any] | None = 
     return proto
 
 
-def to_onnx(model: nn.Module, config: Mapping[str, Any], options: ExportOptions | None = None) -> tuple[Any, float]:
+def to_onnx(
+    model: nn.Module, config: Mapping[str, Any], opset: int = OPSET, batch: int = 0, half: bool = False
+) -> tuple[Any, float]:
     """Exports a model, its branches merged; the exporter folds BatchNorm.
 
     Args:
         model: As `load_trained` returns it.
         config: Preprocessing, as `classifier.preprocessing` gives it.
-        options: See there.
+        opset: Version of ONNX's operators.
+        batch: Images in a batch, for runtimes that take no other; 0 for any number.
+        half: Store weights and compute in float16. Images and logits stay in float32.
 
     Returns:
         An `onnx.ModelProto` from `input`, float32 of shape (batch, C, H, W), to `logits`; and the largest difference
@@ -128,10 +112,9 @@ def to_onnx(model: nn.Module, config: Mapping[str, Any], options: ExportOptions 
         ValueError: If ONNX or ONNX Runtime lacks an operator of the model, the logits differ, or the exporter does not
             write this opset.
     """
-    options = options or ExportOptions()
     name, model = type(model).__name__, reparameterize_model(model.eval())
     # The exporter takes a batch of one image for a constant.
-    example = torch.randn(options.batch or 2, *config['input_size'], generator=torch.Generator().manual_seed(0))
+    example = torch.randn(batch or 2, *config['input_size'], generator=torch.Generator().manual_seed(0))
     try:
         with quiet():
             program: Any = torch.onnx.export(
@@ -139,37 +122,36 @@ def to_onnx(model: nn.Module, config: Mapping[str, Any], options: ExportOptions 
                 (example,),
                 input_names=['input'],
                 output_names=['logits'],
-                opset_version=options.opset,
+                opset_version=opset,
                 dynamo=True,
-                dynamic_shapes=None if options.batch else ({0: torch.export.Dim('batch')},),
+                dynamic_shapes=None if batch else ({0: torch.export.Dim('batch')},),
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
-        raise ValueError(f'{name} cannot be exported to ONNX: {reason}') from None
+        raise ValueError(f'{name} cannot be exported to ONNX: {reason_of(cause)}') from None
     # The exporter records the line of code that each node comes from, with the paths of this machine.
     require('onnx_ir.passes.common').ClearMetadataAndDocStringPass()(program.model)
     proto = program.model_proto
     written = next(entry.version for entry in proto.opset_import if not entry.domain)
-    if written != options.opset:
+    if written != opset:
         raise ValueError(
-            f'{name} cannot be exported to ONNX opset {options.opset}: torch {torch.__version__} wrote {written}. Take '
+            f'{name} cannot be exported to ONNX opset {opset}: torch {torch.__version__} wrote {written}. Take '
             f'that one, or another from {OPSET} to {require("onnx").defs.onnx_opset_version()}.'
         )
-    if options.half:
+    if half:
         with quiet():
             convert = require('onnxruntime.transformers.float16').convert_float_to_float16
             proto = convert(proto, keep_io_types=True)
             # The casts of images and logits come last, which ONNX's own checker refuses.
             require('onnxruntime.quantization.onnx_model').ONNXModel(proto).topological_sort()
     pretrained: Any = getattr(model, 'pretrained_cfg', None) or {}
-    architecture = pretrained.get('architecture', name)
-    for key, value in {**config, 'architecture': architecture, 'label_names': label_names(model)}.items():
+    facts = {'architecture': pretrained.get('architecture', name), 'label_names': label_names(model)}
+    for key, value in {**config, **facts}.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
-    return proto, _verify(model, proto, example, options.half)
+    return proto, _verify(model, proto, example, half)
 
 
 @torch.inference_mode()

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from ..datasets import Images, open_evaluation
-from .channel_health import constant_inputs, dead_channels, health_warnings, kernel_outliers
-from .classifier import data_config, image_input, onnx_classifier
+from .channel_health import constant_inputs, health_warnings, kernel_outliers
+from .classifier import image_input, onnx_classifier
 from .equalization import Equalization, equalize
 from .onnx_export import float_onnx
 from .onnx_graph import LAYERS, layers_of
@@ -93,8 +93,6 @@ class QuantizationOptions:
                 raise ValueError(f"{name}='{getattr(self, name)}': expected one of {', '.join(values)}.")
         if not 50 < self.percentile <= 100:
             raise ValueError(f'percentile={self.percentile}: expected more than 50 and at most 100.')
-        if self.images < 1:
-            raise ValueError(f'images={self.images}: calibration needs at least one.')
 
 
 @dataclass(frozen=True)
@@ -172,8 +170,8 @@ def quantize_onnx(
     """
     options = options or QuantizationOptions()
     model = float_onnx(source, overrides)
-    names = onnx_classifier(model).class_names
-    images = open_evaluation(data, split, data_config(model, overrides), class_map, names)
+    classifier = onnx_classifier(model, overrides=overrides)
+    images = open_evaluation(data, split, classifier.config, class_map, classifier.class_names)
     indices, others = draw(images, options)
     if options.calibration == 'auto' and not others:
         raise ValueError(
@@ -187,12 +185,14 @@ def quantize_onnx(
         equalization = equalize(model, images, [*indices, *others[: len(indices)]], others[len(indices) :])
         model = equalization.model
     else:
-        dead = dead_channels(constant_inputs(model, images, indices))
+        constants = constant_inputs(model, images, indices)
+        counts = {layer: int((~np.isnan(values)).sum()) for layer, values in constants.items()}
+        dead = {layer: count for layer, count in counts.items() if count}
     judged = others[: len(indices)] or indices
     found = []
     for calibration in CALIBRATIONS if options.calibration == 'auto' else (options.calibration,):
-        ranges = calibrate(model, images, indices, replace(options, calibration=calibration))
         chosen = replace(options, calibration=calibration)
+        ranges = calibrate(model, images, indices, chosen)
         quantized = quantize(model, ranges, chosen)
         closeness = _compare(model, quantized, images, judged)
         found.append(
@@ -231,7 +231,7 @@ def calibrate(model: Any, images: Images, indices: Sequence[int], options: Quant
         ONNX Runtime's calibration cache: the lowest and highest value of each tensor.
 
     Raises:
-        ValueError: If an image does not decode, ONNX Runtime cannot run the model, or it is not in float32.
+        ValueError: If an image does not decode, or ONNX Runtime cannot run the model.
         OSError: If there is no room for temporary files.
     """
     return _quantize_static(model, options, feeds=_Feeds(model, images, indices, options.calibration))[1]
@@ -254,14 +254,8 @@ def quantize(model: Any, ranges: bytes, options: QuantizationOptions) -> Any:
     """
     excluded = _excluded_nodes(model, options.exclude)
     quantized = _quantize_static(model, options, ranges, exclude=excluded.values())[0]
-    refused = _requantized(quantized, excluded) if options.target == 'ort' else None
-    if refused:
-        other = _next_layer(model, refused)
-        raise ValueError(
-            f"'{refused}' alone cannot stay in float32: ONNX Runtime quantizes a layer between two quantized ones, "
-            f'one scale for all channels, when it loads the file. '
-            + (f"Exclude '{refused}' and '{other}'." if other else 'Exclude a layer next to it too.')
-        )
+    if options.target == 'ort':
+        _refuse_single_layers(model, quantized, excluded)
     return quantized
 
 
@@ -376,30 +370,24 @@ def _excluded_nodes(model: Any, patterns: Iterable[str]) -> dict[str, str]:
     return excluded
 
 
-def _requantized(quantized: Any, excluded: Mapping[str, str]) -> str | None:
-    """Returns the first excluded layer that ONNX Runtime quantizes when it loads the file: between two such tensors."""
+def _refuse_single_layers(model: Any, quantized: Any, excluded: Mapping[str, str]) -> None:
+    """Raises a ValueError if ONNX Runtime quantizes an excluded layer when it loads the file."""
+    layers = {node.name: layer for layer, node in layers_of(model).items()}
     nodes = {node.name: node for node in require('onnx_ir').from_proto(quantized).graph}
     for layer, name in excluded.items():
         node: Any = nodes.get(name)
         before = node.inputs[0].producer() if node and node.op_type in ('Conv', 'ConvTranspose', 'Gemm') else None
         if before is None or before.op_type != 'DequantizeLinear':
             continue
-        following = node.successors()
+        following = list(node.successors())
         # ONNX Runtime fuses these into the rounding.
         while len(following) == 1 and following[0].op_type in ('Relu', 'Clip'):
-            following = following[0].successors()
+            following = list(following[0].successors())
         if any(user.op_type == 'QuantizeLinear' for user in following):
-            return layer
-    return None
-
-
-def _next_layer(model: Any, layer: str) -> str:
-    """Returns the first layer that the output of a layer goes to, through whatever stands between; '' if none."""
-    layers = layers_of(model)
-    names = {node: name for name, node in layers.items()}
-    pending = list(layers[layer].successors())
-    for node in pending:
-        if node in names:
-            return names[node]
-        pending += node.successors()
-    return ''
+            for user in following:
+                following += [] if user.name in layers else user.successors()
+            more = [f"'{layers[user.name]}'" for user in following if user.name in layers][:1] or ['a layer next to it']
+            raise ValueError(
+                f"'{layer}' alone cannot stay in float32: ONNX Runtime quantizes a layer between two quantized ones, "
+                f"one scale for all channels, when it loads the file. Exclude '{layer}' and {more[0]}."
+            )

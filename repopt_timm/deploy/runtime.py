@@ -8,15 +8,11 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 from ..files import replacing
 
 __all__ = ['explained', 'load_onnx', 'open_session', 'quiet', 'require', 'save_onnx']
-
-# Protocol buffers end here; larger models need a second file, which could be lost or left behind.
-_LARGEST_FILE = 2**31 - 1
 
 # Error codes of ONNX Runtime, its temporary files, and the line and signature of the C++ function that failed.
 _IN_CPP = re.compile(
@@ -44,14 +40,10 @@ def load_onnx(path: str | os.PathLike) -> Any:
         An `onnx.ModelProto`.
 
     Raises:
-        FileNotFoundError: If there is no such file.
+        OSError: If there is no such file.
         ValueError: If it is not an ONNX model, or does not have one input and one output.
     """
     onnx = require('onnx')
-    if not Path(path).is_file():
-        raise FileNotFoundError(
-            f"There is no ONNX file '{path}'. Check the path, or write one with `repopt-timm export`."
-        )
     with explained(f"'{path}' is not a readable ONNX model"):
         model = onnx.load(os.fspath(path))
         onnx.checker.check_model(model)
@@ -74,11 +66,8 @@ def save_onnx(model: Any, path: str | os.PathLike) -> None:
     """Writes an `onnx.ModelProto` to a single file, whole or not at all.
 
     Raises:
-        ValueError: If it is too large for one file.
         OSError: If it cannot be written, for instance to a full disk.
     """
-    if model.ByteSize() > _LARGEST_FILE:
-        raise ValueError(f'The model takes {model.ByteSize() / 1e9:.1f} GB, more than the 2 GB of a single ONNX file.')
     with replacing(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
 

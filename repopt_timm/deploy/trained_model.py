@@ -82,5 +82,3 @@ def _create(name: str) -> nn.Module:
             f"'{name}': its weights are not in the cache, and cannot be downloaded: {reason_of(error)}. Check the "
             f'network, or name a checkpoint or a folder.'
         ) from None
-    except ValueError as error:
-        raise ValueError(f'{str(error).rstrip(".")}. Name a checkpoint, a folder or a model with weights.') from None

@@ -110,9 +110,9 @@ def quantization(onnx_file, images):
 def damaged(exported, tmp_path_factory):
     """That model with what INT8 cannot stand: a channel that is always 0, and a weight of 300 that reads it."""
     graph = Graph(exported)
-    rows, columns = (graph.kernel(layer) for layer in ('stages.1.0.conv', 'stages.1.1.conv'))
+    rows, columns = (graph.kernels[layer] for layer in ('stages.1.0.conv', 'stages.1.1.conv'))
     rows[0, 5] = 0
-    graph.bias('stages.1.0.conv')[5] = -1
+    graph.biases['stages.1.0.conv'][5] = -1
     columns[0, 5, 5, 4] = 300
     path = tmp_path_factory.mktemp('damaged') / 'model.onnx'
     save_onnx(graph.model, path)

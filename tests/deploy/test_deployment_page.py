@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from repopt_timm import make_grad_mults
-from repopt_timm.deploy import ExportOptions, export_onnx, quantize_onnx, save_onnx
+from repopt_timm.deploy import export_onnx, quantize_onnx, save_onnx
 from repopt_timm.deploy.quantization import QuantizationOptions
 
 from ..helpers import random_scales, tiny_model
@@ -27,7 +27,7 @@ def run(word, **names):
 @pytest.mark.parametrize('int8', [False, True])
 def test_onnx_runtime_alone_classifies_a_photograph(int8, named, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    export_onnx(named, 'a0.onnx', options=ExportOptions(batch=1))
+    export_onnx(named, 'a0.onnx', batch=1)
     if int8:
         save_onnx(quantize_onnx('a0.onnx', images, QuantizationOptions(images=12)).quantized, 'a0.onnx')
     for name in ('dark', 'light'):

@@ -82,7 +82,7 @@ def test_dead_channels_are_removed_where_that_changes_nothing(network, equalized
     # Zeros around the image end what is constant within.
     assert equalized.kept == {'padded': 1}
     assert equalized.unread == {'stem': 2}
-    assert not Graph(equalized.model).kernel('grouped')[0, :, 1:3].any()
+    assert not Graph(equalized.model).kernels['grouped'][0, :, 1:3].any()
 
 
 def test_layers_are_equalized_through_homogeneous_functions_only(equalized):
@@ -107,8 +107,8 @@ def test_layers_are_equalized_through_homogeneous_functions_only(equalized):
 def test_both_sides_of_a_pair_have_equal_weights(network, equalized, layer, reader):
     def sides(model):
         graph = Graph(model)
-        rows = np.abs(graph.kernel(layer)).max((2, 3)).reshape(-1)
-        return rows, np.abs(graph.kernel(reader)).max((1, 3)).reshape(len(rows), -1).max(1)
+        rows = np.abs(graph.kernels[layer]).max((2, 3)).reshape(-1)
+        return rows, np.abs(graph.kernels[reader]).max((1, 3)).reshape(len(rows), -1).max(1)
 
     rows, columns = sides(equalized.model)
     np.testing.assert_allclose(rows, columns, rtol=0.01)
@@ -157,7 +157,7 @@ def test_a_rewrite_that_changes_logits_is_refused(network):
     with pytest.raises(ValueError, match='differs'):
         equalize(network, Images(), range(16), tolerance=0)
     graph = Graph(network)
-    graph.bias('second_fc')[0] = np.nan
+    graph.biases['second_fc'][0] = np.nan
     with pytest.raises(ValueError, match='nan'):
         equalize(graph.model, Images(), range(4))
 

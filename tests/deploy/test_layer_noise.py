@@ -52,7 +52,7 @@ def report_of(exported, images, tmp_path):
 
     def make(change, weights='per-channel'):
         graph = Graph(exported)
-        change(graph.kernel('stages.1.0.conv'))
+        change(graph.kernels['stages.1.0.conv'])
         save_onnx(graph.model, tmp_path / 'model.onnx')
         done = quantize_onnx(tmp_path / 'model.onnx', images, QuantizationOptions(weights=weights, images=8))
         return next(row for row in layer_report(done)['layers'] if row['layer'] == 'stages.1.0.conv')

@@ -10,7 +10,7 @@ import timm
 import torch
 from torch import nn
 
-from repopt_timm.deploy import ExportOptions, export_onnx, load_model, save_onnx
+from repopt_timm.deploy import export_onnx, load_model, save_onnx
 from repopt_timm.deploy.classifier import image_input
 from repopt_timm.deploy.onnx_export import to_onnx
 
@@ -70,21 +70,19 @@ def small():
 @pytest.mark.parametrize(
     'options',
     [
-        ExportOptions(half=True),
-        *(
-            pytest.param(each, marks=pytest.mark.slow)
-            for each in (ExportOptions(batch=1), ExportOptions(batch=3, opset=21))
-        ),
+        {'half': True},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({'batch': 1}, {'batch': 3, 'opset': 21})),
     ],
 )
 def test_files_for_other_runtimes_are_verified_too(options):
-    proto, difference = to_onnx(small(), CONFIG, options)
-    assert difference < (1e-2 if options.half else 1e-5)
+    proto, difference = to_onnx(small(), CONFIG, **options)
+    half = 'half' in options
+    assert difference < (1e-2 if half else 1e-5)
     onnx.checker.check_model(proto)
-    assert image_input(proto)[1] == [options.batch, 3, 32, 32]
+    assert image_input(proto)[1] == [options.get('batch', 0), 3, 32, 32]
     types = {tensor.data_type for tensor in proto.graph.initializer if tensor.name.endswith('weight')}
-    assert types == {onnx.TensorProto.FLOAT16 if options.half else onnx.TensorProto.FLOAT}
-    assert proto.opset_import[0].version == options.opset
+    assert types == {onnx.TensorProto.FLOAT16 if half else onnx.TensorProto.FLOAT}
+    assert proto.opset_import[0].version == options.get('opset', 18)
     ends = (*proto.graph.input, *proto.graph.output)
     assert {value.type.tensor_type.elem_type for value in ends} == {onnx.TensorProto.FLOAT}
 
@@ -95,7 +93,7 @@ def test_an_opset_that_the_exporter_does_not_write_is_an_error(opset):
     with pytest.raises(
         ValueError, match=rf'opset {opset}: torch .* wrote 18. Take that one, or another from 18 to \d\d'
     ):
-        to_onnx(small(), CONFIG, ExportOptions(opset=opset))
+        to_onnx(small(), CONFIG, opset=opset)
 
 
 def test_logits_are_compared_relative_to_the_largest():
@@ -144,7 +142,7 @@ def test_float16_is_blamed_only_if_it_was_asked_for():
     model = small()
     model[-1].weight.data *= 1e9
     with pytest.raises(ValueError, match=r'too large for float16'):
-        to_onnx(model, CONFIG, ExportOptions(half=True))
+        to_onnx(model, CONFIG, half=True)
     with pytest.raises(ValueError, match=r'not finite, or PyTorch exports'):
         to_onnx(ExportedWrongly(), CONFIG)
 

@@ -147,7 +147,7 @@ def test_preprocessing_stays_in_the_file_and_the_float_model_as_it_is(quantizati
 
 @pytest.mark.parametrize(
     'options',
-    [{'weights': 'per-layer'}, {'calibration': 'mse'}, {'percentile': 0.999}, {'images': 0}, {'target': 'tflite'}],
+    [{'weights': 'per-layer'}, {'calibration': 'mse'}, {'percentile': 0.999}, {'target': 'tflite'}],
 )
 def test_options_are_checked(options):
     with pytest.raises(ValueError, match=next(iter(options))):
