@@ -1,7 +1,8 @@
+import copy
 import re
 
 import numpy as np
-import onnx
+import onnx_ir
 import pytest
 import torch
 from torch import nn
@@ -14,36 +15,27 @@ from repopt_timm.deploy.quantization import CALIBRATIONS, WEIGHTS
 from repopt_timm.deploy.runtime import open_session
 
 
-def constants(model):
-    return {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+def nodes(done, *operators):
+    return [node for node in onnx_ir.from_proto(done.quantized).graph if node.op_type in operators]
 
 
-def nodes(model, operator):
-    return [node for node in model.graph.node if node.op_type == operator]
+def constant(value):
+    return value.const_value.numpy()
 
 
 def weight_scales(done):
-    """Layer to the scales of its weights in the quantized model."""
-    values = constants(done.quantized)
-    found = {node.output[0]: values[node.input[1]] for node in nodes(done.quantized, 'DequantizeLinear')}
-    layers = {name: f'{node.inputs[1].name}_DequantizeLinear_Output' for name, node in layers_of(done.model).items()}
-    return {name: found[tensor] for name, tensor in layers.items() if tensor in found}
+    """Layer to the scales of its weights, for each layer that is in INT8."""
+    names = {node.name: name for name, node in layers_of(done.model).items()}
+    sources = {names[node.name]: node.inputs[1].producer() for node in nodes(done, 'Conv', 'Gemm')}
+    return {name: constant(source.inputs[1]) for name, source in sources.items() if source}
 
 
 def activation_scales(done):
-    """In the order of the network."""
-    values = constants(done.quantized)
-    return np.array([values[node.input[1]] for node in nodes(done.quantized, 'QuantizeLinear')])
+    return np.array([constant(node.inputs[1]) for node in nodes(done, 'QuantizeLinear')])
 
 
 def pixels(done):
     return torch.cat([batch for batch, _ in done.images.batches(done.indices, 20, '')])
-
-
-def copied(model):
-    copy = type(model)()
-    copy.CopyFrom(model)
-    return copy
 
 
 @pytest.mark.parametrize('weights', WEIGHTS)
@@ -55,43 +47,33 @@ def test_int8_is_small_and_nearly_the_same(weights, calibration, quantization):
     assert 14 < done.logits_snr_db < 60
 
 
-def test_weights_have_one_scale_or_one_per_channel(quantization):
-    assert {scale.shape for scale in weight_scales(quantization(weights='per-tensor')).values()} == {()}
-    shapes = {name: scale.shape for name, scale in weight_scales(quantization()).items()}
-    assert (shapes['stem.conv'], shapes['stages.3.0.conv'], shapes['head.fc']) == ((16,), (128,), (3,))
-
-
-def test_every_layer_is_in_int8_but_those_left_out(quantization):
+def test_layers_have_one_scale_or_one_per_channel_but_those_left_out(quantization):
+    scales = weight_scales(quantization())
     layers = list(layers_of(quantization().model))
-    assert (layers[0], layers[-1]) == ('stem.conv', 'head.fc')
-    assert list(weight_scales(quantization())) == layers
+    assert list(scales) == layers
+    assert (scales['stem.conv'].shape, scales['head.fc'].shape) == ((16,), (3,))
+    assert {scale.shape for scale in weight_scales(quantization(weights='per-tensor')).values()} == {()}
     without = weight_scales(quantization(exclude=('head.fc', 'stages.1.*')))
     assert [name for name in layers if name not in without] == layers[2:4] + layers[-1:]
     assert list(weight_scales(quantization(exclude=('Conv',)))) == ['head.fc']
 
 
-def test_ranges_are_those_of_all_calibration_images(quantization):
-    done = quantization()
-    values = pixels(done)
-    assert activation_scales(done)[0] == pytest.approx((values.max() - values.min()).item() / 255, rel=1e-5)
-
-
-def test_percentiles_cut_ranges_off(quantization):
+def test_ranges_are_those_of_all_calibration_images_or_a_percentile(quantization):
     whole, near, far = (
         activation_scales(quantization(calibration=calibration, percentile=percentile))
         for calibration, percentile in (('minmax', 99.9), ('percentile', 99.9), ('percentile', 90.0))
     )
+    values = pixels(quantization())
+    assert whole[0] == pytest.approx((values.max() - values.min()).item() / 255, rel=1e-5)
     assert (near <= whole * 1.01).all()
     assert (far < near * 0.9).any()
 
 
 @pytest.mark.parametrize('target', ['ort', 'tensorrt'])
 def test_logits_are_not_rounded(target, quantization):
-    found = open_session(quantization(target=target).quantized).run(
-        None, {'input': torch.randn(300, 3, 32, 32).numpy()}
-    )
+    found = onnx_classifier(quantization(target=target).quantized).run(torch.randn(300, 3, 32, 32))
     # INT8 has 256 values, among which the largest two of a photograph may be equal.
-    assert len(np.unique(found[0])) > 600
+    assert len(found.unique()) > 600
 
 
 def test_auto_takes_the_calibration_that_agrees_best_on_images_that_calibrated_nothing(quantization):
@@ -100,8 +82,6 @@ def test_auto_takes_the_calibration_that_agrees_best_on_images_that_calibrated_n
     assert set(done.judged).isdisjoint(done.indices) and len(done.judged) == len(done.indices)
     assert done.agreement == max(each.agreement for each in tried.values()) > tried['percentile'].agreement
     assert done.quantized == tried[done.options.calibration].quantized
-    with pytest.raises(ValueError, match='Lower --images'):
-        quantization(calibration='auto', images=60)
 
 
 def test_a_bad_result_is_a_warning_with_a_next_step(quantization):
@@ -112,10 +92,10 @@ def test_a_bad_result_is_a_warning_with_a_next_step(quantization):
 
 @pytest.mark.parametrize('batch', [1, 8])
 def test_a_file_whose_batch_is_fixed_runs_that_many_images_at_once(exported, checkpoint, images, tmp_path, batch):
-    model = copied(exported)
-    for value in (model.graph.input[0], model.graph.output[0]):
-        value.type.tensor_type.shape.dim[0].dim_value = batch
-    save_onnx(model, tmp_path / 'fixed.onnx')
+    model = onnx_ir.from_proto(exported)
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        value.shape = onnx_ir.Shape([batch, *value.shape[1:]])
+    save_onnx(onnx_ir.to_proto(model), tmp_path / 'fixed.onnx')
     done = quantize_onnx(tmp_path / 'fixed.onnx', images, QuantizationOptions(images=5))
     assert done.agreement >= 80
     assert len(layer_report(done)['layers']) == len(layers_of(exported))
@@ -130,36 +110,24 @@ def test_the_same_seed_gives_the_same_file(onnx_file, images, quantization):
 
 
 def test_weights_of_seven_bits_use_half_of_the_codes(quantization):
-    largest = [
-        max(abs(values).max() for values in constants(done.quantized).values() if values.dtype == np.int8)
-        for done in (quantization(), quantization(reduce_range=True))
-    ]
-    assert largest == [127, 64]
+    for done, largest in ((quantization(), 127), (quantization(reduce_range=True), 64)):
+        weights = (node.inputs[1].producer().inputs[0] for node in nodes(done, 'Conv', 'Gemm'))
+        assert max(np.abs(constant(weight)).max() for weight in weights) == largest
 
 
 def test_preprocessing_stays_in_the_file_and_the_float_model_as_it_is(quantization, exported):
     done = quantization()
-    assert onnx_classifier(done.quantized).config == onnx_classifier(done.model).config
-    assert onnx_classifier(done.quantized).config['mean'] == (0.5, 0.4, 0.3)
     assert list(done.quantized.metadata_props) == list(exported.metadata_props)
+    assert onnx_classifier(done.quantized).config['mean'] == (0.5, 0.4, 0.3)
     assert done.model.SerializeToString() == exported.SerializeToString()
 
 
 @pytest.mark.parametrize(
-    'options',
-    [{'weights': 'per-layer'}, {'calibration': 'mse'}, {'percentile': 0.999}, {'target': 'tflite'}],
+    'options', [{'weights': 'per-layer'}, {'calibration': 'mse'}, {'percentile': 0.999}, {'target': 'tflite'}]
 )
 def test_options_are_checked(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         QuantizationOptions(**options)
-
-
-def test_only_float32_is_quantized(quantization, exported):
-    model = copied(exported)
-    model.graph.initializer[0].data_type = onnx.TensorProto.FLOAT16
-    for wrong, reason in ((model, 'in float16'), (quantization().quantized, 'quantized already')):
-        with pytest.raises(ValueError, match=reason):
-            quantize(wrong, b'', QuantizationOptions())
 
 
 @pytest.mark.parametrize('exclude', [('stem.conv',), ('head.fc',), ('stages.1.*',)])
@@ -174,27 +142,30 @@ def test_a_layer_that_onnx_runtime_would_quantize_itself_is_refused_with_what_to
     with pytest.raises(ValueError, match=r"Exclude 'stages\.1\.0\.conv' and 'stages\.1\.1\.conv'\.") as error:
         quantization(exclude=('stages.1.0.conv',))
     quantization(exclude=tuple(re.findall(r"'(\S+)'", str(error.value).rpartition('Exclude')[2])))
-    with pytest.raises(ValueError, match=r"'stages.9': .* expected one of stem.conv, stages.0.0.conv"):
-        quantization(exclude=('stages.9',))
 
 
 @pytest.mark.parametrize('weights', WEIGHTS)
 def test_the_form_for_tensorrt_is_symmetric_with_a_pair_for_each_layer(weights, quantization):
     done = quantization(weights=weights, target='tensorrt')
-    values = constants(done.quantized)
-    rounding, restoring = (nodes(done.quantized, f'{kind}Linear') for kind in ('Quantize', 'Dequantize'))
+    rounding, restoring = nodes(done, 'QuantizeLinear'), nodes(done, 'DequantizeLinear')
     # Each layer's input and weights, and nothing else, have a pair of their own.
     assert len(rounding) == 2 * len(layers_of(done.model))
-    assert [node.input[0] for node in restoring] == [node.output[0] for node in rounding]
-    for node in rounding + restoring:
-        assert values[node.input[2]].dtype == np.int8
-        assert not values[node.input[2]].any()
-    layers = nodes(done.quantized, 'Conv') + nodes(done.quantized, 'Gemm')
-    assert {node.output[0] for node in restoring} == {name for node in layers for name in node.input[:2]}
-    assert all(values[node.input[2]].dtype == np.float32 for node in layers)
-    assert {values[node.input[0]].dtype for node in rounding if node.input[0] in values} == {np.dtype('float32')}
+    for pair in zip(rounding, restoring):
+        assert pair[1].inputs[0].producer().name == pair[0].name
+        assert all(constant(node.inputs[2]).dtype == np.int8 and not constant(node.inputs[2]).any() for node in pair)
+    for node in nodes(done, 'Conv', 'Gemm'):
+        assert [value.producer().op_type for value in node.inputs[:2]] == ['DequantizeLinear'] * 2
+        weight = node.inputs[1].producer().inputs[0].producer().inputs[0]
+        assert constant(weight).dtype == constant(node.inputs[2]).dtype == np.float32
     assert done.agreement >= 90
     assert all(row['weight_snr_db'] > 15 and row['input_snr_db'] > 15 for row in layer_report(done)['layers'])
+
+
+def test_the_form_for_onnx_runtime_has_unsigned_activations_and_integer_biases(quantization):
+    stored = [node.inputs[0].const_value for node in nodes(quantization(), 'DequantizeLinear')]
+    assert {value.dtype.name for value in stored if value is not None} == {'INT8', 'INT32'}
+    zeros = [constant(node.inputs[2]) for node in nodes(quantization(), 'QuantizeLinear')]
+    assert {zero.dtype.name for zero in zeros} == {'uint8'}
 
 
 class Residual(nn.Module):
@@ -211,29 +182,24 @@ class Residual(nn.Module):
 
 def test_for_tensorrt_a_residual_stays_in_float(images, tmp_path):
     save_onnx(to_onnx(Residual(), {'input_size': (3, 32, 32)})[0], tmp_path / 'residual.onnx')
-    options = QuantizationOptions(images=4, target='tensorrt')
-    found = quantize_onnx(tmp_path / 'residual.onnx', images, options).quantized
-    restored = {node.output[0] for node in nodes(found, 'DequantizeLinear')}
-    readers = [node.op_type for node in found.graph.node if restored.intersection(node.input)]
-    assert sorted(readers) == ['Conv', 'Conv', 'Gemm']
+    done = quantize_onnx(tmp_path / 'residual.onnx', images, QuantizationOptions(images=4, target='tensorrt'))
+    readers = [user.op_type for node in nodes(done, 'DequantizeLinear') for user in node.successors()]
+    assert sorted(readers) == ['Conv'] * 4 + ['Gemm'] * 2
 
 
 def test_nodes_without_a_name_are_layers_too(exported, images, tmp_path):
-    model = copied(exported)
-    numbers = {tensor.name: str(number) for number, tensor in enumerate(model.graph.initializer)}
-    for node in model.graph.node:
+    model = onnx_ir.from_proto(copy.deepcopy(exported))
+    for number, value in enumerate(list(model.graph.initializers.values())):
+        value.name = str(number)
+    for node in model.graph:
         node.name = ''
-        node.input[:] = [numbers.get(name, name) for name in node.input]
-    for tensor in model.graph.initializer:
-        tensor.name = numbers[tensor.name]
-    save_onnx(model, tmp_path / 'unnamed.onnx')
+    save_onnx(onnx_ir.to_proto(model), tmp_path / 'unnamed.onnx')
     done = quantize_onnx(tmp_path / 'unnamed.onnx', images, QuantizationOptions(images=4))
     assert len(layers_of(done.model)) == len(layers_of(exported)) > 1
 
 
-def test_the_form_for_onnx_runtime_has_unsigned_activations_and_integer_biases(quantization):
-    done = quantization()
-    values = constants(done.quantized)
-    stored = {values[node.input[0]].dtype.name for node in done.quantized.graph.node if node.input[0] in values}
-    assert stored == {'int8', 'int32'}
-    assert {values[node.input[2]].dtype.name for node in nodes(done.quantized, 'QuantizeLinear')} == {'uint8'}
+def test_only_float32_is_quantized(quantization, exported):
+    half, _ = to_onnx(Residual(), {'input_size': (3, 32, 32)}, half=True)
+    for wrong, reason in ((half, 'in float16'), (quantization().quantized, 'quantized already')):
+        with pytest.raises(ValueError, match=reason):
+            quantize(wrong, b'', QuantizationOptions())
