@@ -1,15 +1,15 @@
-from types import SimpleNamespace
+import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from PIL import Image
 
 from repopt_timm.cli import main
-from repopt_timm.datasets import core_count, open_evaluation
+from repopt_timm.datasets import Images, core_count, open_evaluation
 from repopt_timm.deploy import Classifier, evaluate, export_onnx, save_onnx
-from repopt_timm.deploy.classifier import data_config, load_classifier, onnx_classifier
-from repopt_timm.deploy.evaluation import alternate, check_classes, class_table, classify, is_steady, write_confusion
-from repopt_timm.deploy.runtime import load_onnx
+from repopt_timm.deploy.classifier import load_classifier, onnx_classifier
+from repopt_timm.deploy.evaluation import check_classes, class_table, classify, is_steady, write_confusion
 
 CONFIG = {'input_size': (3, 32, 32)}
 
@@ -95,47 +95,9 @@ def test_the_class_names_of_a_model_decide_and_a_class_map_where_it_has_none(che
         assert evaluate(source, images)['top1'] == as_map
 
 
-@pytest.mark.parametrize(
-    ('trained', 'folders', 'message'),
-    [
-        (
-            ['cat', 'dog', 'fox'],
-            ['ant', 'cat', 'dog'],
-            r"Class 0 of the model is 'cat'.* --class-map",
-        ),
-        (['n01', 'n02'], ['cat', 'dog'], None),
-        (['cat', 'n02'], ['cat', 'dog'], None),
-        (['cat', 'dog', 'fox'], ['ant', 'bee'], 'The model has 3 classes, but'),
-    ],
-    ids=['overlap', 'other names', 'one other name', 'another number'],
-)
-def test_a_name_that_model_and_folder_share_has_one_number(trained, folders, message):
-    folder = SimpleNamespace(class_to_idx={name: number for number, name in enumerate(folders)}, folder='images')
-    model = classifier([0.0] * len(trained), trained)
-    if message is None:
-        check_classes(model, folder)
-    else:
-        with pytest.raises(ValueError, match=message):
-            check_classes(model, folder)
-
-
-def test_models_are_timed_in_turn():
-    calls = []
-    times = alternate({'a': lambda: calls.append('a'), 'b': lambda: calls.append('b')}, rounds=5, seconds=0)
-    assert {name: [len(turn) for turn in turns] for name, turns in times.items()} == {'a': [3] * 5, 'b': [3] * 5}
-    turns = [name for name, before in zip(calls, ['', *calls]) if name != before]
-    # The order rotates, so that a turn at the end of a round and one at the start of the next look like one.
-    assert turns == ['a', 'b'] * 4
-
-
 def test_times_with_a_long_tail_are_not_steady():
     assert is_steady([1.0] * 19 + [9.0])
     assert not is_steady([1.0] * 17 + [9.0] * 3)
-
-
-def test_images_of_other_channels_than_the_model_takes_are_an_error(checkpoint, images):
-    with pytest.raises(ValueError, match='The model cannot run'):
-        evaluate(checkpoint, images, overrides={'input_size': (1, 32, 32)})
 
 
 def test_logits_that_are_not_numbers_are_no_accuracy(images):
@@ -153,46 +115,26 @@ def test_threads_are_bounded_by_the_cores(checkpoint, onnx_file, images):
     torch.set_num_threads(before)
 
 
-def test_a_checkpoint_of_other_color_modes_is_refused(checkpoint, tmp_path):
-    content = torch.load(checkpoint, weights_only=False)
-    content['args'].input_img_mode = 'HSV'
-    torch.save(content, tmp_path / 'hsv.pth.tar')
-    with pytest.raises(ValueError, match='HSV'):
-        load_classifier(tmp_path / 'hsv.pth.tar')
-
-
 @pytest.mark.parametrize(
-    ('metadata', 'message'),
+    ('trained', 'folders', 'message'),
     [
-        ({'interpolation': '5'}, 'Images cannot be prepared'),
-        ({'crop_pct': '"x"'}, 'Images cannot be prepared'),
-        ({'crop_pct': '1e-9'}, 'crop_pct'),
+        (['cat', 'dog', 'fox'], ['ant', 'cat', 'dog'], r"Class 0 of the model is 'cat'.* --class-map"),
+        (['n01', 'n02'], ['cat', 'dog'], ''),
+        (['cat', 'n02'], ['cat', 'dog'], ''),
+        (['cat', 'dog', 'fox'], ['ant', 'bee'], 'The model has 3 classes, but'),
     ],
-    ids=str,
 )
-def test_preprocessing_that_an_onnx_file_states_is_checked(onnx_file, metadata, message):
-    with pytest.raises(ValueError, match=message):
-        data_config(stating(onnx_file, metadata))
+def test_a_name_that_model_and_folder_share_has_one_number(trained, folders, message):
+    folder = Images([], 3, class_to_idx={name: number for number, name in enumerate(folders)})
+    with pytest.raises(ValueError, match=message) if message else nullcontext():
+        check_classes(classifier([0.0] * len(trained), trained), folder)
 
 
-def test_metadata_of_other_exporters_are_ignored(onnx_file):
-    assert onnx_classifier(stating(onnx_file, {'other': 'text'})).class_names == []
-
-
-def test_a_file_for_a_later_runtime_is_named(onnx_file, tmp_path):
-    model = load_onnx(onnx_file)
-    model.opset_import[0].version = 99
-    save_onnx(model, tmp_path / 'later.onnx')
-    with pytest.raises(ValueError, match=r"cannot run '.*later\.onnx'"):
-        load_classifier(tmp_path / 'later.onnx')
-
-
-def stating(path, metadata):
-    """An exported model with other metadata."""
-    model = load_onnx(path)
-    kept = [entry for entry in model.metadata_props if entry.key not in metadata and entry.key != 'label_names']
-    del model.metadata_props[:]
-    model.metadata_props.extend(kept)
-    for key, value in metadata.items():
-        model.metadata_props.add(key=key, value=value)
-    return model
+@pytest.mark.parametrize(('key', 'value'), [('interpolation', '5'), ('crop_pct', '"x"'), ('crop_pct', '1e-9')])
+def test_preprocessing_that_an_onnx_file_states_is_checked(exported, key, value):
+    model = copy.deepcopy(exported)
+    model.metadata_props.add(key='of another exporter', value='no JSON')
+    assert onnx_classifier(model).config == onnx_classifier(exported).config
+    model.metadata_props.add(key=key, value=value)
+    with pytest.raises(ValueError, match='Images cannot be prepared'):
+        onnx_classifier(model)
