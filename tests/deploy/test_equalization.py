@@ -1,9 +1,11 @@
+import copy
+
 import numpy as np
+import onnx_ir
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from onnx import helper, numpy_helper
 from torch import nn
 
 from repopt_timm.deploy import QuantizationOptions, equalize, quantize_onnx
@@ -125,19 +127,17 @@ def test_a_channel_that_lives_on_other_images_is_not_dead(network):
 
 @pytest.mark.parametrize('broken', ['beta', 'scalar', 'computed'])
 def test_a_product_whose_bias_is_not_one_for_each_output_stays(network, broken):
-    model = type(network)()
-    model.CopyFrom(network)
-    node = next(node for node in model.graph.node if node.op_type == 'Gemm')
-    bias = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[2])
+    model = onnx_ir.from_proto(copy.deepcopy(network))
+    node = next(node for node in model.graph if node.op_type == 'Gemm')
     if broken == 'beta':
-        del node.attribute[:]
-        node.attribute.extend([helper.make_attribute('transB', 1), helper.make_attribute('beta', 2.0)])
+        node.attributes.add(onnx_ir.AttrFloat32('beta', 2.0))
     elif broken == 'scalar':
-        bias.CopyFrom(numpy_helper.from_array(np.ones(1, np.float32), bias.name))
+        node.inputs[2].const_value = onnx_ir.tensor(np.ones(1, np.float32), name=node.inputs[2].name)
     else:
-        model.graph.node.insert(0, helper.make_node('Identity', [bias.name], ['computed'], name='identity'))
-        node.input[2] = 'computed'
-    found = equalize(model, Images(), range(16))
+        computed = onnx_ir.Node('', 'Identity', [node.inputs[2]], name='computed')
+        node.prepend(computed)
+        node.replace_input_with(2, computed.outputs[0])
+    found = equalize(onnx_ir.to_proto(model), Images(), range(16))
     assert found.left['first_fc'] == found.left['last'] == 'Gemm'
     assert found.pairs.keys() == {'stem', 'depthwise'}
 

@@ -1,3 +1,5 @@
+from itertools import product
+
 import pytest
 
 from repopt_timm.deploy import QuantizationOptions, compare_int8, comparison_table
@@ -11,36 +13,33 @@ def results(checkpoint, onnx_file, images):
     return compare_int8(models, images, calibrations=calibrations, options=options, latency_batches=(1, 2))
 
 
-def test_every_model_is_measured_in_every_way(results):
-    ways = [('float32', '')] + [
-        (weights, calibration) for calibration in ('minmax', 'percentile') for weights in ('per-channel', 'per-tensor')
-    ]
-    found = [(row['model'], row['weights'], row['calibration']) for row in results['accuracy']]
-    assert found == [(model, *way) for model in ('run', 'file') for way in ways]
+def test_every_model_is_measured_in_every_way_and_has_a_row_for_each_granularity(results):
+    ways = [('', 'float32'), *product(('minmax', 'percentile'), ('per-channel', 'per-tensor'))]
+    found = [(row['model'], (row['calibration'], row['weights'])) for row in results['accuracy']]
+    assert found == [*product(('run', 'file'), ways)]
     for row in results['accuracy']:
         reference = next(other['top1'] for other in results['accuracy'] if other['model'] == row['model'])
         assert row['drop'] == reference - row['top1']
-    assert results['settings']['validation_images'] == 36
-    assert results['settings']['calibration_images'] == 12
-
-
-def test_speed_is_measured_per_batch_size(results):
-    assert [(row['model'], row['batch']) for row in results['latency']] == [
-        (model, batch) for model in ('run', 'file') for batch in (1, 2)
-    ]
-    run, file = results['latency'][0], results['latency'][2]
-    assert list(run['ms']) == ['pytorch', 'float32', 'per-channel', 'per-tensor']
-    assert list(run['speedups']['per-channel']) == ['pytorch', 'float32']
-    assert list(file['speedups']['per-channel']) == ['float32']
-
-
-def test_the_table_has_a_row_for_each_model_and_granularity(results):
+    assert (results['settings']['validation_images'], results['settings']['calibration_images']) == (36, 12)
     lines = comparison_table(results).splitlines()
     assert '| model | weights | float32 | INT8 minmax | INT8 percentile |' in lines
     rows = [line.split(' | ') for line in lines if line.startswith('| run | per-')]
     assert [row[1] for row in rows] == ['per-channel', 'per-tensor']
     first = results['accuracy'][1]
     assert rows[0][3] == f'{first["top1"]:.2f} ({0 - first["drop"]:+.2f})'
+
+
+def test_speed_is_measured_per_batch_size_and_stated_if_times_are_steady(results):
+    found = [(row['model'], row['batch']) for row in results['latency']]
+    assert found == [*product(('run', 'file'), (1, 2))]
+    run, file = results['latency'][0], results['latency'][2]
+    assert list(run['ms']) == ['pytorch', 'float32', 'per-channel', 'per-tensor']
+    assert list(run['speedups']['per-channel']) == ['pytorch', 'float32']
+    assert list(file['speedups']['per-channel']) == ['float32']
+    for ratio, cell in ((2.0, '2.00x'), (None, '-')):
+        table = comparison_table({**results, 'latency': [{**run, 'speedups': {'per-tensor': {'float32': ratio}}}]})
+        assert f'| {cell} |' in table
+        assert ('speed-ups are not stated' in table) is (ratio is None)
 
 
 def test_what_equalizing_and_other_forms_do_is_a_row_each(damaged, images):
@@ -61,11 +60,3 @@ def test_what_equalizing_and_other_forms_do_is_a_row_each(damaged, images):
     drops = [float(row[5].split('(')[1].strip(') |')) for row in rows]
     assert max(drops[:2]) < -20 < -10 < min(drops[2:])
     assert any(line.startswith('A: ') for line in lines)
-
-
-def test_no_speed_up_is_stated_if_times_are_not_steady(results):
-    for ratio, cell in ((2.0, '2.00x'), (None, '-')):
-        row = {**results['latency'][0], 'speedups': {'per-tensor': {'float32': ratio}}}
-        table = comparison_table({**results, 'latency': [row]})
-        assert f'| {cell} |' in table
-        assert ('speed-ups are not stated' in table) is (ratio is None)
