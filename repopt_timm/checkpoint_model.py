@@ -50,11 +50,6 @@ def model_of(
 
 def _model_of(checkpoint: Mapping[str, Any], source: str, scales: ScalesSource | None, need_scales: bool) -> nn.Module:
     args = arguments_of(checkpoint)
-    if 'quantization' in args:
-        raise ValueError(
-            f'{source} is of a fake-quantized training, with BatchNorm folded: its result is the ONNX file that '
-            f'repopt-timm qat writes. Name the checkpoint that it started from.'
-        )
     name = checkpoint.get('arch')
     if not isinstance(name, str):
         raise ValueError(f"{source} does not name its model (no 'arch', as the training command writes it).")

@@ -3,8 +3,8 @@
     python docs/evidence/runtimes.py IMAGES
 
 Quantizes the network as `repopt-timm quantize` does by default, per channel and per tensor, in the form for ONNX
-Runtime and in TensorRT's. Prints top-1 on the validation images of the folder IMAGES in both runtimes, and the percentage of
-images that both take for the same class. Needs openvino; see docs/deployment.md.
+Runtime and in TensorRT's. Prints top-1 on the validation images of the folder IMAGES in both runtimes, and the
+percentage of images that both take for the same class. Needs openvino; see docs/deployment.md.
 """
 
 import sys
