@@ -51,6 +51,20 @@ class Classifier:
     class_names: Sequence[str] = ()
     fixed_batch: int = 0
 
+    def ranked(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the logits of images, the largest first, and their classes; of equal ones the lower class is first.
+
+        Raises:
+            ValueError: If they are not numbers, which would count as the first class.
+        """
+        logits = self.run(images).float()
+        if not logits.isfinite().all():
+            raise ValueError(
+                'The model gives logits that are not finite, as after a training that diverged: it classifies nothing. '
+                'Name an earlier checkpoint.'
+            )
+        return logits.sort(dim=1, descending=True, stable=True)
+
     def images_for(self, count: int) -> int:
         """Returns the number of images that the model computes for `count` of them, the last batch being filled."""
         return count + -count % self.fixed_batch if self.fixed_batch else count

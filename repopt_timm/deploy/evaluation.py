@@ -27,7 +27,6 @@ __all__ = [
     'Predictions',
     'alternate',
     'check_classes',
-    'check_logits',
     'class_table',
     'classify',
     'evaluate',
@@ -176,8 +175,8 @@ def predict(
     found = open_files(images, classifier.config)
     rows: list[dict[str, Any]] = []
     for batch, _ in found.batches(range(len(found)), 32, 'predict'):
-        probabilities, order = check_logits(classifier.run(batch)).float().softmax(1).sort(descending=True, stable=True)
-        for pairs in zip(order[:, :top].tolist(), probabilities.tolist()):
+        logits, order = classifier.ranked(batch)
+        for pairs in zip(order[:, :top].tolist(), logits.softmax(1).tolist()):
             best = [
                 {'class': index, 'name': names[index] if names else None, 'probability': value}
                 for index, value in zip(*pairs)
@@ -209,7 +208,7 @@ def classify(
     ties = dict.fromkeys(classifiers, 0)
     for batch, _ in images.batches(range(len(images)), batch_size, title):
         for name, classifier in classifiers.items():
-            logits, order = check_logits(classifier.run(batch)).sort(dim=1, descending=True, stable=True)
+            logits, order = classifier.ranked(batch)
             ranked[name].append(order[:, :5].clone())
             ties[name] += int((logits[:, :1] == logits[:, 1:2]).sum())
     labels = torch.tensor(images.labels)
@@ -287,20 +286,6 @@ def write_csv(path: str | os.PathLike, head: Iterable[str], rows: Iterable[Itera
         open(temporary, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file,
     ):
         csv.writer(file).writerows([head, *rows])
-
-
-def check_logits(logits: Tensor) -> Tensor:
-    """Returns logits that are numbers.
-
-    Raises:
-        ValueError: If they are not, which would count as the first class.
-    """
-    if not logits.isfinite().all():
-        raise ValueError(
-            'The model gives logits that are not finite, as after a training that diverged: it classifies nothing. '
-            'Name an earlier checkpoint.'
-        )
-    return logits
 
 
 def check_classes(classifier: Classifier, images: Images) -> None:

@@ -1,7 +1,7 @@
 """What INT8 does to a model layer by layer: the noise in weights and activations, and the accuracy each layer costs."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -100,18 +100,6 @@ def plot_layers(reports: Mapping[str, Mapping[str, Any]], path: str | os.PathLik
         ImportError: If matplotlib is not installed.
         OSError: If the picture cannot be written.
     """
-    size = 6.5 * len(reports) + 1.5, 9.5
-    figure, grid = subplots(3, len(reports), size, layout='constrained', sharey='row', sharex='col', squeeze=False)
-    for column, (title, report) in zip(grid.T, reports.items()):
-        _draw(column, title, report)
-    for row, label in zip(grid, ('size of weights', 'kurtosis of weights', 'signal to noise (dB)')):
-        row[0].set_ylabel(label)
-        row[-1].legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5), fontsize=9)
-    save_figure(figure, path)
-
-
-def _draw(axes: Sequence[Any], title: str, report: Mapping[str, Any]) -> None:
-    rows, options = report['layers'], report['options']
     curves = (
         (0, 'max', 'largest |w|', 'tab:blue', '^-'),
         (0, 'std', 'standard\ndeviation', 'tab:orange', 'o-'),
@@ -121,19 +109,24 @@ def _draw(axes: Sequence[Any], title: str, report: Mapping[str, Any]) -> None:
         (2, 'input_snr_db', "layer's input,\nrounded alone", 'tab:green', 'o-'),
         (2, 'accumulated_snr_db', "layer's input,\nall before it too", 'tab:red', 'v-'),
     )
-    for place, key, label, color, form in curves:
-        # Layers in float32 leave a gap.
-        values = [max(row['max'], -row['min']) if key == 'max' else row.get(key, np.nan) for row in rows]
-        axes[place].plot(values, form, color=color, ms=4, label=label)
-        axes[place].grid(axis='y', color='0.9')
-    settings = f'{options["weights"]} weights, {options["calibration"]} calibration'
-    axes[0].set_title(f'{title}\n{settings}: logits {report["logits_snr_db"]:.1f} dB', fontsize=11)
-    axes[0].set_yscale('log')
-    axes[1].set_yscale('log')
-    axes[1].axhline(3, color='0.5', lw=1, ls='--', label='normal\ndistribution')
-    step = -(-len(rows) // 40)
-    names = [row['layer'] for row in rows]
-    axes[2].set_xticks(range(0, len(rows), step), names[::step], rotation=90, fontsize=7)
+    size = 6.5 * len(reports) + 1.5, 9.5
+    figure, grid = subplots(3, len(reports), size, layout='constrained', sharey='row', sharex='col', squeeze=False)
+    for column, (title, report) in zip(grid.T, reports.items()):
+        rows, options = report['layers'], report['options']
+        for place, key, label, color, form in curves:
+            # Layers in float32 leave a gap.
+            values = [max(row['max'], -row['min']) if key == 'max' else row.get(key, np.nan) for row in rows]
+            column[place].plot(values, form, color=color, ms=4, label=label)
+        settings = f'{options["weights"]} weights, {options["calibration"]} calibration'
+        column[0].set_title(f'{title}\n{settings}: logits {report["logits_snr_db"]:.1f} dB', fontsize=11)
+        column[1].axhline(3, color='0.5', lw=1, ls='--', label='normal\ndistribution')
+        places = range(0, len(rows), -(-len(rows) // 40))
+        column[2].set_xticks(places, [rows[place]['layer'] for place in places], rotation=90, fontsize=7)
+    parts = (('size of weights', 'log'), ('kurtosis of weights', 'log'), ('signal to noise (dB)', 'linear'))
+    for line, (label, scale) in zip(grid, parts):
+        line[0].set(ylabel=label, yscale=scale)
+        line[-1].legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5), fontsize=9)
+    save_figure(figure, path)
 
 
 def layer_sensitivity(done: Quantization) -> dict[str, Any]:

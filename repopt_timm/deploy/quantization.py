@@ -281,6 +281,7 @@ def _quantize_static(
         extra |= _TENSORRT
         exclude += [node.name for node in model.graph.node if node.op_type not in LAYERS]
     with TemporaryDirectory(prefix='repopt-timm-') as folder, quiet():
+        # Of a model in memory ONNX Runtime moves the weights to a file.
         source, result, cache = (Path(folder, name) for name in ('model.onnx', 'int8.onnx', 'ranges.json'))
         save_onnx(model, source)
         if ranges:
