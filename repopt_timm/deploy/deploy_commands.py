@@ -36,7 +36,6 @@ def add_commands(commands: Any) -> None:
     """
     export = add_command(commands, 'export', _export)
     add = export.add_argument
-    add('model', help=_MODEL)
     add('--onnx', metavar='FILE', type=_onnx_file, required=True, help='file to write')
     opset_help = f"version of ONNX's operators, {OPSET} or later"
     add('--opset', type=positive(int), default=OPSET, metavar='N', help=opset_help)
@@ -45,15 +44,10 @@ def add_commands(commands: Any) -> None:
 
     quantized = add_command(commands, 'quantize', _quantize)
     add = quantized.add_argument
-    add('model', help=f'{_MODEL}, or .onnx file')
-    add('--data', metavar='DIR', required=True, help=f'{_DATA}, to calibrate on')
     add('--split', default='train', help='split to calibrate on')
     add('--out', metavar='FILE', type=_onnx_file, required=True, help='file to write')
     add('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale per output channel, or one per tensor')
-    calibration_help = (
-        'auto tries all, and takes the one whose file classifies most other images as before; ways to find the ranges '
-        'of activations'
-    )
+    calibration_help = 'ranges of activations; auto tries all, and takes the one that agrees best with float32'
     add('--calibration', choices=(*CALIBRATIONS, 'auto'), default=CALIBRATIONS[0], help=calibration_help)
     add('--equalize', action='store_true', help=f'first {_EQUALIZE}')
     add('--target', choices=TARGETS, default=TARGETS[0], help='runtime; ort is for OpenVINO too')
@@ -65,11 +59,11 @@ def add_commands(commands: Any) -> None:
     compared = add_command(commands, 'compare-int8', _compare)
     add = compared.add_argument
     add('models', nargs='+', metavar='[LABEL=]MODEL', help=f'{_MODEL}, or .onnx file')
-    add('--data', metavar='DIR', required=True, help=f'{_DATA}; validation is evaluated')
     add('--calibration-data', metavar='DIR', help='calibrate on the train split of this [--data]')
     add('--out', metavar='DIR', type=_folder, help='write int8.md and int8.json')
-    weights_help = 'scales of weights to measure: one per output channel, one per tensor'
-    add('--weights', nargs='+', choices=WEIGHTS, default=WEIGHTS, help=weights_help)
+    add(
+        '--weights', nargs='+', choices=WEIGHTS, default=WEIGHTS, help='one scale per output channel, or one per tensor'
+    )
     calibrations_help = 'ways to find the ranges of activations, each measured'
     add('--calibrations', nargs='+', choices=CALIBRATIONS, default=CALIBRATIONS, help=calibrations_help)
     add('--targets', nargs='+', choices=TARGETS, default=TARGETS[:1], help='forms to measure')
@@ -79,8 +73,6 @@ def add_commands(commands: Any) -> None:
 
     evaluated = add_command(commands, 'evaluate', _evaluate)
     add = evaluated.add_argument
-    add('model', help=f'{_MODEL}, or .onnx file')
-    add('--data', metavar='DIR', required=True, help=_DATA)
     add('--split', default='validation', help='split to evaluate')
     add('-b', '--batch-size', type=positive(int), default=32, metavar='N', help='images at a time')
     add('--out', metavar='DIR', help='write classes.csv, confusion.csv and confusion.png')
@@ -92,6 +84,11 @@ def add_commands(commands: Any) -> None:
     add('--top', type=positive(int), default=5, metavar='N', help='classes to show')
     add('--csv', metavar='FILE', help='write a table with a row for each image')
 
+    for parser in (export, quantized, evaluated):
+        parser.add_argument('model', help=_MODEL if parser is export else f'{_MODEL}, or .onnx file')
+    for parser, purpose in ((quantized, ', to calibrate on'), (compared, '; validation is evaluated'), (evaluated, '')):
+        parser.add_argument('--data', metavar='DIR', required=True, help=_DATA + purpose)
+        add_class_map(parser)
     defaults = QuantizationOptions()
     for parser in (quantized, compared):
         add = parser.add_argument
@@ -101,8 +98,6 @@ def add_commands(commands: Any) -> None:
         add('--reduce-range', action='store_true', help='7-bit weights, for x86 without VNNI')
         exclude_help = "leave in float32, such as head.fc, 'stages.3.*', Add"
         add('--exclude', nargs='+', default=(), metavar='LAYER', help=exclude_help)
-    for parser in (quantized, compared, evaluated):
-        add_class_map(parser)
     for parser in (compared, evaluated, predicted):
         threads_help = 'threads of the model, at most one for each core [all cores]'
         parser.add_argument('--threads', type=positive(int), metavar='N', help=threads_help)

@@ -85,10 +85,9 @@ def float_onnx(source: str | os.PathLike, overrides: Mapping[str, Any] | None = 
         model = load_trained(source)
         return to_onnx(model, preprocessing(overrides, model=model))[0]
     proto = load_onnx(source)
-    for tensor in proto.graph.initializer:
-        values = require('onnx.numpy_helper').to_array(tensor)
-        if values.dtype.kind == 'f' and not np.isfinite(values).all():
-            raise ValueError(f"'{source}': '{tensor.name}' has values that are not finite. Export another checkpoint.")
+    for name, value in require('onnx_ir').from_proto(proto).graph.initializers.items():
+        if not np.isfinite(value.const_value.numpy()).all():
+            raise ValueError(f"'{source}': '{name}' has values that are not finite. Export another checkpoint.")
     return proto
 
 

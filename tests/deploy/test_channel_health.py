@@ -3,7 +3,6 @@ from torch import nn
 
 from repopt_timm.deploy.channel_health import (
     constant_inputs,
-    health_warnings,
     kernel_outliers,
     still_channels,
 )
@@ -22,15 +21,6 @@ def test_channels_that_never_change_are_found_with_their_value(broken_by_int8):
 def test_weights_that_are_far_too_large_are_counted(exported, broken_by_int8):
     assert kernel_outliers(exported) == {}
     assert kernel_outliers(broken_by_int8.model) == {'stages.1.1.conv': 1}
-
-
-def test_warnings_state_layers_and_numbers():
-    still, dead, outliers = health_warnings({'a': 2, 'b': 1}, {'c': 4}, 12, {'d': 5})
-    assert '5 channels' in still and 'd 5.' in still
-    assert '3 input channels never changed on these 12 images: a 2, b 1.' in dead
-    assert '4 weights' in outliers and 'c 4' in outliers
-    assert '--equalize' in dead and '--equalize' in outliers
-    assert health_warnings({}, {}) == []
 
 
 def test_channels_that_hardly_changed_in_training_are_counted_beside_others():

@@ -1,6 +1,5 @@
 import csv
 import json
-from argparse import Namespace
 
 import pytest
 import timm
@@ -10,8 +9,7 @@ from repopt_timm.cli import main
 from repopt_timm.deploy import predict
 from repopt_timm.deploy.classifier import label_names
 
-from ..helpers import TINY
-from .conftest import ARGS, CLASSES, write_checkpoint
+from .conftest import CLASSES
 
 
 @pytest.fixture(scope='module')
@@ -62,12 +60,6 @@ def test_preprocessing_can_differ_from_the_models_own(checkpoint, images, capsys
         assert main([*words, *more.split()]) == 0
         found.append(json.loads(capsys.readouterr().out)['images'][0]['classes'])
     assert found[0] != found[1] != found[2]
-
-
-def test_images_are_read_with_the_channels_of_the_model(images, tmp_path):
-    args = Namespace(**{**vars(ARGS), 'input_size': [4, 32, 32], 'mean': [0.5] * 4, 'std': [0.2] * 4})
-    path = write_checkpoint(timm.create_model(TINY, num_classes=3, in_chans=4), tmp_path / 'rgba.pth.tar', args=args)
-    assert len(predict(path, [images / 'validation/grey/0.png'])[0]['classes']) == 3
 
 
 @pytest.mark.parametrize(('tag', 'named'), [('a1_in1k', True), ('in1k', True), ('cifar10', False), ('mine1k', False)])

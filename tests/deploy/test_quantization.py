@@ -109,12 +109,6 @@ def test_the_same_seed_gives_the_same_file(onnx_file, images, quantization):
     assert list(other.indices) != list(first.indices)
 
 
-def test_weights_of_seven_bits_use_half_of_the_codes(quantization):
-    for done, largest in ((quantization(), 127), (quantization(reduce_range=True), 64)):
-        weights = (node.inputs[1].producer().inputs[0] for node in nodes(done, 'Conv', 'Gemm'))
-        assert max(np.abs(constant(weight)).max() for weight in weights) == largest
-
-
 def test_preprocessing_stays_in_the_file_and_the_float_model_as_it_is(quantization, exported):
     done = quantization()
     assert list(done.quantized.metadata_props) == list(exported.metadata_props)
