@@ -105,6 +105,7 @@ class Quantization:
         images: Where calibration images came from.
         indices: Which these were.
         options: How it was quantized.
+        tried: Calibrations that were tried, `options` having the best.
         ranges: What `calibrate` found on them.
         dead: Layer to the number of its input channels that never changed on these images.
         equalization: What equalizing did to the float model, if it was asked for.
@@ -118,6 +119,7 @@ class Quantization:
     images: Images
     indices: Sequence[int]
     options: QuantizationOptions
+    tried: Sequence[str]
     ranges: bytes
     dead: Mapping[str, int]
     equalization: Equalization | None
@@ -131,7 +133,7 @@ class Quantization:
         if self.agreement >= _AGREEMENT and self.logits_snr_db >= _DECIBELS:
             return lines
         steps = {
-            '--calibration auto': self.options.calibration != 'auto',
+            '--calibration auto': len(self.tried) < len(CALIBRATIONS),
             '--equalize': not self.equalization,
             '--weights per-channel': self.options.weights != 'per-channel',
         }
@@ -189,14 +191,17 @@ def quantize_onnx(
         counts = {layer: int((~np.isnan(values)).sum()) for layer, values in constants.items()}
         dead = {layer: count for layer, count in counts.items() if count}
     judged = others[: len(indices)] or indices
+    tried = CALIBRATIONS if options.calibration == 'auto' else (options.calibration,)
     found = []
-    for calibration in CALIBRATIONS if options.calibration == 'auto' else (options.calibration,):
+    for calibration in tried:
         chosen = replace(options, calibration=calibration)
         ranges = calibrate(model, images, indices, chosen)
         quantized = quantize(model, ranges, chosen)
         closeness = _compare(model, quantized, images, judged)
         found.append(
-            Quantization(model, quantized, images, indices, chosen, ranges, dead, equalization, judged, *closeness)
+            Quantization(
+                model, quantized, images, indices, chosen, tried, ranges, dead, equalization, judged, *closeness
+            )
         )
     return max(found, key=lambda done: (done.agreement, done.logits_snr_db))
 

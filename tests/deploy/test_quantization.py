@@ -84,10 +84,13 @@ def test_auto_takes_the_calibration_that_agrees_best_on_images_that_calibrated_n
     assert done.quantized == tried[done.options.calibration].quantized
 
 
-def test_a_bad_result_is_a_warning_with_a_next_step(quantization):
+def test_a_bad_result_is_a_warning_with_a_next_step(quantization, damaged, images):
     assert not quantization().warnings()
     (line,) = quantization(calibration='percentile', percentile=60.0, weights='per-tensor').warnings()
     assert all(step in line for step in ('--calibration auto', '--equalize', 'per-channel', '--sensitivity'))
+    options = QuantizationOptions(images=20, weights='per-tensor', calibration='auto')
+    *_, line = quantize_onnx(damaged, images, options).warnings()
+    assert '--equalize' in line and 'auto' not in line
 
 
 @pytest.mark.parametrize('batch', [1, 8])
