@@ -35,6 +35,16 @@ def add_commands(commands: Any) -> None:
         commands: What `ArgumentParser.add_subparsers` returned.
     """
     export = add_command(commands, 'export', _export)
+    quantized = add_command(commands, 'quantize', _quantize)
+    compared = add_command(commands, 'compare-int8', _compare)
+    evaluated = add_command(commands, 'evaluate', _evaluate)
+    predicted = add_command(commands, 'predict', _predict)
+    for parser in (export, quantized, evaluated):
+        parser.add_argument('model', help=_MODEL if parser is export else f'{_MODEL}, or .onnx file')
+    for parser, purpose in ((quantized, ', to calibrate on'), (compared, '; validation is evaluated'), (evaluated, '')):
+        parser.add_argument('--data', metavar='DIR', required=True, help=_DATA + purpose)
+        add_class_map(parser)
+
     add = export.add_argument
     add('--onnx', metavar='FILE', type=_onnx_file, required=True, help='file to write')
     opset_help = f"version of ONNX's operators, {OPSET} or later"
@@ -42,7 +52,6 @@ def add_commands(commands: Any) -> None:
     add('--fixed-batch', type=positive(int), default=0, metavar='N', help='take N images at a time, no other number')
     add('--fp16', action='store_true', help='weights and computation in float16')
 
-    quantized = add_command(commands, 'quantize', _quantize)
     add = quantized.add_argument
     add('--split', default='train', help='split to calibrate on')
     add('--out', metavar='FILE', type=_onnx_file, required=True, help='file to write')
@@ -56,7 +65,6 @@ def add_commands(commands: Any) -> None:
     sensitivity_help = 'write sensitivity.md, .png and .json: accuracy with one layer at a time in INT8'
     add('--sensitivity', metavar='DIR', type=_folder, help=sensitivity_help)
 
-    compared = add_command(commands, 'compare-int8', _compare)
     add = compared.add_argument
     add('models', nargs='+', metavar='[LABEL=]MODEL', help=f'{_MODEL}, or .onnx file')
     add('--calibration-data', metavar='DIR', help='calibrate on the train split of this [--data]')
@@ -71,24 +79,17 @@ def add_commands(commands: Any) -> None:
     batches_help = 'batch sizes to time'
     add('--latency-batches', nargs='*', type=positive(int), default=(1, 32), metavar='N', help=batches_help)
 
-    evaluated = add_command(commands, 'evaluate', _evaluate)
     add = evaluated.add_argument
     add('--split', default='validation', help='split to evaluate')
     add('-b', '--batch-size', type=positive(int), default=32, metavar='N', help='images at a time')
     add('--out', metavar='DIR', help='write classes.csv, confusion.csv and confusion.png')
 
-    predicted = add_command(commands, 'predict', _predict)
     add = predicted.add_argument
     add('images', nargs='+', metavar='IMAGE', help='file, or folder of images')
     add('--model', required=True, help=f"{_MODEL} such as 'hf-hub:user/repo', or .onnx file")
     add('--top', type=positive(int), default=5, metavar='N', help='classes to show')
     add('--csv', metavar='FILE', help='write a table with a row for each image')
 
-    for parser in (export, quantized, evaluated):
-        parser.add_argument('model', help=_MODEL if parser is export else f'{_MODEL}, or .onnx file')
-    for parser, purpose in ((quantized, ', to calibrate on'), (compared, '; validation is evaluated'), (evaluated, '')):
-        parser.add_argument('--data', metavar='DIR', required=True, help=_DATA + purpose)
-        add_class_map(parser)
     defaults = QuantizationOptions()
     for parser in (quantized, compared):
         add = parser.add_argument
