@@ -13,11 +13,10 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from repopt_timm.trial.verdict import interval_text
-
 from repopt_timm.deploy import QuantizationOptions, compare_int8
 from repopt_timm.reporting import markdown_table
 from repopt_timm.trial.intervals import Interval
+from repopt_timm.trial.report import interval_text
 
 COLUMNS = ['arm', 'seed', 'weights', 'equalized', 'float32', 'int8', 'drop', 'dead channels removed']
 

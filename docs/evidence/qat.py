@@ -74,7 +74,11 @@ def row(weights: str) -> list[str]:
     return [weights, *(f'{value:.2f}' for value in (float32, before, after))]
 
 
-if __name__ == '__main__':
+def main() -> None:
     torch.manual_seed(0)
     head = ['weights', 'float32', 'INT8, not trained', 'INT8, trained']
     print(markdown_table(head, map(row, ('per-channel', 'per-tensor')), align=True))
+
+
+if __name__ == '__main__':
+    main()

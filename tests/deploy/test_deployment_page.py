@@ -1,6 +1,7 @@
 """The Python of docs/deployment.md runs as it stands."""
 
 import re
+import runpy
 from pathlib import Path
 
 import onnxruntime
@@ -14,7 +15,8 @@ from repopt_timm.deploy.quantization import QuantizationOptions
 
 from ..helpers import random_scales, tiny_model
 
-PAGE = (Path(__file__).parents[2] / 'docs' / 'deployment.md').read_text(encoding='utf-8')
+DOCS = Path(__file__).parents[2] / 'docs'
+PAGE = (DOCS / 'deployment.md').read_text(encoding='utf-8')
 BLOCKS = re.findall(r'^```python\n(.+?)^```', PAGE, re.M | re.S)
 
 
@@ -71,3 +73,9 @@ def test_a_library_trains_in_int8_with_the_grad_mults_of_the_network_by_name():
             assert torch.equal(masks[name], expected[value])
             assert not torch.equal(trained[name], before[name])
     assert names['quantized'](loader[0][0]).isfinite().all()
+
+
+@pytest.mark.parametrize(('script', 'needed'), [('int8', 'pandas'), ('qat', 'torchao'), ('runtimes', 'openvino')])
+def test_scripts_that_measure_int8_find_what_they_import(script, needed):
+    pytest.importorskip(needed)
+    assert runpy.run_path(str(DOCS / 'evidence' / f'{script}.py'))['main']
