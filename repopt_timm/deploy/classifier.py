@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
 
-from ..datasets import color_mode, core_count
+from ..datasets import Images, color_mode, core_count
 from ..errors import explaining
 from .runtime import explained, load_onnx, open_session
 from .trained_model import load_model
@@ -24,7 +24,9 @@ __all__ = [
     'image_input',
     'is_onnx',
     'label_names',
+    'largest_difference',
     'load_classifier',
+    'logits_of',
     'onnx_classifier',
     'preprocessing',
     'torch_classifier',
@@ -127,6 +129,18 @@ def onnx_classifier(
         return torch.cat([*map(torch.from_numpy, parts)])[: len(images)]
 
     return Classifier('onnxruntime', run, config, model.ByteSize(), _metadata(model)['label_names'], batch)
+
+
+def logits_of(models: Iterable[Any], images: Images, indices: Sequence[int], title: str) -> list[Tensor]:
+    """Runs `onnx.ModelProto`s in one pass over images; returns the logits of each, of shape (N, classes)."""
+    runs = [onnx_classifier(model).run for model in models]
+    rows = [[run(batch) for run in runs] for batch, _ in images.batches(indices, 32, title)]
+    return [torch.cat(parts) for parts in zip(*rows)]
+
+
+def largest_difference(found: Tensor, expected: Tensor) -> float:
+    """Returns the largest difference between two logits, of the largest logit; NaN if one is."""
+    return (found - expected).abs().max().item() / max(expected.abs().max().item(), 1e-12)
 
 
 def preprocessing(overrides: Mapping[str, Any] | None = None, **model: Any) -> dict[str, Any]:

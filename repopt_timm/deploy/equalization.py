@@ -14,7 +14,7 @@ import numpy as np
 from ..datasets import Images
 from ..reporting import amount
 from .channel_health import constant_inputs
-from .classifier import onnx_classifier
+from .classifier import largest_difference, logits_of
 from .onnx_graph import Graph
 
 __all__ = ['Equalization', 'describe', 'equalize']
@@ -91,7 +91,8 @@ def equalize(
         graph = Graph(model)
         removed, unread, kept = _remove_dead_channels(graph, constant_inputs(model, images, used))
         pairs, left = _equalize_layers(graph)
-        difference = _difference(model, graph.model, images, checked)
+        expected, found = logits_of((model, graph.model), images, checked, 'equalization')
+        difference = largest_difference(found, expected)
         if difference <= tolerance:
             return Equalization(graph.model, removed, unread, kept, pairs, left, len(checked), difference)
         if len(checked) == len(used) or not np.isfinite(difference):
@@ -186,14 +187,3 @@ def _read_columns(graph: Graph, layer: str) -> Any:
     if any(len(columns) % channels for columns in sizes):
         return None
     return np.maximum.reduce([columns.reshape(channels, -1).max(1) for columns in sizes])
-
-
-def _difference(model: Any, changed: Any, images: Images, indices: Sequence[int]) -> float:
-    first, second = onnx_classifier(model), onnx_classifier(changed)
-    difference = largest = 0.0
-    for batch, _ in images.batches(indices, _BATCH, 'equalization'):
-        expected, found = first.run(batch), second.run(batch)
-        # Unlike `max`, it passes NaN on.
-        difference = float(np.maximum(difference, (found - expected).abs().max().item()))
-        largest = max(largest, expected.abs().max().item())
-    return difference / max(largest, 1e-12)

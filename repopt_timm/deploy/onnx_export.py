@@ -13,7 +13,7 @@ from torch import nn
 
 from ..errors import reason_of
 from .channel_health import kernel_outliers, still_channels
-from .classifier import is_onnx, label_names, onnx_classifier, preprocessing
+from .classifier import is_onnx, label_names, largest_difference, onnx_classifier, preprocessing
 from .runtime import load_onnx, quiet, require, save_onnx
 from .trained_model import load_trained
 
@@ -158,12 +158,12 @@ def _verify(model: nn.Module, proto: Any, example: torch.Tensor, half: bool) -> 
     # Another batch size than the exported one shows whether the batch is dynamic.
     images = torch.cat([example, example.flip(-1)])[: len(example) + 1]
     expected = model(images)
-    difference = _difference(onnx_classifier(proto).run(images), expected)
+    difference = largest_difference(onnx_classifier(proto).run(images), expected)
     bound = _HALF_TOLERANCE if half else _TOLERANCE
     if not difference <= bound:
         try:
             exact = copy.deepcopy(model).double()(images.double())
-            bound = max(bound, _NOISE * _difference(expected, exact))
+            bound = max(bound, _NOISE * largest_difference(expected, exact))
         except RuntimeError:
             pass  # a model that does not run in float64
     if not difference <= bound:
@@ -173,7 +173,3 @@ def _verify(model: nn.Module, proto: Any, example: torch.Tensor, half: bool) -> 
             f'{", or too large for float16" if half else ""}, or PyTorch exports one of its operators wrongly.'
         )
     return difference
-
-
-def _difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return (found - expected).abs().max().item() / max(expected.abs().max().item(), 1e-12)

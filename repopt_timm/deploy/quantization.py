@@ -10,11 +10,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import torch
 
 from ..datasets import Images, open_evaluation
 from .channel_health import constant_inputs, health_warnings, kernel_outliers
-from .classifier import image_input, onnx_classifier
+from .classifier import image_input, logits_of, onnx_classifier
 from .equalization import Equalization, equalize
 from .onnx_export import float_onnx
 from .onnx_graph import LAYERS, layers_of
@@ -216,9 +215,7 @@ def draw(images: Images, options: QuantizationOptions) -> tuple[list[int], list[
 def _compare(model: Any, quantized: Any, images: Images, indices: Sequence[int]) -> tuple[float, float]:
     """Returns agreement in percent and the logits' signal to noise in dB."""
     ratio = require('onnxruntime.quantization.qdq_loss_debug').compute_signal_to_quantization_noice_ratio
-    first, second = onnx_classifier(model), onnx_classifier(quantized)
-    pairs = [(first.run(batch), second.run(batch)) for batch, _ in images.batches(indices, _BATCH, 'agreement')]
-    expected, found = map(torch.cat, zip(*pairs))
+    expected, found = logits_of((model, quantized), images, indices, 'agreement')
     agreement = (expected.argmax(1) == found.argmax(1)).float().mean().item()
     return 100 * agreement, ratio(expected.numpy(), found.numpy())
 
