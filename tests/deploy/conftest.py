@@ -78,6 +78,14 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope='session')
+def named(checkpoint):
+    """That checkpoint with the names of the classes, as a run on a folder of images writes it."""
+    content = torch.load(checkpoint, weights_only=False)
+    torch.save({**content, 'label_names': ['dark', 'n02123045', 'light']}, checkpoint.with_name('named.pth.tar'))
+    return checkpoint.with_name('named.pth.tar')
+
+
+@pytest.fixture(scope='session')
 def exported(checkpoint):
     """The same as an ONNX model."""
     model = load_model(checkpoint)

@@ -38,14 +38,6 @@ def test_onnx_runtime_alone_classifies_a_photograph(int8, named, images, tmp_pat
         assert capsys.readouterr().out == f'{name}\n'
 
 
-@pytest.fixture
-def named(checkpoint, tmp_path):
-    """That checkpoint with the names of its classes."""
-    state = torch.load(checkpoint, weights_only=False)
-    torch.save({**state, 'label_names': ['dark', 'grey', 'light']}, tmp_path / 'named.pth.tar')
-    return tmp_path / 'named.pth.tar'
-
-
 @pytest.mark.slow
 def test_a_segmentation_network_is_exported_by_torch(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -3,22 +3,12 @@ import json
 
 import pytest
 import timm
-import torch
 
 from repopt_timm.cli import main
 from repopt_timm.deploy import predict
 from repopt_timm.deploy.classifier import label_names
 
 from .conftest import CLASSES
-
-
-@pytest.fixture(scope='module')
-def named(checkpoint, tmp_path_factory):
-    """The trained checkpoint, as a run on a folder of images writes it: with the names of the classes."""
-    content = torch.load(checkpoint, weights_only=False)
-    path = tmp_path_factory.mktemp('named') / 'last.pth.tar'
-    torch.save({**content, 'label_names': ['dark', 'n02123045', 'light']}, path)
-    return path
 
 
 def test_the_best_classes_come_first_under_their_names(named, images, capsys):
