@@ -73,7 +73,7 @@ class Predictions:
 
     def accuracy(self, top: int = 1) -> float:
         """Returns the percentage of images whose class is among the first `top`."""
-        return 100 * (self.ranked[:, :top] == self.labels[:, None]).any(1).float().mean().item()
+        return 100 * (self.ranked[:, :top] == self.labels[:, None]).any(1).double().mean().item()
 
 
 def evaluate(
