@@ -53,6 +53,14 @@ def test_all_implementations_of_torch_take_the_same_steps(rule, kwargs):
     follow([(model, make(model, rule)), (twin, make(twin, rule, **kwargs))])
 
 
+@pytest.mark.parametrize(('rule', 'torchs'), [('sgd', torch.optim.SGD), ('adamw', torch.optim.AdamW)])
+def test_defaults_are_those_of_torch(rule, torchs):
+    model = scaled_model()
+    own = CLASSES[rule](model.parameters(), grad_mults=make_grad_mults(model, update_rule=rule)).defaults
+    given = torchs(model.parameters()).defaults
+    assert {key: own[key] for key in own if key in given} == given
+
+
 @both
 def test_a_step_leaves_the_multiplied_gradient(rule):
     model = scaled_model()
@@ -310,11 +318,14 @@ def test_the_shortcut_trains_any_model(init):
     model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 16, 2))
     before = model[0].weight.detach().clone()
     scales = {'0': {'kxk': torch.ones(8), '1x1': torch.rand(8)}}
+    model[1].bias.requires_grad_(False)
     optimizer = build_repopt_sgd(model, scales, lr=0.1, weight_decay=0.1, init=init)
     assert torch.equal(model[0].weight, before) is not init
     decays = {param: group['weight_decay'] for group in optimizer.param_groups for param in group['params']}
     assert decays[model[0].weight] == 0.1
     assert decays[model[3].weight] == 0.0
+    assert model[1].bias not in decays
+    assert optimizer.defaults['nesterov']
     other = Scales('', {'0': {'kxk': torch.full((8,), 2.0)}})
     with pytest.raises(ValueError, match='saved with the scales'):
         build_repopt_sgd(model, other, lr=0.1).load_state_dict(optimizer.state_dict())

@@ -64,6 +64,14 @@ def graph_of(*convs):
     return torch.export.export(nn.Sequential(*convs), (torch.randn(2, 4, 8, 8),)).module()
 
 
+def test_grouped_kernels_of_a_graph_are_found():
+    conv = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+    plain = nn.Sequential(conv)
+    scales = Scales.initial(plain)
+    mults = make_grad_mults(graph_of(conv), scales)
+    assert torch.equal(*mults.values(), *make_grad_mults(plain, scales).values())
+
+
 def initial(*convs):
     return Scales.initial(nn.Sequential(*convs))
 
