@@ -1,6 +1,7 @@
 """Datasets and loaders, from timm's factories, and the quickstart's data."""
 
 import argparse
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,7 @@ def make_loaders(
         device=device,
         use_prefetcher=prefetcher,
         persistent_workers=False,
+        worker_seeding=_seed_worker,
     )
     same = ('no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter')
     train = create_loader(
@@ -148,6 +150,14 @@ def make_loaders(
         **{name: data_config[name] for name in ('interpolation', 'crop_pct', 'crop_mode')},
     )
     return Loaders(train, validation, None if prefetcher else mix, mix if prefetcher else None)
+
+
+def _seed_worker(worker: Any) -> int:
+    """Returns the seed of a loader's worker, as timm's default does, and lets the worker outlive a SIGTERM."""
+    # A batch system sends it to the whole group, where a worker that ends first is an error in the run. A worker ends
+    # with its run.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return worker.seed
 
 
 def write_digits(root: str | Path) -> None:
