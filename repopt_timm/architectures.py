@@ -25,13 +25,13 @@ class Architecture:
         """Returns the architecture with other depths or widths; None keeps its own.
 
         Raises:
-            ValueError: If there is not one width more than depths.
+            ValueError: If a number is not positive, or the widths are not one more than the depths.
         """
         chosen = replace(self, depths=tuple(depths or self.depths), widths=tuple(widths or self.widths))
-        if len(chosen.widths) != len(chosen.depths) + 1:
+        if len(chosen.widths) != len(chosen.depths) + 1 or min(*chosen.depths, *chosen.widths) < 1:
             raise ValueError(
-                f'depths={chosen.depths} and widths={chosen.widths}: expected one width more than depths, for the stem '
-                f'and each stage. Give both.'
+                f'depths={chosen.depths} and widths={chosen.widths}: expected positive numbers, one width more than '
+                f'depths, for the stem and each stage. Give both.'
             )
         return chosen
 

@@ -1,7 +1,6 @@
 """Errors that say what a user gave, in one line and without secrets."""
 
 import json
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,9 +9,6 @@ from huggingface_hub import get_token
 from .tokens import scrub
 
 __all__ = ['explaining', 'naming', 'one_line', 'reason_of']
-
-# The part of an address with a user's name and password.
-_CREDENTIALS = re.compile(r'(?<=://)[^\s/?#]+@')
 
 
 @contextmanager
@@ -47,7 +43,7 @@ def one_line(error: BaseException) -> str:
         # torch advises to switch the check off.
         start = text.partition('Weights only')[0] if 'Weights only' in text else ''
         text = f'{start}it cannot be read without running code from it. Save its tensors alone and load those.'
-    line = _CREDENTIALS.sub('***@', scrub(' '.join(text.split())))
+    line = scrub(' '.join(text.split()))
     if isinstance(error, ValueError | OSError | ImportError) and line:
         return line
     log = getattr(error, 'repopt_log', None)

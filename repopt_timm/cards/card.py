@@ -89,7 +89,7 @@ def read_metadata(path: str | os.PathLike, source: str | None = None) -> dict[st
     """Reads the metadata of a card, unchecked; none if it has no front matter.
 
     Raises:
-        OSError: If there is no such file.
+        OSError: If the file does not exist.
         ValueError: If it is too large, or its front matter cannot be read.
     """
     source = source or os.fspath(path)

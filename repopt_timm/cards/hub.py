@@ -1,5 +1,6 @@
 """Repositories on the Hugging Face Hub: files down, folders up."""
 
+import logging
 import os
 import random
 import re
@@ -41,6 +42,16 @@ _ATTEMPTS = 12
 _LONGEST_WAIT = 8.0
 _MOVED = (409, 412)
 _TOO_LARGE = 413
+
+
+def _scrub_record(record: logging.LogRecord) -> bool:
+    record.msg, record.args = scrub(record.getMessage()), ()
+    return True
+
+
+# When the client tries again, it logs the address, which holds the password of HF_ENDPOINT.
+for handler in logging.getLogger('huggingface_hub').handlers:
+    handler.addFilter(_scrub_record)
 
 
 class HubError(OSError):
@@ -214,6 +225,8 @@ def _explained(source: HubSource, file: str, token: str | bool | None) -> Iterat
                 text += f' Or run `hf download {source.repo_id} {file}{revision}` once with a network.'
         elif raised.status in (401, 403):
             text += ' Log in with `hf auth login`, or set HF_TOKEN to a token that has access.'
+        elif raised.status is None and not missing and 'HF_ENDPOINT' in os.environ:
+            text = f'{text.rstrip(".")}. Check HF_ENDPOINT, which is set: a Hub has an address such as https://huggingface.co.'
         where = f'{source}, file {file}' if file else str(source)
         raised.args = (scrub(f'{where}: {text}', token if isinstance(token, str) else get_token()),)
     else:

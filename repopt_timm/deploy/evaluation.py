@@ -117,7 +117,7 @@ def evaluate(
     try:
         classes = class_table(found.labels, found.ranked[:, 0], names)
     except ImportError as error:
-        _logger.warning(f'There is no table of the classes. {error}')
+        _logger.warning(f'Cannot print the table of classes: {error}')
         classes = []
     if out is not None:
         write_confusion(found.labels, found.ranked[:, 0], names, out)

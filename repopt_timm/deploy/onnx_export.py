@@ -48,7 +48,7 @@ def export_onnx(
         `kernel_outliers` and `still_channels`.
 
     Raises:
-        OSError: If there is no such checkpoint, or the file cannot be written.
+        OSError: If the checkpoint does not exist, or the file cannot be written.
         ValueError: If the model cannot be loaded or exported, or the result differs from PyTorch.
         ImportError: If the `[deploy]` extra is not installed.
     """

@@ -40,7 +40,7 @@ def load_onnx(path: str | os.PathLike) -> Any:
         An `onnx.ModelProto`.
 
     Raises:
-        OSError: If there is no such file.
+        OSError: If the file does not exist.
         ValueError: If it is not an ONNX model, or does not have one input and one output.
     """
     onnx = require('onnx')

@@ -186,7 +186,7 @@ def create(
         kwargs: timm's arguments, and those of the network.
 
     Raises:
-        ValueError: If there are no such weights or scales, or they do not belong to the network.
+        ValueError: If the weights or scales do not exist, or belong to another network.
     """
     name = ModelName.parse(variant)
     is_vgg = name.architecture in ARCHITECTURES

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import logging
 import os
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,8 @@ PUBLISHED = 'published'
 """The tag of these scales, and what means those of a model at hand."""
 
 _TABLE = Path(__file__).with_name('published_scales.csv')
-# Where files of GitHub's repositories are: <address>/<repository>/<commit>/<file>. Tests and mirrors set another.
+# Where files of GitHub's repositories are: <address>/<repository>/<commit>/<file>. Tests and mirrors set another,
+# without user and password, which torch.hub does not send.
 _ADDRESS_VARIABLE = 'REPOPT_TIMM_PUBLISHED_URL'
 _ADDRESS = 'https://raw.githubusercontent.com'
 
@@ -101,7 +103,7 @@ def read_published(model_name: str) -> Scales:
 
     Raises:
         OSError: If they can be neither found in the cache nor downloaded.
-        ValueError: If none are published for it.
+        ValueError: If none are published for it, or the address of a mirror is malformed.
     """
     row = find_published(model_name)
     if row is None:
@@ -120,7 +122,11 @@ def read_published(model_name: str) -> Scales:
 
 
 def _download(row: PublishedScales) -> None:
-    url = '/'.join([os.environ.get(_ADDRESS_VARIABLE, _ADDRESS), row.repository, row.commit, row.file])
+    address = os.environ.get(_ADDRESS_VARIABLE, _ADDRESS).rstrip('/')
+    if not re.fullmatch(r'https?://[^/@\s:]+(:\d{1,5})?(/\S*)?', address):
+        # The error does not repeat the address, which may hold a password.
+        raise ValueError(f'{_ADDRESS_VARIABLE} is not an address such as {_ADDRESS}, without user and password.')
+    url = f'{address}/{row.repository}/{row.commit}/{row.file}'
     _logger.info(f'{row.name}: downloading {row.file} of {row.repository} ({row.license.upper()} licence)')
     row.path.parent.mkdir(parents=True, exist_ok=True)
     try:

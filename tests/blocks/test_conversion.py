@@ -1,9 +1,10 @@
 import copy
 
 import pytest
+import timm
 import torch
 from timm.layers import convert_sync_batchnorm, freeze_batch_norm_2d
-from timm.models.byobnet import MobileOneBlock
+from timm.models.byobnet import MobileOneBlock, RepVggBlock
 from timm.utils import reparameterize_model
 from torch import nn
 
@@ -111,3 +112,19 @@ def test_dead_and_exploding_channels_are_bounded_and_counted(caplog):
     assert scales['conv']['1x1'][2].item() == pytest.approx(typical / 30, rel=1e-4)
     assert scales['conv']['kxk'][5].item() == pytest.approx(-typical * 30, rel=1e-4)
     assert scales['conv']['identity'][1] == 0
+
+
+def test_a_twin_keeps_the_names_of_a_rep_opt_vgg():
+    twin = plain_twin(timm.create_model('repvgg_a0', device='meta'))
+    assert set(twin.state_dict()) == set(timm.create_model('repopt_vgg_a0', device='meta').state_dict())
+
+
+def test_a_twin_of_a_twin_is_an_error():
+    with pytest.raises(ValueError, match='PlainBlock has no multi-branch block'):
+        plain_twin(plain_twin(RepVggBlock(4, 4)))
+
+
+def test_a_twin_can_be_scripted(example):
+    x = images(example.channels)
+    twin = plain_twin(example.block, weights=True).eval()
+    torch.testing.assert_close(torch.jit.script(copy.deepcopy(twin))(x), twin(x))

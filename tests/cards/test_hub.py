@@ -1,7 +1,11 @@
+import logging
+import os
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 
 from repopt_timm import load_scales, push_scales
 from repopt_timm.cards.hub import HubError, HubFileNotFoundError, download, push_folder
@@ -164,3 +168,28 @@ def test_scales_of_a_card_that_is_too_large_go_into_a_file_beside_it(hub, client
         client('other', offline=offline)
         assert load_scales(f'hf-hub:{REPO}') == scales
         assert load_scales(f'hf-hub:{REPO}').provenance == {'dataset': 'cifar10'}
+
+
+def test_a_push_keeps_what_others_wrote_on_the_hub(hub, client, scales):
+    HfApi().upload_file(path_or_fileobj=b'mine', path_in_repo='notes.txt', repo_id=REPO)
+    edit(card_text(hub).replace('---\n', '---\nlicense: mit\n', 1) + 'A note.\n')
+    update = random_scales()
+    push_scales(update, REPO)
+    card = ModelCard(card_text(hub))
+    assert card.data.license == 'mit' and card.text.endswith('A note.\n')
+    assert hub.repo(REPO).read('notes.txt') == b'mine'
+    assert load_scales(f'hf-hub:{REPO}') == update
+
+
+def test_a_wrong_endpoint_is_named(tmp_path):
+    # The client reads the variable when it is imported.
+    environment = {**os.environ, 'HF_ENDPOINT': 'nonsense', 'HF_HOME': str(tmp_path), 'HF_HUB_OFFLINE': '0'}
+    command = [sys.executable, '-m', 'repopt_timm.cli', 'scales', 'show', f'hf-hub:{REPO}']
+    assert 'HF_ENDPOINT' in subprocess.run(command, env=environment, capture_output=True, text=True).stderr
+
+
+def test_the_client_logs_no_password():
+    record = logging.makeLogRecord({'msg': 'HEAD %s, trying again', 'args': ('http://ann:s3cret@host/x',)})
+    handlers = logging.getLogger('huggingface_hub').handlers
+    assert handlers and all(handler.filter(record) for handler in handlers)
+    assert record.getMessage() == 'HEAD http://***@host/x, trying again'

@@ -1,4 +1,5 @@
 import json
+import math
 
 import onnx
 import onnxruntime
@@ -11,7 +12,7 @@ from repopt_timm.deploy import export_onnx, load_model
 from repopt_timm.deploy.classifier import image_input
 from repopt_timm.deploy.onnx_export import to_onnx
 
-from .conftest import ARGS
+from .conftest import ARGS, write_checkpoint
 
 CONFIG = {'input_size': (3, 32, 32), 'mean': (0.5, 0.5, 0.5)}
 
@@ -129,3 +130,11 @@ def test_the_exporter_folds_every_batchnorm(name):
             nn.init.uniform_(module.running_var, 0.5, 2)
     proto, _ = to_onnx(model, CONFIG)
     assert 'BatchNormalization' not in {node.op_type for node in proto.graph.node}
+
+
+def test_weights_that_are_not_finite_are_an_error(tmp_path):
+    model = timm.create_model('test_resnet', num_classes=3)
+    model.fc.bias.data[0] = math.nan
+    with pytest.raises(ValueError, match=r'fc\.bias.*nan'):
+        export_onnx(write_checkpoint(model, tmp_path / 'last.pth.tar'), tmp_path / 'model.onnx')
+    assert not (tmp_path / 'model.onnx').exists()

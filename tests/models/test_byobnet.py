@@ -1,9 +1,10 @@
 import pytest
+import timm
 import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
-from repopt_timm import Scales, make_grad_mults
+from repopt_timm import Scales, make_grad_mults, save_pretrained
 from repopt_timm.models.records import stated_arguments
 
 from ..helpers import tiny_model
@@ -45,7 +46,10 @@ def test_scales_belong_to_the_chosen_numbers(kind):
         tiny_model(kind, scales=scales)
 
 
-@pytest.mark.parametrize('numbers', [{'depths': (1, 1)}, {'widths': (8, 8)}, {**NUMBERS, 'strides': (2, 2)}])
+@pytest.mark.parametrize(
+    'numbers',
+    [{'depths': (1, 1)}, {'widths': (8, 8)}, {'depths': (1, 0, 1, 1)}, {**NUMBERS, 'strides': (2, 2)}],
+)
 @pytest.mark.parametrize('kind', ['', '_branches'])
 def test_numbers_that_do_not_go_together_are_refused(kind, numbers):
     with pytest.raises(ValueError, match=r'one width more|expected 4 values'):
@@ -56,3 +60,14 @@ def test_before_1_0_31_a_repository_states_what_timm_does_not(monkeypatch):
     monkeypatch.delattr('timm.models._hub.get_model_args', raising=False)
     model = tiny_model(in_chans=1, scales='initial', drop_rate=0.1, **NUMBERS)
     assert stated_arguments(model) == {'in_chans': 1, **NUMBERS}
+
+
+@pytest.mark.parametrize('kind', ['', '_hs', '_branches'])
+def test_a_repository_states_the_numbers(tmp_path, kind, monkeypatch):
+    model = tiny_model(kind, in_chans=1, **NUMBERS, **({} if kind else {'scales': 'initial'})).eval()
+    save_pretrained(model, tmp_path)
+    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
+    assert torch.equal(loaded(IMAGES[:, :1]), model(IMAGES[:, :1]))
+    card = (tmp_path / 'README.md').read_text()
+    numbers = ', '.join(f'{name}={value}' for name, value in NUMBERS.items())
+    assert (numbers in card) == (kind != '_branches')

@@ -7,7 +7,7 @@ from timm.data import resolve_data_config
 from timm.utils import reparameterize_model
 from torch import nn
 
-from repopt_timm import Scales
+from repopt_timm import Scales, make_grad_mults
 from repopt_timm.architectures import ARCHITECTURES
 from repopt_timm.reparam import kind_of
 
@@ -113,3 +113,30 @@ def test_squeeze_and_excitation_comes_after_the_relu():
     assert [name for name, _ in block.named_children()] == ['conv', 'bn', 'attn']
     assert isinstance(block.bn.act, nn.ReLU)
     assert block.attn.fc1.out_channels == 1
+
+
+def test_a_target_starts_by_the_rule_of_initialization_unless_it_has_weights():
+    kernel = tiny_model(scales=Scales.initial(tiny_model())).stages[1][1].conv.weight
+    assert kernel[torch.arange(32), torch.arange(32), 1, 1].mean() > 0.9
+    trained = tiny_model()
+    overlay = {'state_dict': trained.state_dict(), 'num_classes': 5}
+    model = tiny_model(pretrained=True, scales=random_scales(), pretrained_cfg_overlay=overlay)
+    assert torch.equal(model.stages[0][0].conv.weight, trained.stages[0][0].conv.weight)
+    assert model.scales is not None
+
+
+@pytest.mark.parametrize('kind', ['', '_csla'])
+def test_a_checkpoint_brings_weights_and_the_scales_of_a_csla_model(tmp_path, kind):
+    scales = random_scales()
+    trained = tiny_model(kind, scales=scales).eval()
+    torch.save(trained.state_dict(), tmp_path / 'trained.pth')
+    loaded = tiny_model(kind, scales=None if kind else scales, checkpoint_path=tmp_path / 'trained.pth').eval()
+    assert torch.equal(loaded(IMAGES), trained(IMAGES))
+    assert loaded.scales == scales
+
+
+def test_a_convolution_that_was_replaced_in_features_is_named():
+    features = tiny_model(scales='initial', features_only=True)
+    features['stages_1'][1].conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
+    with pytest.raises(ValueError, match=r'stages\.1\.1\.conv'):
+        make_grad_mults(features)

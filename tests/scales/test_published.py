@@ -132,3 +132,12 @@ def test_a_list_names_what_ships_what_is_published_and_what_is_cached(scales, cl
     assert after[NAME] == 'published, cached'
     assert after['hf-hub:ann/tiny'] == 'cached'
     assert 'hf-hub:ann/other' not in after
+
+
+@pytest.mark.parametrize('address', ['nonsense', 'http://ann:s3cret@127.0.0.1', 'ann:s3cret@host', 'http://host:port'])
+def test_a_malformed_address_is_named_without_the_password(address, scales, client, monkeypatch, capsys):
+    client()
+    monkeypatch.setenv('REPOPT_TIMM_PUBLISHED_URL', address)
+    assert main(['scales', 'show', NAME]) == 1
+    error = capsys.readouterr().err
+    assert 'REPOPT_TIMM_PUBLISHED_URL' in error and 's3cret' not in error
