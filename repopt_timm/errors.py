@@ -8,7 +8,7 @@ from huggingface_hub import get_token
 
 from .tokens import scrub
 
-__all__ = ['explaining', 'naming', 'one_line', 'reason_of']
+__all__ = ['explaining', 'one_line', 'reason_of']
 
 
 @contextmanager
@@ -56,14 +56,3 @@ def one_line(error: BaseException) -> str:
 def reason_of(error: BaseException) -> str:
     """Returns what a library's error says, on one line of at most 300 characters; its type if it says nothing."""
     return ' '.join(str(error).split())[:300].rstrip('.') or type(error).__name__
-
-
-@contextmanager
-def naming(folder: object, name: object) -> Iterator[None]:
-    """Calls a temporary folder in ValueErrors by the name of what its files are for."""
-    try:
-        yield
-    except ValueError as error:
-        if str(folder) not in str(error):
-            raise
-        raise ValueError(str(error).replace(str(folder), str(name))) from None

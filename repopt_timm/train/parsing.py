@@ -1,6 +1,7 @@
 """From the command line and a YAML file to the arguments of a run."""
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,47 @@ from ..commands import PROGRAM
 from ..console import CommandParser, Pairs, did_you_mean
 from ..resources import resource_dir
 from .arguments import add_arguments
-from .timm_defaults import INSTEAD, TIMM_DEFAULTS
 
-__all__ = ['ARGUMENTS', 'make_parser', 'parse_arguments', 'parse_with_config', 'read_config', 'write_config']
+__all__ = ['ARGUMENTS', 'make_parser', 'parse_arguments', 'read_config', 'write_config']
 
 # What leads to a run, not what it is.
 _NOT_IN_CONFIGS = ('resume', 'override', 'debug')
+
+# Of timm's script, whose args.yaml holds all of its arguments: what is not built here, at its defaults that say
+# something.
+_TIMM_DEFAULTS = {
+    'amp_impl': 'native',
+    'aug_splits': 0,
+    'epoch_repeats': 0.0,
+    'eval_metric': 'top1',
+    'kd_distill_type': 'logit',
+    'kd_loss_type': 'kl',
+    'kd_temperature': 4.0,
+    'kd_token_distill_type': 'soft',
+    'layer_decay_min_scale': 0,
+    'local_rank': 0,
+    'lr_cycle_decay': 0.5,
+    'lr_cycle_limit': 1,
+    'lr_cycle_mul': 1.0,
+    'lr_k_decay': 1.0,
+    'lr_noise_pct': 0.67,
+    'lr_noise_std': 1.0,
+    'naflex_loss_scale': 'linear',
+    'naflex_max_seq_len': 576,
+    'naflex_train_seq_lens': [128, 256, 576, 784, 1024],
+    'recovery_interval': 0,
+    'tta': 0,
+    'worker_seeding': 'all',
+}
+_INSTEAD = {
+    'drop_connect': 'give drop_path',
+    'epoch_repeats': 'multiply epochs',
+    'model_dtype': 'give amp and amp_dtype',
+    'no_resume_opt': 'give initial_checkpoint, which takes the weights alone',
+    'pretrained_path': 'give initial_checkpoint',
+    'start_epoch': 'give --resume, which finds the epoch itself',
+    'torchscript': 'give torchcompile',
+}
 
 
 def make_parser(program: str = 'train.py', description: str | None = None) -> CommandParser:
@@ -52,29 +88,19 @@ def parse_arguments(
         FileNotFoundError: If the config does not exist.
         ValueError: If an argument is unknown, or its value is not one that it can have.
     """
-    args = parse_with_config(make_parser(program, description), argv)
+    parser = make_parser(program, description)
+    args = parser.parse_args(argv)
+    for value in vars(args).values():
+        if isinstance(value, str) and any('\ud800' <= character <= '\udfff' for character in value):
+            raise ValueError(f'{value!a} is not UTF-8, which configs and reports are: rename the file or folder.')
+    if args.config is not None:
+        parser.set_defaults(**read_config(args.config))
+        args = parser.parse_args(argv)
     args.data_dir = vars(args).pop('data') or args.data_dir
     if args.data_dir and Path(args.data_dir).name in ('', '..'):
         # Cards record the folder's name.
         args.data_dir = str(Path(args.data_dir).resolve())
     return args
-
-
-def parse_with_config(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parses a command line whose `-c` names a config, which replaces the defaults of the parser.
-
-    Raises:
-        FileNotFoundError: If the config does not exist.
-        ValueError: If an argument is unknown, or its value is not one that it can have.
-    """
-    args = parser.parse_args(argv)
-    for value in vars(args).values():
-        if isinstance(value, str) and any('\ud800' <= character <= '\udfff' for character in value):
-            raise ValueError(f'{value!a} is not UTF-8, which configs and reports are: rename the file or folder.')
-    if args.config is None:
-        return args
-    parser.set_defaults(**read_config(args.config))
-    return parser.parse_args(argv)
 
 
 def read_config(name: str) -> dict[str, Any]:
@@ -107,7 +133,8 @@ def read_config(name: str) -> dict[str, Any]:
     if len(folders) > 1:
         raise ValueError(f"'{path}' names two folders of data, {' and '.join(sorted(folders))}, expected one.")
     config |= {'data_dir': folders.pop()} if folders else {}
-    _refuse_unknown(path, config)
+    if problems := [problem for key, value in config.items() if (problem := _problem(key, value))]:
+        raise ValueError(f"'{path}': {'; '.join(problems)}")
     words = []
     values: dict[str, Any] = {}
     for key, value in config.items():
@@ -124,43 +151,28 @@ def read_config(name: str) -> dict[str, Any]:
             flag = action.option_strings[-1]
             words += [flag, *map(str, value)] if isinstance(value, list) else [f'{flag}={value}']
     try:
-        parser = CommandParser(prog=f'{PROGRAM} train')
-        add_arguments(parser)
-        parsed = vars(parser.parse_args(words))
+        parsed = vars(_PARSER.parse_args(words))
     except ValueError as error:
         raise ValueError(f"'{path}': {error}") from None
     return {key: values[key] if key in values else parsed[key] for key in config if key in ARGUMENTS}
 
 
-def _refuse_unknown(path: Path, config: dict[str, Any]) -> None:
-    for key in _NOT_IN_CONFIGS:
-        if config.get(key):
-            raise ValueError(f"'{path}': '{key}' belongs on the command line, as --{key}; remove it from the file.")
-    problems = []
-    for key, value in config.items():
-        if key in ARGUMENTS or value is None or value is False or value in ('', [], {}):
-            continue
-        if key not in TIMM_DEFAULTS:
-            problems.append(f"unknown argument '{key}'.{did_you_mean(str(key), ARGUMENTS)}")
-        elif value != TIMM_DEFAULTS[key]:
-            advice = INSTEAD.get(key, "remove it, or train with timm's script")
-            problems.append(f"'{key}: {value}' is not built here: {advice}")
-    if problems:
-        raise ValueError(f"'{path}': {'; '.join(problems)}")
+def _problem(key: Any, value: Any) -> str | None:
+    """Returns what is wrong with a name in a config, or with a value of timm's script that is not built here."""
+    if key in ARGUMENTS:
+        belongs = key in _NOT_IN_CONFIGS and value
+        return f"'{key}' belongs on the command line, as --{key}; remove it from the file" if belongs else None
+    if value in (None, '', [], {}) or value is False or (key in _TIMM_DEFAULTS and value == _TIMM_DEFAULTS[key]):
+        return None
+    advice = _INSTEAD.get(key) or f"remove it, or train with timm's script.{did_you_mean(str(key), ARGUMENTS)}"
+    return f"'{key}' ({value!r}) is not an argument here: {advice}"
 
 
 def write_config(args: argparse.Namespace) -> str:
     """Writes the arguments of a run as YAML that `-c` reads."""
-    kept = {name: _plain(getattr(args, name)) for name in ARGUMENTS if name not in _NOT_IN_CONFIGS}
-    return yaml.safe_dump(kept, sort_keys=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value if isinstance(value, str | int | float | bool | None) else str(value)
+    kept = {name: getattr(args, name) for name in ARGUMENTS if name not in _NOT_IN_CONFIGS}
+    # YAML has lists for tuples, and text for what it has no type for, as JSON does.
+    return yaml.safe_dump(json.loads(json.dumps(kept, default=str)), sort_keys=False)
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -174,11 +186,8 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _actions() -> dict[str, argparse.Action]:
-    parser = argparse.ArgumentParser(add_help=False)
-    add_arguments(parser)
-    return {action.dest: action for action in parser._actions}
+_PARSER = CommandParser(prog=f'{PROGRAM} train', add_help=False)
+add_arguments(_PARSER)
 
-
-ARGUMENTS = _actions()
+ARGUMENTS = {action.dest: action for action in _PARSER._actions}
 """The arguments of a run by name, with `default`, `help` and `option_strings`."""
