@@ -6,14 +6,14 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import yaml
 
 from .errors import one_line
 
-__all__ = ['CommandParser', 'Pairs', 'default_text', 'did_you_mean', 'exit_code', 'number']
+__all__ = ['CommandParser', 'Pairs', 'did_you_mean', 'exit_code', 'number']
 
 # Flags of other programs that are close to one of ours, and what to do.
 _OF_OTHERS = {'--device-modules': " It is for timm's own train.py, and not needed here: leave it out."}
@@ -21,25 +21,20 @@ _INVALID_CHOICE = re.compile(r"argument ([^:]+): invalid choice: '(.*)' \(choose
 
 
 class _HelpFormatter(argparse.HelpFormatter):
+    """Ends a help with ` [default]`, unless it is of a switch or there is nothing to show."""
+
     def _get_help_string(self, action: argparse.Action) -> str:
-        return (action.help or '') + default_text(action.default).replace('%', '%%')
+        value: Any = action.default
+        if isinstance(value, bool) or value in (None, '', {}, [], argparse.SUPPRESS):
+            return action.help or ''
+        words = [
+            f'{each:g}' if isinstance(each, float) else str(each)
+            for each in (value if isinstance(value, list | tuple) else [value])
+        ]
+        return f'{action.help} [{" ".join(words).replace("%", "%%")}]'
 
     def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
         return 'N' if callable(action.type) else super()._get_default_metavar_for_optional(action)
-
-
-def default_text(value: Any) -> str:
-    """Returns ` [value]`, which ends a help; nothing for a flag, or if there is nothing to show."""
-    if value is None or value == argparse.SUPPRESS or isinstance(value, bool):
-        return ''
-    if isinstance(value, Mapping):
-        value = [f'{key}={_short(item)}' for key, item in value.items()]
-    text = ' '.join(map(_short, value)) if isinstance(value, list | tuple) else _short(value)
-    return f' [{text}]' if text else ''
-
-
-def _short(value: Any) -> str:
-    return f'{value:g}' if isinstance(value, float) else str(value)
 
 
 class CommandParser(argparse.ArgumentParser):

@@ -11,7 +11,6 @@ from safetensors import SafetensorError
 __all__ = [
     'check_output',
     'check_output_folder',
-    'find_temporaries',
     'naming_write_errors',
     'remove_temporaries',
     'replacing',
@@ -102,11 +101,6 @@ def check_output(path: str | os.PathLike, *inputs: str | os.PathLike) -> Path:
     return target
 
 
-def find_temporaries(folder: str | os.PathLike) -> list[Path]:
-    """Returns what processes in `replacing` write in a folder, or left there when they were killed."""
-    return sorted(Path(folder).glob(f'.*-*{_MARK}*'))
-
-
 def check_output_folder(path: str | os.PathLike) -> Path:
     """Checks that a folder can be made, or is there, before the work that makes its content.
 
@@ -121,5 +115,5 @@ def check_output_folder(path: str | os.PathLike) -> Path:
 
 def remove_temporaries(folder: str | os.PathLike) -> None:
     """Removes what processes that were killed in `replacing` left in a folder."""
-    for path in find_temporaries(folder):
+    for path in Path(folder).glob(f'.*-*{_MARK}*'):
         path.unlink(missing_ok=True)

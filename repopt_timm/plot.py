@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .files import check_output, replacing
 
-__all__ = ['check_picture', 'figure_class', 'plot_curves', 'plot_scales', 'save_figure', 'subplots']
+__all__ = ['check_picture', 'plot_curves', 'plot_scales', 'save_figure', 'subplots']
 
 # The scales of kxk and 1x1 may lie on top of each other, as they do before a search.
 _STYLES = {
@@ -19,8 +19,8 @@ _STYLES = {
 }
 
 
-def figure_class() -> Any:
-    """Returns `matplotlib.figure.Figure`: a figure without pyplot, whose state and backend are the user's.
+def subplots(rows: int, columns: int, figsize: tuple[float, float], layout: Any = None, **options: Any) -> Any:
+    """Returns a figure and its axes, as `matplotlib.pyplot.subplots` does, whose state and backend are the user's.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -29,12 +29,7 @@ def figure_class() -> Any:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError("Pictures need matplotlib: pip install 'repopt-timm[plot]'.") from None
-    return Figure
-
-
-def subplots(rows: int, columns: int, figsize: tuple[float, float], layout: str | None = None, **options: Any) -> Any:
-    """Returns a figure and its axes, as `matplotlib.pyplot.subplots` does."""
-    figure = figure_class()(figsize=figsize, layout=layout)
+    figure = Figure(figsize=figsize, layout=layout)
     return figure, figure.subplots(rows, columns, **options)
 
 
@@ -46,7 +41,7 @@ def check_picture(path: str | os.PathLike, *inputs: str | os.PathLike) -> Path:
         ValueError: If the suffix does not name a format of pictures, or it cannot be written there.
     """
     target = check_output(path, *inputs)
-    formats = figure_class()().canvas.get_supported_filetypes()
+    formats = subplots(1, 1, (1, 1))[0].canvas.get_supported_filetypes()
     if target.suffix[1:].lower() not in formats:
         names = ', '.join(f'.{name}' for name in sorted(formats))
         raise ValueError(f"'{path}' does not end in the suffix of a picture, such as {target.stem}.png: {names}.")

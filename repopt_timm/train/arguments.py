@@ -1,7 +1,6 @@
 """The arguments of a training run. Names and defaults are those of timm's training script, unless the help differs."""
 
 import argparse
-from collections.abc import Collection
 
 from ..console import Pairs, number
 
@@ -22,26 +21,13 @@ _positive = number(float, above=0)
 _part = number(float, above=0, high=1)
 
 
-def add_arguments(parser: argparse.ArgumentParser, skip: Collection[str] = ()) -> None:
-    """Adds the arguments of a run to a parser, by section.
-
-    Args:
-        parser: The parser.
-        skip: Names of arguments to leave out.
-    """
-    group = parser.add_argument_group('Data')
-
-    def section(title: str) -> None:
-        nonlocal group
-        group = parser.add_argument_group(title)
-
-    def add(*flags: str, **options) -> None:
-        if flags[-1][2:].replace('-', '_') not in skip:
-            group.add_argument(*flags, **options)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of a run to a parser, by section."""
 
     def switch(flag: str, text: str) -> None:
         add(flag, action='store_true', help=text)
 
+    add = parser.add_argument_group('Data').add_argument
     add('--data-dir', metavar='DIR', help='path to dataset: image folders, or .tar files')
     add(
         '--dataset',
@@ -66,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser, skip: Collection[str] = ()) -
     add('--input-key', metavar='KEY', help='dataset key of the images')
     add('--target-key', metavar='KEY', help='dataset key of the labels')
 
-    section('Model')
+    add = parser.add_argument_group('Model').add_argument
     add('--model', default='repopt_vgg_a0', help='name of a timm model; _hs for a search, _csla for validation')
     add(
         '--scales',
@@ -98,12 +84,12 @@ def add_arguments(parser: argparse.ArgumentParser, skip: Collection[str] = ()) -
     add('--model-kwargs', nargs='*', action=Pairs, default={}, metavar='K=V', help='further model arguments')
     add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
 
-    section('Device')
+    add = parser.add_argument_group('Device').add_argument
     add('--device', help='device to train on [cuda if available, else cpu]')
     switch('--amp', 'mixed precision')
     add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='lower precision of --amp')
 
-    section('Optimizer')
+    add = parser.add_argument_group('Optimizer').add_argument
     add('--opt', type=str.lower, metavar='NAME', help='optimizer [repopt_sgd for a plain repopt_* model, else sgd]')
     add('--opt-eps', type=_nonnegative, help='epsilon of the optimizer')
     add('--opt-betas', type=_share, nargs='+', help='betas of the optimizer')
@@ -115,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser, skip: Collection[str] = ()) -
     add('--layer-decay', type=_part, help='layer-wise learning rate decay')
     add('--opt-kwargs', nargs='*', action=Pairs, default={}, metavar='K=V', help='further optimizer arguments')
 
-    section('Learning rate schedule')
+    add = parser.add_argument_group('Learning rate schedule').add_argument
     add('--sched', default='cosine', choices=_SCHEDULES, help='schedule')
     switch('--sched-on-updates', 'step the schedule on updates; done anyway if --epochs is less than 50')
     add('--lr', type=_nonnegative, help='learning rate; overrides --lr-base')
@@ -140,7 +126,7 @@ def add_arguments(parser: argparse.ArgumentParser, skip: Collection[str] = ()) -
     patience = 'stop when the validation accuracy has not improved for N epochs'
     add('--patience', type=_count, help=patience)
 
-    section('Augmentation and regularization')
+    add = parser.add_argument_group('Augmentation and regularization').add_argument
     switch('--no-aug', 'no training augmentation')
     add('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'), help='crop mode in train')
     area = 'range of the random crop area'
@@ -175,7 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser, skip: Collection[str] = ()) -
     add('--drop-path', type=_fraction, help='rate of stochastic depth')
     add('--drop-block', type=_fraction, help='rate of dropped blocks')
 
-    section('BatchNorm and weight averaging')
+    add = parser.add_argument_group('BatchNorm and weight averaging').add_argument
     add('--bn-momentum', type=_share, help="momentum of BatchNorm [the model's]")
     add('--bn-eps', type=_positive, help="epsilon of BatchNorm [the model's]")
     switch('--sync-bn', 'synchronized BatchNorm, on GPUs')
@@ -185,7 +171,7 @@ def add_arguments(parser: argparse.ArgumentParser, skip: Collection[str] = ()) -
     add('--model-ema-decay', type=_fraction, default=0.9998, help='decay of the average')
     switch('--model-ema-warmup', 'warm the decay up')
 
-    section('Run')
+    add = parser.add_argument_group('Run').add_argument
     seed = 'random seed; epochs are seeded one by one, so that a resumed run repeats'
     add('--seed', type=number(int, low=0, high=10**9), default=42, help=seed)
     add('--log-interval', type=_count, default=50, help='batches between lines of progress')

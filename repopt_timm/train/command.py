@@ -90,9 +90,9 @@ def continuation(program: Sequence[str], argv: Sequence[str], folder: Path) -> s
 
 def _search_and_train(args: argparse.Namespace) -> None:
     """Searches, trains the target with what was found, and writes a report."""
-    check_arguments(args)
-    # Before the search, whose error would name another model.
+    # Before the search, whose errors would name another model.
     find_variant(args.model)
+    check_arguments(args)
     folder = Path(args.output) / (args.experiment or args.model)
     both = {**vars(args), 'output': str(folder), 'search_first': False}
     # These are for the target.

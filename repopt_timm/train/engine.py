@@ -43,6 +43,7 @@ class TrainState:
         history: A row for each finished epoch: `epoch`, `lr`, `train_loss`, `train_accuracy` of unmixed labels; if it
             was validated `eval_loss`, `eval_top1`, `eval_top5`, and with a moving average the model's own `eval_raw_*`.
         times: Seconds that the training of each epoch took; apart from the history, which is the same in each run.
+        overridden: Arguments that the run was resumed with in place of its own, and after which epoch.
         predictions: Labels and predictions of the last validation in this process, of the shape (2, images).
         start: When this process began to train, by `time.perf_counter`.
         first_epoch: Index of the epoch that it began with.
@@ -55,6 +56,7 @@ class TrainState:
     scaler: torch.amp.GradScaler | None = None
     history: list[dict[str, Any]] = field(default_factory=list)
     times: list[dict[str, Any]] = field(default_factory=list)
+    overridden: list[str] = field(default_factory=list)
     predictions: Tensor | None = None
     start: float = field(default_factory=time.perf_counter)
     first_epoch: int = 0

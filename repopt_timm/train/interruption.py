@@ -20,11 +20,9 @@ class InterruptedRunError(Exception):
     Attributes:
         signum: The signal.
         folder: Folder of the run.
-        epochs: Epochs that it has finished.
     """
 
     folder = Path()
-    epochs = 0
 
     def __init__(self, signum: int):
         super().__init__(signal.Signals(signum).name)

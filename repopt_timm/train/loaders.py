@@ -12,7 +12,6 @@ from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
 from ..datasets import (
     check_same_classes,
     color_mode,
-    core_count,
     count_classes,
     open_split,
     read_class_map,
@@ -35,14 +34,12 @@ class Loaders:
     Attributes:
         train: Batches of training images and labels.
         validation: Batches of validation images and labels.
-        mixup: Mixes a batch on the device, if that is not done in the loader.
-        collate_mixup: Mixes in the loader, if so.
+        mixup: Mixes a batch on the device, if the training loader does not do it.
     """
 
     train: Any
     validation: Any
     mixup: Mixup | None
-    collate_mixup: FastCollateMixup | None
 
 
 def image_folder(args: argparse.Namespace) -> str | None:
@@ -57,8 +54,8 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
 
     Raises:
         FileNotFoundError: If the folder or class map does not exist.
-        ValueError: If no data is named, the folder has no images or not both splits, they have different classes or
-            one class only, or both are one file.
+        ValueError: If the folder has no images or not both splits, they have different classes, one class only, or
+            more than `--num-classes`.
     """
     root = args.data_dir
     if args.dataset == _DIGITS:
@@ -89,9 +86,14 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
             )
             validation = create_dataset(args.dataset, split=splits[1], num_samples=args.val_num_samples, **common)
     check_same_classes(train, validation)
-    if count_classes(train) == 1:
+    asked, found = args.num_classes, count_classes(train)
+    if found == 1:
         raise ValueError('The training images are all of one class, expected a folder for each of several.')
-    return select_images(train, validation, validation, args)
+    if asked is None and found is None:
+        raise ValueError('The data do not state their number of classes: give it with --num-classes.')
+    if asked is not None and found is not None and asked < found:
+        raise ValueError(f'--num-classes is {asked}, but the data have {found} classes: raise it, or omit it.')
+    return select_images(train, validation, args)
 
 
 def make_loaders(
@@ -120,7 +122,7 @@ def make_loaders(
         )
     common: dict[str, Any] = dict(
         **{name: data_config[name] for name in ('input_size', 'mean', 'std')},
-        num_workers=min(args.workers, core_count()),
+        num_workers=args.workers,
         distributed=args.distributed,
         pin_memory=args.pin_mem,
         device=device,
@@ -149,7 +151,7 @@ def make_loaders(
         batch_size=args.validation_batch_size or args.batch_size,
         **{name: data_config[name] for name in ('interpolation', 'crop_pct', 'crop_mode')},
     )
-    return Loaders(train, validation, None if prefetcher else mix, mix if prefetcher else None)
+    return Loaders(train, validation, None if prefetcher else mix)
 
 
 def _seed_worker(worker: Any) -> int:

@@ -1,9 +1,7 @@
 """What a run is: the arguments of the user, with what depends on model, machine and folder filled in, once."""
 
 import argparse
-import difflib
 import logging
-import os
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,8 @@ import yaml
 from timm.models import parse_model_name, safe_model_name
 
 from ..checkpoints.read import read_checkpoint
+from ..console import did_you_mean
+from ..datasets import core_count
 from ..errors import explaining
 from ..models import resolve_model
 from ..names import PREFIX, ModelName
@@ -37,10 +37,6 @@ class RunArguments(argparse.Namespace):
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f'{name} cannot be set: the arguments of a run are fixed.')
 
-    def replaced(self, **changes: Any) -> 'RunArguments':
-        """Returns a copy with other values."""
-        return RunArguments(**{**vars(self), **changes})
-
 
 def resolve(args: argparse.Namespace, choose_scales: bool = True) -> RunArguments:
     """Replaces defaults that depend on the model, on other arguments, and on the run that is resumed.
@@ -53,45 +49,47 @@ def resolve(args: argparse.Namespace, choose_scales: bool = True) -> RunArgument
         ValueError: If arguments do not go together.
         FileNotFoundError: If a file that they name does not exist.
     """
-    check_arguments(args)
-    variant, saved_args = find_variant(args.model)
-    opt = args.opt or ('repopt_sgd' if is_target(variant) else 'sgd')
-    run = RunArguments(**{**vars(args), **_place(args), 'opt': opt, 'variant': variant})
-    before = _arguments_before(folder_of(run)) if args.resume else {}
-    ratio = run.batch_size * run.world_size * run.grad_accum_steps / run.lr_base_size
-    if run.lr_base_scale == 'sqrt' or (not run.lr_base_scale and any(name in run.opt for name in ('ada', 'lamb'))):
-        ratio **= 0.5
+    run = argparse.Namespace(**vars(args))
+    run.variant, saved_args = find_variant(run.model)
+    run.opt = run.opt or ('repopt_sgd' if is_target(run.variant) else 'sgd')
+    # What a repository's config says of the architecture goes into the checkpoint, which does not name it.
+    run.model_kwargs = {name: saved_args[name] for name in _ARCHITECTURE_ARGS if name in saved_args} | run.model_kwargs
+    run.gp = run.gp or saved_args.get('global_pool')
+    run.output, run.experiment = _place(run)
+    before = _arguments_before(folder_of(run)) if run.resume else {}
+    if run.lr is None:
+        ratio = run.batch_size * run.world_size * run.grad_accum_steps / run.lr_base_size
+        if run.lr_base_scale == 'sqrt' or (not run.lr_base_scale and any(name in run.opt for name in ('ada', 'lamb'))):
+            ratio **= 0.5
+        run.lr = run.lr_base * ratio
     asked = before.get('warmup_epochs') if run.warmup_epochs is None else run.warmup_epochs
-    warmup, on_updates = choose_schedule(run.epochs, run.sched, asked, run.sched_on_updates)
-    run = run.replaced(
-        # What a repository's config says of the architecture goes into the checkpoint, which does not name it.
-        model_kwargs={name: saved_args[name] for name in _ARCHITECTURE_ARGS if name in saved_args} | run.model_kwargs,
-        gp=run.gp or saved_args.get('global_pool'),
-        lr=run.lr_base * ratio if run.lr is None else run.lr,
-        warmup_epochs=warmup,
-        sched_on_updates=run.sched_on_updates or before.get('sched_on_updates', on_updates),
-        # torch warns of more, and they are slower.
-        workers=min(run.workers, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()),
-    )
-    if warmup >= run.epochs and run.sched != 'none' and run.rank == 0:
+    run.warmup_epochs, on_updates = choose_schedule(run.epochs, run.sched, asked, run.sched_on_updates)
+    run.sched_on_updates = run.sched_on_updates or before.get('sched_on_updates', on_updates)
+    # torch warns of more, and they are slower.
+    run.workers = min(run.workers, core_count())
+    check_arguments(run)
+    if run.warmup_epochs >= run.epochs and run.sched != 'none' and run.rank == 0:
         _logger.warning(
-            f'--warmup-epochs is {warmup:g} and --epochs {run.epochs}, so that the learning rate never reaches '
-            f'{run.lr:g}: lower --warmup-epochs.'
+            f'--warmup-epochs is {run.warmup_epochs:g} and --epochs {run.epochs}, so that the learning rate never '
+            f'reaches {run.lr:g}: lower --warmup-epochs.'
         )
     if choose_scales:
-        run = run.replaced(scales=_scales(run, before))
-    check_arguments(run)
-    return run
+        run.scales = _scales(run, before)
+    return RunArguments(**vars(run))
 
 
 def find_variant(model_name: str) -> tuple[str, dict[str, Any]]:
     """Returns the name in timm's registry, without a tag, and the arguments that a repository keeps for its model."""
+    source, name = parse_model_name(model_name)
+    if not name:
+        raise ValueError(f"--model is '{model_name}', expected the name of a timm model, such as repopt_vgg_a0.")
+    if source == 'local-dir' and not Path(name, 'config.json').is_file():
+        raise FileNotFoundError(f"--model: there is no model in '{name}', expected a folder with a config.json.")
     with explaining(f'--model {model_name} has no config.json that timm can read'):
         name, saved_args = resolve_model(model_name)
     variant = name.split('.')[0]
     if not timm.is_model(variant):
-        near = difflib.get_close_matches(variant, timm.list_models(), 3)
-        raise ValueError(f"timm knows no model '{variant}'." + (f' Did you mean {" or ".join(near)}?' if near else ''))
+        raise ValueError(f"timm knows no model '{variant}'.{did_you_mean(variant, timm.list_models())}")
     return variant, saved_args
 
 
@@ -106,11 +104,11 @@ def folder_of(args: argparse.Namespace) -> Path:
     return Path(args.output) / args.experiment
 
 
-def _place(args: argparse.Namespace) -> dict[str, str]:
+def _place(args: argparse.Namespace) -> tuple[str, str]:
     """Returns `output` and `experiment`, which name the folder of the run."""
     if args.resume and args.resume != 'auto':
         folder = Path(args.resume).absolute().parent
-        return {'output': str(folder.parent), 'experiment': folder.name}
+        return str(folder.parent), folder.name
     if args.resume and not args.experiment:
         raise ValueError('--resume without a file needs --experiment, to know which run in --output to continue.')
     experiment = args.experiment or f'{datetime.now():%Y%m%d-%H%M%S}-{safe_model_name(args.model)}'
@@ -119,7 +117,7 @@ def _place(args: argparse.Namespace) -> dict[str, str]:
         raise ValueError(
             f"There is a run in '{folder}' already. Continue it with --resume, or choose another --experiment."
         )
-    return {'output': args.output, 'experiment': experiment}
+    return args.output, experiment
 
 
 def _arguments_before(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from timm.utils import ModelEmaV3, init_distributed_device, random_seed, unwrap_
 from timm.utils.clip_grad import dispatch_clip_grad
 from torch import Tensor, nn
 
-from ..datasets import count_classes, data_config_of
+from ..datasets import data_config_of
 from ..errors import explaining
 from ..files import write_text
 from ..optim import RepOptAdamW, RepOptSGD, clip_grad_norm_
@@ -37,7 +37,7 @@ from .run_report import write_report
 from .schedule import make_schedule, replay_schedule
 from .searched_scales import note_movement, save_searched
 from .selection import class_sizes
-from .validation import check_classes, check_device_name, check_images, check_layout, check_model
+from .validation import check_device_name, check_images, check_layout, check_model
 
 __all__ = ['MakeModel', 'Result', 'prepare_device', 'train']
 
@@ -94,7 +94,6 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
     args = resolve(args, choose_scales=make is None)
     device, folder, primary = torch.device(args.device), folder_of(args), args.rank == 0
     datasets = make_datasets(args)
-    check_classes(args.num_classes, count_classes(datasets[0]))
     # The same on all ranks: DDP spreads the first one's weights, but not its moving average.
     random_seed(args.seed)
     with explaining(f'timm cannot make {args.model}'):
@@ -110,27 +109,28 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
         optimizer: Any = create_optimizer_v2(model, **optimizer_kwargs(args), **{**args.opt_kwargs, **more})
     clip = _make_clip(args, model, optimizer)
     with explaining('The arguments of images do not go together'):
-        # Where the weights come from is not in the checkpoint, but what they expect is.
-        args = args.replaced(**data_config_of(vars(args), model))
-        loaders = make_loaders(args, datasets, vars(args), unwrap_model(model).num_classes, device)
+        data_config = data_config_of(vars(args), model)
+        loaders = make_loaders(args, datasets, data_config, unwrap_model(model).num_classes, device)
     if len(loaders.train) == 0:
         raise ValueError(
             f'The {len(datasets[0])} training images do not fill one batch of {args.batch_size} per process: choose a '
             f'smaller --batch-size.'
         )
-    check_images(datasets, args.input_size)
+    input_size = data_config['input_size']
+    check_images(datasets, input_size)
     if args.channels_last:
-        check_layout(model, args.input_size, device)
-    check_model(model, args.input_size, device)
+        check_layout(model, input_size, device)
+    check_model(model, input_size, device)
     loss = _make_loss(args, datasets[0], unwrap_model(model).num_classes).to(device)
     updates = -(-len(loaders.train) // args.grad_accum_steps)
     scheduler, epochs = make_schedule(optimizer, args, updates)
-    args = args.replaced(total_epochs=epochs)
+    # Where the weights come from is not in the checkpoint, but what they expect is.
+    args = RunArguments(**{**vars(args), **data_config, 'total_epochs': epochs})
     ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
     scaler = torch.amp.GradScaler(device.type) if args.amp and args.amp_dtype == 'float16' else None
     state = TrainState(wrap(model, args, device), optimizer, scheduler, ema, scaler)
     with run_folder(folder) if primary else nullcontext():
-        args = _train_in(folder, args, state, loaders, loss, clip, updates)
+        _train_in(folder, args, state, loaders, loss, clip, updates)
     result = Result(folder, unwrap_model(ema or model), state.history, time.perf_counter() - start, args)
     if primary and started is not None:
         save_searched(result.model, started, folder, args, state.history)
@@ -150,16 +150,16 @@ def _train_in(
     loss: nn.Module,
     clip: Callable | None,
     updates: int,
-) -> RunArguments:
-    """Resumes a run in its folder, if asked to, and trains its epochs; returns the arguments with what was changed."""
-    source, args = _resume(folder, args, state)
+) -> None:
+    """Resumes a run in its folder, if asked to, and trains its epochs."""
+    source = _resume(folder, args, state)
     replay_schedule(state, updates)
     autocast: Callable[[], AbstractContextManager] = nullcontext
     if args.amp:
         autocast = partial(torch.autocast, torch.device(args.device).type, dtype=getattr(torch, args.amp_dtype))
     saver, primary = CheckpointSaver(folder, args), args.rank == 0
     if primary:
-        notes = ''.join(f'# {line}\n' for line in args.overridden)
+        notes = ''.join(f'# {line}\n' for line in state.overridden)
         write_text(folder / ARGUMENTS_FILE, notes + write_config(args))
         (folder / DIVERGED_FILE).unlink(missing_ok=True)
         if source is not None:
@@ -193,7 +193,6 @@ def _train_in(
                 state.history[-1] |= found
                 if primary:
                     saver.save(state)
-    return args
 
 
 def _has_stopped_improving(history: list[dict[str, Any]], patience: int | None) -> bool:
@@ -211,7 +210,7 @@ def _explaining_ends(folder: Path, args: argparse.Namespace, state: TrainState) 
         done = len(state.history)
         saved = f"The checkpoint of epoch {done} is '{folder / LAST_CHECKPOINT}'." if done else 'Nothing is kept of it.'
         if isinstance(error, InterruptedRunError):
-            error.folder, error.epochs = folder, done
+            error.folder = folder
             _logger.info(f'Stopped in epoch {min(done + 1, args.total_epochs)} of {args.total_epochs}. {saved}')
             raise
         if args.rank == 0:
@@ -220,8 +219,8 @@ def _explaining_ends(folder: Path, args: argparse.Namespace, state: TrainState) 
         raise DivergedError(f'{error} {saved} {advice}{" and --resume with --override" if done else ""}.') from None
 
 
-def _resume(folder: Path, args: RunArguments, state: TrainState) -> tuple[Path | None, RunArguments]:
-    """Brings the state to where the run stopped; returns the checkpoint, if there is one, and what was overridden."""
+def _resume(folder: Path, args: RunArguments, state: TrainState) -> Path | None:
+    """Brings the state to where the run stopped; returns the checkpoint, if there is one."""
     found = find_checkpoint(folder, args.resume, args.override) if args.resume else None
     if args.distributed:
         epochs: list[Any] = [0] * args.world_size
@@ -232,26 +231,17 @@ def _resume(folder: Path, args: RunArguments, state: TrainState) -> tuple[Path |
                 f'has to be on a disk that all nodes share.'
             )
     if found is None:
-        return None, args.replaced(overridden=[])
+        return None
     path, checkpoint = found
-    overridden = _check_changes(path, checkpoint, args, scales_fingerprint(unwrap_model(state.model)))
-    restore(state, checkpoint, str(path), args.override)
-    _logger.info(f'Resuming {path} after epoch {len(state.history)}.')
-    return path, args.replaced(overridden=overridden)
-
-
-def _check_changes(
-    path: Path, checkpoint: dict[str, Any], args: argparse.Namespace, fingerprint: str | None
-) -> list[str]:
     saved = checkpoint.get('args')
     changed = changed_arguments(saved, args)
     changes = ', '.join(f'{name} {old!r} -> {new!r}' for name, (old, new) in changed.items())
-    found = checkpoint.get('scales_fingerprint', fingerprint)
-    if found != fingerprint:
+    ours = scales_fingerprint(unwrap_model(state.model))
+    theirs = checkpoint.get('scales_fingerprint', ours)
+    if theirs != ours:
         raise ValueError(
-            f"'{path}' was saved with the scales {(found or 'none')[:12]}, not {(fingerprint or 'none')[:12]}. Resume "
-            f'with the --scales of the run, or start a new one.'
-            + (f' Other differences: {changes}.' if changes else '')
+            f"'{path}' was saved with the scales {(theirs or 'none')[:12]}, not {(ours or 'none')[:12]}. Resume with "
+            f'the --scales of the run, or start a new one.' + (f' Other differences: {changes}.' if changes else '')
         )
     if 'opt' in changed:
         raise ValueError(
@@ -263,14 +253,16 @@ def _check_changes(
             f"'{path}' is of a run with other arguments: {changes}. Resume with its own, which {ARGUMENTS_FILE} "
             f'beside it holds, or apply the new ones from here on with --override.'
         )
-    epochs = getattr(saved, 'epochs', args.epochs)
-    if epochs != args.epochs:
-        _logger.warning(f'The schedule is now that of {args.epochs} epochs, not of {epochs}.')
-    overridden = list(getattr(saved, 'overridden', []))
+    restore(state, checkpoint, str(path), args.override)
+    epochs_before = getattr(saved, 'epochs', args.epochs)
+    if epochs_before != args.epochs:
+        _logger.warning(f'The schedule is now that of {args.epochs} epochs, not of {epochs_before}.')
+    state.overridden = list(getattr(saved, 'overridden', []))
     if changed:
-        overridden.append(f'after epoch {len(checkpoint["history"])}: {changes}')
-        _logger.warning(f'The run goes on with other arguments {overridden[-1]}.')
-    return overridden
+        state.overridden.append(f'after epoch {len(state.history)}: {changes}')
+        _logger.warning(f'The run goes on with other arguments {state.overridden[-1]}.')
+    _logger.info(f'Resuming {path} after epoch {len(state.history)}.')
+    return path
 
 
 def _check_weights(model: nn.Module, epoch: int, args: argparse.Namespace) -> None:
@@ -339,6 +331,6 @@ def _start_epoch(epoch: int, loaders: Loaders, args: argparse.Namespace) -> None
             if set_epoch is not None:
                 set_epoch(epoch)
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
-        for mixup in (loaders.mixup, loaders.collate_mixup):
-            if mixup is not None:
-                mixup.mixup_enabled = False
+        for mixing in (loaders.train, loaders.mixup):
+            if mixing is not None:
+                mixing.mixup_enabled = False

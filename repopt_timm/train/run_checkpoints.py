@@ -2,9 +2,11 @@
 
 import argparse
 import io
+import json
 import logging
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import timm
 import torch
 import torchvision
 from timm.utils import get_state_dict, unwrap_model
+from timm.utils.misc import natural_key
 
 from ..checkpoints.read import read_checkpoint
 from ..errors import explaining, reason_of
@@ -88,30 +91,23 @@ class CheckpointSaver:
         self._write_others(source, state)
 
     def _write_others(self, last: Path, state: TrainState) -> None:
-        epoch = state.history[-1]['epoch']
-        kept = self._kept(state.history)
-        if epoch in kept:
-            _duplicate(last, self._path(epoch))
+        newest = self._path(state.history[-1])
+        # The best first.
+        there = [path for path in map(self._path, ranked(state.history)) if path == newest or path.exists()]
+        kept = there[: self.args.checkpoint_hist]
+        if newest in kept:
+            _duplicate(last, newest)
         if kept:
-            _duplicate(self._path(kept[0]), self.folder / BEST_CHECKPOINT)
+            _duplicate(kept[0], self.folder / BEST_CHECKPOINT)
         else:
             (self.folder / BEST_CHECKPOINT).unlink(missing_ok=True)
         write_epochs(self.folder / SUMMARY_FILE, state.history)
         write_epochs(self.folder / TIMES_FILE, state.times)
-        paths = {self._path(each) for each in kept}
-        for path in self.folder.glob('checkpoint-*.pth.tar'):
-            if path not in paths:
-                path.unlink(missing_ok=True)
+        for path in set(self.folder.glob('checkpoint-*.pth.tar')).difference(kept):
+            path.unlink(missing_ok=True)
 
-    def _kept(self, history: list[dict[str, Any]]) -> list[int]:
-        """Returns the epochs of the best checkpoints, the best first: of those in the folder, and of the last epoch."""
-        epochs = [row['epoch'] for row in ranked(history)]
-        last = history[-1]['epoch']
-        there = [epoch for epoch in epochs if epoch == last or self._path(epoch).exists()]
-        return there[: self.args.checkpoint_hist]
-
-    def _path(self, epoch: int) -> Path:
-        return self.folder / f'checkpoint-{epoch}.pth.tar'
+    def _path(self, row: dict[str, Any]) -> Path:
+        return self.folder / f'checkpoint-{row["epoch"]}.pth.tar'
 
 
 def find_checkpoint(folder: Path, resume: str, override: bool) -> tuple[Path, dict[str, Any]] | None:
@@ -129,12 +125,18 @@ def find_checkpoint(folder: Path, resume: str, override: bool) -> tuple[Path, di
         ValueError: If it is damaged, or the run went on after it.
     """
     if resume != 'auto':
-        path = Path(resume)
-        checkpoint = _read(path)
-        if not override:
-            _check_newest(folder, path, checkpoint)
-        return path, checkpoint
-    others = sorted(folder.glob('checkpoint-*.pth.tar'), key=_number, reverse=True)
+        checkpoint = _read(Path(resume))
+        done = len(checkpoint['history'])
+        newest = done
+        with suppress(FileNotFoundError, ValueError):
+            newest = len(_read(folder / LAST_CHECKPOINT)['history'])
+        if newest > done and not override:
+            raise ValueError(
+                f"'{resume}' is of epoch {done}, and the run in '{folder}' went on to epoch {newest}. Continue it with "
+                f'--resume alone, go back and lose these epochs with --override, or copy the file into another folder.'
+            )
+        return Path(resume), checkpoint
+    others = sorted(folder.glob('checkpoint-*.pth.tar'), key=lambda path: natural_key(path.name), reverse=True)
     complaint = ''
     for path in (folder / LAST_CHECKPOINT, *others, folder / BEST_CHECKPOINT):
         if not path.exists():
@@ -152,11 +154,6 @@ def find_checkpoint(folder: Path, resume: str, override: bool) -> tuple[Path, di
     return None
 
 
-def _number(path: Path) -> int:
-    number = path.name.removeprefix('checkpoint-').removesuffix('.pth.tar')
-    return int(number) if number.isdecimal() else -1
-
-
 def _read(path: Path) -> dict[str, Any]:
     checkpoint = read_checkpoint(path)
     history: Any = checkpoint.get('history')
@@ -164,23 +161,6 @@ def _read(path: Path) -> dict[str, Any]:
         if not history or [row['epoch'] for row in history] != list(range(len(history))):
             raise TypeError('it has no history of its epochs')
     return checkpoint
-
-
-def _check_newest(folder: Path, path: Path, checkpoint: dict[str, Any]) -> None:
-    last = folder / LAST_CHECKPOINT
-    if not last.exists() or last.samefile(path):
-        return
-    try:
-        newest = len(_read(last)['history'])
-    except ValueError:
-        return
-    done = len(checkpoint['history'])
-    if newest > done:
-        raise ValueError(
-            f"'{path}' is of epoch {done}, and the run in '{folder}' went on to epoch {newest}. Continue it with "
-            f"--resume '{last}', go back and lose these epochs with --override, or copy '{path.name}' "
-            f'into another folder.'
-        )
 
 
 def changed_arguments(saved: Any, args: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
@@ -205,11 +185,10 @@ def changed_arguments(saved: Any, args: argparse.Namespace) -> dict[str, tuple[A
 def _comparable(name: str, value: Any) -> Any:
     if name == 'data_dir' and value:
         return os.path.abspath(value)
-    if isinstance(value, list | tuple):
-        return [_comparable('', item) for item in value]
     if isinstance(value, dict):
-        return {key: _comparable('', item) for key, item in value.items() if item is not None}
-    return value
+        value = {key: item for key, item in value.items() if item is not None}
+    # A tuple is a list in the args.yaml of the run.
+    return json.loads(json.dumps(value, default=str))
 
 
 def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:
@@ -222,7 +201,7 @@ def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:
         'optimizer': state.optimizer.state_dict(),
         'version': 2,
         # Of argparse's own class, which loads without running code.
-        'args': argparse.Namespace(**vars(args)),
+        'args': argparse.Namespace(**vars(args), overridden=state.overridden),
         'label_names': model.pretrained_cfg.get('label_names'),
         'origin': origin_of(model),
         'versions': versions(),

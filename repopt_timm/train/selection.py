@@ -60,26 +60,23 @@ class SelectedImages(Dataset):
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image, label = self._read(self.indices[index if self._order is None else self._order[index]])
+        index = self.indices[index if self._order is None else self._order[index]]
+        if self._kept is not None and index in self._kept:
+            mode, size, content, label = self._kept[index]
+            image = Image.frombytes(mode, size, content)
+        else:
+            image, label = self.dataset[index]
+            if self._kept is not None:
+                self._kept[index] = image.mode, image.size, image.tobytes(), label
         return (image if self.transform is None else self.transform(image)), label
 
-    def _read(self, index: int) -> tuple[Any, int]:
-        if self._kept is None:
-            return self.dataset[index]
-        if index not in self._kept:
-            image, label = self.dataset[index]
-            self._kept[index] = image.mode, image.size, image.tobytes(), label
-        mode, size, content, label = self._kept[index]
-        return Image.frombytes(mode, size, content), label
 
-
-def select_images(train: Any, validation: Any, held_out_from: Any, args: argparse.Namespace) -> tuple[Any, Any]:
+def select_images(train: Any, validation: Any, args: argparse.Namespace) -> tuple[Any, Any]:
     """Applies `--train-images`, `--holdout`, `--sampler` and `--cache-images`.
 
     Args:
         train: Training set.
-        validation: Validation set.
-        held_out_from: The training set once more, to validate on a part of it.
+        validation: Validation set; with `--holdout` the training set once more, to validate on a part of it.
         args: Arguments of the run.
 
     Returns:
@@ -107,7 +104,7 @@ def select_images(train: Any, validation: Any, held_out_from: Any, args: argpars
         )
     chosen = sorted(order[: args.train_images or left])
     if held_out:
-        validation = SelectedImages(held_out_from, sorted(order[left:]), args.cache_images)
+        validation = SelectedImages(validation, sorted(order[left:]), args.cache_images)
     elif args.cache_images:
         validation = SelectedImages(validation, range(len(validation)), True)
     return SelectedImages(train, chosen, args.cache_images, args.sampler == 'balanced'), validation

@@ -1,7 +1,6 @@
 """Checks of what timm gets wrong in silence, and of what would end a run of hours, before anything is written."""
 
 import argparse
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,11 @@ from torch.utils.data import IterableDataset
 from ..console import did_you_mean
 from ..datasets import color_mode
 from ..errors import explaining
+from ..files import check_output_folder
 from ..names import PREFIX, ModelName
 from ..reparam.modules import pair
 
-__all__ = ['check_arguments', 'check_classes', 'check_device_name', 'check_images', 'check_layout', 'check_model']
+__all__ = ['check_arguments', 'check_device_name', 'check_images', 'check_layout', 'check_model']
 
 _REPOPT = ('repopt_sgd', 'repopt_adamw')
 _PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
@@ -31,7 +31,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """
     _check_paths(args)
     _check_images_read(args)
-    _check_model_name(args)
+    _check_scales(args)
     _check_optimizer(args)
     if args.search_first:
         _check_search(args)
@@ -58,10 +58,7 @@ def _check_paths(args: argparse.Namespace) -> None:
         raise ValueError("--output is '', expected the name of a folder, such as output.")
     if Path(args.experiment).is_absolute() or '..' in Path(args.experiment).parts:
         raise ValueError(f"--experiment is '{args.experiment}', expected a name inside of --output.")
-    folder = Path(args.output) / args.experiment
-    part = next(part for part in (folder, *folder.absolute().parents) if os.path.lexists(part))
-    if not part.is_dir() or not os.access(part, os.W_OK):
-        raise ValueError(f"'{part}' is not a folder that can be written to: choose another --output or --experiment.")
+    check_output_folder(Path(args.output, args.experiment))
 
 
 def _check_images_read(args: argparse.Namespace) -> None:
@@ -84,16 +81,11 @@ def _check_images_read(args: argparse.Namespace) -> None:
             raise ValueError(f'--{name} has {len(getattr(args, name))} values, expected 1 or {channels}.')
 
 
-def _check_model_name(args: argparse.Namespace) -> None:
-    source, name = parse_model_name(args.model)
-    if not name:
-        raise ValueError(f"--model is '{args.model}', expected the name of a timm model, such as repopt_vgg_a0.")
-    if source == 'local-dir' and not Path(name, 'config.json').is_file():
-        raise FileNotFoundError(f"--model: there is no model in '{name}', expected a folder with a config.json.")
+def _check_scales(args: argparse.Namespace) -> None:
     if 'scales' in args.model_kwargs:
         raise ValueError('Give scales with --scales instead of --model-kwargs.')
-    kind = ModelName.parse(name).kind
-    if source is None and kind in ('hs', 'branches') and args.scales:
+    source, name = parse_model_name(args.model)
+    if source is None and ModelName.parse(name).kind in ('hs', 'branches') and args.scales:
         raise ValueError(f'--model {args.model} does not take --scales: it searches them, or has branches instead.')
 
 
@@ -147,18 +139,6 @@ def check_device_name(name: str | None) -> None:
         raise ValueError(f"--device is '{name}', which has no float64 to sum in. Try --device cpu.")
     if device.type == 'meta' or (device.index or 0) >= count:
         raise ValueError(f"--device is '{name}', which this machine does not have. Try --device cpu.")
-
-
-def check_classes(num_classes: int | None, found: int | None) -> None:
-    """Checks a number of classes against those of the data.
-
-    Raises:
-        ValueError: If it is smaller, or neither is known.
-    """
-    if num_classes is None and found is None:
-        raise ValueError('The data do not state their number of classes: give it with --num-classes.')
-    if num_classes is not None and found is not None and num_classes < found:
-        raise ValueError(f'--num-classes is {num_classes}, but the data have {found} classes: raise it, or omit it.')
 
 
 def check_images(datasets: tuple[Any, Any], input_size: tuple[int, ...]) -> None:

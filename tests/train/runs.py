@@ -10,6 +10,9 @@ from ..helpers import python_path
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': python_path()}
 
 
+TARGET = ['--scales', 'initial']
+
+
 def read(folder, name='last.pth.tar'):
     return torch.load(folder / name, weights_only=False)
 

@@ -69,7 +69,7 @@ ROWS = [
     ('--mod x', 'ambiguous option'),
     ('--amp=yes', "'yes'"),
     # Models and scales.
-    ('--model repopt_vgg_a00', 'Did you mean repopt_vgg_a0'),
+    ('--model repopt_vgg_a00', "Did you mean 'repopt_vgg_a0'"),
     ('--model=', '--model'),
     ('--model local-dir:nowhere', "'nowhere'"),
     ('--model vit_tiny_patch16_224 --scales=', '3 x 32 x 32'),
@@ -99,6 +99,7 @@ ROWS = [
     ('--train-images 99', '48 training images'),
     ('--train-images 40 --holdout 0.25', 'beside the 12 of --holdout'),
     ('--holdout 0.001', '--holdout'),
+    ('--train-split train/dark --val-split validation/dark', 'one class'),
     ('--in-chans 5', '--in-chans'),
     ('--in-chans 1', '--in-chans'),
     ('--input-size 12 32 32', 'channels'),

@@ -1,12 +1,10 @@
 from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 
-from repopt_timm.datasets import core_count
 from repopt_timm.train.command import main
-from repopt_timm.train.loaders import make_datasets, make_loaders, write_digits
+from repopt_timm.train.loaders import make_datasets, write_digits
 from repopt_timm.train.parsing import parse_arguments
 
 from .runs import assert_same_bits, read
@@ -64,27 +62,3 @@ def test_a_run_with_cached_images_ends_with_the_same_bits(arguments, tmp_path):
     for name, extra in (('plain', []), ('cached', ['--cache-images'])):
         main(arguments('--scales', 'initial', '--epochs', '2', *extra, experiment=name))
     assert_same_bits(read(tmp_path / 'plain')['state_dict'], read(tmp_path / 'cached')['state_dict'])
-
-
-@pytest.mark.parametrize(
-    ('extra', 'words'),
-    [
-        (['--train-images', '99'], 'there are 48 training images: lower it'),
-        (['--train-images', '40', '--holdout', '0.25'], 'there are 36 training images beside the 12 of --holdout'),
-        (['--holdout', '0.001'], 'leaves one part empty'),
-        (['--cache-images', '--workers', '2'], 'needs --workers 0'),
-        (['--train-split', 'train/dark', '--val-split', 'validation/dark'], 'one class'),
-    ],
-)
-def test_a_part_that_cannot_be_is_refused(arguments, extra, words):
-    with pytest.raises(ValueError, match=words):
-        main(arguments('--scales', 'initial', *extra))
-
-
-def test_no_more_workers_load_than_there_are_cores(arguments):
-    args = parse_arguments(arguments('--workers', '1000'))
-    args.distributed = False
-    config = {'input_size': (3, 32, 32), 'mean': (0.5,) * 3, 'std': (0.2,) * 3}
-    config |= {'interpolation': 'bilinear', 'crop_pct': 1, 'crop_mode': 'center'}
-    loaders = make_loaders(args, make_datasets(args), config, 2, torch.device('cpu'))
-    assert loaders.train.loader.num_workers == loaders.validation.loader.num_workers == core_count()

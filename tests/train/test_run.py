@@ -1,4 +1,3 @@
-import csv
 import shutil
 import subprocess
 import sys
@@ -12,14 +11,13 @@ from timm.models import resume_checkpoint
 
 from repopt_timm import Scales, save_pretrained
 from repopt_timm.checkpoint_model import model_from_checkpoint
+from repopt_timm.datasets import core_count
 from repopt_timm.scales import read_scale_file
 from repopt_timm.train import run
 from repopt_timm.train.command import main
 
 from ..helpers import TINY, tiny_model
-from .runs import ENVIRONMENT, assert_same_bits, read
-
-TARGET = ['--scales', 'initial']
+from .runs import ENVIRONMENT, TARGET, assert_same_bits, read
 
 
 class BrokenOffError(Exception):
@@ -39,18 +37,17 @@ def interrupt_after(monkeypatch, epochs):
     monkeypatch.setattr(run, 'train_one_epoch', train_one_epoch)
 
 
-@pytest.mark.parametrize('workers', ['0', '2'])
 @pytest.mark.parametrize(
     ('model', 'extra'),
     [
-        (TINY, '--scales initial --model-ema --reprob 0.5 --drop 0.3 --clip-grad 1 --sampler balanced'),
+        (TINY, '--workers 2 --scales initial --model-ema --reprob 0.5 --drop 0.3 --clip-grad 1 --sampler balanced'),
         (TINY, '--scales initial --opt lookahead_repopt_adamw --mixup 0.5 --sched plateau --class-weights balanced'),
-        (f'{TINY}_hs', '--grad-accum-steps 4 --aa rand-m9 --no-prefetcher --patience 9'),
+        (f'{TINY}_hs', '--workers 2 --grad-accum-steps 4 --aa rand-m9 --no-prefetcher --patience 9'),
     ],
     ids=['target', 'lookahead', 'search'],
 )
-def test_a_resumed_run_ends_with_the_same_bits(arguments, tmp_path, monkeypatch, workers, model, extra):
-    extra = [*extra.split(), '--workers', workers]
+def test_a_resumed_run_ends_with_the_same_bits(arguments, tmp_path, monkeypatch, model, extra):
+    extra = extra.split()
     main(arguments(*extra, model=model, experiment='whole'))
     with monkeypatch.context() as patch, pytest.raises(BrokenOffError):
         interrupt_after(patch, 2)
@@ -85,33 +82,18 @@ def test_two_processes_train_a_compiled_network_together(arguments, tmp_path):
     assert 'stem.conv.weight' in read(tmp_path / 'run')['state_dict']
 
 
-def test_a_search_leaves_its_scales_with_their_provenance(arguments, tmp_path):
-    main(arguments('--model-kwargs', 'strides=(2,1,2,2,2)', model=f'{TINY}_hs'))
-    scales = read_scale_file(tmp_path / 'run/scales.safetensors')
-    assert scales == read_scale_file(tmp_path / 'run/last.pth.tar')
+def test_a_search_leaves_its_scales_with_their_provenance(searched):
+    scales = read_scale_file(searched / 'scales.safetensors')
+    assert scales == read_scale_file(searched / 'last.pth.tar')
     assert scales != Scales.initial(tiny_model(strides=(2, 1, 2, 2, 2)))
     assert (scales.provenance['epochs'], scales.provenance['seed']) == (3, 1)
 
 
-def test_the_names_of_the_classes_go_into_the_checkpoint_and_from_there_into_a_repository(arguments, tmp_path):
-    main(arguments(*TARGET, '--epochs', '1'))
-    assert read(tmp_path / 'run')['label_names'] == ['dark', 'light']
-    save_pretrained(tmp_path / 'run/last.pth.tar', tmp_path / 'saved', scales=Scales.initial(tiny_model()))
+def test_the_names_of_the_classes_go_into_the_checkpoint_and_from_there_into_a_repository(trained, tmp_path):
+    assert read(trained)['label_names'] == ['dark', 'light']
+    save_pretrained(trained / 'last.pth.tar', tmp_path / 'saved', scales=Scales.initial(tiny_model()))
     loaded = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True)
     assert list(loaded.pretrained_cfg['label_names']) == ['dark', 'light']
-
-
-def test_a_target_is_trained_with_the_scales_it_is_given(arguments, tmp_path):
-    Scales.initial(tiny_model()).save(tmp_path / 'searched.safetensors')
-    main(arguments('--scales', str(tmp_path / 'searched.safetensors')))
-    checkpoint = read(tmp_path / 'run')
-    assert checkpoint['args'].opt == 'repopt_sgd'
-    fingerprints = {group['scales_fingerprint'] for group in checkpoint['optimizer']['param_groups']}
-    assert fingerprints == {Scales.initial(tiny_model()).fingerprint}
-    rows = list(csv.DictReader((tmp_path / 'run/summary.csv').open()))
-    assert [row['epoch'] for row in rows] == ['1', '2', '3']
-    assert float(rows[-1]['eval_top1']) >= 50
-    assert [row['epoch'] for row in csv.DictReader((tmp_path / 'run/times.csv').open())] == ['1', '2', '3']
 
 
 def test_the_numbers_of_a_network_are_those_of_the_run_of_its_checkpoint_and_of_what_is_resumed(arguments, tmp_path):
@@ -168,17 +150,16 @@ def test_archives_are_data_too(arguments, images, tmp_path):
     assert len(read(tmp_path / 'run')['state_dict']['head.fc.bias']) == 2
 
 
-def test_timm_reads_the_checkpoints(arguments, tmp_path):
-    main(arguments(*TARGET))
-    last = tmp_path / 'run/last.pth.tar'
+def test_timm_reads_the_checkpoints(trained):
+    last = trained / 'last.pth.tar'
     model = timm.create_model(TINY, num_classes=2, scales='initial', checkpoint_path=last)
-    assert_same_bits(model.state_dict(), read(tmp_path / 'run')['state_dict'])
+    assert_same_bits(model.state_dict(), read(trained)['state_dict'])
     optimizer = timm.optim.create_optimizer_v2(model, 'repopt_sgd', lr=1.0, weight_decay=2e-5)
     assert resume_checkpoint(model, str(last), optimizer) == 3
 
 
-def test_only_the_best_checkpoints_are_kept(arguments, tmp_path):
-    main(arguments(*TARGET, '--epochs', '5', '--checkpoint-hist', '2'))
+def test_only_the_best_checkpoints_are_kept(arguments, tmp_path, copied):
+    main(arguments(*TARGET, '--epochs', '5', '--checkpoint-hist', '2', '--resume'))
     kept = sorted(path.name for path in (tmp_path / 'run').glob('*.pth.tar'))
     history = read(tmp_path / 'run')['history']
     best = sorted(history, key=lambda row: (-row['eval_top1'], row['epoch']))[:2]
@@ -228,15 +209,15 @@ def test_a_folder_whose_splits_number_their_classes_differently_is_refused(image
         main([str(tmp_path / 'images'), *arguments(*TARGET)[1:]])
 
 
-def test_resuming_with_other_scales_is_refused(arguments):
-    main(arguments(*TARGET, '--epochs', '1'))
+def test_resuming_with_other_scales_is_refused(arguments, copied):
     with pytest.raises(ValueError, match='saved with the scales'):
-        main(arguments(*TARGET, '--model-kwargs', 'strides=(2,2,2,2,1)', '--epochs', '2', '--resume'))
+        main(arguments(*TARGET, '--model-kwargs', 'strides=(2,2,2,2,1)', '--resume'))
 
 
 def test_there_are_not_more_workers_than_cores(arguments, tmp_path, recwarn):
     main(arguments(*TARGET, '--epochs', '1', '--workers', '64'))
     assert not any('worker' in str(warning.message) for warning in recwarn)
+    assert read(tmp_path / 'run')['args'].workers == core_count()
 
 
 @pytest.fixture

@@ -28,13 +28,14 @@ def test_a_target_without_scales_starts_from_the_unsearched_values_and_says_so(a
 
 
 def test_an_initial_checkpoint_brings_the_scales_that_it_was_trained_with(arguments, tmp_path, capsys):
-    random_scales().save(tmp_path / 'mine.safetensors')
+    mine = random_scales()
+    mine.save(tmp_path / 'mine.safetensors')
     main(arguments('--epochs', '1', '--scales', str(tmp_path / 'mine.safetensors'), experiment='first'))
     first = str(tmp_path / 'first/last.pth.tar')
     # A run that is resumed need not repeat what it started from.
     for extra in (['--epochs', '1', '--initial-checkpoint', first], ['--epochs', '2', '--resume']):
         main(arguments(*extra))
-        assert fingerprint(tmp_path / 'run') == fingerprint(tmp_path / 'first')
+        assert fingerprint(tmp_path / 'run') == fingerprint(tmp_path / 'first') == mine.fingerprint
     main(arguments('--epochs', '1', '--initial-checkpoint', first, '--scales', 'initial', experiment='other'))
     assert 'this run multiplies with' in ''.join(capsys.readouterr())
 

@@ -19,9 +19,7 @@ from repopt_timm.train.run_checkpoints import find_checkpoint
 from repopt_timm.train.run_folder import is_busy
 
 from ..helpers import TINY
-from .runs import ENVIRONMENT, assert_same_bits, read
-
-TARGET = ['--scales', 'initial']
+from .runs import ENVIRONMENT, TARGET, assert_same_bits, read
 
 
 def names_in(folder):
@@ -78,17 +76,17 @@ def told_command(capsys):
     return shlex.split(capsys.readouterr().err.strip().splitlines()[-1].split('repopt-timm train ')[1])
 
 
-def test_the_folder_holds_arguments_that_repeat_the_run(arguments, tmp_path):
-    main(arguments(*TARGET, '--opt-kwargs', 'nesterov=false'))
-    main(['-c', str(tmp_path / 'run/args.yaml'), '--experiment', 'again'])
-    assert_same_bits(read(tmp_path / 'run')['state_dict'], read(tmp_path / 'again')['state_dict'])
+def test_the_folder_holds_arguments_that_repeat_the_run(trained, tmp_path):
+    main(['-c', str(trained / 'args.yaml'), '--output', str(tmp_path), '--experiment', 'again'])
+    assert_same_bits(read(trained)['state_dict'], read(tmp_path / 'again')['state_dict'])
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_at_once_and_leaves_its_reason_until_it_goes_on(arguments, tmp_path):
-    main(arguments(*TARGET, '--epochs', '1'))
-    before = read(tmp_path / 'run')
-    changed = arguments(*TARGET, '--epochs', '2', '--resume', '--override', '--log-interval', '1')
-    with pytest.raises(ValueError, match=r'of epoch 2 of 2 became non-finite at step .* Try a lower --lr'):
+def test_a_loss_that_is_not_finite_ends_the_run_at_once_and_leaves_its_reason_until_it_goes_on(
+    arguments, tmp_path, copied
+):
+    before = read(copied)
+    changed = arguments(*TARGET, '--epochs', '4', '--resume', '--override', '--log-interval', '1')
+    with pytest.raises(ValueError, match=r'of epoch 4 of 4 became non-finite at step .* Try a lower --lr'):
         main([*changed, '--lr', '1e20'])
     assert 'non-finite' in (tmp_path / 'run/diverged.txt').read_text()
     assert_same_bits(before['state_dict'], read(tmp_path / 'run')['state_dict'])
@@ -148,8 +146,7 @@ def test_the_best_checkpoint_is_one_that_is_there(arguments, tmp_path, tops, pla
     assert read(copy.parent, 'model_best.pth.tar')['epoch'] == 2
 
 
-@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize('workers', ['0', '2'])
+@pytest.mark.parametrize(('signum', 'workers'), [(signal.SIGINT, '0'), (signal.SIGTERM, '2')])
 def test_a_signal_ends_a_run_after_the_batch_and_the_named_command_continues_it(
     arguments, tmp_path, monkeypatch, capsys, signalled, signum, workers
 ):
@@ -164,9 +161,8 @@ def test_a_signal_ends_a_run_after_the_batch_and_the_named_command_continues_it(
 
 @pytest.mark.parametrize(('stopped', 'joint'), [(1, ' '), (2, '=')])
 def test_a_run_that_went_back_is_continued_from_where_it_was_stopped(
-    arguments, tmp_path, capsys, signalled, stopped, joint
+    arguments, tmp_path, capsys, copied, signalled, stopped, joint
 ):
-    main(arguments(*TARGET))
     begun = signalled(signal.SIGINT, stopped)
     back = f'--resume{joint}{tmp_path}/run/checkpoint-0.pth.tar --override --momentum 0.5'
     with pytest.raises(SystemExit):
@@ -278,56 +274,49 @@ def test_a_run_that_is_killed_at_any_write_of_an_epoch_goes_on_as_if_it_was_not(
     assert fatal >= 6
 
 
-def test_missing_copies_are_made_again_from_the_last_checkpoint_and_rests_of_a_kill_removed(arguments, tmp_path):
-    main(arguments(*TARGET, experiment='whole'))
-    main(arguments(*TARGET))
-    for name in ('model_best.pth.tar', 'summary.csv', f'checkpoint-{read(tmp_path / "run")["epoch"]}.pth.tar'):
-        (tmp_path / 'run' / name).unlink(missing_ok=True)
-    (tmp_path / 'run/checkpoint-77.pth.tar').write_bytes(b'of another run')
-    (tmp_path / 'run/.last.pth-abcd1234.tmp.tar').write_bytes(b'x' * 1000)
+def test_missing_copies_are_made_again_from_the_last_checkpoint_and_rests_of_a_kill_removed(arguments, trained, copied):
+    for name in ('model_best.pth.tar', 'summary.csv', 'checkpoint-2.pth.tar'):
+        (copied / name).unlink()
+    (copied / 'checkpoint-77.pth.tar').write_bytes(b'of another run')
+    (copied / '.last.pth-abcd1234.tmp.tar').write_bytes(b'x' * 1000)
     main(arguments(*TARGET, '--resume'))
-    same_run(tmp_path / 'whole', tmp_path / 'run')
+    same_run(trained, copied)
 
 
-def test_one_process_trains_in_a_folder_and_a_dead_one_does_not_keep_it(arguments, tmp_path):
-    main(arguments(*TARGET, '--epochs', '1'))
+def test_one_process_trains_in_a_folder_and_a_dead_one_does_not_keep_it(arguments, tmp_path, copied):
     code = f"import fcntl; f = open('{tmp_path}/run/.lock', 'a+'); fcntl.lockf(f, fcntl.LOCK_EX); print(); input()"
     with subprocess.Popen([sys.executable, '-c', code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         other.stdout.readline()
         assert is_busy(tmp_path / 'run')
         with pytest.raises(ValueError, match=r"Another process trains in '.*run' already \(process \d+ on "):
-            main(arguments(*TARGET, '--epochs', '2', '--resume'))
+            main(arguments(*TARGET, '--resume'))
         other.kill()
-    main(arguments(*TARGET, '--epochs', '2', '--resume'))
+    main(arguments(*TARGET, '--resume'))
 
 
-def test_a_damaged_checkpoint_falls_back_to_the_newest_good_one_and_says_so(arguments, tmp_path, capsys):
-    main(arguments(*TARGET, experiment='whole'))
-    main(arguments(*TARGET))
-    damage(tmp_path / 'run/last.pth.tar')
-    damage(tmp_path / 'run/checkpoint-2.pth.tar')
-    (tmp_path / 'run/model_best.pth.tar').unlink()
+def test_a_damaged_checkpoint_falls_back_to_the_newest_good_one_and_says_so(arguments, trained, copied, capsys):
+    damage(copied / 'last.pth.tar')
+    damage(copied / 'checkpoint-2.pth.tar')
+    (copied / 'model_best.pth.tar').unlink()
     main(arguments(*TARGET, '--resume'))
     told = capsys.readouterr().err
     assert "last.pth.tar' is not a readable checkpoint" in told
-    assert f"Going on from '{tmp_path}/run/checkpoint-1.pth.tar', which is of epoch 2." in told
-    same_run(tmp_path / 'whole', tmp_path / 'run')
-    damage(tmp_path / 'run/last.pth.tar')
+    assert f"Going on from '{copied}/checkpoint-1.pth.tar', which is of epoch 2." in told
+    same_run(trained, copied)
+    damage(copied / 'last.pth.tar')
     with pytest.raises(ValueError, match=r'last\.pth\.tar'):
-        main(arguments(*TARGET, '--resume', str(tmp_path / 'run/last.pth.tar')))
+        main(arguments(*TARGET, '--resume', str(copied / 'last.pth.tar')))
 
 
-def test_a_flipped_bit_is_found_wherever_it_matters(arguments, tmp_path):
-    main(arguments(*TARGET, '--epochs', '1'))
-    last = tmp_path / 'run/last.pth.tar'
-    good, expected = last.read_bytes(), read(tmp_path / 'run')['state_dict']
-    for copy in ('checkpoint-0.pth.tar', 'model_best.pth.tar'):
-        (tmp_path / 'run' / copy).unlink()
+def test_a_flipped_bit_is_found_wherever_it_matters(trained, tmp_path):
+    good, expected = (trained / 'last.pth.tar').read_bytes(), read(trained)['state_dict']
+    last = tmp_path / 'last.pth.tar'
+    last.write_bytes(good)
     refused = 0
     for index in range(60):
         damage(last, (index + 0.5) / 60)
         try:
-            _, checkpoint = find_checkpoint(tmp_path / 'run', 'auto', False)
+            _, checkpoint = find_checkpoint(tmp_path, 'auto', False)
             assert_same_bits(expected, checkpoint['state_dict'])
         except ValueError:
             refused += 1
@@ -335,27 +324,16 @@ def test_a_flipped_bit_is_found_wherever_it_matters(arguments, tmp_path):
     assert refused >= 50
 
 
-def test_a_full_disk_is_named_and_keeps_the_old_checkpoint(arguments, tmp_path):
-    main(arguments(*TARGET, '--epochs', '1'))
+def test_a_full_disk_is_named_and_keeps_the_old_checkpoint(arguments, copied):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(OSError, match=r"run/last\.pth\.tar' cannot be written: File too large"):
-            main(arguments(*TARGET, '--epochs', '2', '--resume'))
+            main(arguments(*TARGET, '--epochs', '4', '--resume'))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert read(tmp_path / 'run')['epoch'] == 0
-    assert not list((tmp_path / 'run').glob('.*tmp*'))
-    main(arguments(*TARGET, '--epochs', '2', '--resume'))
-
-
-@pytest.fixture(scope='module')
-def finished(images, tmp_path_factory):
-    folder = tmp_path_factory.mktemp('finished')
-    settings = '--input-size 3 32 32 --batch-size 8 --epochs 1 --lr 0.02 --workers 0 --seed 1 --experiment run'
-    words = [str(images), '--model', TINY, '--output', str(folder), *settings.split(), *TARGET]
-    main(words)
-    return words, folder
+    assert read(copied)['epoch'] == 2
+    assert not list(copied.glob('.*tmp*'))
 
 
 @pytest.mark.parametrize(
@@ -374,36 +352,32 @@ def finished(images, tmp_path_factory):
         ('--amp', 'amp False -> True'),
     ],
 )
-def test_a_run_is_not_resumed_with_another_training(finished, extra, named):
-    words, folder = finished
-    before = (folder / 'run/last.pth.tar').read_bytes()
+def test_a_run_is_not_resumed_with_another_training(arguments, copied, extra, named):
+    before = (copied / 'last.pth.tar').read_bytes()
     with pytest.raises(ValueError) as error:
-        main([*words, '--epochs', '2', '--resume', *extra.split()])
+        main(arguments(*TARGET, '--epochs', '4', '--resume', *extra.split()))
     assert named in str(error.value)
-    assert (folder / 'run/last.pth.tar').read_bytes() == before
+    assert (copied / 'last.pth.tar').read_bytes() == before
 
 
-def test_what_does_not_change_the_training_may_differ_and_a_finished_run_is_not_overwritten(finished):
-    words, _ = finished
-    main([*words, '--resume', '--workers', '1', '--log-interval', '7', '--channels-last', '--device', 'cpu'])
+def test_what_does_not_change_the_training_may_differ_and_a_finished_run_is_not_overwritten(arguments, copied):
+    main(arguments(*TARGET, '--resume', '--workers', '1', '--log-interval', '7', '--channels-last', '--device', 'cpu'))
     with pytest.raises(ValueError, match='There is a run in'):
-        main(words)
+        main(arguments(*TARGET))
 
 
-def test_an_override_is_applied_and_recorded(arguments, tmp_path):
-    main(arguments(*TARGET, '--epochs', '1'))
-    main(arguments(*TARGET, '--epochs', '2', '--resume', '--override', '--weight-decay', '0.125', '--momentum', '0.5'))
+def test_an_override_is_applied_and_recorded(arguments, tmp_path, copied):
+    main(arguments(*TARGET, '--epochs', '4', '--resume', '--override', '--weight-decay', '0.125', '--momentum', '0.5'))
     checkpoint = read(tmp_path / 'run')
     groups = checkpoint['optimizer']['param_groups']
     assert {group['weight_decay'] for group in groups} == {0.0, 0.125}
     assert {group['momentum'] for group in groups} == {0.5}
-    assert checkpoint['args'].overridden == ['after epoch 1: momentum 0.9 -> 0.5, weight_decay 2e-05 -> 0.125']
+    assert checkpoint['args'].overridden == ['after epoch 3: momentum 0.9 -> 0.5, weight_decay 2e-05 -> 0.125']
     assert parse_arguments(['-c', str(tmp_path / 'run/args.yaml')]).weight_decay == 0.125
-    assert (tmp_path / 'run/args.yaml').read_text().startswith('# after epoch 1: momentum 0.9 -> 0.5')
+    assert (tmp_path / 'run/args.yaml').read_text().startswith('# after epoch 3: momentum 0.9 -> 0.5')
 
 
-def test_an_old_checkpoint_does_not_truncate_a_finished_run_unasked(arguments, tmp_path):
-    main(arguments(*TARGET))
+def test_an_old_checkpoint_does_not_truncate_a_finished_run_unasked(arguments, tmp_path, copied):
     old = str(tmp_path / 'run/checkpoint-0.pth.tar')
     with pytest.raises(ValueError, match=r"is of epoch 1, and the run in '.*' went on to epoch 3"):
         main(arguments(*TARGET, '--resume', old))
