@@ -80,6 +80,10 @@ def make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: A
             f'{args.model} has the weights of {original}, merged without images: its BatchNorm variances are '
             f'estimates, and the first steps renormalize. `repopt-timm convert-checkpoint --data` measures them.'
         )
+    if args.init == 'dirac':
+        for conv in model.modules():
+            if isinstance(conv, nn.Conv2d) and conv.in_channels == conv.out_channels and conv.stride == (1, 1):
+                nn.init.dirac_(conv.weight, conv.groups)
     if args.initial_checkpoint:
         with explaining(f"'{args.initial_checkpoint}' does not hold the weights of this model"):
             checkpoint = read_checkpoint(args.initial_checkpoint)
