@@ -21,7 +21,10 @@ from .sources import known_scales, load_scales
 
 __all__ = ['SOURCE', 'add_card_options', 'add_commands', 'add_publishing', 'given']
 
-SOURCE = "file, folder, model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, or 'published' or 'initial'"
+SOURCE = (
+    "file, folder, model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, 'published', 'initial' or "
+    "'identity'"
+)
 
 
 def add_commands(commands: Any) -> None:

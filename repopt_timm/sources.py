@@ -19,9 +19,20 @@ from .resources import shipped_repositories
 from .scales import Scales, read_scale_file
 from .scales.published import PUBLISHED, find_published, published_table, read_published
 
-__all__ = ['IMPLIED', 'ScalesSource', 'default_scales', 'known_scales', 'load_scales', 'scales_beside_weights']
+__all__ = [
+    'IMPLIED',
+    'UNSEARCHED',
+    'ScalesSource',
+    'default_scales',
+    'known_scales',
+    'load_scales',
+    'scales_beside_weights',
+]
 
 ScalesSource = Scales | Mapping | str | os.PathLike
+
+UNSEARCHED = {'initial': 'paper', 'identity': 'identity'}
+"""Names of the unsearched values of any network to the start of their operators."""
 
 IMPLIED = 'implied'
 """Names the scales that pretrained weights with branches imply, for their fine-tuning."""
@@ -32,9 +43,10 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
 
     Args:
         source: `Scales`; module name to branch name to vector, for `model`; `initial` for the unsearched values of
-            `model`; `published` for what the method's authors published for `model`, or its name, such as
-            `repopt_vgg_b1.published`; `hf-hub:user/repo[@revision]`; a folder in the layout of such a repository, or
-            the name of one that ships, such as `repopt_vgg_a0.cifar10`; a model card; or a file, see `read_scale_file`.
+            `model`, or `identity` for these with the start `identity`; `published` for what the method's authors
+            published for `model`, or its name, such as `repopt_vgg_b1.published`; `hf-hub:user/repo[@revision]`; a
+            folder in the layout of such a repository, or the name of one that ships, such as `repopt_vgg_a0.cifar10`;
+            a model card; or a file, see `read_scale_file`.
         model: The plain model, or a twin, that they are for.
         token: For the Hub. Defaults to the token of `hf auth login`.
 
@@ -53,11 +65,11 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
     elif isinstance(source, Mapping):
         # Without a model it lacks the counts of equal branches.
         return scales_for(model, source) if model is not None else Scales('', source)
-    elif source == 'initial' and model is not None:
-        return Scales.initial(model)
+    elif isinstance(source, str) and source in UNSEARCHED and model is not None:
+        return Scales.initial(model, start=UNSEARCHED[source])
     elif source == PUBLISHED and network is not None:
         scales = read_published(network)
-    elif source in ('initial', PUBLISHED):
+    elif source in (*UNSEARCHED, PUBLISHED):
         raise ValueError(
             f"scales='{source}' needs a model: load_scales('{source}', model), --architecture MODEL, or one of the "
             f'names {", ".join(published_table())}.'
@@ -115,7 +127,7 @@ def default_scales(model_name: str) -> Scales:
     raise ValueError(
         f'{model_name} has no scales, and none ship for it. Search some with --model {name.of_kind("hs")} (or '
         f'--search-first), {further}import some with --scales FILE, or start with the unsearched values: --scales '
-        f'initial.'
+        f'initial, or identity.'
     )
 
 

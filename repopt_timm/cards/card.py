@@ -5,6 +5,7 @@ The entry `repopt` of the metadata has
 * `format`: 1;
 * `architecture` and `fingerprint` of the scales, see `Scales`;
 * `provenance`: where the scales come from, as plain data;
+* `start`: start of the operators, unless it is `paper`;
 * `training`, only beside weights: how these were trained, as plain data;
 * `scales`: what `Scales.to_bytes` returns, in base64. In its place `file: scales.safetensors` if the card would be too
   large; the same bytes are then in that file beside it.
@@ -143,6 +144,8 @@ def encode_scales(scales: Scales, training: Mapping[str, Any] | None = None) -> 
         'fingerprint': scales.fingerprint,
         'provenance': provenance,
     }
+    if scales.start != 'paper':
+        entry['start'] = scales.start
     if training:
         entry['training'] = _plain(training, 'training')
     data = scales.with_provenance(provenance).to_bytes()

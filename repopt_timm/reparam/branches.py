@@ -16,10 +16,13 @@ from torch import Tensor, nn
 
 from .modules import pair
 
-__all__ = ['Branch', 'BranchCounts', 'counted', 'embed', 'make_branches', 'merge']
+__all__ = ['STARTS', 'Branch', 'BranchCounts', 'counted', 'draw_operators', 'embed', 'make_branches', 'merge']
 
 BranchCounts = Mapping[str, int] | Iterable[str]
 """Branches by name: names, or name to the number of equal branches that share a scale."""
+
+STARTS = ('paper', 'identity')
+"""Starts of the operators, see `draw_operators`."""
 
 _MAX_COUNT = 1000
 _WINDOW = re.compile(r'([1-9]\d*)x([1-9]\d*)')
@@ -122,6 +125,35 @@ def make_branches(branches: BranchCounts, conv: Any) -> tuple[Branch, ...]:
             f'{channels[0]} -> {channels[1]} channels and stride {stride[0]}x{stride[1]}'
         )
     return made
+
+
+@torch.no_grad()
+def draw_operators(
+    branches: Sequence[Branch], kernel: Tensor, vectors: Mapping[str, Tensor] | None, start: str = 'paper'
+) -> dict[str, Tensor]:
+    """Draws the operators that a convolution starts from.
+
+    Random numbers come from torch's global generator, in the order of the branches, and are the same for each start.
+
+    Args:
+        branches: The branches, sorted by name.
+        kernel: Kernel of shape (O, I/g, k_h, k_w), for dtype, device and memory format; its values are not read.
+        vectors: Branch name to scale of shape (O,), of which the identity's is the value that its operator starts at.
+            Without any it starts at 1.
+        start: `paper` draws all other operators as PyTorch initializes `nn.Conv2d`; `identity` sets them to zero where
+            there is an identity branch, so that the convolution starts as the identity (DiracNets, arXiv 1706.00388).
+
+    Returns:
+        Branch name to operator, see `Branch.operator_shape`.
+    """
+    operators = {branch.name: branch.draw(kernel) for branch in branches}
+    if 'identity' in operators:
+        if vectors is not None:
+            operators['identity'].copy_(vectors['identity'].view(-1, 1, 1, 1))
+        for branch in branches if start == 'identity' else ():
+            if branch.scaled:
+                operators[branch.name].zero_()
+    return operators
 
 
 def embed(operator: Tensor, kernel_shape: Sequence[int], branch: Branch) -> Tensor:

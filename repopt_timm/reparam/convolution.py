@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .branches import Branch, merge
+from .branches import Branch, draw_operators, merge
 from .modules import whole
 
 __all__ = ['Branches', 'add_branches', 'branches_of', 'kind_of', 'merge_branches']
@@ -25,22 +25,30 @@ class Branches(nn.Module):
         scales: Holds the scale of each scaled branch under its name: parameters in a Hyper-Search, else buffers, which
             stay float32 whatever dtype the network is cast to.
         trainable: Whether the scales are parameters.
+        start: Start of the operators, see `draw_operators`.
         complete: Whether the scales have values; without, the kernel cannot be made.
     """
 
     def __init__(
-        self, kernel: Tensor, branches: Sequence[Branch], vectors: Mapping[str, Tensor] | None, trainable: bool
+        self,
+        kernel: Tensor,
+        branches: Sequence[Branch],
+        operators: Mapping[str, Tensor],
+        vectors: Mapping[str, Tensor] | None,
+        trainable: bool,
+        start: str,
     ):
         super().__init__()
         self.branches = tuple(branches)
         self.shape = tuple(kernel.shape)
         self.trainable = trainable
+        self.start = start
         self.complete = vectors is not None
         self.operators = nn.ParameterDict()
         self.scales = nn.Module()
         for branch in branches:
             if branch.name != 'kxk':
-                self.operators[branch.name] = nn.Parameter(branch.draw(kernel), kernel.requires_grad)
+                self.operators[branch.name] = nn.Parameter(operators[branch.name], kernel.requires_grad)
             if branch.scaled:
                 vector = torch.full(kernel.shape[:1], float('nan')) if vectors is None else vectors[branch.name].clone()
                 if trainable:
@@ -48,9 +56,6 @@ class Branches(nn.Module):
                     self.scales.register_parameter(branch.name, parameter)
                 else:
                     self.scales.register_buffer(branch.name, vector.to(kernel.device))
-            elif vectors is not None:
-                with torch.no_grad():
-                    self.operators[branch.name].copy_(vectors[branch.name].view(-1, 1, 1, 1))
 
     @property
     def counts(self) -> dict[str, int]:
@@ -119,7 +124,11 @@ class Branches(nn.Module):
 
 
 def add_branches(
-    conv: nn.Conv2d, branches: Sequence[Branch], vectors: Mapping[str, Tensor] | None, trainable: bool
+    conv: nn.Conv2d,
+    branches: Sequence[Branch],
+    vectors: Mapping[str, Tensor] | None,
+    trainable: bool,
+    start: str = 'paper',
 ) -> None:
     """Makes a CSLA convolution of a plain one, in place; its operators are drawn anew.
 
@@ -129,11 +138,12 @@ def add_branches(
         vectors: Branch name to scale of shape (O,), the identity's being its operator's start; None for scales that a
             state dict brings.
         trainable: Make the scales parameters (Hyper-Search).
+        start: Start of the operators, see `draw_operators`.
     """
     kernel = conv.weight
-    made = Branches(kernel, branches, vectors, trainable)
-    kxk = next(branch for branch in branches if branch.name == 'kxk')
-    conv.weight = nn.Parameter(kxk.draw(kernel), kernel.requires_grad)
+    operators = draw_operators(branches, kernel, vectors, start)
+    made = Branches(kernel, branches, operators, vectors, trainable, start)
+    conv.weight = nn.Parameter(operators['kxk'], kernel.requires_grad)
     # Unsafe: the operator of n equal branches has n times the rows of the kernel.
     parametrize.register_parametrization(conv, 'weight', made, unsafe=True)
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .branches import make_branches, merge
+from .branches import draw_operators, make_branches, merge
 from .modules import is_sharded, modules_of, unwrap
 from .scales import CarriedScales, Scales
 from .twins import ScalesMapping, scales_for
@@ -57,8 +57,8 @@ def attach_scales(model: nn.Module, scales: ScalesMapping, initialized: bool = F
 def initialize(model: nn.Module, scales: ScalesMapping) -> None:
     """Applies the Rule of Initialization: `W' = sum_b s_b * A_b theta_b` with freshly drawn operators.
 
-    Operators get PyTorch's default initialization, as in a Hyper-Search; the identity starts at its searched value.
-    Random numbers come from torch's global generator, in the order of the scales' modules.
+    Operators are drawn as in a Hyper-Search, by the start of the scales (`draw_operators`); the identity starts at its
+    searched value. Random numbers come from torch's global generator, in the order of the scales' modules.
 
     Args:
         model: Any model whose convolutions `scales` names; their weights are overwritten in place.
@@ -78,9 +78,7 @@ def initialize(model: nn.Module, scales: ScalesMapping) -> None:
     for name, conv in convs.items():
         kernel, vectors = conv.weight, fitting[name]
         branches = make_branches(counts[name], conv)
-        operators = {branch.name: branch.draw(kernel) for branch in branches}
-        if 'identity' in operators:
-            operators['identity'].copy_(vectors['identity'].view(-1, 1, 1, 1))
+        operators = draw_operators(branches, kernel, vectors, fitting.start)
         kernel.copy_(merge(branches, operators, vectors, kernel.shape))
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import replacing
-from .branches import Branch, make_branches
+from .branches import STARTS, Branch, make_branches
 from .convolution import branches_of
 from .modules import modules_of, network_name, pair, unwrap
 from .prior import Prior, conv_prior, refusal, resolve_prior
@@ -86,8 +86,8 @@ class Geometry:
 class Scales(Mapping[str, Mapping[str, Tensor]]):
     """The scales of a network: convolution's module name to {branch name: float32 vector of shape (O,)}.
 
-    Immutable: the vectors that it hands out are copies. Two are equal if architecture, geometry, names, counts and
-    float32 bits are; provenance and source do not count.
+    Immutable: the vectors that it hands out are copies. Two are equal if architecture, geometry, names, counts, start
+    and float32 bits are; provenance and source do not count.
 
     Args:
         architecture: Name of the plain network that they were searched on, such as `repopt_vgg_b1`, `resnet18` or the
@@ -97,10 +97,11 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         counts: Module name to branch name to number of equal branches. Defaults to 1.
         provenance: Where they come from: JSON-serializable.
         source: File or repository that they were read from, for errors.
+        start: Start of the operators: `paper` or `identity`, see `draw_operators`.
 
     Raises:
-        ValueError: If there are no scales, a vector is not finite or does not fit its geometry, a branch is unknown, or
-            geometry or counts belong to other modules.
+        ValueError: If there are no scales, a vector is not finite or does not fit its geometry, a branch or the start
+            is unknown, or geometry or counts belong to other modules.
         TypeError: If the provenance is not JSON-serializable.
 
     Example:
@@ -117,6 +118,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         counts: Mapping[str, Mapping[str, int]] | None = None,
         provenance: Mapping[str, Any] | None = None,
         source: str = '',
+        start: str = 'paper',
     ):
         geometry, counts = dict(geometry or {}), dict(counts or {})
         self._architecture, self._source = architecture, source
@@ -125,6 +127,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         self._modules: dict[str, dict[str, Tensor]] = {}
         self._counts: dict[str, dict[str, int]] = {}
         where = source or architecture or 'The scales'
+        self._start = _checked_start(start)
         if not modules:
             raise ValueError(f'{where}: there are no scales in it.')
         if odd := (set(geometry) ^ set(modules) if geometry else set()) | (set(counts) - set(modules)):
@@ -157,14 +160,22 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         return json.loads(self._provenance)
 
     @property
+    def start(self) -> str:
+        """Start of the operators, `paper` or `identity`: what the Rule of Initialization and the twins draw."""
+        return self._start
+
+    @property
     def source(self) -> str:
         """File or repository that the scales were read from, if any."""
         return self._source
 
     @cached_property
     def fingerprint(self) -> str:
-        """The sha256 of architecture, geometry, names, counts and float32 bits, in 64 hexadecimal digits."""
+        """The sha256 of architecture, geometry, names, counts, float32 bits and start, in 64 hexadecimal digits."""
         digest = hashlib.sha256(json.dumps(self._architecture).encode())
+        if self._start != 'paper':
+            # Scales from before there was a choice keep their fingerprint.
+            digest.update(json.dumps({'start': self._start}).encode())
         for module in sorted(self._modules):
             geometry = str(self._geometry[module]) if module in self._geometry else None
             digest.update(json.dumps([module, geometry]).encode())
@@ -216,6 +227,10 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
     def renamed(self, architecture: str) -> 'Scales':
         """Returns the same scales for the same network under another name."""
         return self._replaced(architecture=architecture)
+
+    def with_start(self, start: str) -> 'Scales':
+        """Returns the same scales with another start of the operators, `paper` or `identity`."""
+        return self._replaced(start=_checked_start(start))
 
     def for_model(self, model: nn.Module) -> 'Scales':
         """Returns the scales with name and geometry of a model that they fit, which a file may not state.
@@ -270,7 +285,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         return self._replaced(architecture=network, geometry=geometry, modules=modules_in_order)
 
     @classmethod
-    def initial(cls, model: nn.Module, prior: Prior | None = None) -> 'Scales':
+    def initial(cls, model: nn.Module, prior: Prior | None = None, start: str = 'paper') -> 'Scales':
         """Returns the values that a Hyper-Search of a model starts from.
 
         `sqrt(2 / l)` in a RepOpt-VGG, `sqrt(2 / (n + 1))` elsewhere, identity 1; see `repopt_timm.repvgg_prior`.
@@ -278,9 +293,10 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         Args:
             model: Any plain network.
             prior: Module name to branches, or a function that returns such a mapping. Defaults to `repvgg_prior`.
+            start: Start of the operators: `paper` or `identity`, see `draw_operators`.
 
         Raises:
-            ValueError: If a convolution that the prior names cannot have its branches.
+            ValueError: If a convolution that the prior names cannot have its branches, or the start is unknown.
         """
         model = unwrap(model)
         resolved = resolve_prior(model, prior)
@@ -296,7 +312,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         }
         counts = {name: each.branches for name, each in resolved.items()}
         provenance = {'method': 'initial values, not searched'}
-        return cls(network_name(model), modules, geometry, counts, provenance, 'initial')
+        return cls(network_name(model), modules, geometry, counts, provenance, 'initial', start)
 
     @classmethod
     def from_model(cls, model: nn.Module, provenance: Mapping[str, Any] | None = None) -> 'Scales':
@@ -314,16 +330,19 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         found = {name: branches for name, each in modules_of(model).items() if (branches := branches_of(each))}
         modules = {name: branches.vectors() for name, branches in found.items()}
         counts = {name: branches.counts for name, branches in found.items()}
+        starts = {branches.start for branches in found.values()}
         for name, carried in ({} if found else carried_scales(model)).items():
             modules[name] = carried.scales._modules[carried.module]
             counts[name] = carried.scales._counts[carried.module]
+            starts.add(carried.scales.start)
         if not modules:
             raise ValueError(
                 f'{type(model).__name__} has no scales: it has no CSLA convolutions, and its plain ones carry none.'
             )
         if provenance is None:
             provenance = getattr(model, 'scales_provenance', None)
-        return cls(network_name(model), modules, geometry_of(model, modules), counts, provenance)
+        start = starts.pop() if len(starts) == 1 else 'paper'
+        return cls(network_name(model), modules, geometry_of(model, modules), counts, provenance, start=start)
 
     def check_fingerprint(self, expected: str) -> None:
         """Checks the scales against the fingerprint that was stored with them.
@@ -341,8 +360,8 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         """Returns the scales as the content of a `.safetensors` file.
 
         Its tensors are `<module>.<branch>`. Its metadata are `format`, `version`, `architecture`, `modules` (their
-        names in the order of the network), `geometry` (module name to `str(Geometry)`), `counts`, `fingerprint` and
-        `provenance`.
+        names in the order of the network), `geometry` (module name to `str(Geometry)`), `counts`, `fingerprint`,
+        `provenance`, and `start` unless it is `paper`.
         """
         from safetensors.torch import save
 
@@ -357,6 +376,8 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
             'fingerprint': self.fingerprint,
             'provenance': self._provenance,
         }
+        if self._start != 'paper':
+            metadata['start'] = self._start
         return save(tensors, metadata)
 
     @classmethod
@@ -386,7 +407,9 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
                 modules[name][branch] = vector
             geometry = {name: Geometry.parse(text) for name, text in json.loads(header['geometry']).items()}
             counts, provenance = json.loads(header['counts']), json.loads(header['provenance'])
-            scales = cls(header['architecture'], modules, geometry, counts, provenance, source)
+            scales = cls(
+                header['architecture'], modules, geometry, counts, provenance, source, header.get('start', 'paper')
+            )
             expected = header['fingerprint']
         except (SafetensorError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
             raise ValueError(f'{source}: not a file of scales that this version reads, or damaged: {error!r}') from None
@@ -445,6 +468,12 @@ def geometry_of(model: nn.Module, names: Mapping[str, object]) -> dict[str, Geom
     """Reads the geometry of the named convolutions, plain or CSLA, in the order of the model's modules."""
     convs = [(name, each) for name, each in modules_of(model).items() if isinstance(each, nn.Conv2d)]
     return {name: Geometry.of(conv, first=index == 0) for index, (name, conv) in enumerate(convs) if name in names}
+
+
+def _checked_start(start: str) -> str:
+    if start not in STARTS:
+        raise ValueError(f"The start of scales is '{start!s:.50}', expected one of {', '.join(STARTS)}.")
+    return start
 
 
 def _checked(

@@ -138,7 +138,8 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
     log_convs_without(model, prior, 'stay without branches')
     for name, each in prior.items():
         branches = make_branches(each.branches, modules[name])
-        add_branches(modules[name], branches, None if scales is None else scales[name], trainable_scales)
+        vectors, start = (None, 'paper') if scales is None else (scales[name], scales.start)
+        add_branches(modules[name], branches, vectors, trainable_scales, start)
         drop_scales(modules[name])
     return model
 

@@ -66,12 +66,14 @@ def searched_scales(checkpoint: Mapping[str, Any], source: str, architecture: st
     channels = {name: len(vectors['kxk']) for name, vectors in modules.items() if 'kxk' in vectors}
     stated = checkpoint.get('arch')
     network = ModelName.parse(stated).network if isinstance(stated, str) else infer_architecture(channels, architecture)
-    return Scales(network or '', modules, geometry, counts, {'converted_from': Path(source).name}, source)
+    start = (checkpoint.get(CHECKPOINT_KEY) or {}).get('start', 'paper')
+    return Scales(network or '', modules, geometry, counts, {'converted_from': Path(source).name}, source, start)
 
 
 def checkpoint_entry(scales: Scales) -> dict[str, Any]:
     """Returns what a checkpoint of a twin stores under `CHECKPOINT_KEY`, as its tensors do not state it."""
-    return {'architecture': scales.architecture, 'geometry': {n: str(each) for n, each in scales.geometry.items()}}
+    geometry = {name: str(each) for name, each in scales.geometry.items()}
+    return {'architecture': scales.architecture, 'geometry': geometry, 'start': scales.start}
 
 
 def _branches_of(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, int]]]:

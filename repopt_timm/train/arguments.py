@@ -58,9 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         '--scales',
         metavar='SOURCE',
         help="a file, a folder with a model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, 'published' "
-        "by the authors, 'implied' by the branches of pretrained weights, 'initial' for unsearched values [what "
-        'pretrained or initial weights were trained with, else initial]',
+        "by the authors, 'implied' by the branches of pretrained weights, 'initial' for unsearched values, 'identity' "
+        'for these from convolutions that start as the identity [what pretrained or initial weights were trained '
+        'with, else initial]',
     )
+    init = "'dirac' makes each convolution of equal channels and stride 1 the identity, by torch.nn.init.dirac_"
+    add('--init', default='', choices=['', 'dirac'], help=init)
     switch('--pretrained', 'start from pretrained weights')
     add('--initial-checkpoint', default='', metavar='FILE', help='start from the weights of a checkpoint')
     resume = 'continue from FILE [last.pth.tar in --output/--experiment, if there is one]'

@@ -24,6 +24,7 @@ from ..files import write_text
 from ..optim import RepOptAdamW, RepOptSGD, clip_grad_norm_
 from ..reparam import kind_of, make_grad_mults
 from ..scales import Scales
+from ..sources import UNSEARCHED
 from .engine import DivergedError, TrainState, evaluate, ranked, train_one_epoch
 from .interruption import InterruptedRunError, postponed_signals, raise_if_interrupted
 from .loaders import Loaders, make_datasets, make_loaders
@@ -103,7 +104,7 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
         else:
             model, more = make(args, datasets[0], device)
     started = Scales.from_model(model) if kind_of(model) == 'hs' else None
-    if primary and args.scales not in (None, 'initial'):
+    if primary and args.scales not in (None, *UNSEARCHED):
         note_movement(model)
     with explaining(f'timm cannot make the optimizer {args.opt}'):
         optimizer: Any = create_optimizer_v2(model, **optimizer_kwargs(args), **{**args.opt_kwargs, **more})

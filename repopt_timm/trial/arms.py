@@ -10,7 +10,7 @@ from ..architectures import ARCHITECTURES
 from ..models import ensure_registered
 from ..names import PREFIX, ModelName
 
-__all__ = ['ARMS', 'GIVEN', 'SEARCHED', 'Arm', 'arm_of', 'arms_of', 'in_order', 'target_name']
+__all__ = ['ARMS', 'EXTRA', 'GIVEN', 'SEARCHED', 'Arm', 'arm_of', 'arms_of', 'in_order', 'target_name']
 
 GIVEN, SEARCHED = 'given', 'searched'
 """Scales of an arm: those of the command line, and those of a search that precedes each run."""
@@ -25,11 +25,13 @@ class Arm:
         arguments: Arguments of the training command that make the arm; `model_kwargs` are added to those that all runs
             share, and `scales` may be `GIVEN` or `SEARCHED`.
         kind: Kind of the model.
+        rate: What the learning rates of the command line are multiplied with.
     """
 
     title: str
     arguments: Mapping[str, Any]
     kind: str = 'target'
+    rate: float = 1.0
 
     @property
     def network_key(self) -> str:
@@ -45,12 +47,18 @@ ARMS: dict[str, Arm] = {
         'branches',
     ),
     'sgd': Arm('plain network, SGD', {'opt': 'sgd'}),
+    'adamw': Arm('plain network, AdamW', {'opt': 'adamw', 'weight_decay': 0.05}, rate=0.01),
+    'dirac': Arm('plain network, nn.init.dirac_, SGD', {'opt': 'sgd', 'init': 'dirac'}),
     'init': Arm('Rule of Initialization alone, SGD', {'opt': 'sgd', 'scales': 'initial'}),
     'repopt': Arm('RepOptSGD, unsearched scales', {'opt': 'repopt_sgd', 'scales': 'initial'}),
+    'identity': Arm('RepOptSGD, unsearched scales, identity start', {'opt': 'repopt_sgd', 'scales': 'identity'}),
     'scales': Arm('RepOptSGD, given scales', {'opt': 'repopt_sgd', 'scales': GIVEN}),
     'search': Arm('RepOptSGD, searched scales', {'opt': 'repopt_sgd', 'scales': SEARCHED}),
 }
 """Name of an arm to what it is, in the order of reports. Scales that were given a name make further arms."""
+
+EXTRA = ('unit_branches', 'adamw')
+"""Arms that a trial has only if it is asked for them."""
 
 
 def arm_of(name: str) -> Arm:
@@ -84,7 +92,7 @@ def arms_of(model: str, names: Sequence[str] | None, scales: Iterable[str], sear
 
     Args:
         model: Name of the plain network.
-        names: Arms that were asked for. Defaults to all that there can be, but `unit_branches`.
+        names: Arms that were asked for. Defaults to all that there can be, but `EXTRA`.
         scales: Names of given scales.
         search: Epochs of a search.
 
@@ -107,4 +115,4 @@ def arms_of(model: str, names: Sequence[str] | None, scales: Iterable[str], sear
             raise ValueError(f"--arms has '{name}', expected one of {', '.join(possible)}, or a name of --scales.")
         if name in reasons:
             raise ValueError(f"--arms has '{name}', but {reasons[name]}")
-    return [name for name in possible if name in (names or set(possible) - {*reasons, 'unit_branches'})]
+    return [name for name in possible if name in (names or set(possible) - {*reasons, *EXTRA})]

@@ -13,7 +13,7 @@ from .results import TrialResult
 __all__ = ['draw_trial', 'draw_trials']
 
 # For given scales, which have names of their own.
-_MORE_COLORS = ('C7', 'C8', 'C9', 'k', 'gold', 'navy', 'lime')
+_MORE_COLORS = ('k', 'gold', 'navy', 'lime')
 
 # A marker and a line for each number of epochs.
 _STYLES = ('o-', 's--', '^:', 'D-.')

@@ -166,10 +166,13 @@ class Trial:
 
     def choice(self, arm: str) -> Choice:
         """Returns what is known of an arm's learning rate."""
+        rate = arm_of(arm).rate
         if self.settings.lr is not None:
-            return Choice((), self.settings.lr)
+            return Choice((), rate * self.settings.lr)
+        # As it is written in a folder's name.
+        grid = [float(f'{rate * lr:.3g}') for lr in self.settings.lrs]
         scores: dict[float, float] = {}
-        while (choice := choose_rate(self.settings.lrs, scores)).missing:
+        while (choice := choose_rate(grid, scores)).missing:
             runs = {lr: self.tuning(arm, lr) for lr in choice.missing}
             ended = {lr: run for lr, run in runs.items() if run.is_ended}
             if len(ended) < len(runs):

@@ -16,13 +16,14 @@ from ..console import CommandParser
 from ..reporting import positive
 from ..tables import read_mapping
 from ..train.parsing import parse_arguments, read_config, write_config
-from .arms import ARMS, arms_of
+from .arms import ARMS, EXTRA, arms_of
 
 __all__ = ['TrialSettings', 'read_arguments', 'read_settings', 'read_shared']
 
 # What the trial sets itself, or what would not be the same start for each arm.
 _NOT_SHARED = (
     *('data', 'data_dir', 'model', 'scales', 'pretrained', 'initial_checkpoint', 'resume', 'override', 'opt', 'lr'),
+    'init',
     *('lr_base', 'lr_base_size', 'lr_base_scale', 'seed', 'output', 'experiment', 'search_first', 'search_kwargs'),
     *('holdout', 'log_wandb', 'debug'),
 )
@@ -125,7 +126,8 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
             '--arms',
             nargs='+',
             metavar='ARM',
-            help=f'ways to train: {", ".join(ARMS)}, or NAMEs of --scales [all that there can be but unit_branches]',
+            help=f'ways to train: {", ".join(ARMS)}, or NAMEs of --scales [all that there can be but '
+            f'{" and ".join(EXTRA)}]',
         ),
         add('--seeds', type=number, default=3, metavar='N', help='number of seeds of each arm'),
         add('--first-seed', type=int, default=0, metavar='N', help='the first of them'),

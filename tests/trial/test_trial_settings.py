@@ -22,7 +22,7 @@ def arguments_of(trial, run):
 
 
 def test_arms_are_those_that_the_model_and_the_arguments_allow(trial):
-    assert trial().settings.arms == ['branches', 'sgd', 'init', 'repopt']
+    assert trial().settings.arms == ['branches', 'sgd', 'dirac', 'init', 'repopt', 'identity']
     assert trial('--scales', 'x', '--search', '2').settings.arms[-2:] == ['scales', 'search']
 
 
