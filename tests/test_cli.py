@@ -35,13 +35,6 @@ def test_scales_go_from_a_checkpoint_to_files_and_folders(search, tmp_path, caps
         assert json.loads(capsys.readouterr().out)['fingerprint'] == load_scales(search).fingerprint
 
 
-def test_a_table_is_shown_on_a_terminal(capsys):
-    assert main(['scales', 'show', 'initial', '--architecture', 'repopt_vgg_b1']) == 0
-    out = capsys.readouterr().out
-    assert 'initial values, not searched' in out
-    assert '| stage 3 | identity | 1.0000 | 1.0000 | 1.0000 |' in out
-
-
 @pytest.mark.parametrize(
     ('arguments', 'named'),
     [

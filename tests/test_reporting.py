@@ -1,4 +1,4 @@
-from repopt_timm.reporting import markdown_table, take_turns
+from repopt_timm.reporting import take_turns
 
 
 def test_the_order_of_turns_rotates_and_warm_up_rounds_do_not_count():
@@ -14,9 +14,3 @@ def test_the_order_of_turns_rotates_and_warm_up_rounds_do_not_count():
     found = take_turns({name: turn(name) for name in 'abc'}, rounds=2, warmup=1)
     assert ''.join(calls) == 'abcbcacab'
     assert found == {'a': [6, 8], 'b': [4, 9], 'c': [5, 7]}
-
-
-def test_columns_of_a_table_line_up_on_request():
-    assert markdown_table(['a', 'long'], [['value', '1']]) == '| a | long |\n| --- | --- |\n| value | 1 |'
-    aligned = '| a     | long |\n| ----- | ---- |\n| value | 1    |'
-    assert markdown_table(['a', 'long'], [['value', '1']], align=True) == aligned

@@ -1,6 +1,7 @@
 """The arguments of a training run. Names and defaults are those of timm's training script, unless the help differs."""
 
 import argparse
+from typing import Any
 
 from ..console import Pairs, number
 
@@ -24,172 +25,197 @@ _part = number(float, above=0, high=1)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of a run to a parser, by section."""
 
-    def switch(flag: str, text: str) -> None:
-        add(flag, action='store_true', help=text)
+    def add(flags: str, kind: Any, default: Any, text: str, **options: Any) -> None:
+        """Adds an argument whose kind is a type or a tuple of choices."""
+        options |= {'choices': kind} if isinstance(kind, tuple) else {'type': kind}
+        group.add_argument(*flags.split(), default=default, help=text, **options)
 
-    add = parser.add_argument_group('Data').add_argument
-    add('--data-dir', metavar='DIR', help='path to dataset: image folders, or .tar files')
+    def switch(flag: str, text: str) -> None:
+        group.add_argument(flag, action='store_true', help=text)
+
+    group = parser.add_argument_group('Data')
+    add('--data-dir', None, None, 'path to dataset: image folders, or .tar files', metavar='DIR')
     add(
         '--dataset',
-        default='',
-        metavar='NAME',
-        help='dataset type, such as torch/cifar10, hfds/NAME, wds/NAME, digits; streamed data (wds/, hfids/) are not '
+        None,
+        '',
+        'dataset type, such as torch/cifar10, hfds/NAME, wds/NAME, digits; streamed data (wds/, hfids/) are not '
         'repeated exactly when a run is resumed [image folder or .tar]',
+        metavar='NAME',
     )
-    add('--train-split', default='train', metavar='NAME', help='dataset train split')
-    add('--val-split', default='validation', metavar='NAME', help='dataset validation split')
-    add('--train-num-samples', type=_count, help='number of training samples, for streamed data')
-    add('--val-num-samples', type=_count, help='number of validation samples, for streamed data')
-    add('--train-images', type=_count, help='train on N images, the same random ones for each seed')
-    holdout = 'validate on this share of the training images, on which the run then does not train'
-    add('--holdout', type=_fraction, default=0.0, metavar='SHARE', help=holdout)
+    add('--train-split', None, 'train', 'dataset train split', metavar='NAME')
+    add('--val-split', None, 'validation', 'dataset validation split', metavar='NAME')
+    add('--train-num-samples', _count, None, 'number of training samples, for streamed data')
+    add('--val-num-samples', _count, None, 'number of validation samples, for streamed data')
+    add('--train-images', _count, None, 'train on N images, the same random ones for each seed')
+    add(
+        '--holdout',
+        _fraction,
+        0.0,
+        'validate on this share of the training images, on which the run then does not train',
+        metavar='SHARE',
+    )
     switch('--cache-images', 'keep decoded images in memory, from the first epoch on; with --workers 0')
-    sampler = 'draw training images so that all classes come equally often'
-    add('--sampler', choices=('balanced',), help=sampler)
+    add('--sampler', ('balanced',), None, 'draw training images so that all classes come equally often')
     switch('--dataset-download', 'allow download for torch/ and others that support it')
-    add('--class-map', default='', metavar='FILE', help='class map: a .txt file with the name of a class on each line')
-    add('--input-img-mode', choices=('L', 'RGB', 'RGBA'), help='image color mode [that of the channels]')
-    add('--input-key', metavar='KEY', help='dataset key of the images')
-    add('--target-key', metavar='KEY', help='dataset key of the labels')
+    add('--class-map', None, '', 'class map: a .txt file with the name of a class on each line', metavar='FILE')
+    add('--input-img-mode', ('L', 'RGB', 'RGBA'), None, 'image color mode [that of the channels]')
+    add('--input-key', None, None, 'dataset key of the images', metavar='KEY')
+    add('--target-key', None, None, 'dataset key of the labels', metavar='KEY')
 
-    add = parser.add_argument_group('Model').add_argument
-    add('--model', default='repopt_vgg_a0', help='name of a timm model; _hs for a search, _csla for validation')
+    group = parser.add_argument_group('Model')
+    add('--model', None, 'repopt_vgg_a0', 'name of a timm model; _hs for a search, _csla for validation')
     add(
         '--scales',
-        metavar='SOURCE',
-        help="a file, a folder with a model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, 'published' "
+        None,
+        None,
+        "a file, a folder with a model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, 'published' "
         "by the authors, 'implied' by the branches of pretrained weights, 'initial' for unsearched values, 'identity' "
         'for these from convolutions that start as the identity [what pretrained or initial weights were trained '
         'with, else initial]',
+        metavar='SOURCE',
     )
-    init = "'dirac' makes each convolution of equal channels and stride 1 the identity, by torch.nn.init.dirac_"
-    add('--init', default='', choices=['', 'dirac'], help=init)
+    add(
+        '--init',
+        ('', 'dirac'),
+        '',
+        "'dirac' makes each convolution of equal channels and stride 1 the identity, by torch.nn.init.dirac_",
+    )
     switch('--pretrained', 'start from pretrained weights')
-    add('--initial-checkpoint', default='', metavar='FILE', help='start from the weights of a checkpoint')
-    resume = 'continue from FILE [last.pth.tar in --output/--experiment, if there is one]'
-    add('--resume', nargs='?', const='auto', metavar='FILE', help=resume)
+    add('--initial-checkpoint', None, '', 'start from the weights of a checkpoint', metavar='FILE')
+    add(
+        '--resume',
+        None,
+        None,
+        'continue from FILE [last.pth.tar in --output/--experiment, if there is one]',
+        nargs='?',
+        const='auto',
+        metavar='FILE',
+    )
     switch('--override', 'resume with other arguments, or from an earlier checkpoint than the last')
-    add('--num-classes', type=_count, help="number of classes [the dataset's]")
-    add('--gp', metavar='POOL', help="global pool type, such as avg [the model's]")
-    add('--img-size', type=_count, help='image size, for square images')
-    add('--in-chans', type=int, choices=(1, 3, 4), help='number of image channels')
-    add('--input-size', type=_count, nargs=3, help='image dimensions: channels height width')
-    add('--crop-pct', type=_part, metavar='SHARE', help='center crop percent, for validation')
-    add('--mean', type=number(float), nargs='+', help='mean pixel value')
-    add('--std', type=_positive, nargs='+', help='standard deviation of pixel values')
-    add('--interpolation', default='', choices=('', *INTERPOLATIONS), help="resize interpolation [the model's]")
-    add('-b', '--batch-size', type=_count, default=128, help='batch size of each process')
-    add('-vb', '--validation-batch-size', type=_count, help='batch size for validation [--batch-size]')
+    add('--num-classes', _count, None, "number of classes [the dataset's]")
+    add('--gp', None, None, "global pool type, such as avg [the model's]", metavar='POOL')
+    add('--img-size', _count, None, 'image size, for square images')
+    add('--in-chans', (1, 3, 4), None, 'number of image channels', type=int)
+    add('--input-size', _count, None, 'image dimensions: channels height width', nargs=3)
+    add('--crop-pct', _part, None, 'center crop percent, for validation', metavar='SHARE')
+    add('--mean', number(float), None, 'mean pixel value', nargs='+')
+    add('--std', _positive, None, 'standard deviation of pixel values', nargs='+')
+    add('--interpolation', ('', *INTERPOLATIONS), '', "resize interpolation [the model's]")
+    add('-b --batch-size', _count, 128, 'batch size of each process')
+    add('-vb --validation-batch-size', _count, None, 'batch size for validation [--batch-size]')
     switch('--channels-last', 'channels_last memory layout')
-    accumulate = 'batches to accumulate gradients of before a step'
-    add('--grad-accum-steps', type=_count, default=1, help=accumulate)
+    add('--grad-accum-steps', _count, 1, 'batches to accumulate gradients of before a step')
     switch('--grad-checkpointing', 'recompute activations in the backward pass')
-    add('--model-kwargs', nargs='*', action=Pairs, default={}, metavar='K=V', help='further model arguments')
-    add('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
+    add('--model-kwargs', None, {}, 'further model arguments', nargs='*', action=Pairs, metavar='K=V')
+    add('--torchcompile', None, None, 'compile the model', nargs='?', const='inductor', metavar='BACKEND')
 
-    add = parser.add_argument_group('Device').add_argument
-    add('--device', help='device to train on [cuda if available, else cpu]')
+    group = parser.add_argument_group('Device')
+    add('--device', None, None, 'device to train on [cuda if available, else cpu]')
     switch('--amp', 'mixed precision')
-    add('--amp-dtype', default='float16', choices=('float16', 'bfloat16'), help='lower precision of --amp')
+    add('--amp-dtype', ('float16', 'bfloat16'), 'float16', 'lower precision of --amp')
 
-    add = parser.add_argument_group('Optimizer').add_argument
-    add('--opt', type=str.lower, metavar='NAME', help='optimizer [repopt_sgd for a plain repopt_* model, else sgd]')
-    add('--opt-eps', type=_nonnegative, help='epsilon of the optimizer')
-    add('--opt-betas', type=_share, nargs='+', help='betas of the optimizer')
-    add('--momentum', type=_fraction, default=0.9, help='momentum')
-    add('--weight-decay', type=_nonnegative, default=2e-5, help='weight decay')
-    clip = 'clip gradients; RepOptimizers measure the equivalent CSLA norm'
-    add('--clip-grad', type=_nonnegative, metavar='NORM', help=clip)
-    add('--clip-mode', default='norm', choices=('norm', 'value', 'agc'), help='how to clip; RepOptimizers: norm only')
-    add('--layer-decay', type=_part, help='layer-wise learning rate decay')
-    add('--opt-kwargs', nargs='*', action=Pairs, default={}, metavar='K=V', help='further optimizer arguments')
+    group = parser.add_argument_group('Optimizer')
+    add('--opt', str.lower, None, 'optimizer [repopt_sgd for a plain repopt_* model, else sgd]', metavar='NAME')
+    add('--opt-eps', _nonnegative, None, 'epsilon of the optimizer')
+    add('--opt-betas', _share, None, 'betas of the optimizer', nargs='+')
+    add('--momentum', _fraction, 0.9, 'momentum')
+    add('--weight-decay', _nonnegative, 2e-5, 'weight decay')
+    add(
+        '--clip-grad',
+        _nonnegative,
+        None,
+        'clip gradients; RepOptimizers measure the equivalent CSLA norm',
+        metavar='NORM',
+    )
+    add('--clip-mode', ('norm', 'value', 'agc'), 'norm', 'how to clip; RepOptimizers: norm only')
+    add('--layer-decay', _part, None, 'layer-wise learning rate decay')
+    add('--opt-kwargs', None, {}, 'further optimizer arguments', nargs='*', action=Pairs, metavar='K=V')
 
-    add = parser.add_argument_group('Learning rate schedule').add_argument
-    add('--sched', default='cosine', choices=_SCHEDULES, help='schedule')
+    group = parser.add_argument_group('Learning rate schedule')
+    add('--sched', _SCHEDULES, 'cosine', 'schedule')
     switch('--sched-on-updates', 'step the schedule on updates; done anyway if --epochs is less than 50')
-    add('--lr', type=_nonnegative, help='learning rate; overrides --lr-base')
-    base = 'learning rate at --lr-base-size: lr = lr_base * batch size / base size'
-    add('--lr-base', type=_nonnegative, default=0.1, metavar='LR', help=base)
-    add('--lr-base-size', type=_count, default=256, help='global batch size of --lr-base')
-    rule = 'how --lr-base scales [what suits --opt]'
-    add('--lr-base-scale', default='', choices=('', 'linear', 'sqrt'), help=rule)
-    add('--warmup-lr', type=_nonnegative, default=1e-5, metavar='LR', help='learning rate that the warm-up starts from')
-    add('--min-lr', type=_nonnegative, default=0.0, metavar='LR', help='lower bound of the learning rate')
-    add('--epochs', type=_count, default=300, help='number of epochs')
-    warmup = 'epochs of warm-up [a tenth of --epochs, 5 at most]'
-    add('--warmup-epochs', type=_nonnegative, help=warmup)
+    add('--lr', _nonnegative, None, 'learning rate; overrides --lr-base')
+    add(
+        '--lr-base',
+        _nonnegative,
+        0.1,
+        'learning rate at --lr-base-size: lr = lr_base * batch size / base size',
+        metavar='LR',
+    )
+    add('--lr-base-size', _count, 256, 'global batch size of --lr-base')
+    add('--lr-base-scale', ('', 'linear', 'sqrt'), '', 'how --lr-base scales [what suits --opt]')
+    add('--warmup-lr', _nonnegative, 1e-5, 'learning rate that the warm-up starts from', metavar='LR')
+    add('--min-lr', _nonnegative, 0.0, 'lower bound of the learning rate', metavar='LR')
+    add('--epochs', _count, 300, 'number of epochs')
+    add('--warmup-epochs', _nonnegative, None, 'epochs of warm-up [a tenth of --epochs, 5 at most]')
     switch('--warmup-prefix', 'start the schedule after the warm-up, which then adds to --epochs')
-    cooldown = 'epochs at the lowest learning rate, after the schedule'
-    add('--cooldown-epochs', type=_natural, default=0, help=cooldown)
-    add('--decay-epochs', type=_positive, default=90.0, help='interval of the step schedule')
-    milestones = 'epochs of the multistep schedule'
-    add('--decay-milestones', type=_count, nargs='+', default=[90, 180, 270], help=milestones)
-    add('--decay-rate', type=_positive, default=0.1, help='factor of the step schedules')
-    add('--patience-epochs', type=_natural, default=10, help='patience of the plateau schedule')
-    patience = 'stop when the validation accuracy has not improved for N epochs'
-    add('--patience', type=_count, help=patience)
+    add('--cooldown-epochs', _natural, 0, 'epochs at the lowest learning rate, after the schedule')
+    add('--decay-epochs', _positive, 90.0, 'interval of the step schedule')
+    add('--decay-milestones', _count, [90, 180, 270], 'epochs of the multistep schedule', nargs='+')
+    add('--decay-rate', _positive, 0.1, 'factor of the step schedules')
+    add('--patience-epochs', _natural, 10, 'patience of the plateau schedule')
+    add('--patience', _count, None, 'stop when the validation accuracy has not improved for N epochs')
 
-    add = parser.add_argument_group('Augmentation and regularization').add_argument
+    group = parser.add_argument_group('Augmentation and regularization')
     switch('--no-aug', 'no training augmentation')
-    add('--train-crop-mode', choices=('rrc', 'rkrc', 'rkrr'), help='crop mode in train')
-    area = 'range of the random crop area'
-    add('--scale', type=_part, nargs=2, default=[0.08, 1.0], help=area)
-    aspect = 'range of the random aspect ratio'
-    add('--ratio', type=_positive, nargs=2, default=[3 / 4, 4 / 3], help=aspect)
-    add('--hflip', type=_share, default=0.5, help='probability of a horizontal flip')
-    add('--vflip', type=_share, default=0.0, help='probability of a vertical flip')
-    add('--color-jitter', type=_nonnegative, default=0.4, help='color jitter; null in a config for none')
-    add('--aa', metavar='POLICY', help='AutoAugment policy, such as rand-m9-mstd0.5')
-    add('--aug-repeats', type=_nonnegative, default=0.0, help='repeats of an image, in a parallel run')
-    add('--reprob', type=_share, default=0.0, help='probability of random erasing')
-    add('--remode', default='pixel', choices=('pixel', 'rand', 'const'), help='mode of random erasing')
-    add('--recount', type=_count, default=1, help='count of random erasing')
-    add('--mixup', type=_nonnegative, default=0.0, help='mixup alpha')
-    add('--cutmix', type=_nonnegative, default=0.0, help='cutmix alpha')
-    add('--mixup-prob', type=_share, default=1.0, help='probability of mixup or cutmix')
-    switched = 'probability of cutmix when both are on'
-    add('--mixup-switch-prob', type=_share, default=0.5, help=switched)
-    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='mixup per batch, pair or elem')
-    add('--mixup-off-epoch', type=_natural, default=0, help='turn mixup off after this epoch')
+    add('--train-crop-mode', ('rrc', 'rkrc', 'rkrr'), None, 'crop mode in train')
+    add('--scale', _part, [0.08, 1.0], 'range of the random crop area', nargs=2)
+    add('--ratio', _positive, [3 / 4, 4 / 3], 'range of the random aspect ratio', nargs=2)
+    add('--hflip', _share, 0.5, 'probability of a horizontal flip')
+    add('--vflip', _share, 0.0, 'probability of a vertical flip')
+    add('--color-jitter', _nonnegative, 0.4, 'color jitter; null in a config for none')
+    add('--aa', None, None, 'AutoAugment policy, such as rand-m9-mstd0.5', metavar='POLICY')
+    add('--aug-repeats', _nonnegative, 0.0, 'repeats of an image, in a parallel run')
+    add('--reprob', _share, 0.0, 'probability of random erasing')
+    add('--remode', ('pixel', 'rand', 'const'), 'pixel', 'mode of random erasing')
+    add('--recount', _count, 1, 'count of random erasing')
+    add('--mixup', _nonnegative, 0.0, 'mixup alpha')
+    add('--cutmix', _nonnegative, 0.0, 'cutmix alpha')
+    add('--mixup-prob', _share, 1.0, 'probability of mixup or cutmix')
+    add('--mixup-switch-prob', _share, 0.5, 'probability of cutmix when both are on')
+    add('--mixup-mode', ('batch', 'pair', 'elem'), 'batch', 'mixup per batch, pair or elem')
+    add('--mixup-off-epoch', _natural, 0, 'turn mixup off after this epoch')
     switch('--bce-loss', 'binary cross entropy')
     switch('--bce-sum', 'sum it over the classes')
-    add('--bce-target-thresh', type=_share, help='make its targets 1 above this value, else 0')
-    add('--bce-pos-weight', type=_positive, help='weight of its positive targets')
-    add('--smoothing', type=_fraction, default=0.1, help='label smoothing')
-    weights = 'weigh the loss of an image by the inverse size of its class'
-    add('--class-weights', choices=('balanced',), help=weights)
-    training = 'interpolation of training images'
-    add('--train-interpolation', default='random', choices=('random', *INTERPOLATIONS), help=training)
-    add('--drop', type=_fraction, default=0.0, help='dropout rate of the classifier')
-    add('--drop-path', type=_fraction, help='rate of stochastic depth')
-    add('--drop-block', type=_fraction, help='rate of dropped blocks')
+    add('--bce-target-thresh', _share, None, 'make its targets 1 above this value, else 0')
+    add('--bce-pos-weight', _positive, None, 'weight of its positive targets')
+    add('--smoothing', _fraction, 0.1, 'label smoothing')
+    add('--class-weights', ('balanced',), None, 'weigh the loss of an image by the inverse size of its class')
+    add('--train-interpolation', ('random', *INTERPOLATIONS), 'random', 'interpolation of training images')
+    add('--drop', _fraction, 0.0, 'dropout rate of the classifier')
+    add('--drop-path', _fraction, None, 'rate of stochastic depth')
+    add('--drop-block', _fraction, None, 'rate of dropped blocks')
 
-    add = parser.add_argument_group('BatchNorm and weight averaging').add_argument
-    add('--bn-momentum', type=_share, help="momentum of BatchNorm [the model's]")
-    add('--bn-eps', type=_positive, help="epsilon of BatchNorm [the model's]")
+    group = parser.add_argument_group('BatchNorm and weight averaging')
+    add('--bn-momentum', _share, None, "momentum of BatchNorm [the model's]")
+    add('--bn-eps', _positive, None, "epsilon of BatchNorm [the model's]")
     switch('--sync-bn', 'synchronized BatchNorm, on GPUs')
-    statistics = 'BatchNorm statistics between processes'
-    add('--dist-bn', default='reduce', choices=('', 'broadcast', 'reduce'), help=statistics)
+    add('--dist-bn', ('', 'broadcast', 'reduce'), 'reduce', 'BatchNorm statistics between processes')
     switch('--model-ema', 'keep an exponential moving average of the weights')
-    add('--model-ema-decay', type=_fraction, default=0.9998, help='decay of the average')
+    add('--model-ema-decay', _fraction, 0.9998, 'decay of the average')
     switch('--model-ema-warmup', 'warm the decay up')
 
-    add = parser.add_argument_group('Run').add_argument
-    seed = 'random seed; epochs are seeded one by one, so that a resumed run repeats'
-    add('--seed', type=number(int, low=0, high=10**9), default=42, help=seed)
-    add('--log-interval', type=_count, default=50, help='batches between lines of progress')
-    add('--val-interval', type=_count, default=1, help='epochs between validations')
-    add('--checkpoint-hist', type=_count, default=3, help='number of best checkpoints to keep')
-    workers = 'processes that load data, not more than there are cores'
-    add('-j', '--workers', type=_natural, default=4, help=workers)
+    group = parser.add_argument_group('Run')
+    add(
+        '--seed',
+        number(int, low=0, high=10**9),
+        42,
+        'random seed; epochs are seeded one by one, so that a resumed run repeats',
+    )
+    add('--log-interval', _count, 50, 'batches between lines of progress')
+    add('--val-interval', _count, 1, 'epochs between validations')
+    add('--checkpoint-hist', _count, 3, 'number of best checkpoints to keep')
+    add('-j --workers', _natural, 4, 'processes that load data, not more than there are cores')
     switch('--pin-mem', 'pin memory, for GPUs')
     switch('--no-prefetcher', "load without timm's prefetcher")
-    add('--output', default='output', metavar='DIR', help='folder of runs')
-    experiment = "folder of this run in --output [time and model's name]"
-    add('--experiment', default='', metavar='NAME', help=experiment)
+    add('--output', None, 'output', 'folder of runs', metavar='DIR')
+    add('--experiment', None, '', "folder of this run in --output [time and model's name]", metavar='NAME')
     switch('--log-tensorboard', 'log to TensorBoard, if installed')
     switch('--log-wandb', 'log to Weights & Biases, if installed')
     switch('--debug', 'show the traceback of an error')
     decay = SEARCH_DEFAULTS['weight_decay']
-    first = f'search the scales with a weight decay of {decay:g}, then train --model with them, then report'
-    switch('--search-first', first)
+    switch(
+        '--search-first',
+        f'search the scales with a weight decay of {decay:g}, then train --model with them, then report',
+    )

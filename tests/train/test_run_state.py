@@ -94,19 +94,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once_and_leaves_its_reason_un
     assert not (tmp_path / 'run/diverged.txt').exists()
 
 
-def test_the_steps_between_which_the_loss_became_nan_are_named(arguments, tmp_path, monkeypatch):
-    losses = iter([1.0, 1.0, 1.0, float('nan')])
-
-    class Loss(torch.nn.Module):
-        def forward(self, output, target):
-            return output.mean() * 0 + next(losses)
-
-    monkeypatch.setattr(run, '_make_loss', lambda *args: Loss())
-    with pytest.raises(ValueError, match='of epoch 1 of 3 became non-finite between steps 3 and 4'):
-        main(arguments(*TARGET, '--log-interval', '2'))
-    assert not (tmp_path / 'run').exists()
-
-
 def test_weights_that_are_not_finite_are_not_saved(arguments, tmp_path, monkeypatch):
     def train_one_epoch(state, loaders, loss_fn, clip, autocast, epoch, args):
         metrics = original(state, loaders, loss_fn, clip, autocast, epoch, args)
@@ -172,10 +159,9 @@ def test_a_run_that_went_back_is_continued_from_where_it_was_stopped(
     assert read(tmp_path / 'run')['args'].momentum == 0.5
 
 
-@pytest.mark.parametrize('epochs', [1, 2])
-def test_a_search_that_was_stopped_goes_on_with_its_target(images, tmp_path, capsys, signalled, epochs):
+def test_a_search_that_was_stopped_goes_on_with_its_target(images, tmp_path, capsys, signalled):
     words = f'{images} --model {TINY} --output {tmp_path} --epochs 2 --batch-size 8 --workers 0 --lr 0.02'.split()
-    signalled(signal.SIGTERM, epochs)
+    signalled(signal.SIGTERM, 2)
     with pytest.raises(SystemExit) as end:
         main([*words, '--input-size', '3', '32', '32', '--search-first'])
     assert end.value.code == 143
@@ -202,7 +188,7 @@ def test_a_run_that_is_stopped_in_its_first_epoch_is_started_again(arguments, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize('delay', range(4))
+@pytest.mark.parametrize('delay', [0, 2])
 def test_a_signal_to_the_whole_group_reaches_a_run_whenever_it_comes(arguments, tmp_path, delay, signum):
     words = arguments(*TARGET, '--epochs', '500', '--workers', '2')
     with subprocess.Popen(
