@@ -266,6 +266,21 @@ def test_a_run_that_does_not_improve_stops_and_stays_stopped(arguments, tmp_path
         assert len(read(tmp_path / 'run')['history']) == 4
 
 
+@pytest.mark.parametrize('extra', [[], ['--no-prefetcher']])
+def test_mixup_ends_where_it_shall(arguments, monkeypatch, extra):
+    mixed = []
+
+    def train_one_epoch(state, loaders, *args):
+        images, target = next(iter(loaders.train))
+        target = target if loaders.mixup is None else loaders.mixup(images, target)[1]
+        mixed.append(((target > 0).sum(1) > 1).any().item())
+        return {'lr': 0.1, 'loss': 1.0}
+
+    monkeypatch.setattr(run, 'train_one_epoch', train_one_epoch)
+    main(arguments(*TARGET, '--mixup', '1', '--mixup-off-epoch', '1', '--smoothing', '0', '--epochs', '2', *extra))
+    assert mixed == [True, False]
+
+
 def test_a_run_that_gets_fewer_epochs_than_it_was_to_have_is_evaluated(arguments, tmp_path, monkeypatch):
     long = [*TARGET, '--epochs', '400', '--val-interval', '400']
     with monkeypatch.context() as patch, pytest.raises(BrokenOffError):
