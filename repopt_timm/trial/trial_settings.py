@@ -86,13 +86,13 @@ class TrialSettings:
     def read(cls, path: Path) -> 'TrialSettings':
         """Reads `trial.yaml`; a ValueError names the file if it is not as a trial writes it."""
         older: dict[str, Any] = {'fingerprints': {}, 'classes': None, 'held_out': None}
-        saved = {**older, **read_mapping(path, [each.name for each in fields(cls) if each.name not in older])}
+        names = [each.name for each in fields(cls)]
+        saved = older | read_mapping(path, [name for name in names if name not in older])
         if not isinstance(saved['scales'], dict):
             # Folders of older trials: one source of scales, or none.
             saved['scales'] = {'scales': saved['scales']} if saved['scales'] else {}
         try:
-            saved |= {name: read(saved[name]) for name, read in _READERS.items()}
-            found = cls(**{each.name: saved[each.name] for each in fields(cls)})
+            found = cls(**{name: _READERS.get(name, lambda value: value)(saved[name]) for name in names})
             if unknown := {*found.arms, found.reference} - {*ARMS, *found.scales}:
                 raise ValueError(f'it has the arms {", ".join(map(str, unknown))}, which are none')
         except (TypeError, ValueError) as error:
@@ -186,35 +186,8 @@ def read_settings(args: argparse.Namespace, model: str, epochs: int) -> TrialSet
     Raises:
         ValueError: If an arm cannot be, or arguments do not go together.
     """
-    scales = _given_scales(args.scales)
-    arms = arms_of(model, args.arms, scales, args.search)
-    seeds = list(range(args.first_seed, args.first_seed + args.seeds))
-    if args.lr is None and _TUNING_SEED in seeds:
-        raise ValueError(f'--first-seed: learning rates are chosen with the seed {_TUNING_SEED}; take other seeds.')
-    if args.holdout >= 1:
-        raise ValueError(f'--holdout is {args.holdout}, expected a share below 1.')
-    settings = TrialSettings(
-        model=model,
-        arms=arms,
-        seeds=seeds,
-        lrs=sorted(set(args.lrs)),
-        lr=args.lr,
-        holdout=args.holdout,
-        tuning_epochs=args.tuning_epochs or epochs,
-        tuning_seed=_TUNING_SEED,
-        scales=scales,
-        search=args.search,
-        reference=args.reference or ('sgd' if 'sgd' in arms else arms[0]),
-    )
-    if settings.reference not in arms:
-        raise ValueError(f"--reference is '{args.reference}', expected one of the arms: {', '.join(arms)}.")
-    return settings
-
-
-def _given_scales(words: Sequence[str]) -> dict[str, str]:
-    """Returns the name of an arm to its scales."""
     scales: dict[str, str] = {}
-    for word in words:
+    for word in args.scales:
         name, _, source = word.partition('=')
         if not source or Path(word).exists() or re.search(r'[/\\.:]', name):
             name, source = 'scales', word
@@ -223,7 +196,18 @@ def _given_scales(words: Sequence[str]) -> dict[str, str]:
         if name in scales or (name in ARMS and name != 'scales'):
             raise ValueError(f"--scales has '{word}', but there is an arm '{name}' already: name it NAME=SOURCE.")
         scales[name] = source
-    return scales
+    arms = arms_of(model, args.arms, scales, args.search)
+    seeds = list(range(args.first_seed, args.first_seed + args.seeds))
+    reference = args.reference or ('sgd' if 'sgd' in arms else arms[0])
+    if args.lr is None and _TUNING_SEED in seeds:
+        raise ValueError(f'--first-seed: learning rates are chosen with the seed {_TUNING_SEED}; take other seeds.')
+    if args.holdout >= 1:
+        raise ValueError(f'--holdout is {args.holdout}, expected a share below 1.')
+    if reference not in arms:
+        raise ValueError(f"--reference is '{reference}', expected one of the arms: {', '.join(arms)}.")
+    lrs, tuning_epochs = sorted(set(args.lrs)), args.tuning_epochs or epochs
+    tuning = lrs, args.lr, args.holdout, tuning_epochs, _TUNING_SEED
+    return TrialSettings(model, arms, seeds, *tuning, scales, args.search, reference)
 
 
 def read_shared(model: str, config: str | None, data: str | None, words: Sequence[str]) -> dict[str, Any]:

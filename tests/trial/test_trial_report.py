@@ -6,11 +6,10 @@ from matplotlib.figure import Figure
 
 from repopt_timm import Scales
 from repopt_timm.cli import main
-from repopt_timm.trial.networks import plain_network
+from repopt_timm.trial.networks import make_network
 from repopt_timm.trial.pictures import draw_trials
-from repopt_timm.trial.report import report_trial
+from repopt_timm.trial.report import report_trial, report_trials
 from repopt_timm.trial.results import TrialResult
-from repopt_timm.trial.several import report_trials
 
 from .conftest import fake_run, run_trial
 
@@ -141,7 +140,7 @@ def test_a_search_counts_among_the_time_of_its_arm(trial):
 
 def test_it_is_said_what_the_searches_did(trial):
     made = trial('--arms', 'sgd', 'search', '--search', '2', '--lr', '0.1', '--seeds', '2')
-    initial = Scales.initial(plain_network(made))
+    initial = Scales.initial(make_network(made))
     for seed in (0, 1):
         folder = made.training('search', seed, 0.1).after.folder
         folder.mkdir(parents=True)
