@@ -86,8 +86,8 @@ def render_body(
         ]
         sections += [
             '## Scales',
-            f'One value per branch and channel of {len(scales)} convolutions.{searched} Fingerprint '
-            f'`{scales.fingerprint}`.',
+            f'One value per branch and channel of {len(scales)} convolutions.{searched} Start of the operators: '
+            f'{scales.start}. Fingerprint `{scales.fingerprint}`.',
             _table(('stage', 'branch', 'mean', 'min', 'max'), rows),
         ]
         if SCALES_PICTURE in files:

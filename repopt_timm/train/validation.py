@@ -35,8 +35,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     _check_optimizer(args)
     if args.search_first:
         _check_search(args)
-    if args.init and (args.pretrained or args.initial_checkpoint or ModelName.parse(args.variant).kind != 'target'):
-        raise ValueError(f'--init {args.init} is a start for plain networks without weights of their own: remove it.')
+    if args.init and (args.pretrained or args.initial_checkpoint):
+        raise ValueError(f'--init {args.init} is a start for networks without weights of their own: remove it.')
     if args.lr is not None and args.min_lr > args.lr:
         raise ValueError(f'--min-lr is {args.min_lr} and --lr {args.lr}, expected a lower bound: lower --min-lr.')
     if args.decay_milestones != sorted(set(args.decay_milestones)):

@@ -12,8 +12,9 @@ CLASSES = {'sgd': (torch.optim.SGD, RepOptSGD), 'adamw': (torch.optim.AdamW, Rep
 STRIDES = (2, 1, 2, 2, 2)
 
 
-def twins():
-    csla = tiny_model('_csla', scales=random_scales(strides=STRIDES), strides=STRIDES).double()
+def twins(start='paper'):
+    scales = random_scales(strides=STRIDES).with_start(start)
+    csla = tiny_model('_csla', scales=scales, strides=STRIDES).double()
     return csla, csla.to_plain()
 
 

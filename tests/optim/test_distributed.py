@@ -1,10 +1,5 @@
-from pathlib import Path
-
 import pytest
-import timm
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from timm.layers import freeze_batch_norm_2d
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,26 +10,12 @@ from repopt_timm import clip_grad_norm_, make_grad_mults
 from repopt_timm.optim import RepOptAdamW, RepOptSGD
 from repopt_timm.reparam import attach_scales
 
-from ..helpers import TINY, relative_difference
+from ..helpers import relative_difference
+from ..processes import in_processes
 from .equivalence import optimizers, twins
 
-PAGE = Path(__file__).parents[2] / 'docs/integrations.md'
 GLOBAL_BATCH = 8
 SETTINGS = {'lr': 0.01, 'momentum': 0.9, 'weight_decay': 5e-3}
-
-
-def in_processes(count, function, tmp_path, *args):
-    """Runs a function of rank and arguments in processes that form a group, and returns what it returned on each."""
-    mp.spawn(_run, (count, tmp_path, function, args), nprocs=count)
-    return [torch.load(tmp_path / str(rank)) for rank in range(count)]
-
-
-def _run(rank, count, folder, function, args):
-    torch.set_num_threads(1)
-    dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=count)
-    torch.manual_seed(0)
-    torch.save(function(rank, count, *args), folder / str(rank))
-    dist.destroy_process_group()
 
 
 def batches(steps=20, seed=1):
@@ -106,29 +87,6 @@ def under_fsdp(rank, count):
         'sgd': fsdp_against_one_process(rank, count, 'sgd', {**SETTINGS, 'nesterov': True}),
         'adamw': fsdp_against_one_process(rank, count, 'adamw', {'lr': 1e-3, 'weight_decay': 0.05}),
     }
-
-
-def zero_against_one_process(rank, count):
-    """The block of docs/integrations.md, on a loader of this process's images."""
-    block = PAGE.read_text(encoding='utf-8').partition('## ZeRO')[2].partition('```python')[2].partition('```')[0]
-    torch.manual_seed(0)
-    data = [(torch.randn(4, 3, 32, 32), torch.arange(4) % 5) for _ in range(3)]
-    names = {'name': TINY, 'num_classes': 5, 'loader': data}
-    exec(compile(block, str(PAGE), 'exec'), names)
-    torch.manual_seed(0)
-    data = [(torch.randn(4, 3, 32, 32), torch.arange(4) % 5) for _ in range(3)]
-    model = timm.create_model(TINY, scales='initial', num_classes=5)
-    optimizer = timm.optim.create_optimizer_v2(model, 'repopt_sgd', lr=0.05, weight_decay=4e-5)
-    for images, labels in data:
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-    return relative_difference(model, names['model'])
-
-
-@pytest.mark.slow
-def test_zero_follows_one_process(tmp_path):
-    assert all(difference < 1e-5 for difference in in_processes(2, zero_against_one_process, tmp_path))
 
 
 @pytest.mark.slow

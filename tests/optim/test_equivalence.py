@@ -39,6 +39,13 @@ def test_sgd_on_the_csla_network_is_rep_opt_sgd_on_the_plain_one(settings):
     assert relative_difference(nets[1], nets[0].to_plain()) < 1e-12
 
 
+@pytest.mark.parametrize('rule', ['sgd', 'adamw'])
+def test_the_equivalence_holds_from_the_identity_start(rule):
+    nets = twins('identity')
+    train(nets, optimizers(*nets, rule, **{'sgd': SGD, 'adamw': ADAMW}[rule]))
+    assert relative_difference(nets[1], nets[0].to_plain()) < {'sgd': 1e-12, 'adamw': 1e-4}[rule]
+
+
 @pytest.mark.parametrize(
     'how',
     [

@@ -42,6 +42,20 @@ def test_a_kernel_is_the_scaled_sum_of_independent_draws(branch, fan_in, taps, c
     assert drawn.abs().max() <= 2.0 * count / fan_in**0.5 + 1e-6
 
 
+def test_a_convolution_with_an_identity_may_start_as_it():
+    model, paper = net(), net()
+    scales = Scales.initial(model, {'0': ['kxk', '1x1', 'identity'], '2': ['kxk']}, start='identity')
+    for each, start in ((model, 'identity'), (paper, 'paper')):
+        torch.manual_seed(1)
+        initialize(each, scales.with_start(start))
+    torch.testing.assert_close(model[0].weight.detach(), nn.init.dirac_(torch.empty(4, 4, 3, 3)))
+    torch.testing.assert_close(model[2].weight, paper[2].weight)
+    torch.manual_seed(1)
+    twin = csla(model, scales)
+    torch.testing.assert_close(twin[0].weight, model[0].weight)
+    torch.testing.assert_close(twin[2].weight, model[2].weight)
+
+
 def test_a_plain_mapping_takes_its_counts_from_the_prior():
     model, mapping = net(), {'0': vectors()}
     counts = {'1x1': 1, 'identity': 1, 'kxk': 4}

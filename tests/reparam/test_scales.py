@@ -81,6 +81,17 @@ def test_scales_cannot_be_changed():
     assert copy.deepcopy(scales) == pickle.loads(pickle.dumps(scales)) == scales
 
 
+def test_another_start_makes_other_scales_and_twins_keep_it():
+    scales = random_scales()
+    other = scales.with_start('identity')
+    assert other != scales == other.with_start('paper')
+    for kind in ('_csla', '_hs'):
+        twin = tiny_model(kind, scales=other)
+        assert Scales.from_model(twin).start == Scales.from_model(twin.to_plain()).start == 'identity'
+    with pytest.raises(ValueError, match='zero'):
+        scales.with_start('zero')
+
+
 def test_bytes_and_files_give_back_every_bit_count_and_the_provenance(tmp_path):
     search = hyper_search(tiny_model(), {'stem.conv': {'kxk': 3, '1x1': 1}, 'stages.1.1.conv': ['kxk', 'identity']})
     scales = Scales.from_model(search, {'dataset': 'digits', 'seed': 3})

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from repopt_timm import Scales, hyper_search, load_scales
+from repopt_timm.cards.card import read_metadata
 from repopt_timm.cards.publish import save_scales_card
 from repopt_timm.scales import read_scale_file
 from repopt_timm.scales.files import checkpoint_entry
@@ -39,6 +40,19 @@ def test_modules_come_in_the_order_of_the_network(tmp_path, save):
     save(reference_keys(Scales.initial(model)), path)
     order = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     assert list(read_scale_file(path)) == order
+
+
+def test_the_start_survives_file_card_and_checkpoint(tmp_path):
+    search = tiny_model('_hs', scales='identity')
+    scales = Scales.from_model(search)
+    assert load_scales('identity', tiny_model()).start == scales.start == 'identity'
+    scales.save(tmp_path / 'scales.safetensors')
+    save_scales_card(scales, tmp_path / 'card')
+    content = {'state_dict': search.state_dict(), 'arch': f'{TINY}_hs', 'repopt': checkpoint_entry(scales)}
+    torch.save(content, tmp_path / 'last.pth.tar')
+    for name in ('scales.safetensors', 'card', 'last.pth.tar'):
+        assert load_scales(tmp_path / name, tiny_model()) == scales
+    assert read_metadata(tmp_path / 'card/README.md')['repopt']['start'] == 'identity'
 
 
 def test_counts_survive_file_card_and_checkpoint(tmp_path):

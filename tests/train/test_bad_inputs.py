@@ -31,6 +31,7 @@ ROWS = [
     ('--lr 0.1 --min-lr 0.2', '--min-lr'),
     ('--momentum 1', '--momentum'),
     ('--momentum 0', 'Nesterov'),
+    ('--init dirac --pretrained', '--init'),
     ('--crop-pct 1.5', '--crop-pct'),
     ('--scale 0.5', '--scale'),
     ('--scale 0 1', '--scale'),

@@ -1,6 +1,8 @@
 import re
 
 import pytest
+import torch
+from torch import nn
 
 from repopt_timm import Scales, save_pretrained
 from repopt_timm.cards.publish import save_scales_card
@@ -25,6 +27,16 @@ def test_a_target_without_scales_starts_from_the_unsearched_values_and_says_so(a
     # Plain SGD multiplies nothing, and gets no scales.
     main(arguments('--epochs', '1', '--opt', 'sgd', experiment='plain'))
     assert read(tmp_path / 'plain')['args'].scales is None
+
+
+def test_a_plain_network_may_start_from_identities(arguments, tmp_path):
+    main(arguments('--epochs', '1', '--opt', 'sgd', '--init', 'dirac', '--lr', '0', '--warmup-lr', '0'))
+    state = read(tmp_path / 'run')['state_dict']
+    for name, conv in tiny_model().named_modules():
+        if isinstance(conv, nn.Conv2d):
+            start = nn.init.dirac_(torch.empty_like(conv.weight))
+            alike = conv.in_channels == conv.out_channels and conv.stride == (1, 1)
+            assert torch.equal(state[f'{name}.weight'], start) == alike
 
 
 def test_an_initial_checkpoint_brings_the_scales_that_it_was_trained_with(arguments, tmp_path, capsys):
