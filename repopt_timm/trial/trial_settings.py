@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,7 +14,7 @@ from timm.models import resolve_pretrained_cfg
 from ..console import CommandParser
 from ..reporting import positive
 from ..tables import read_mapping
-from ..train.parsing import parse_arguments, read_config, write_config
+from ..train.parsing import make_parser, parse_arguments, parse_with_config, read_config, write_config
 from .arms import ARMS, EXTRA, arms_of
 
 __all__ = ['TrialSettings', 'read_arguments', 'read_settings', 'read_shared']
@@ -228,15 +227,14 @@ def read_shared(model: str, config: str | None, data: str | None, words: Sequenc
         raise ValueError(f'A trial sets {", ".join(refused)} itself: remove --{refused[0].replace("_", "-")}.')
     values: dict[str, Any] = dict(_DEFAULTS)
     if config is not None:
-        # For its errors, which name the file.
-        parse_arguments(['-c', config])
         values |= {name: value for name, value in read_config(config).items() if name not in _NOT_SHARED[2:]}
     if data is not None:
-        values = {name: value for name, value in values.items() if name not in _NOT_SHARED} | {'data_dir': data}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / 'shared.yaml'
-        path.write_text(yaml.safe_dump({**values, 'model': model}), encoding='utf-8')
-        args = parse_arguments(['-c', str(path), *words])
+        # The folder has a name in the report.
+        folder = str(Path(data).resolve()) if Path(data).name in ('', '..') else data
+        values = {name: value for name, value in values.items() if name not in _NOT_SHARED} | {'data_dir': folder}
+    parser = make_parser()
+    parser.set_defaults(**{**values, 'model': model})
+    args = parse_with_config(parser, words)
     # Images are prepared alike for all arms, whose models may state different defaults.
     found = resolve_data_config(vars(args), pretrained_cfg=resolve_pretrained_cfg(model).to_dict())
     for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct'):
