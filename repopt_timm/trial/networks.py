@@ -3,9 +3,8 @@
 import json
 import logging
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import timm
 import torch
@@ -23,7 +22,7 @@ from ..train.validation import check_layout
 from .arms import arm_of
 from .trial_folder import Trial
 
-__all__ = ['activation_bytes', 'measure_networks', 'plain_network', 'read_networks', 'training_step']
+__all__ = ['activation_bytes', 'make_network', 'measure_networks', 'read_networks', 'training_step']
 
 _FILE = 'networks.json'
 _COSTS = ('parameters', 'convolutions', 'activations', 'step_seconds')
@@ -65,15 +64,6 @@ def measure_networks(trial: Trial, num_classes: int | None, device: torch.device
     known = read_networks(trial) if trial.has_trained() else {}
     if set(trial.settings.arms) <= set(known):
         return
-    found = _measured(trial, num_classes, device)
-    # The runs are other processes.
-    torch.cuda.empty_cache()
-    arms = {arm: found[arm_of(arm).network_key] for arm in trial.settings.arms}
-    write_text(trial.folder / _FILE, json.dumps({**known, **arms}, indent=2) + '\n')
-
-
-def _measured(trial: Trial, num_classes: int | None, device: torch.device) -> dict[str, dict[str, float]]:
-    """Returns key of a network to its numbers."""
     shared = trial.shared
     size, batch = tuple(shared['input_size']), shared['batch_size']
     dtype = getattr(torch, shared['amp_dtype']) if shared['amp'] else None
@@ -81,11 +71,12 @@ def _measured(trial: Trial, num_classes: int | None, device: torch.device) -> di
     images = torch.randn(max(batch, 3), *size, device=device).to(memory_format=layout)
     labels = torch.randint(shared['num_classes'] or num_classes or 1000, images.shape[:1], device=device)
     _logger.info(f'Measures training steps on {device}, {batch} images of {size} each.')
+    keys = {arm: arm_of(arm).network_key for arm in trial.settings.arms}
     found: dict[str, dict[str, float]] = {}
     steps: dict[str, Callable[[], float]] = {}
-    for key, arm in {arm_of(arm).network_key: arm for arm in trial.settings.arms}.items():
+    for key, arm in {key: arm for arm, key in keys.items()}.items():
         with explaining(f'The network of arm {arm} cannot be made with these --model-kwargs, or trained on {size}'):
-            model = _make(trial, trial.arguments_of(arm), num_classes).to(device).to(memory_format=layout)
+            model = make_network(trial, arm, num_classes).to(device).to(memory_format=layout)
             if shared['channels_last']:
                 check_layout(model, size, device)
             step = training_step(model, images[:batch], labels[:batch], dtype)
@@ -98,16 +89,15 @@ def _measured(trial: Trial, num_classes: int | None, device: torch.device) -> di
         steps[key] = partial(time_call, step)
     for key, seconds in take_turns(steps, _ROUNDS, warmup=1).items():
         found[key]['step_seconds'] = statistics.median(seconds)
-    return found
+    write_text(trial.folder / _FILE, json.dumps({**known, **{a: found[k] for a, k in keys.items()}}, indent=2) + '\n')
+    # The runs are other processes, which need the memory.
+    del model, step, steps
+    torch.cuda.empty_cache()
 
 
-def plain_network(trial: Trial, num_classes: int | None = 1000) -> nn.Module:
-    """Makes the plain network of a trial."""
-    return _make(trial, {'model': trial.settings.model, 'model_kwargs': trial.shared['model_kwargs']}, num_classes)
-
-
-def _make(trial: Trial, arguments: Mapping[str, Any], num_classes: int | None) -> nn.Module:
-    shared = trial.shared
+def make_network(trial: Trial, arm: str = 'sgd', num_classes: int | None = 1000) -> nn.Module:
+    """Makes the network of an arm, by default the plain one."""
+    shared, arguments = trial.shared, trial.arguments_of(arm)
     model: nn.Module = timm.create_model(
         arguments['model'],
         num_classes=shared['num_classes'] or num_classes,

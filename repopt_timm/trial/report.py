@@ -1,10 +1,11 @@
-"""The report of a trial: tables, what they show in plain words, JSON, CSV and a picture."""
+"""Reports of one trial or of several: tables, what they show in plain words, JSON, CSV and a picture."""
 
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import pandas as pd
 
 from ..files import write_text
 from ..reporting import markdown_table
-from .arms import arm_of
+from .arms import arm_of, in_order
 from .intervals import Interval, seeds_to_show
-from .pictures import draw_trial
-from .results import TrialResult
+from .pictures import draw_trial, draw_trials
+from .results import SAME_TIME, TrialResult
+from .trial_folder import protocol
 from .tuning import is_guessing
 
-__all__ = ['accuracy_text', 'among_text', 'interval_text', 'report_trial', 'verdict', 'write_report']
+__all__ = ['interval_text', 'report_trial', 'report_trials']
 
 # Smaller differences in time are noise on a busy machine.
 _FASTER = 1.15
@@ -55,7 +57,7 @@ def report_trial(result: TrialResult) -> str:
         f'# {settings.model} on {Path(shared["data_dir"] or shared["dataset"]).name}',
         f'{"; ".join(what)}. {how} Top-1 accuracy in percent on the validation images after the last epoch.',
         markdown_table(head, [_row(result, arm) for arm in result.choices], align=True),
-        '\n'.join(f'* {sentence}' for sentence in verdict(result)),
+        _bullets(_verdict(result)),
     ]
     if times := _time_table(result):
         parts += [
@@ -63,28 +65,60 @@ def report_trial(result: TrialResult) -> str:
             'learning rate, so that a run planned for that time would do better:',
             times,
         ]
-    text = '\n\n'.join(parts) + '\n'
-    write_report(trial.folder, text, _values(result), [result], lambda path: draw_trial(result, path))
-    return text
+    return _write(trial.folder, parts, _values(result), [result], partial(draw_trial, result))
 
 
-def write_report(
-    folder: Path, text: str, values: Any, results: Sequence[TrialResult], draw: Callable[[Path], Any]
-) -> None:
-    """Writes the files of a report.
+def report_trials(results: Sequence[TrialResult], folder: Path) -> str:
+    """Writes one report of several trials: `report.md`, `report.json`, `epochs.csv` and `report.png`.
 
-    Args:
-        folder: Where to.
-        text: The report as Markdown.
-        values: The report as JSON. Defaults to those of each trial by name.
-        results: The trials.
-        draw: Draws the picture.
+    It compares budgets at equal wall time if the trials share all else.
+
+    Returns:
+        The report as Markdown.
     """
+    in_turn = sorted(results, key=lambda result: (result.convolutions, result.length))
+    names = {
+        result: [result.trial.folder.name, str(result.convolutions or '-'), str(result.length)] for result in in_turn
+    }
+    arms = in_order(arm for result in in_turn for arm in result.choices)
+    searched = any(result.search_seconds(arm) for result in in_turn for arm in result.choices)
+    head = ['trial', 'convolutions', 'epochs', 'arm', 'lr', 'seeds', 'top-1, 95 %', 'difference, 95 %', 'wall time']
+    beside = [
+        [*names[result], *(_accuracy(result, arm) if arm in result.choices else '-' for arm in arms)]
+        for result in in_turn
+    ]
+    rows = [
+        [*names[result], arm, *_scores(result, arm), _number(result.seconds(arm), '.0f', ' s')]
+        for result in in_turn
+        for arm in result.choices
+    ]
+    parts = [
+        f'# {len(results)} trials',
+        'Top-1 accuracy in percent on the validation images after the last epoch. Differences are from '
+        f'{" or ".join(sorted({result.reference for result in results}))}, over paired seeds. Wall time is the '
+        f'training time of one run{" and of its search" if searched else ""}.',
+        markdown_table([*head[:3], *arms], beside, align=True),
+        markdown_table(head, rows, align=True),
+    ]
+    for result in in_turn:
+        parts += [f'## {result.trial.folder.name}', _bullets(_verdict(result))]
+    if equal := list(_equal_times(in_turn)):
+        parts += ['## Equal wall time', _bullets(equal)]
+    alike = len({result.trial.folder.name for result in results}) < len(results)
+    values = {str(each.trial.folder) if alike else each.trial.folder.name: _values(each) for each in results}
+    return _write(folder, parts, values, results, partial(draw_trials, results))
+
+
+def _write(
+    folder: Path,
+    parts: Sequence[str],
+    values: dict[str, Any],
+    results: Sequence[TrialResult],
+    draw: Callable[[Path], Any],
+) -> str:
+    """Writes the files of a report, and returns its text."""
+    text = '\n\n'.join(parts) + '\n'
     write_text(folder / 'report.md', text)
-    if values is None:
-        names = [result.trial.folder.name for result in results]
-        alike = len(set(names)) < len(names)
-        values = {str(each.trial.folder) if alike else name: _values(each) for name, each in zip(names, results)}
     write_text(folder / 'report.json', json.dumps(_finite(values), indent=2) + '\n')
     tables = [result.epochs.assign(trial=result.trial.folder.name) for result in results]
     epochs = pd.concat([table for table in tables if len(table)] or tables[:1])
@@ -93,6 +127,11 @@ def write_report(
         draw(folder / 'report.png')
     except ImportError as error:
         _logger.warning(f'No picture: {error}')
+    return text
+
+
+def _bullets(sentences: Sequence[str]) -> str:
+    return '\n'.join(f'* {sentence}' for sentence in sentences)
 
 
 def _finite(value: Any) -> Any:
@@ -126,7 +165,7 @@ def _values(result: TrialResult) -> dict[str, Any]:
         'convolutions': result.convolutions,
         'arms': arms,
         'search': None if result.search is None else vars(result.search),
-        'verdict': verdict(result),
+        'verdict': _verdict(result),
     }
 
 
@@ -138,21 +177,30 @@ def interval_text(interval: Interval, sign: bool = True) -> str:
     return mean if interval.count == 1 else f'{mean} ({interval.lower:.2f} to {interval.upper:.2f})'
 
 
-def accuracy_text(result: TrialResult, arm: str, mean: Interval | None = None) -> str:
+def _accuracy(result: TrialResult, arm: str, mean: Interval | None = None) -> str:
     """Formats the mean accuracy of an arm, and how many of its runs diverged; `-` if none has ended."""
     mean, diverged = mean or result.mean(arm), len(result.failures[arm])
     if result.is_hopeless(arm) or diverged == len(result.top1):
         return 'all diverged'
     text = [interval_text(mean, sign=False)] if mean.count or not diverged else []
-    return ', '.join([*text, *([f'diverged: {diverged}'] if diverged else [])])
+    return ', '.join(text + [f'diverged: {diverged}'] * bool(diverged))
 
 
-def among_text(*failures: Any) -> str:
-    """Returns what a comparison leaves out, to add to its sentence; nothing if no run diverged."""
+def _number(value: float | None, form: str, unit: str = '') -> str:
+    return '-' if value is None or math.isnan(value) else f'{value:{form}}{unit}'
+
+
+def _scores(result: TrialResult, arm: str) -> list[str]:
+    """Returns what all tables show of an arm: learning rate, seeds, accuracy and difference."""
+    difference = '' if arm == result.reference else interval_text(result.difference(arm))
+    return [_number(result.choices[arm].best, 'g'), str(result.mean(arm).count), _accuracy(result, arm), difference]
+
+
+def _among(*failures: Any) -> str:
     return ', among the seeds that did not diverge' if any(failures) else ''
 
 
-def verdict(result: TrialResult) -> list[str]:
+def _verdict(result: TrialResult) -> list[str]:
     """Returns sentences: each arm against the reference, what failed, what a search did."""
     sentences = [_against(result, arm) for arm in result.choices if arm != result.reference]
     for arm in result.choices:
@@ -162,7 +210,7 @@ def verdict(result: TrialResult) -> list[str]:
 
 def _against(result: TrialResult, arm: str) -> str:
     difference, reference = result.difference(arm), result.reference
-    pair = f'{arm} and {reference}{(among := among_text(result.failures[arm], result.failures[reference]))}'
+    pair = f'{arm} and {reference}{(among := _among(result.failures[arm], result.failures[reference]))}'
     if not difference.count:
         return f'{arm} and {reference}: no seed with which both are finished.'
     if difference.count == 1:
@@ -211,18 +259,13 @@ def _troubles(result: TrialResult, arm: str) -> list[str]:
 
 
 def _row(result: TrialResult, arm: str) -> list[str]:
-    choice, seconds = result.choices[arm], result.epoch_seconds(arm)
+    row = [f'{arm}: {arm_of(arm).title}', *_scores(result, arm), _number(result.epoch_seconds(arm), '.1f')]
     costs, base = result.networks.get(arm), result.networks.get(result.reference)
     return [
-        f'{arm}: {arm_of(arm).title}',
-        '-' if choice.best is None else f'{choice.best:g}',
-        str(result.mean(arm).count),
-        accuracy_text(result, arm),
-        '' if arm == result.reference else interval_text(result.difference(arm)),
-        '-' if math.isnan(seconds) else f'{seconds:.1f}',
-        f'{costs["step_seconds"] / base["step_seconds"]:.2f} x' if costs and base else '-',
-        f'{costs["activations"] / 1e6:.2f} MB' if costs else '-',
-        f'{costs["parameters"] / 1e6:.2f} M' if costs else '-',
+        *row,
+        _number(costs['step_seconds'] / base['step_seconds'], '.2f', ' x') if costs and base else '-',
+        _number(costs['activations'] / 1e6, '.2f', ' MB') if costs else '-',
+        _number(costs['parameters'] / 1e6, '.2f', ' M') if costs else '-',
     ]
 
 
@@ -237,8 +280,45 @@ def _time_table(result: TrialResult) -> str:
     for arm, whole in times.items():
         reached = result.within(arm, seconds)
         done = 0 if reached.empty else reached['epoch'].max()
-        accuracy = accuracy_text(result, arm, Interval.of(reached['eval_top1']))
+        accuracy = _accuracy(result, arm, Interval.of(reached['eval_top1']))
         rows.append([arm, f'{whole:.0f} s', f'{done} of {result.length}', accuracy])
     fastest = ', '.join(arm for arm, each in times.items() if each == seconds)
     title = f'epochs in {seconds:.0f} s ({fastest})'
     return markdown_table(['arm', 'wall time of a run', title, 'top-1 by then, 95 %'], rows, align=True)
+
+
+def _equal_times(results: Sequence[TrialResult]) -> Iterator[str]:
+    """Compares the slowest arm of each trial with the longest runs of other arms that take no more time."""
+    seconds = {
+        (result, arm): result.seconds(arm) for result in results for arm in result.choices if result.mean(arm).count
+    }
+    seconds = {run: each for run, each in seconds.items() if not math.isnan(each)}
+    for result in dict.fromkeys(result for result, _ in seconds):
+        slowest = max((run for run in seconds if run[0] is result), key=lambda run: seconds[run])
+        for arm in result.choices:
+            rivals = [
+                (other, name)
+                for other, name in seconds
+                if name == arm != slowest[1]
+                and other.length > result.length
+                and seconds[other, name] <= seconds[slowest] * SAME_TIME
+                and _task(other) == _task(result)
+            ]
+            if not rivals:
+                continue
+            rival = max(rivals, key=lambda run: seconds[run])
+            difference = Interval.of(rival[0].top1[arm] - result.top1[slowest[1]])
+            runs = [f'{name} in {each.length} epochs ({seconds[each, name]:.0f} s)' for each, name in (rival, slowest)]
+            among = _among(rival[0].failures[arm], result.failures[slowest[1]])
+            known = difference.count < 2 or difference.excludes_zero
+            yield (
+                f'{" and ".join(runs)}{among}: {"" if known else "no difference that the seeds can show, "}'
+                f'{interval_text(difference)} points, {difference.count} seeds.'
+            )
+
+
+def _task(result: TrialResult) -> dict[str, Any]:
+    """Returns all that runs of several lengths have to have in common."""
+    length = ('epochs', 'warmup_epochs', 'val_interval')
+    values = {name: value for name, value in protocol(result.trial.shared).items() if name not in length}
+    return {**values, 'model': result.trial.settings.model}

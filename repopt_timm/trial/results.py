@@ -12,7 +12,7 @@ from ..scales.summary import Movement, movement
 from ..train.run_folder import SCALES_FILE
 from .arms import arm_of
 from .intervals import Interval
-from .networks import plain_network, read_networks
+from .networks import make_network, read_networks
 from .trial_folder import open_trial
 
 __all__ = ['SAME_TIME', 'TrialResult']
@@ -133,4 +133,4 @@ class TrialResult:
         found = sorted((trial.folder / 'searches').glob(f'seed-*/{SCALES_FILE}')) if trial.settings.search else []
         if not found:
             return None
-        return movement([read_scale_file(path) for path in found], Scales.initial(plain_network(trial)))
+        return movement([read_scale_file(path) for path in found], Scales.initial(make_network(trial)))

@@ -21,10 +21,9 @@ from ..train.run import prepare_device
 from ..train.validation import check_arguments
 from .arms import target_name
 from .execution import LOG_FILE, run_all
-from .networks import measure_networks, plain_network
-from .report import report_trial
+from .networks import make_network, measure_networks
+from .report import report_trial, report_trials
 from .results import TrialResult
-from .several import report_trials
 from .trial_folder import Trial
 from .trial_settings import read_arguments, read_settings, read_shared
 
@@ -86,7 +85,7 @@ def read_fingerprints(trial: Trial) -> dict[str, str]:
     needed = {run.arguments.get('scales') for run in trial.open_runs()}
     given = trial.settings.scales
     sources = {arm: given[arm] for arm in trial.settings.arms if arm in given and given[arm] in needed}
-    network = plain_network(trial, trial.settings.classes) if sources else None
+    network = make_network(trial, num_classes=trial.settings.classes) if sources else None
     return {arm: load_scales(source, network).fingerprint for arm, source in sources.items()}
 
 

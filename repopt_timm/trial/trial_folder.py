@@ -9,7 +9,7 @@ Each run is an ordinary one of the training command, with `config.yaml` and `tra
 trial knows of its progress is read from there.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,10 @@ __all__ = ['Run', 'Trial', 'open_trial', 'protocol']
 _SETTINGS_FILE, _SHARED_FILE = 'trial.yaml', 'shared.yaml'
 
 # What a report shows of the arguments that all runs share.
-_NEEDED = [
-    'model_kwargs',
-    'epochs',
-    'cooldown_epochs',
-    'warmup_epochs',
-    'batch_size',
-    'train_images',
-    'data_dir',
+_NEEDED = (
+    *('model_kwargs', 'epochs', 'cooldown_epochs', 'warmup_epochs', 'batch_size', 'train_images', 'data_dir'),
     'dataset',
-]
+)
 
 # Where and how fast a run is computed, and what it prints and keeps. Epochs between validations are not among them: a
 # comparison at equal wall time takes the last accuracy before it, of all seeds after the same epoch.
@@ -117,17 +111,15 @@ class Trial:
 
     def training(self, arm: str, seed: int, lr: float) -> Run:
         """Returns the run of an arm with a seed."""
-        after = self._search(f'seed-{seed}', {'seed': seed}) if self._is_searched(arm) else None
-        arguments = {**self.arguments_of(arm, after), 'lr': lr, 'seed': seed}
-        return self._run('runs', f'{arm}/seed-{seed}', self.shared['epochs'], arguments, after)
+        return self._run('runs', f'{arm}/seed-{seed}', arm, self.shared['epochs'], {'seed': seed}, {'lr': lr})
 
     def tuning(self, arm: str, lr: float) -> Run:
         """Returns the run that shows what a learning rate is worth."""
-        settings = self.settings
-        alike = {'seed': settings.tuning_seed, 'holdout': settings.holdout}
-        after = self._search('tuning', alike) if self._is_searched(arm) else None
-        arguments = {**self.arguments_of(arm, after), **alike, 'lr': lr, 'val_interval': settings.tuning_epochs}
-        return self._run('tuning', f'{arm}/lr-{lr:g}', settings.tuning_epochs, arguments, after)
+        epochs, alike = (
+            self.settings.tuning_epochs,
+            {'seed': self.settings.tuning_seed, 'holdout': self.settings.holdout},
+        )
+        return self._run('tuning', f'{arm}/lr-{lr:g}', arm, epochs, alike, {'lr': lr, 'val_interval': epochs})
 
     def searches(self, arm: str) -> list[Run]:
         """Returns the searches that the runs of an arm wait for, those of the seeds first."""
@@ -135,34 +127,38 @@ class Trial:
         runs += [self.tuning(arm, 0.1)] * (self.settings.lr is None)
         return [run.after for run in runs if run.after is not None]
 
-    def arguments_of(self, arm: str, search: Run | None = None) -> dict[str, Any]:
+    def arguments_of(self, arm: str) -> dict[str, Any]:
         """Returns the arguments that make an arm; those of its network are `model` and `model_kwargs`."""
         each = arm_of(arm)
         arguments = {'model': ModelName.parse(self.settings.model).of_kind(each.kind), **each.arguments}
         arguments['model_kwargs'] = {**self.shared['model_kwargs'], **each.arguments.get('model_kwargs', {})}
         if arguments.get('scales') == GIVEN:
             arguments['scales'] = self.settings.scales[arm]
-        elif search is not None:
-            arguments['scales'] = str(search.folder / SCALES_FILE)
         return arguments
 
-    def _is_searched(self, arm: str) -> bool:
-        return arm_of(arm).arguments.get('scales') == SEARCHED
+    def _run(
+        self, kind: str, name: str, arm: str, epochs: int, alike: Mapping[str, Any], own: Mapping[str, Any]
+    ) -> Run:
+        """Returns a run of an arm; a search before it shares the arguments `alike`."""
+        arguments, after = self.arguments_of(arm), None
+        if arguments.get('scales') == SEARCHED:
+            # Strongly decayed identities leave targets that learn slowly.
+            what = {'model': self.settings.model + '_hs', 'opt': 'sgd', 'weight_decay': 4e-5, **alike}
+            folder = self.folder / 'searches' / ('tuning' if kind == 'tuning' else Path(name).name)
+            after = self._of_length(folder, 'searches', self.settings.search or 0, what)
+            arguments['scales'] = str(folder / SCALES_FILE)
+        return self._of_length(self.folder / kind / name, kind, epochs, {**arguments, **alike, **own}, after)
 
-    def _search(self, name: str, arguments: dict[str, Any]) -> Run:
-        assert self.settings.search is not None
-        # Strongly decayed identities leave targets that learn slowly.
-        what = {'model': self.settings.model + '_hs', 'opt': 'sgd', 'weight_decay': 4e-5}
-        return self._run('searches', name, self.settings.search, {**what, **arguments})
-
-    def _run(self, kind: str, name: str, epochs: int, arguments: dict[str, Any], after: Run | None = None) -> Run:
+    def _of_length(
+        self, folder: Path, kind: str, epochs: int, arguments: dict[str, Any], after: Run | None = None
+    ) -> Run:
         warmup = self.shared['warmup_epochs']
         if warmup:
             # A shorter schedule has the same shape.
             share = round(warmup * epochs / self.shared['epochs'])
             warmup = max(1, share) if epochs > 1 else share
         arguments = {'epochs': epochs, 'warmup_epochs': warmup, **arguments}
-        return Run(self.folder / kind / name, kind, arguments, epochs + self.shared['cooldown_epochs'], after)
+        return Run(folder, kind, arguments, epochs + self.shared['cooldown_epochs'], after)
 
     def choice(self, arm: str) -> Choice:
         """Returns what is known of an arm's learning rate."""
@@ -186,20 +182,17 @@ class Trial:
         Learning rates come first, as the other runs wait for them, then seed after seed, so that all arms of a seed are
         there early.
         """
+        settings, choices = self.settings, {arm: self.choice(arm) for arm in self.settings.arms}
+        wanted = [self.tuning(arm, lr) for arm, choice in choices.items() for lr in choice.missing]
+        for seed in settings.seeds:
+            wanted += [self.training(arm, seed, choice.best) for arm, choice in choices.items() if choice.best]
         found: dict[Path, Run] = {}
-        for run in self._wanted():
+        for run in wanted:
             if not run.is_ended:
                 first = run.after if run.after is not None and run.after.top1 is None else run
                 if not first.failure:
                     found.setdefault(first.folder, first)
         return list(found.values())
-
-    def _wanted(self) -> Iterator[Run]:
-        choices = {arm: self.choice(arm) for arm in self.settings.arms}
-        for arm, choice in choices.items():
-            yield from (self.tuning(arm, lr) for lr in choice.missing)
-        for seed in self.settings.seeds:
-            yield from (self.training(arm, seed, choice.best) for arm, choice in choices.items() if choice.best)
 
     def has_trained(self) -> bool:
         """Returns whether a run trains, or has trained an epoch; before that the arguments can still change."""
@@ -241,15 +234,15 @@ class Trial:
 
     def _fixed(self, arms: Sequence[str]) -> dict[str, Any]:
         """Returns what stays as it is from call to call; of scales, those of some arms."""
-        names = ['model', 'lrs', 'lr', 'holdout', 'tuning_epochs', 'tuning_seed', 'classes', 'held_out']
-        names += ['search'] if 'search' in self.settings.arms else []
-        found = protocol(self.shared) | {name: getattr(self.settings, name) for name in names}
+        each = asdict(self.settings)
+        names = ['model', 'lrs', 'lr', 'holdout', 'tuning_epochs', 'tuning_seed']
+        names += ['search'] * ('search' in self.settings.arms)
+        # Unknown in folders of older trials.
+        names += [name for name in ('classes', 'held_out') if each[name] is not None]
+        found = protocol(self.shared) | {name: each[name] for name in names}
         for what in ('scales', 'fingerprints'):
-            each = getattr(self.settings, what)
-            found |= {f'{what} of {arm}': each[arm] for arm in arms if arm in each}
-        return {
-            name: value for name, value in found.items() if value is not None or name not in ('classes', 'held_out')
-        }
+            found |= {f'{what} of {arm}': each[what][arm] for arm in arms if arm in each[what]}
+        return found
 
     def write(self) -> None:
         """Writes `trial.yaml` and `shared.yaml`."""

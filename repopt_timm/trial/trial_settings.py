@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -15,7 +14,7 @@ from timm.models import resolve_pretrained_cfg
 from ..console import CommandParser
 from ..reporting import positive
 from ..tables import read_mapping
-from ..train.parsing import parse_arguments, read_config, write_config
+from ..train.parsing import make_parser, parse_arguments, parse_with_config, read_config, write_config
 from .arms import ARMS, EXTRA, arms_of
 
 __all__ = ['TrialSettings', 'read_arguments', 'read_settings', 'read_shared']
@@ -86,13 +85,13 @@ class TrialSettings:
     def read(cls, path: Path) -> 'TrialSettings':
         """Reads `trial.yaml`; a ValueError names the file if it is not as a trial writes it."""
         older: dict[str, Any] = {'fingerprints': {}, 'classes': None, 'held_out': None}
-        saved = {**older, **read_mapping(path, [each.name for each in fields(cls) if each.name not in older])}
+        names = [each.name for each in fields(cls)]
+        saved = older | read_mapping(path, [name for name in names if name not in older])
         if not isinstance(saved['scales'], dict):
             # Folders of older trials: one source of scales, or none.
             saved['scales'] = {'scales': saved['scales']} if saved['scales'] else {}
         try:
-            saved |= {name: read(saved[name]) for name, read in _READERS.items()}
-            found = cls(**{each.name: saved[each.name] for each in fields(cls)})
+            found = cls(**{name: _READERS.get(name, lambda value: value)(saved[name]) for name in names})
             if unknown := {*found.arms, found.reference} - {*ARMS, *found.scales}:
                 raise ValueError(f'it has the arms {", ".join(map(str, unknown))}, which are none')
         except (TypeError, ValueError) as error:
@@ -186,35 +185,8 @@ def read_settings(args: argparse.Namespace, model: str, epochs: int) -> TrialSet
     Raises:
         ValueError: If an arm cannot be, or arguments do not go together.
     """
-    scales = _given_scales(args.scales)
-    arms = arms_of(model, args.arms, scales, args.search)
-    seeds = list(range(args.first_seed, args.first_seed + args.seeds))
-    if args.lr is None and _TUNING_SEED in seeds:
-        raise ValueError(f'--first-seed: learning rates are chosen with the seed {_TUNING_SEED}; take other seeds.')
-    if args.holdout >= 1:
-        raise ValueError(f'--holdout is {args.holdout}, expected a share below 1.')
-    settings = TrialSettings(
-        model=model,
-        arms=arms,
-        seeds=seeds,
-        lrs=sorted(set(args.lrs)),
-        lr=args.lr,
-        holdout=args.holdout,
-        tuning_epochs=args.tuning_epochs or epochs,
-        tuning_seed=_TUNING_SEED,
-        scales=scales,
-        search=args.search,
-        reference=args.reference or ('sgd' if 'sgd' in arms else arms[0]),
-    )
-    if settings.reference not in arms:
-        raise ValueError(f"--reference is '{args.reference}', expected one of the arms: {', '.join(arms)}.")
-    return settings
-
-
-def _given_scales(words: Sequence[str]) -> dict[str, str]:
-    """Returns the name of an arm to its scales."""
     scales: dict[str, str] = {}
-    for word in words:
+    for word in args.scales:
         name, _, source = word.partition('=')
         if not source or Path(word).exists() or re.search(r'[/\\.:]', name):
             name, source = 'scales', word
@@ -223,7 +195,18 @@ def _given_scales(words: Sequence[str]) -> dict[str, str]:
         if name in scales or (name in ARMS and name != 'scales'):
             raise ValueError(f"--scales has '{word}', but there is an arm '{name}' already: name it NAME=SOURCE.")
         scales[name] = source
-    return scales
+    arms = arms_of(model, args.arms, scales, args.search)
+    seeds = list(range(args.first_seed, args.first_seed + args.seeds))
+    reference = args.reference or ('sgd' if 'sgd' in arms else arms[0])
+    if args.lr is None and _TUNING_SEED in seeds:
+        raise ValueError(f'--first-seed: learning rates are chosen with the seed {_TUNING_SEED}; take other seeds.')
+    if args.holdout >= 1:
+        raise ValueError(f'--holdout is {args.holdout}, expected a share below 1.')
+    if reference not in arms:
+        raise ValueError(f"--reference is '{reference}', expected one of the arms: {', '.join(arms)}.")
+    lrs, tuning_epochs = sorted(set(args.lrs)), args.tuning_epochs or epochs
+    tuning = lrs, args.lr, args.holdout, tuning_epochs, _TUNING_SEED
+    return TrialSettings(model, arms, seeds, *tuning, scales, args.search, reference)
 
 
 def read_shared(model: str, config: str | None, data: str | None, words: Sequence[str]) -> dict[str, Any]:
@@ -244,15 +227,14 @@ def read_shared(model: str, config: str | None, data: str | None, words: Sequenc
         raise ValueError(f'A trial sets {", ".join(refused)} itself: remove --{refused[0].replace("_", "-")}.')
     values: dict[str, Any] = dict(_DEFAULTS)
     if config is not None:
-        # For its errors, which name the file.
-        parse_arguments(['-c', config])
         values |= {name: value for name, value in read_config(config).items() if name not in _NOT_SHARED[2:]}
     if data is not None:
-        values = {name: value for name, value in values.items() if name not in _NOT_SHARED} | {'data_dir': data}
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / 'shared.yaml'
-        path.write_text(yaml.safe_dump({**values, 'model': model}), encoding='utf-8')
-        args = parse_arguments(['-c', str(path), *words])
+        # The folder has a name in the report.
+        folder = str(Path(data).resolve()) if Path(data).name in ('', '..') else data
+        values = {name: value for name, value in values.items() if name not in _NOT_SHARED} | {'data_dir': folder}
+    parser = make_parser()
+    parser.set_defaults(**{**values, 'model': model})
+    args = parse_with_config(parser, words)
     # Images are prepared alike for all arms, whose models may state different defaults.
     found = resolve_data_config(vars(args), pretrained_cfg=resolve_pretrained_cfg(model).to_dict())
     for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct'):

@@ -22,69 +22,55 @@ def finished(trial):
     return made.folder
 
 
-def report(folder, capsys):
-    code = main(['trial', '--report', str(folder)])
-    return code, capsys.readouterr()
+def cut(share):
+    return lambda data: data[: int(share * len(data))]
 
 
-CUTS = {
-    'empty': lambda text: text[:0],
-    'cut in its last line': lambda text: text[:-2],
-    'cut in the middle': lambda text: text[: len(text) // 2],
-    'not text': lambda text: b'\xff\xfe' + text,
-}
+def edit(before, after):
+    def change(data):
+        assert before in data
+        return data.replace(before, after)
+
+    return change
 
 
-@pytest.mark.parametrize('cut', CUTS)
-@pytest.mark.parametrize('name', FILES)
-def test_a_file_that_was_cut_is_named(name, cut, finished, capsys):
-    path = finished / name
-    path.write_bytes(CUTS[cut](path.read_bytes()))
-    code, output = report(finished, capsys)
-    assert (code, output.out) == (1, '')
-    assert output.err.startswith(f"error: '{path}'") and output.err.count('\n') == 1
+CUTS = [cut(0), cut(0.5), lambda data: data[:-2], lambda data: b'\xff\xfe' + data]
+EDITS = [
+    ('trial.yaml', b'seeds:', b'sodas:'),
+    ('trial.yaml', b'- 0\n', b'- zero\n'),
+    ('trial.yaml', b'lrs:\n', b'lrs: 0\nothers:\n'),
+    ('trial.yaml', b'reference: sgd', b'reference: none'),
+    ('trial.yaml', b'- repopt\n', b'- repot\n'),
+    ('trial.yaml', b'model: ', b'['),
+    ('shared.yaml', b'\nepochs:', b'\nepoch:'),
+    ('networks.json', b'"step_seconds": 0.1', b'"step_seconds": "fast"'),
+    ('networks.json', b'"parameters"', b'"parameter"'),
+    (SUMMARY, b'eval_top1', b'top1'),
+    (SUMMARY, b'epoch,', b''),
+    (SUMMARY, b'\n2,', b'\n3,'),
+    (SUMMARY, b',52.25,', b',,'),
+    (SUMMARY, b',52.25,', b',5x,'),
+    (SUMMARY, b',52.25,', b',52,25,'),
+    (TIMES, b'epoch,', b''),
+    (TIMES, b'\n2,1.0', b'\n2,'),
+    (TIMES, b'\n2,1.0', b'\n2,1.0,3'),
+]
+DAMAGES = [(name, change) for name in FILES for change in CUTS]
+DAMAGES += [(name, edit(before, after)) for name, before, after in EDITS]
 
 
-@pytest.mark.parametrize(
-    ('name', 'before', 'after'),
-    [
-        ('trial.yaml', 'seeds:', 'sodas:'),
-        ('trial.yaml', '- 0\n', '- zero\n'),
-        ('trial.yaml', 'lrs:\n', 'lrs: 0\nothers:\n'),
-        ('trial.yaml', 'tuning_epochs: 4', 'tuning_epochs: four'),
-        ('trial.yaml', 'reference: sgd', 'reference: none'),
-        ('trial.yaml', '- repopt\n', '- repot\n'),
-        ('trial.yaml', 'model: ', '['),
-        ('shared.yaml', '\nepochs:', '\nepoch:'),
-        ('networks.json', '"step_seconds": 0.1', '"step_seconds": "fast"'),
-        ('networks.json', '"parameters"', '"parameter"'),
-        (SUMMARY, 'eval_top1', 'top1'),
-        (SUMMARY, 'epoch,', ''),
-        (SUMMARY, '\n2,', '\n'),
-        (SUMMARY, '\n2,', '\n3,'),
-        (SUMMARY, ',52.25,', ',,'),
-        (SUMMARY, ',52.25,', ',5x,'),
-        (SUMMARY, ',52.25,', ',52,25,'),
-        (TIMES, 'epoch,', ''),
-        (TIMES, '\n2,1.0', '\n2,'),
-        (TIMES, '\n2,1.0', '\n2,1.0,3'),
-    ],
-)
-def test_a_file_that_was_edited_is_named(name, before, after, finished, capsys):
-    path = finished / name
-    text = path.read_text()
-    assert before in text
-    path.write_text(text.replace(before, after))
-    code, output = report(finished, capsys)
-    assert (code, output.out) == (1, '')
-    assert f"'{path}'" in output.err and output.err.count('\n') == 1
+def test_whole_files_are_read_and_a_damaged_one_is_named(finished, capsys):
+    assert main(['trial', '--report', str(finished)]) == 0 and '51.75' in capsys.readouterr().out
+    for number, (name, change) in enumerate(DAMAGES):
+        path = finished / name
+        whole = path.read_bytes()
+        path.write_bytes(change(whole))
+        assert main(['trial', '--report', str(finished)]) == 1, (number, name)
+        output = capsys.readouterr()
+        assert output.out == '' and f"'{path}'" in output.err and output.err.count('\n') == 1, (number, name)
+        path.write_bytes(whole)
 
 
-def test_whole_files_are_read(finished, capsys):
-    code, output = report(finished, capsys)
-    assert code == 0 and '51.75' in output.out
-
-
-def test_what_is_not_a_trial_is_named(finished, capsys):
+def test_trials_within_a_folder_that_is_none_are_named(finished, capsys):
     assert main(['trial', '--report', str(finished.parent)]) == 1
     assert f"'{finished}'" in capsys.readouterr().err

@@ -12,12 +12,6 @@ def test_an_interval_is_as_wide_as_few_values_demand():
     assert not interval.excludes_zero and Interval.of([1.0, 1.1, 1.2]).excludes_zero
 
 
-def test_one_value_says_nothing_of_the_spread():
-    assert Interval.of([5.0]) == Interval(5.0, math.inf, 1)
-    assert not Interval.of([5.0]).excludes_zero
-    assert Interval.of([]).count == 0
-
-
 def test_the_number_of_seeds_is_that_of_tables_of_the_t_test():
     # Differences as large as their standard deviation take 10 pairs, half as large ones 34.
     assert seeds_to_show(1.0, Interval.of([1 - 2**-0.5, 1 + 2**-0.5]))[0] == 10

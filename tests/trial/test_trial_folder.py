@@ -4,7 +4,7 @@ import pytest
 
 from repopt_timm import Scales
 from repopt_timm.cli import main
-from repopt_timm.trial.networks import plain_network
+from repopt_timm.trial.networks import make_network
 from repopt_timm.trial.trial_command import read_fingerprints
 from repopt_timm.trial.trial_folder import open_trial
 
@@ -185,7 +185,7 @@ def test_given_scales_are_known_by_their_fingerprint(trial, tmp_path):
 
     with pytest.raises(FileNotFoundError, match=r'mine\.safetensors'):
         call(1)
-    initial = Scales.initial(plain_network(trial()))
+    initial = Scales.initial(make_network(trial()))
     initial.save(path)
     made = call(1)
     assert made.settings.fingerprints == {'mine': initial.fingerprint}

@@ -6,11 +6,11 @@ from matplotlib.figure import Figure
 
 from repopt_timm import Scales
 from repopt_timm.cli import main
-from repopt_timm.trial.networks import plain_network
+from repopt_timm.trial.arms import ARMS as ALL
+from repopt_timm.trial.networks import make_network
 from repopt_timm.trial.pictures import draw_trials
-from repopt_timm.trial.report import report_trial
+from repopt_timm.trial.report import report_trial, report_trials
 from repopt_timm.trial.results import TrialResult
-from repopt_timm.trial.several import report_trials
 
 from .conftest import fake_run, run_trial
 
@@ -141,7 +141,7 @@ def test_a_search_counts_among_the_time_of_its_arm(trial):
 
 def test_it_is_said_what_the_searches_did(trial):
     made = trial('--arms', 'sgd', 'search', '--search', '2', '--lr', '0.1', '--seeds', '2')
-    initial = Scales.initial(plain_network(made))
+    initial = Scales.initial(make_network(made))
     for seed in (0, 1):
         folder = made.training('search', seed, 0.1).after.folder
         folder.mkdir(parents=True)
@@ -177,6 +177,32 @@ def test_depth_is_an_axis_only_if_it_varies(finished, tmp_path, convolutions, pa
     figure = draw_trials([TrialResult(each.folder) for each in pair], tmp_path / 'picture.png')
     assert isinstance(figure, Figure)
     assert [axes.get_xlabel().split()[0] for axes in figure.axes] == panels
+
+
+def test_all_arms_and_given_scales_look_different(trial, tmp_path):
+    made = trial(
+        '--arms',
+        *ALL,
+        'x',
+        'y',
+        'z',
+        '--scales',
+        'a.csv',
+        'x=b.csv',
+        'y=c.csv',
+        'z=d.csv',
+        '--search',
+        '2',
+        '--lr',
+        '0.1',
+        '--seeds',
+        '1',
+    )
+    for arm in made.settings.arms:
+        fake_run(made.training(arm, 0, 0.1), 50)
+    lines = draw_trials([TrialResult(made.folder)], tmp_path / 'picture.png').legends[0].legend_handles
+    looks = {(line.get_color(), line.get_marker()) for line in lines}
+    assert len({color for color, _ in looks}) == len(looks) == len(made.settings.arms) + 1
 
 
 def test_budgets_are_compared_at_equal_wall_time(trial):
