@@ -49,8 +49,6 @@ def shard():
 def hub():
     """A Hub on loopback with the users ann and bob."""
     with HubServer() as server:
-        server.add_user('ann', 'hf_ann')
-        server.add_user('bob', 'hf_bob')
         yield server
 
 

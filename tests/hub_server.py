@@ -1,8 +1,8 @@
 """A small Hugging Face Hub on loopback, real enough for the stock `huggingface_hub` client; model repositories only.
 
 The Hub is followed where the client can see it: a private repository (and a missing one) is 401 for an anonymous
-request and 404 for somebody else's token, an unknown token is 401 everywhere, LFS uploads are checked against their
-sha256, a commit on another parent than the branch is 412, a new repository begins with `.gitattributes`.
+request and 404 for somebody else's token, an unknown token is 401 everywhere, a commit on another parent than the
+branch is 412, a new repository begins with `.gitattributes`.
 
 The client reads its settings when it is imported, so there are two ways to point it here: another process gets
 `HubServer.client_env` as environment, this one calls `connect_client`.
@@ -91,7 +91,7 @@ class HubServer:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        self.users: dict[str, str] = {}
+        self.users = {'hf_ann': 'ann', 'hf_bob': 'bob'}
         self.repos: dict[str, Repo] = {}
         self.uploads: dict[str, bytes] = {}
         self.readme_limit = 10_000_000
@@ -109,9 +109,6 @@ class HubServer:
         self.http.shutdown()
         self.http.server_close()
 
-    def add_user(self, name: str, token: str) -> None:
-        self.users[token] = name
-
     def repo(self, repo_id: str) -> Repo:
         return self.repos[repo_id]
 
@@ -126,7 +123,6 @@ class HubServer:
             'HF_HUB_OFFLINE': '1' if offline else '0',
             # With hf_xet installed, the client would send every LFS file to Xet without asking the server.
             'HF_HUB_DISABLE_XET': '1',
-            'HF_HUB_DISABLE_TELEMETRY': '1',
             'HF_HUB_DISABLE_PROGRESS_BARS': '1',
             'NO_PROXY': '127.0.0.1',
             'no_proxy': '127.0.0.1',
@@ -305,8 +301,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply({'transfer': 'basic', 'objects': objects})
 
     def lfs_upload(self) -> None:
-        if hashlib.sha256(self.body).hexdigest() != self.args['oid']:
-            raise ApiError(400, 'BadDigest')
         self.hub.uploads[self.args['oid']] = self.body
         self.reply({})
 

@@ -281,16 +281,6 @@ def test_a_checkpoint_of_other_content_is_named(tmp_path, changes):
     assert not (tmp_path / 'out').exists()
 
 
-def test_an_error_names_the_folder_and_leaves_it_as_it_was(tmp_path):
-    save_pretrained(trained(), tmp_path)
-    with (tmp_path / 'README.md').open('a') as card:
-        card.write('<!-- repopt-timm: end -->')
-    before = read_tree(tmp_path)
-    with pytest.raises(ValueError, match=f'^{tmp_path}/README.md: '):
-        save_pretrained(trained(), tmp_path)
-    assert read_tree(tmp_path) == before
-
-
 @pytest.mark.parametrize('kind', ['', '_hs', '_csla'])
 def test_no_config_names_scales(tmp_path, kind):
     model = trained(kind)

@@ -219,10 +219,7 @@ def _explained(source: HubSource, file: str, token: str | bool | None) -> Iterat
         raised.status = getattr(getattr(cause, 'response', None), 'status_code', None)
         text = ' '.join(str(cause).split()) or type(cause).__name__
         if constants.HF_HUB_OFFLINE and not missing:
-            text = 'HF_HUB_OFFLINE forbids asking the Hub: unset it.'
-            if file:
-                revision = f' --revision {source.revision}' if source.revision else ''
-                text += f' Or run `hf download {source.repo_id} {file}{revision}` once with a network.'
+            text = 'HF_HUB_OFFLINE forbids asking the Hub: unset it, or download the file before.'
         elif raised.status in (401, 403):
             text += ' Log in with `hf auth login`, or set HF_TOKEN to a token that has access.'
         elif raised.status is None and not missing and 'HF_ENDPOINT' in os.environ:

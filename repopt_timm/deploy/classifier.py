@@ -13,7 +13,7 @@ from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
 from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
 
-from ..datasets import Images, color_mode, core_count
+from ..datasets import Images, core_count
 from ..errors import explaining
 from .runtime import explained, load_onnx, open_session
 from .trained_model import load_model
@@ -202,8 +202,6 @@ def data_config(model: Any, overrides: Mapping[str, Any] | None = None) -> dict[
         raise ValueError(f"The ONNX model's input '{name}' has {len(sizes)} dimensions, expected 4: (N, C, H, W).")
     if all(sizes[1:]):
         metadata['input_size'] = sizes[1:]
-    if mode := metadata.get('input_img_mode'):
-        color_mode(sizes[1], mode)
     # timm requires an architecture.
     config = preprocessing(overrides, pretrained_cfg={'architecture': '', **metadata})
     return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}

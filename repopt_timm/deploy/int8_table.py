@@ -98,10 +98,8 @@ def compare_int8(
             accuracy.append({'model': label, **named, **row})
         timed = {} if is_onnx(source) else {'pytorch': torch_classifier(load_model(source), threads)}
         # Calibration and equalizing change values, not the work.
-        timed |= {
-            'float32': float32,
-            **{kind: classifiers[kind, calibrations[0], targets[0], False] for kind in weights},
-        }
+        timed['float32'] = float32
+        timed |= {kind: classifiers[kind, calibrations[0], targets[0], False] for kind in weights}
         batches = dict.fromkeys(map(float32.images_for, latency_batches))
         latency += [_latency_row(label, timed, batch) for batch in batches]
     cpu, vnni = cpu_name()
@@ -126,9 +124,13 @@ def _latency_row(label: str, classifiers: Mapping[str, Classifier], batch: int) 
     for kind, base in product((kind for kind in WEIGHTS if kind in times), bases):
         ratio = median(slow / fast for slow, fast in zip(times[base], times[kind]))
         speedups.setdefault(kind, {})[base] = ratio if steady[base] and steady[kind] else None
-    milliseconds = {name: 1000 * median(values) for name, values in times.items()}
-    sizes = {name: classifier.size for name, classifier in classifiers.items()}
-    return {'model': label, 'batch': batch, 'ms': milliseconds, 'speedups': speedups, 'bytes': sizes}
+    return {
+        'model': label,
+        'batch': batch,
+        'ms': {name: 1000 * median(values) for name, values in times.items()},
+        'speedups': speedups,
+        'bytes': {name: classifier.size for name, classifier in classifiers.items()},
+    }
 
 
 def comparison_table(results: Mapping[str, Any]) -> str:

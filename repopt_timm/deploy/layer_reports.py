@@ -18,7 +18,7 @@ from ..reporting import markdown_table
 from .classifier import image_input, onnx_classifier
 from .evaluation import check_classes
 from .onnx_graph import layers_of
-from .quantization import Quantization, quantize_only
+from .quantization import Quantization, quantize
 from .runtime import quiet, require, save_onnx
 
 __all__ = ['layer_report', 'layer_sensitivity', 'plot_layers', 'plot_sensitivity', 'sensitivity_table']
@@ -74,8 +74,7 @@ def layer_report(quantization: Quantization, images: int = 16) -> dict[str, Any]
         # In the sum over all channels, strong ones hide that a common scale rounds weak ones away.
         channels = [ratio(*pair) for pair in zip(*pairs) if pair[0].any()]
         row['weak_channels_snr_db'] = float(np.percentile(channels, 5)) if channels else 0.0
-    options = asdict(quantization.options)
-    return {'options': options, 'logits_snr_db': quantization.logits_snr_db, 'layers': rows}
+    return {'options': asdict(quantization.options), 'logits_snr_db': quantization.logits_snr_db, 'layers': rows}
 
 
 def _activations(quantization: Quantization, model: Any, images: int) -> dict[str, list[np.ndarray]]:
@@ -171,7 +170,7 @@ def layer_sensitivity(done: Quantization) -> dict[str, Any]:
             # The rounding comes after these, as in the whole model.
             alone = len(following) == 1 and following[0].op_type in ('Relu', 'Clip')
             only = [node.name, *(user.name for user in following if alone)]
-            found = compare(quantize_only(done.model, done.ranges, done.options, only))
+            found = compare(quantize(done.model, done.ranges, done.options, only))
             rows.append({'layer': name, 'operator': node.op_type, **found})
     rows.sort(key=lambda row: (row.get('drop', 0), row['kl']), reverse=True)
     return {'images': len(labels), 'labelled': labelled, 'int8': compare(done.quantized), 'layers': rows}

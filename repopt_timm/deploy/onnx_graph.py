@@ -68,7 +68,7 @@ class Graph:
         self.biases: dict[str, np.ndarray] = {}
         self.obstacles: dict[str, str] = {}
         for name, node in self.layers.items():
-            kernel, bias = _kernel(node), _bias(node)
+            kernel, bias = _kernel(node), node.inputs[2] if len(node.inputs) > 2 else None
             outputs = 0 if kernel is None else kernel.shape[0] * kernel.shape[1]
             if kernel is None or (bias is not None and (not bias.is_initializer() or bias.const_value.size != outputs)):
                 self.obstacles[name] = node.op_type
@@ -120,10 +120,6 @@ def _kernel(node: Any) -> np.ndarray | None:
     if node.op_type != 'Gemm' or attributes.get_int('transA', 0) or factors != {1.0}:
         return None
     return (weight if attributes.get_int('transB', 0) else weight.T)[None, :, :, None]
-
-
-def _bias(node: Any) -> Any:
-    return node.inputs[2] if len(node.inputs) > 2 else None
 
 
 def _keeps_channels(node: Any) -> bool:

@@ -186,22 +186,22 @@ def quantize_onnx(
         equalization = equalize(model, images, [*indices, *others[: len(indices)]], others[len(indices) :])
         model = equalization.model
     else:
-        constants = constant_inputs(model, images, indices)
-        counts = {layer: int((~np.isnan(values)).sum()) for layer, values in constants.items()}
-        dead = {layer: count for layer, count in counts.items() if count}
+        for layer, values in constant_inputs(model, images, indices).items():
+            if count := int((~np.isnan(values)).sum()):
+                dead[layer] = count
     judged = others[: len(indices)] or indices
     tried = CALIBRATIONS if options.calibration == 'auto' else (options.calibration,)
+    signal_to_noise = require('onnxruntime.quantization.qdq_loss_debug').compute_signal_to_quantization_noice_ratio
     found = []
     for calibration in tried:
-        chosen = replace(options, calibration=calibration)
-        ranges = calibrate(model, images, indices, chosen)
-        quantized = quantize(model, ranges, chosen)
-        closeness = _compare(model, quantized, images, judged)
-        found.append(
-            Quantization(
-                model, quantized, images, indices, chosen, tried, ranges, dead, equalization, judged, *closeness
-            )
-        )
+        options = replace(options, calibration=calibration)
+        ranges = calibrate(model, images, indices, options)
+        quantized = quantize(model, ranges, options)
+        exact, rounded = logits_of((model, quantized), images, judged, 'agreement')
+        agreement = 100 * (exact.argmax(1) == rounded.argmax(1)).float().mean().item()
+        decibels = signal_to_noise(exact.numpy(), rounded.numpy())
+        known = model, quantized, images, indices, options, tried, ranges, dead, equalization, judged
+        found.append(Quantization(*known, agreement, decibels))
     return max(found, key=lambda done: (done.agreement, done.logits_snr_db))
 
 
@@ -210,14 +210,6 @@ def draw(images: Images, options: QuantizationOptions) -> tuple[list[int], list[
     first = images.sample(options.images, options.seed)
     chosen = set(first)
     return first, [index for index in images.sample(len(images), options.seed + 1) if index not in chosen]
-
-
-def _compare(model: Any, quantized: Any, images: Images, indices: Sequence[int]) -> tuple[float, float]:
-    """Returns agreement in percent and the logits' signal to noise in dB."""
-    ratio = require('onnxruntime.quantization.qdq_loss_debug').compute_signal_to_quantization_noice_ratio
-    expected, found = logits_of((model, quantized), images, indices, 'agreement')
-    agreement = (expected.argmax(1) == found.argmax(1)).float().mean().item()
-    return 100 * agreement, ratio(expected.numpy(), found.numpy())
 
 
 def calibrate(model: Any, images: Images, indices: Sequence[int], options: QuantizationOptions) -> bytes:
@@ -239,13 +231,15 @@ def calibrate(model: Any, images: Images, indices: Sequence[int], options: Quant
     return _quantize_static(model, options, feeds=_Feeds(model, images, indices, options.calibration))[1]
 
 
-def quantize(model: Any, ranges: bytes, options: QuantizationOptions) -> Any:
+def quantize(model: Any, ranges: bytes, options: QuantizationOptions, only: Sequence[str] = ()) -> Any:
     """Quantizes a model.
 
     Args:
         model: A float `onnx.ModelProto`, which stays as it is.
         ranges: What `calibrate` returned for it, with the same `calibration`.
         options: See there.
+        only: Names of the nodes to quantize, whether or not ONNX Runtime leaves the others in float32. Defaults to all
+            that `exclude` leaves.
 
     Returns:
         An `onnx.ModelProto` in QDQ format.
@@ -254,16 +248,11 @@ def quantize(model: Any, ranges: bytes, options: QuantizationOptions) -> Any:
         ValueError: If the model is quantized already, `exclude` matches none of its layers, or names a single one
             between others.
     """
-    excluded = _excluded_nodes(model, options.exclude)
-    quantized = _quantize_static(model, options, ranges, exclude=excluded.values())[0]
+    excluded = {} if only else _excluded_nodes(model, options.exclude)
+    quantized = _quantize_static(model, options, ranges, only=only, exclude=excluded.values())[0]
     if options.target == 'ort':
         _refuse_single_layers(model, quantized, excluded)
     return quantized
-
-
-def quantize_only(model: Any, ranges: bytes, options: QuantizationOptions, nodes: Iterable[str]) -> Any:
-    """Quantizes these nodes of a model, whether or not ONNX Runtime will leave the others in float32."""
-    return _quantize_static(model, options, ranges, only=nodes)[0]
 
 
 def _quantize_static(

@@ -8,7 +8,6 @@ import torch
 from huggingface_hub import ModelCard
 
 from repopt_timm.cli import main
-from repopt_timm.datasets import Images
 from repopt_timm.deploy import evaluate, save_onnx
 from repopt_timm.deploy.onnx_graph import Graph
 
@@ -36,15 +35,6 @@ def test_a_saved_card_has_the_accuracy_of_the_weights_beside_it(checkpoint, imag
     results = ModelCard.load(folder / 'README.md').data.eval_results
     assert [result.metric_value for result in results] == [found['top1'], found['top5']]
     assert found['top1'] == round(evaluate(folder, images)['top1'], 3)
-
-
-def test_models_are_compared_in_one_table(onnx_file, images, tmp_path, capsys):
-    arguments = [f'A={onnx_file}', f'B={onnx_file}', '--data', str(images), '--images', '12', '--latency-batches']
-    assert main(['compare-int8', *arguments, '--calibrations', 'minmax', '--out', str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    assert '| B | per-tensor |' in out
-    assert (tmp_path / 'int8.md').read_text() == out
-    assert len(json.loads((tmp_path / 'int8.json').read_text())['accuracy']) == 6
 
 
 @pytest.mark.slow
@@ -82,11 +72,14 @@ def test_times_are_of_the_batch_that_a_file_takes(checkpoint, images, tmp_path, 
     assert main(['evaluate', fixed, '--data', str(images), '--batch-size', '20']) == 0
     out = capsys.readouterr().out
     assert 'ms p90 at batch 8\n' in out and 'images/s at batch 24\n' in out
-    assert (
-        main(['compare-int8', fixed, '--data', str(images), '--images', '8', '--latency-batches', '1', '9', '--json'])
-        == 0
-    )
-    assert [row['batch'] for row in json.loads(capsys.readouterr().out)['latency']] == [8, 16]
+    out = str(tmp_path / 'table')
+    compare = ['compare-int8', f'A={fixed}', f'B={fixed}', '--data', str(images), '--images', '8', '--out', out]
+    assert main([*compare, '--calibrations', 'minmax', '--latency-batches', '1', '9']) == 0
+    table = capsys.readouterr().out
+    assert '| B | per-tensor |' in table and table == (tmp_path / 'table' / 'int8.md').read_text()
+    found = json.loads((tmp_path / 'table' / 'int8.json').read_text())
+    assert len(found['accuracy']) == 6
+    assert [row['batch'] for row in found['latency']] == [8, 16] * 2
 
 
 def test_classes_in_the_order_of_a_class_map_are_those_of_the_model(checkpoint, images, tmp_path):
@@ -121,6 +114,7 @@ def test_classes_in_the_order_of_a_class_map_are_those_of_the_model(checkpoint, 
         ('quantize {model} --data {images} {out} --class-map nowhere.txt', 'nowhere.txt'),
         ('quantize {model} --data {images} {out} --calibration auto', 'Lower --images'),
         ('quantize {tmp}/nan.onnx --data {images} {out}', "'head.fc.bias'"),
+        ('quantize {tmp}/int8.onnx --data {images} {out}', 'quantized already'),
         ('quantize {tmp}/future.onnx --data {images} {out}', 'cannot run the model'),
         ('evaluate {tmp}/text.onnx --data {images}', 'is not a readable ONNX model'),
         ('evaluate {tmp}/nowhere.onnx --data {images}', 'nowhere.onnx'),
@@ -134,7 +128,7 @@ def test_classes_in_the_order_of_a_class_map_are_those_of_the_model(checkpoint, 
     ],
 )
 def test_bad_input_is_one_clear_line_and_leaves_no_file(
-    command, message, exported, onnx_file, images, tmp_path, capsys
+    command, message, exported, onnx_file, quantization, images, tmp_path, capsys
 ):
     (tmp_path / 'empty' / 'train').mkdir(parents=True)
     (tmp_path / 'broken' / 'train' / 'a').mkdir(parents=True)
@@ -145,6 +139,7 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
     nan.biases['head.fc'][0] = np.nan
     save_onnx(future, tmp_path / 'future.onnx')
     save_onnx(nan.model, tmp_path / 'nan.onnx')
+    save_onnx(quantization().quantized, tmp_path / 'int8.onnx')
     five = write_checkpoint(tiny_model(), tmp_path / 'five.pth.tar')
     before = sorted(tmp_path.rglob('*'))
     places = {'tmp': tmp_path, 'model': onnx_file, 'five': five, 'images': images, 'out': f'--out {tmp_path}/new.onnx'}
@@ -153,14 +148,6 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
     assert error.startswith('error: ') and message in error
     assert error.count('\n') == 1 and 'std::' not in error
     assert sorted(tmp_path.rglob('*')) == before
-
-
-def test_a_quantized_file_is_refused_before_the_calibration(quantization, images, tmp_path, capsys, monkeypatch):
-    save_onnx(quantization().quantized, tmp_path / 'model.onnx')
-    monkeypatch.setattr(Images, 'batches', lambda *args, **kwargs: pytest.fail('images were read'))
-    paths = ['--data', str(images), '--out', str(tmp_path / 'new.onnx')]
-    assert main(['quantize', str(tmp_path / 'model.onnx'), *paths]) == 1
-    assert 'quantized already' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

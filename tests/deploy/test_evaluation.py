@@ -77,11 +77,21 @@ def test_the_folder_of_a_run_is_evaluated_at_its_best(checkpoint, images, tmp_pa
     (run / 'last.pth.tar').symlink_to(checkpoint)
     assert main(['evaluate', str(run), '--data', str(images), '--out', str(tmp_path / 'out')]) == 0
     told = capsys.readouterr().out
-    assert 'dark' in told and 'light' in told
+    assert 'dark' in told and 'light' in told and 'ties  ' not in told
     assert {path.name for path in (tmp_path / 'out').iterdir()} == {'classes.csv', 'confusion.csv', 'confusion.png'}
     (run / 'model_best.pth.tar').write_bytes(b'broken')
     with pytest.raises(ValueError, match='model_best'):
         evaluate(run, images)
+
+
+def test_the_number_of_ties_is_printed(checkpoint, images, tmp_path, capsys):
+    state = torch.load(checkpoint, weights_only=False)
+    for name in ('head.fc.weight', 'head.fc.bias'):
+        state['state_dict'][name].zero_()
+    torch.save(state, tmp_path / 'tied.pth.tar')
+    assert main(['evaluate', str(tmp_path / 'tied.pth.tar'), '--data', str(images)]) == 0
+    told = capsys.readouterr().out
+    assert 'ties        36 images' in told and 'top-1       33.33 %' in told
 
 
 def test_the_class_names_of_a_model_decide_and_a_class_map_where_it_has_none(checkpoint, images, tmp_path):

@@ -40,7 +40,7 @@ def published(hub, client):
 
 
 def publish(hub, client, name, repo):
-    hub.add_user('timm', 'hf_timm')
+    hub.users['hf_timm'] = 'timm'
     model = trained(timm.create_model(name))
     client(token='hf_timm')
     push_to_hf_hub(model, repo, safe_serialization=True)
