@@ -14,7 +14,7 @@ from timm.models import resolve_pretrained_cfg
 from ..console import CommandParser
 from ..reporting import positive
 from ..tables import read_mapping
-from ..train.parsing import make_parser, parse_arguments, parse_with_config, read_config, write_config
+from ..train.parsing import make_parser, parse_arguments, read_config, write_config
 from .arms import ARMS, EXTRA, arms_of
 
 __all__ = ['TrialSettings', 'read_arguments', 'read_settings', 'read_shared']
@@ -234,7 +234,7 @@ def read_shared(model: str, config: str | None, data: str | None, words: Sequenc
         values = {name: value for name, value in values.items() if name not in _NOT_SHARED} | {'data_dir': folder}
     parser = make_parser()
     parser.set_defaults(**{**values, 'model': model})
-    args = parse_with_config(parser, words)
+    args = parser.parse_args(words)
     # Images are prepared alike for all arms, whose models may state different defaults.
     found = resolve_data_config(vars(args), pretrained_cfg=resolve_pretrained_cfg(model).to_dict())
     for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct'):
