@@ -6,6 +6,7 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -13,14 +14,13 @@ from repopt_timm import make_grad_mults
 from repopt_timm.deploy import export_onnx, quantize_onnx, save_onnx
 from repopt_timm.deploy.quantization import QuantizationOptions
 
-from ..helpers import random_scales, tiny_model
-
 DOCS = Path(__file__).parents[2] / 'docs'
 PAGE = (DOCS / 'deployment.md').read_text(encoding='utf-8')
 BLOCKS = re.findall(r'^```python\n(.+?)^```', PAGE, re.M | re.S)
 
 
-def run(word, **names):
+def run(word):
+    names: dict = {}
     (block,) = (block for block in BLOCKS if word in block)
     exec(compile(block, '<docs/deployment.md>', 'exec'), names)
     return names
@@ -51,20 +51,18 @@ def test_a_segmentation_network_is_exported_by_torch(tmp_path, monkeypatch):
 
 def test_a_library_trains_in_int8_with_the_grad_mults_of_the_network_by_name():
     pytest.importorskip('torchao', reason='pip install torchao')
-    scales = random_scales()
-    model = tiny_model(scales=scales)
-    before = {name: value.detach().clone() for name, value in model.named_parameters()}
-    expected = make_grad_mults(model, scales)
-    loader = [(torch.randn(4, 3, 32, 32), torch.arange(4) % 5)]
-    names = run('prepare_qat_pt2e', model=model, scales=scales, loader=loader)
+    names = run('prepare_qat_pt2e')
+    scales = names['scales']
     trained = dict(names['network'].named_parameters())
     masks = {name: names['mults'][value] for name, value in trained.items() if value in names['mults']}
     assert masks.keys() == {f'{name}.weight' for name in scales}
-    for name, value in model.named_parameters():
+    plain = timm.create_model('test_repopt_vgg', num_classes=5)
+    expected = make_grad_mults(plain, scales)
+    for name, value in plain.named_parameters():
         if value in expected:
             assert torch.equal(masks[name], expected[value])
-            assert not torch.equal(trained[name], before[name])
-    assert names['quantized'](loader[0][0]).isfinite().all()
+            assert names['optimizer'].state[trained[name]]['momentum_buffer'].any()
+    assert names['quantized'](names['loader'][0][0]).isfinite().all()
 
 
 @pytest.mark.parametrize(('script', 'needed'), [('int8', 'pandas'), ('qat', 'torchao'), ('runtimes', 'openvino')])
