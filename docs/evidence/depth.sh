@@ -20,7 +20,7 @@ long() {
 }
 trial 22 '(2,4,14,1)' 4 unit_branches
 trial 32 '(4,7,19,1)' 4 unit_branches
-trial 48 '(8,14,24,1)' 4 unit_branches
+trial 48 '(8,14,24,1)' 4 'unit_branches dirac identity'
 trial 94 '(16,28,48,1)' 4 ''
 long 22 '(2,4,14,1)'
 long 48 '(8,14,24,1)'

@@ -12,7 +12,7 @@ trial() {
         --val-interval 4 --model-kwargs 'strides=(1,2,2,2,2)' --lr 0.1 --seeds "$seeds" --jobs 2 --threads 1 \
         --output "$output/$name" "$@"
 }
-trial mobileone_s0 8 3 --arms branches sgd init repopt --reference branches
+trial mobileone_s0 8 3 --arms branches sgd dirac init repopt identity --reference branches
 # 3.6 times the epochs: an epoch with branches takes that much longer.
 trial mobileone_s0-long 29 2 --arms sgd init repopt --reference repopt
 repopt-timm trial --report "$output/mobileone_s0" "$output/mobileone_s0-long" --reference repopt \
