@@ -28,14 +28,14 @@ ARMS = {
 def curves(page: str, trial: str) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
     """Returns arm to {epoch: mean top-1 in percent over seeds}, and seconds per epoch of its network.
 
-    All plain arms train one network, so they share the time of `sgd`: they were not trained beside each other.
+    All plain arms train one network, so they share the time of `sgd`: not all were trained beside each other.
     """
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     seconds: dict[str, list[float]] = defaultdict(list)
     with open(EVIDENCE / page / 'epochs.csv', encoding='utf-8', newline='') as file:
         for row in csv.DictReader(file):
             if row['trial'] == trial and row['arm'] in ARMS:
-                seconds[row['arm']].append(float(row['train_seconds']))
+                seconds[row['arm']] += [float(row['train_seconds'])] if row['train_seconds'] else []
                 if row['eval_top1']:
                     found[row['arm']][int(row['epoch'])].append(float(row['eval_top1']))
     times = {arm: median(seconds['branches' if arm == 'branches' else 'sgd']) for arm in found}
