@@ -13,8 +13,8 @@ from .datasets import color_mode, data_config_of
 from .errors import explaining
 from .models import ensure_registered
 from .names import ModelName
-from .reparam import attach_scales, kind_of
-from .scales.files import searched_scales
+from .reparam import attach_scales, branches_of, kind_of
+from .scales.files import CHECKPOINT_KEY, searched_scales
 from .sources import ScalesSource
 from .trained_scales import arguments_of, find_scales
 from .weights_origin import restore_origin
@@ -81,6 +81,9 @@ def _model_of(checkpoint: Mapping[str, Any], source: str, scales: ScalesSource |
                 f'from. Name the checkpoint of its training.'
             ) from None
         raise ValueError(f'{source}: its weights are not those of {name}: {error}') from None
+    for branches in filter(None, map(branches_of, model.modules())):
+        # No tensor states it.
+        branches.start = (checkpoint.get(CHECKPOINT_KEY) or {}).get('start', 'paper')
     wanted = kind_of(model) == 'target' and (need_scales or scales is not None)
     if wanted and (found := find_scales(checkpoint, model, source, scales)):
         attach_scales(model, found)

@@ -141,7 +141,8 @@ def draw_operators(
         vectors: Branch name to scale of shape (O,), of which the identity's is the value that its operator starts at.
             Without any it starts at 1.
         start: `paper` draws all other operators as PyTorch initializes `nn.Conv2d`; `identity` sets them to zero where
-            there is an identity branch, so that the convolution starts as the identity (DiracNets, arXiv 1706.00388).
+            there is an identity branch, so that the convolution starts as that branch alone, unsearched as the
+            identity (DiracNets, arXiv 1706.00388).
 
     Returns:
         Branch name to operator, see `Branch.operator_shape`.

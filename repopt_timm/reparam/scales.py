@@ -110,6 +110,9 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         torch.Size([48])
     """
 
+    # Of scales that were pickled before they had one.
+    _start = 'paper'
+
     def __init__(
         self,
         architecture: str,
@@ -324,7 +327,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
             provenance: Where they come from. Defaults to the model's `scales_provenance`.
 
         Raises:
-            ValueError: If the model has no scales.
+            ValueError: If the model has no scales, or they have several starts.
         """
         model = unwrap(model)
         found = {name: branches for name, each in modules_of(model).items() if (branches := branches_of(each))}
@@ -341,8 +344,12 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
             )
         if provenance is None:
             provenance = getattr(model, 'scales_provenance', None)
-        start = starts.pop() if len(starts) == 1 else 'paper'
-        return cls(network_name(model), modules, geometry_of(model, modules), counts, provenance, start=start)
+        if len(starts) > 1:
+            raise ValueError(
+                f'The scales of {type(model).__name__} have the starts {" and ".join(sorted(starts))}: read them from '
+                f'each of its parts.'
+            )
+        return cls(network_name(model), modules, geometry_of(model, modules), counts, provenance, start=starts.pop())
 
     def check_fingerprint(self, expected: str) -> None:
         """Checks the scales against the fingerprint that was stored with them.

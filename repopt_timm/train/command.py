@@ -96,7 +96,14 @@ def _search_and_train(args: argparse.Namespace) -> None:
     folder = Path(args.output) / (args.experiment or args.model)
     both = {**vars(args), 'output': str(folder), 'search_first': False}
     # These are for the target.
-    ours = {'opt': 'sgd', 'opt_kwargs': {}, 'pretrained': False, 'initial_checkpoint': '', **SEARCH_DEFAULTS}
+    ours = {
+        'opt': 'sgd',
+        'opt_kwargs': {},
+        'pretrained': False,
+        'initial_checkpoint': '',
+        'init': '',
+        **SEARCH_DEFAULTS,
+    }
     model = ModelName.parse(args.model).of_kind('hs')
     search = train(argparse.Namespace(**{**both, **ours, 'model': model, 'experiment': 'search'}))
     scales = str(search.folder / SCALES_FILE)

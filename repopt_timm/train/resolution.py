@@ -135,9 +135,10 @@ def _scales(args: argparse.Namespace, before: dict[str, Any]) -> str | None:
     A run that is resumed keeps what it had, `--initial-checkpoint` brings what it was trained with, pretrained weights
     what ships with them; anything else starts from the unsearched values.
     """
-    if args.scales or not is_target(args.variant) or 'repopt' not in args.opt:
+    multiplies = is_target(args.variant) and 'repopt' in args.opt
+    if args.scales or not (multiplies or ModelName.parse(args.variant).kind == 'csla'):
         return args.scales
-    if before:
+    if before or not multiplies:
         return before.get('scales')
     if args.initial_checkpoint:
         with explaining(f"'{args.initial_checkpoint}' does not hold weights"):

@@ -133,7 +133,8 @@ def find_checkpoint(folder: Path, resume: str, override: bool) -> tuple[Path, di
         if newest > done and not override:
             raise ValueError(
                 f"'{resume}' is of epoch {done}, and the run in '{folder}' went on to epoch {newest}. Continue it with "
-                f'--resume alone, go back and lose these epochs with --override, or copy the file into another folder.'
+                f"--resume '{folder / LAST_CHECKPOINT}', go back and lose these epochs with --override, or copy the "
+                f'file into another folder.'
             )
         return Path(resume), checkpoint
     others = sorted(folder.glob('checkpoint-*.pth.tar'), key=lambda path: natural_key(path.name), reverse=True)
@@ -176,8 +177,8 @@ def changed_arguments(saved: Any, args: argparse.Namespace) -> dict[str, tuple[A
     changed = {}
     for name in [*(name for name in ARGUMENTS if name not in _FREE), 'world_size']:
         # One that is not there is of an older version.
-        old, new = getattr(saved, name, None), getattr(args, name, None)
-        if hasattr(saved, name) and _comparable(name, old) != _comparable(name, new):
+        old, new = getattr(saved, name, '' if name == 'init' else None), getattr(args, name, None)
+        if (hasattr(saved, name) or name == 'init') and _comparable(name, old) != _comparable(name, new):
             changed[name] = (old, new)
     return changed
 
@@ -201,7 +202,7 @@ def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:
         'optimizer': state.optimizer.state_dict(),
         'version': 2,
         # Of argparse's own class, which loads without running code.
-        'args': argparse.Namespace(**vars(args), overridden=state.overridden),
+        'args': argparse.Namespace(**{**vars(args), 'overridden': state.overridden}),
         'label_names': model.pretrained_cfg.get('label_names'),
         'origin': origin_of(model),
         'versions': versions(),
@@ -229,7 +230,12 @@ def scales_fingerprint(model: Any) -> str | None:
     kind = kind_of(model)
     if kind == 'hs' or (kind == 'target' and not carried_scales(model)):
         return None
-    return Scales.from_model(model).fingerprint
+    scales = Scales.from_model(model)
+    if kind == 'csla':
+        # Its identities are trained.
+        constant = {name: {b: vector for b, vector in scales[name].items() if b != 'identity'} for name in scales}
+        scales = Scales(scales.architecture, constant, scales.geometry, start=scales.start)
+    return scales.fingerprint
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ from ..datasets import class_names, count_classes
 from ..errors import explaining
 from ..model_size import count_parameters
 from ..names import ModelName
-from ..reparam import kind_of
+from ..reparam import kind_of, multi_branch_blocks
 from ..sources import ScalesSource, default_scales
 from ..trained_scales import trained_with
 from ..weights_origin import forget_origin, merged_from, restore_origin
@@ -82,7 +82,7 @@ def make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: A
             f'estimates, and the first steps renormalize. `repopt-timm convert-checkpoint --data` measures them.'
         )
     if args.init == 'dirac':
-        if kind_of(model) != 'target':
+        if kind_of(model) != 'target' or any(multi_branch_blocks(model)):
             raise ValueError(f'--init {args.init} is a start for plain networks; with branches use --scales identity.')
         for conv in model.modules():
             if isinstance(conv, nn.Conv2d) and conv.in_channels == conv.out_channels and conv.stride == (1, 1):

@@ -15,6 +15,7 @@ from ..errors import explaining
 from ..files import check_output_folder
 from ..names import PREFIX, ModelName
 from ..reparam.modules import pair
+from ..sources import UNSEARCHED
 
 __all__ = ['check_arguments', 'check_device_name', 'check_images', 'check_layout', 'check_model']
 
@@ -87,8 +88,12 @@ def _check_scales(args: argparse.Namespace) -> None:
     if 'scales' in args.model_kwargs:
         raise ValueError('Give scales with --scales instead of --model-kwargs.')
     source, name = parse_model_name(args.model)
-    if source is None and ModelName.parse(name).kind in ('hs', 'branches') and args.scales:
-        raise ValueError(f'--model {args.model} does not take --scales: it searches them, or has branches instead.')
+    kind = ModelName.parse(name).kind
+    if source is None and args.scales and (kind == 'branches' or (kind == 'hs' and args.scales not in UNSEARCHED)):
+        raise ValueError(
+            f'--model {args.model} does not take --scales {args.scales}: it has branches instead, or searches scales '
+            f"from 'initial' or 'identity'."
+        )
 
 
 def _check_optimizer(args: argparse.Namespace) -> None:

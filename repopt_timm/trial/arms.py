@@ -47,7 +47,7 @@ ARMS: dict[str, Arm] = {
         'branches',
     ),
     'sgd': Arm('plain network, SGD', {'opt': 'sgd'}),
-    'adamw': Arm('plain network, AdamW', {'opt': 'adamw', 'weight_decay': 0.05}, rate=0.01),
+    'adamw': Arm('plain network, AdamW, decay 0.05', {'opt': 'adamw', 'weight_decay': 0.05}, rate=0.01),
     'dirac': Arm('plain network, nn.init.dirac_, SGD', {'opt': 'sgd', 'init': 'dirac'}),
     'init': Arm('Rule of Initialization alone, SGD', {'opt': 'sgd', 'scales': 'initial'}),
     'repopt': Arm('RepOptSGD, unsearched scales', {'opt': 'repopt_sgd', 'scales': 'initial'}),

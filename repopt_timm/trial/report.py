@@ -51,6 +51,7 @@ def report_trial(result: TrialResult) -> str:
             f'Learning rates: the best in runs of {settings.tuning_epochs} epochs on a held-out {settings.holdout:.0%} '
             f'of the training images, from {", ".join(f"{lr:g}" for lr in settings.lrs)} and beyond.'
         )
+    how += ''.join(f' {arm}: {arm_of(arm).rate:g} times these.' for arm in settings.arms if arm_of(arm).rate != 1)
     head = ['arm', 'lr', 'seeds', 'top-1, 95 %', f'difference to {result.reference}, 95 %']
     head += ['s per epoch', 'step', 'activations', 'parameters']
     parts = [

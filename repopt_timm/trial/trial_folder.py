@@ -165,8 +165,7 @@ class Trial:
         rate = arm_of(arm).rate
         if self.settings.lr is not None:
             return Choice((), rate * self.settings.lr)
-        # As it is written in a folder's name.
-        grid = [float(f'{rate * lr:.3g}') for lr in self.settings.lrs]
+        grid = [lr if rate == 1 else float(f'{rate * lr:.3g}') for lr in self.settings.lrs]
         scores: dict[float, float] = {}
         while (choice := choose_rate(grid, scores)).missing:
             runs = {lr: self.tuning(arm, lr) for lr in choice.missing}

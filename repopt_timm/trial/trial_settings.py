@@ -94,6 +94,8 @@ class TrialSettings:
             found = cls(**{name: _READERS.get(name, lambda value: value)(saved[name]) for name in names})
             if unknown := {*found.arms, found.reference} - {*ARMS, *found.scales}:
                 raise ValueError(f'it has the arms {", ".join(map(str, unknown))}, which are none')
+            if taken := set(found.scales) & set(ARMS) - {'scales'}:
+                raise ValueError(f'its scales are called {min(taken)}, which is the name of an arm by now')
         except (TypeError, ValueError) as error:
             raise ValueError(f"'{path}' is damaged: {error}.") from None
         return found
@@ -229,9 +231,10 @@ def read_shared(model: str, config: str | None, data: str | None, words: Sequenc
     if config is not None:
         values |= {name: value for name, value in read_config(config).items() if name not in _NOT_SHARED[2:]}
     if data is not None:
-        # The folder has a name in the report.
-        folder = str(Path(data).resolve()) if Path(data).name in ('', '..') else data
-        values = {name: value for name, value in values.items() if name not in _NOT_SHARED} | {'data_dir': folder}
+        values = {name: value for name, value in values.items() if name not in _NOT_SHARED} | {'data_dir': data}
+    if (folder := values.get('data_dir')) and Path(folder).name in ('', '..'):
+        # It has a name in the report.
+        values['data_dir'] = str(Path(folder).resolve())
     parser = make_parser()
     parser.set_defaults(**{**values, 'model': model})
     args = parser.parse_args(words)

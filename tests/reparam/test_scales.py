@@ -90,6 +90,11 @@ def test_another_start_makes_other_scales_and_twins_keep_it():
         assert Scales.from_model(twin).start == Scales.from_model(twin.to_plain()).start == 'identity'
     with pytest.raises(ValueError, match='zero'):
         scales.with_start('zero')
+    with pytest.raises(ValueError, match='identity and paper'):
+        Scales.from_model(torch.nn.ModuleList(tiny_model(scales=each) for each in (scales, other)))
+    old = pickle.loads(pickle.dumps(scales))
+    del vars(old)['_start']
+    assert old.start == 'paper'
 
 
 def test_bytes_and_files_give_back_every_bit_count_and_the_provenance(tmp_path):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from repopt_timm import Scales, save_pretrained
+from repopt_timm import Scales, load_scales, save_pretrained, to_plain
 from repopt_timm.cards.publish import save_scales_card
+from repopt_timm.checkpoint_model import model_from_checkpoint
 from repopt_timm.sources import default_scales
 from repopt_timm.train.command import main
 
@@ -37,6 +38,23 @@ def test_a_plain_network_may_start_from_identities(arguments, tmp_path):
             start = nn.init.dirac_(torch.empty_like(conv.weight))
             alike = conv.in_channels == conv.out_channels and conv.stride == (1, 1)
             assert torch.equal(state[f'{name}.weight'], start) == alike
+    with pytest.raises(SystemExit):
+        main(
+            arguments('--epochs', '1', '--opt', 'sgd', '--init', 'dirac', model=f'{TINY}_branches', experiment='twins')
+        )
+
+
+def test_a_csla_run_goes_on_with_its_scales_and_their_start(arguments, tmp_path):
+    main(arguments('--epochs', '1', '--opt', 'sgd', '--scales', 'identity', model=f'{TINY}_csla'))
+    main(arguments('--epochs', '2', '--opt', 'sgd', '--resume', model=f'{TINY}_csla'))
+    assert len(read(tmp_path / 'run')['history']) == 2
+    model = model_from_checkpoint(tmp_path / 'run/last.pth.tar')
+    assert Scales.from_model(model).start == Scales.from_model(to_plain(model)).start == 'identity'
+
+
+def test_a_search_may_start_from_identities(arguments, tmp_path):
+    main(arguments('--epochs', '1', '--opt', 'sgd', '--scales', 'identity', model=f'{TINY}_hs'))
+    assert load_scales(tmp_path / 'run/scales.safetensors').start == 'identity'
 
 
 def test_an_initial_checkpoint_brings_the_scales_that_it_was_trained_with(arguments, tmp_path, capsys):

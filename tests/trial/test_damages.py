@@ -42,6 +42,7 @@ EDITS = [
     ('trial.yaml', b'reference: sgd', b'reference: none'),
     ('trial.yaml', b'- repopt\n', b'- repot\n'),
     ('trial.yaml', b'model: ', b'['),
+    ('trial.yaml', b'scales: {}', b'scales: {identity: initial}'),
     ('shared.yaml', b'\nepochs:', b'\nepoch:'),
     ('networks.json', b'"step_seconds": 0.1', b'"step_seconds": "fast"'),
     ('networks.json', b'"parameters"', b'"parameter"'),

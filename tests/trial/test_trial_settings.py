@@ -26,6 +26,13 @@ def test_arms_are_those_that_the_model_and_the_arguments_allow(trial):
     assert trial('--scales', 'x', '--search', '2').settings.arms[-2:] == ['scales', 'search']
 
 
+def test_learning_rates_are_those_that_were_given_and_adamw_has_a_hundredth(trial):
+    made = trial('--arms', 'sgd', 'adamw', '--lrs', '0.03125', '0.0625')
+    assert made.choice('sgd').missing == (0.03125, 0.0625)
+    assert made.choice('adamw').missing == (0.000313, 0.000625)
+    assert trial('--arms', 'adamw', '--lr', '0.1', '--output', 'other').choice('adamw').best == pytest.approx(0.001)
+
+
 @pytest.mark.parametrize(
     ('words', 'named'),
     [
