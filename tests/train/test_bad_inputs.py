@@ -74,7 +74,7 @@ ROWS = [
     ('--model=', '--model'),
     ('--model local-dir:nowhere', "'nowhere'"),
     ('--model vit_tiny_patch16_224 --scales=', '3 x 32 x 32'),
-    (f'--model {TINY}_hs', '--scales'),
+    (f'--model {TINY}_hs --scales published', '--scales'),
     (f'--model {TINY}_branches', '--scales'),
     ('--scales nowhere.safetensors', 'nowhere.safetensors'),
     ('--scales= --pretrained', 'has no scales'),

@@ -38,7 +38,7 @@ def test_a_plain_network_may_start_from_identities(arguments, tmp_path):
             start = nn.init.dirac_(torch.empty_like(conv.weight))
             alike = conv.in_channels == conv.out_channels and conv.stride == (1, 1)
             assert torch.equal(state[f'{name}.weight'], start) == alike
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match='plain networks'):
         main(
             arguments('--epochs', '1', '--opt', 'sgd', '--init', 'dirac', model=f'{TINY}_branches', experiment='twins')
         )
