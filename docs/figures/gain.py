@@ -12,8 +12,8 @@ import matplotlib.pyplot as plt
 
 EVIDENCE = Path(__file__).parents[1] / 'evidence'
 PANELS = {
-    'MobileOne-S0, 8 epochs': ('mobileone_s0', 'mobileone_s0'),
-    'RepOpt-VGG, 48 convolutions, 4 epochs': ('depth', '48'),
+    'MobileOne-S0, after 4 and 8 epochs': ('mobileone_s0', 'mobileone_s0'),
+    'RepOpt-VGG, 48 convolutions, after 2 and 4 epochs': ('depth', '48'),
 }
 ARMS = {
     'branches': ('with branches, SGD', 'C0', 's--'),

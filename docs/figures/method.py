@@ -36,7 +36,7 @@ def branches(axes: Axes) -> None:
     columns = [
         (-1.9, 'kxk', f'{SCALES["kxk"]} $\\cdot$ 3x3 conv'),
         (0, '1x1', f'{SCALES["1x1"]} $\\cdot$ 1x1 conv'),
-        (1.9, 'identity', 'identity'),
+        (1.9, 'identity', 'identity, trained\nper channel'),
     ]
     for x, name, text in columns:
         arrow(axes, (0, 2.98), (x, 2.44))
