@@ -78,7 +78,6 @@ def main() -> None:
         conv, {'0': {name: torch.full((2,), value) for name, value in SCALES.items()} | {'identity': torch.ones(2)}}
     )
     ((_, mult),) = make_grad_mults(conv).items()
-    mask = mult
 
     figure = plt.figure(figsize=(12.5, 4.2), layout='constrained')
     grid = figure.add_gridspec(2, 3, width_ratios=[5, 3.6, 2.4])
@@ -92,12 +91,12 @@ def main() -> None:
         axes.axis('off')
     grad_mult(
         figure.add_subplot(grid[0, 2]),
-        mask[0, 0],
+        mult[0, 0],
         'Grad Mult, channel to itself:\n$s_{3\\times 3}^2$; centre $s_{3\\times 3}^2 + s_{1\\times 1}^2 + 1$',
     )
     grad_mult(
         figure.add_subplot(grid[1, 2]),
-        mask[0, 1],
+        mult[0, 1],
         'Grad Mult, to another channel:\n$s_{3\\times 3}^2$; centre $s_{3\\times 3}^2 + s_{1\\times 1}^2$',
     )
     figure.savefig(Path(__file__).with_suffix('.png'), dpi=110)

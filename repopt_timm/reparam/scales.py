@@ -100,8 +100,8 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         start: Start of the operators: `paper` or `identity`, see `draw_operators`.
 
     Raises:
-        ValueError: If there are no scales, a vector is not finite or does not fit its geometry, a branch or the start
-            is unknown, or geometry or counts belong to other modules.
+        ValueError: If `modules` is empty, a vector is not finite or does not fit its geometry, a branch or the start is
+            unknown, or geometry or counts belong to other modules.
         TypeError: If the provenance is not JSON-serializable.
 
     Example:

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--sampler', ('balanced',), None, 'draw training images so that all classes come equally often')
     switch('--dataset-download', 'allow download for torch/ and others that support it')
     add('--class-map', None, '', 'class map: a .txt file with the name of a class on each line', metavar='FILE')
-    add('--input-img-mode', ('L', 'RGB', 'RGBA'), None, 'image color mode [that of the channels]')
+    add('--input-img-mode', ('L', 'RGB', 'RGBA'), None, 'image color mode [from the number of channels]')
     add('--input-key', None, None, 'dataset key of the images', metavar='KEY')
     add('--target-key', None, None, 'dataset key of the labels', metavar='KEY')
 

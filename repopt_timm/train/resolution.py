@@ -84,7 +84,7 @@ def find_variant(model_name: str) -> tuple[str, dict[str, Any]]:
     if not name:
         raise ValueError(f"--model is '{model_name}', expected the name of a timm model, such as repopt_vgg_a0.")
     if source == 'local-dir' and not Path(name, 'config.json').is_file():
-        raise FileNotFoundError(f"--model: there is no model in '{name}', expected a folder with a config.json.")
+        raise FileNotFoundError(f"--model: '{name}' has no config.json, expected a folder in timm's format.")
     with explaining(f'--model {model_name} has no config.json that timm can read'):
         name, saved_args = resolve_model(model_name)
     variant = name.split('.')[0]

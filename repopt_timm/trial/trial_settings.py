@@ -94,10 +94,13 @@ class TrialSettings:
             found = cls(**{name: _READERS.get(name, lambda value: value)(saved[name]) for name in names})
             if unknown := {*found.arms, found.reference} - {*ARMS, *found.scales}:
                 raise ValueError(f'it has the arms {", ".join(map(str, unknown))}, which are none')
-            if taken := set(found.scales) & set(ARMS) - {'scales'}:
-                raise ValueError(f'its scales are called {min(taken)}, which is the name of an arm by now')
         except (TypeError, ValueError) as error:
             raise ValueError(f"'{path}' is damaged: {error}.") from None
+        if taken := set(found.scales) & set(ARMS) - {'scales'}:
+            raise ValueError(
+                f"'{path}' calls given scales '{min(taken)}', which is the name of an arm: rename them in this file, "
+                f'and their folders in runs/ and tuning/.'
+            )
         return found
 
 
@@ -206,9 +209,19 @@ def read_settings(args: argparse.Namespace, model: str, epochs: int) -> TrialSet
         raise ValueError(f'--holdout is {args.holdout}, expected a share below 1.')
     if reference not in arms:
         raise ValueError(f"--reference is '{reference}', expected one of the arms: {', '.join(arms)}.")
-    lrs, tuning_epochs = sorted(set(args.lrs)), args.tuning_epochs or epochs
-    tuning = lrs, args.lr, args.holdout, tuning_epochs, _TUNING_SEED
-    return TrialSettings(model, arms, seeds, *tuning, scales, args.search, reference)
+    return TrialSettings(
+        model=model,
+        arms=arms,
+        seeds=seeds,
+        lrs=sorted(set(args.lrs)),
+        lr=args.lr,
+        holdout=args.holdout,
+        tuning_epochs=args.tuning_epochs or epochs,
+        tuning_seed=_TUNING_SEED,
+        scales=scales,
+        search=args.search,
+        reference=reference,
+    )
 
 
 def read_shared(model: str, config: str | None, data: str | None, words: Sequence[str]) -> dict[str, Any]:

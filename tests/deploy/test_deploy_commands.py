@@ -8,6 +8,7 @@ import torch
 from huggingface_hub import ModelCard
 
 from repopt_timm.cli import main
+from repopt_timm.datasets import Images
 from repopt_timm.deploy import evaluate, save_onnx
 from repopt_timm.deploy.onnx_graph import Graph
 
@@ -114,7 +115,6 @@ def test_classes_in_the_order_of_a_class_map_are_those_of_the_model(checkpoint, 
         ('quantize {model} --data {images} {out} --class-map nowhere.txt', 'nowhere.txt'),
         ('quantize {model} --data {images} {out} --calibration auto', 'Lower --images'),
         ('quantize {tmp}/nan.onnx --data {images} {out}', "'head.fc.bias'"),
-        ('quantize {tmp}/int8.onnx --data {images} {out}', 'quantized already'),
         ('quantize {tmp}/future.onnx --data {images} {out}', 'cannot run the model'),
         ('evaluate {tmp}/text.onnx --data {images}', 'is not a readable ONNX model'),
         ('evaluate {tmp}/nowhere.onnx --data {images}', 'nowhere.onnx'),
@@ -128,7 +128,7 @@ def test_classes_in_the_order_of_a_class_map_are_those_of_the_model(checkpoint, 
     ],
 )
 def test_bad_input_is_one_clear_line_and_leaves_no_file(
-    command, message, exported, onnx_file, quantization, images, tmp_path, capsys
+    command, message, exported, onnx_file, images, tmp_path, capsys
 ):
     (tmp_path / 'empty' / 'train').mkdir(parents=True)
     (tmp_path / 'broken' / 'train' / 'a').mkdir(parents=True)
@@ -139,7 +139,6 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
     nan.biases['head.fc'][0] = np.nan
     save_onnx(future, tmp_path / 'future.onnx')
     save_onnx(nan.model, tmp_path / 'nan.onnx')
-    save_onnx(quantization().quantized, tmp_path / 'int8.onnx')
     five = write_checkpoint(tiny_model(), tmp_path / 'five.pth.tar')
     before = sorted(tmp_path.rglob('*'))
     places = {'tmp': tmp_path, 'model': onnx_file, 'five': five, 'images': images, 'out': f'--out {tmp_path}/new.onnx'}
@@ -148,6 +147,14 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
     assert error.startswith('error: ') and message in error
     assert error.count('\n') == 1 and 'std::' not in error
     assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_a_quantized_file_is_refused_before_the_calibration(quantization, images, tmp_path, capsys, monkeypatch):
+    save_onnx(quantization().quantized, tmp_path / 'model.onnx')
+    monkeypatch.setattr(Images, 'batches', lambda *args, **kwargs: pytest.fail('images were read'))
+    paths = ['--data', str(images), '--out', str(tmp_path / 'new.onnx')]
+    assert main(['quantize', str(tmp_path / 'model.onnx'), *paths]) == 1
+    assert 'quantized already' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

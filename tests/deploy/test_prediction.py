@@ -35,6 +35,14 @@ def test_a_folder_is_a_line_on_the_terminal_and_a_row_of_the_table_for_each_imag
         assert sum(float(row[f'probability_{place}']) for place in (1, 2, 3)) == pytest.approx(1)
 
 
+def test_onnx_files_predict_the_same(checkpoint, onnx_file, images):
+    files = [images / 'validation/grey/0.png', images / 'validation/light/1.png']
+    for first, second in zip(predict(checkpoint, files), predict(onnx_file, files)):
+        for mine, theirs in zip(first['classes'], second['classes'], strict=True):
+            assert (mine['class'], mine['name']) == (theirs['class'], None)
+            assert mine['probability'] == pytest.approx(theirs['probability'], rel=1e-4)
+
+
 def test_preprocessing_can_differ_from_the_models_own(checkpoint, images, capsys):
     words = ['predict', str(images / 'validation/dark/0.png'), '--model', str(checkpoint), '--json']
     found = []

@@ -1,3 +1,4 @@
+import csv
 import shutil
 import subprocess
 import sys
@@ -148,6 +149,13 @@ def test_archives_are_data_too(arguments, images, tmp_path):
     extra = ['--train-split', 'train.tar', '--val-split', 'validation.tar', '--data-dir', str(tmp_path)]
     main([*arguments(*TARGET, '--epochs', '1', *extra)[1:]])
     assert len(read(tmp_path / 'run')['state_dict']['head.fc.bias']) == 2
+
+
+def test_a_target_learns_and_writes_its_epochs(trained):
+    assert read(trained)['args'].opt == 'repopt_sgd'
+    rows, times = (list(csv.DictReader((trained / name).open())) for name in ('summary.csv', 'times.csv'))
+    assert [row['epoch'] for row in rows] == [row['epoch'] for row in times] == ['1', '2', '3']
+    assert float(rows[-1]['eval_top1']) >= 50
 
 
 def test_timm_reads_the_checkpoints(trained):

@@ -133,6 +133,19 @@ def test_the_best_checkpoint_is_one_that_is_there(arguments, tmp_path, tops, pla
     assert read(copy.parent, 'model_best.pth.tar')['epoch'] == 2
 
 
+def test_the_steps_between_which_the_loss_became_nan_are_named(arguments, tmp_path, monkeypatch):
+    losses = iter([1.0, 1.0, 1.0, float('nan')])
+
+    class Loss(torch.nn.Module):
+        def forward(self, output, target):
+            return output.mean() * 0 + next(losses)
+
+    monkeypatch.setattr(run, '_make_loss', lambda *args: Loss())
+    with pytest.raises(ValueError, match='steps 3 and 4'):
+        main(arguments(*TARGET, '--log-interval', '2'))
+    assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.parametrize(('signum', 'workers'), [(signal.SIGINT, '0'), (signal.SIGTERM, '2')])
 def test_a_signal_ends_a_run_after_the_batch_and_the_named_command_continues_it(
     arguments, tmp_path, monkeypatch, capsys, signalled, signum, workers
@@ -320,6 +333,8 @@ def test_a_full_disk_is_named_and_keeps_the_old_checkpoint(arguments, copied):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert read(copied)['epoch'] == 2
     assert not list(copied.glob('.*tmp*'))
+    main(arguments(*TARGET, '--epochs', '4', '--resume'))
+    assert read(copied)['epoch'] == 3
 
 
 @pytest.mark.parametrize(
