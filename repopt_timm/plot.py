@@ -87,7 +87,9 @@ def plot_scales(
         began = [depth for depth in depths if branch in (initial or {}).get(modules[depth], ())]
         if initial is not None and began:
             means = [initial[modules[depth]][branch].mean().item() for depth in began]
-            axes.plot(began, means, '_', color=line.get_color(), ms=9, mew=1.5, label=f'{branch}, initial')
+            # Of scales that were not searched they would be the same points again.
+            if means != [scales[modules[depth]][branch].mean().item() for depth in began]:
+                axes.plot(began, means, '_', color=line.get_color(), ms=9, mew=1.5, label=f'{branch}, initial')
     stages = [depth for depth, module in enumerate(modules) if module.endswith('.0.conv')]
     for stage, depth in enumerate(stages, start=1):
         axes.axvline(depth - 0.5, color='0.85', lw=1, zorder=0)

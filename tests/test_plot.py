@@ -30,4 +30,5 @@ def test_initial_values_are_drawn_beside_the_searched_ones():
     lines = {line.get_label(): line.get_ydata() for line in plot_scales(scales, initial=initial).axes[0].lines}
     assert lines['kxk, initial'].tolist() == pytest.approx([initial[m]['kxk'].mean().item() for m in initial])
     assert {'kxk', 'identity', '1x1', 'identity, initial', '1x1, initial'} <= set(lines)
-    assert not any('initial' in line.get_label() for line in plot_scales(scales).axes[0].lines)
+    for figure in (plot_scales(scales), plot_scales(initial, initial=initial)):
+        assert not any('initial' in line.get_label() for line in figure.axes[0].lines)
