@@ -1,16 +1,16 @@
 """Grad Mults, the Rule of Iteration (section 3.3 and appendix A of arXiv 2205.15242)."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .branches import Branch, make_branches, merge
+from .branches import Branch, merge
 from .convolution import branches_of
 from .modules import is_sharded, modules_of, unwrap, whole
 from .prior import log_convs_without, refusal
-from .scales import Scales, ScalesMapping, carried_scales, scales_for
+from .scales import CarriedScales, Scales, ScalesMapping, carried_scales, scales_for
 
 UPDATE_RULES = {'sgd': 2, 'adamw': 1}
 """Update rule to the power of |s_b| in its Grad Mult."""
@@ -66,13 +66,6 @@ class GradMults(Mapping[Tensor, Tensor]):
         return self[parameter] if divisor is None else divisor.to(parameter.device)
 
 
-class _Kernel(NamedTuple):
-    name: str
-    weight: Tensor
-    branches: Sequence[Branch]
-    vectors: Mapping[str, Tensor]
-
-
 def make_grad_mults(model: nn.Module, scales: ScalesMapping | None = None, update_rule: str = 'sgd') -> GradMults:
     """Makes the Grad Mults of a plain model's kernels.
 
@@ -105,30 +98,28 @@ def make_grad_mults(model: nn.Module, scales: ScalesMapping | None = None, updat
             )
     if scales is None:
         kernels = _carrying_kernels(model)
-        fingerprint = '+'.join(sorted({each.scales.fingerprint for each in carried_scales(model).values()}))
     elif isinstance(model, torch.fx.GraphModule):
-        kernels, fingerprint = _kernels_of_graph(model, scales)
+        kernels = _kernels_of_graph(model, scales)
     else:
-        scales = scales_for(model, scales)
+        fitting = scales_for(model, scales)
         modules: dict[str, Any] = modules_of(model)
-        counts, fingerprint = scales.counts, scales.fingerprint
-        kernels = [
-            _Kernel(name, modules[name].weight, make_branches(counts[name], modules[name]), vectors)
-            for name, vectors in scales.items()
-        ]
+        kernels = {name: (modules[name].weight, CarriedScales(fitting, name)) for name in fitting}
     if not kernels:
         raise ValueError(
             f'No convolution of {type(model).__name__} carries scales: no gradient would be multiplied. Create the '
             f'model with scales=..., call prepare(model, scales), or name the scales: make_grad_mults(model, scales).'
         )
-    log_convs_without(model, {kernel.name for kernel in kernels}, 'have no Grad Mult and train as without scales')
+    log_convs_without(model, kernels, 'have no Grad Mult and train as without scales')
     names: dict[Tensor, str] = {}
     masks: dict[Tensor, Tensor] = {}
     zeros: dict[Tensor, Tensor] = {}
-    for name, weight, branches, vectors in kernels:
+    for name, (weight, own) in kernels.items():
         # `M = sum_b |s_b|^power A_b 1` is the kernel that the branches merge to if all operators are ones.
         options: dict[str, Any] = {'device': weight.device, 'dtype': torch.promote_types(weight.dtype, torch.float32)}
+        counts = own.scales.counts[own.module]
+        branches = [Branch.of(branch, weight.shape[2:], count) for branch, count in counts.items()]
         ones = {branch.name: torch.ones(branch.operator_shape(weight.shape), **options) for branch in branches}
+        vectors = own.scales[own.module]
         powers = {branch: each.to(**options).abs().pow(UPDATE_RULES[update_rule]) for branch, each in vectors.items()}
         mask = merge(branches, ones, powers, weight.shape)
         if weight in masks and not torch.equal(whole(masks[weight]), mask):
@@ -136,7 +127,8 @@ def make_grad_mults(model: nn.Module, scales: ScalesMapping | None = None, updat
         names[weight], masks[weight] = name, _laid_out_like(weight, mask)
         if not mask.all():
             zeros[weight] = _laid_out_like(weight, mask.masked_fill(mask == 0, 1.0))
-    return GradMults(masks, update_rule, fingerprint, names, zeros)
+    fingerprints = {own.scales.fingerprint for _, own in kernels.values()}
+    return GradMults(masks, update_rule, '+'.join(sorted(fingerprints)), names, zeros)
 
 
 def _laid_out_like(weight: Any, mask: Tensor) -> Tensor:
@@ -147,7 +139,7 @@ def _laid_out_like(weight: Any, mask: Tensor) -> Tensor:
     return torch.empty_like(weight, dtype=mask.dtype, requires_grad=False).copy_(mask)
 
 
-def _carrying_kernels(model: nn.Module) -> list[_Kernel]:
+def _carrying_kernels(model: nn.Module) -> dict[str, tuple[Tensor, CarriedScales]]:
     carried = carried_scales(model)
     modules: dict[str, Any] = modules_of(model)
     networks = {
@@ -162,30 +154,25 @@ def _carrying_kernels(model: nn.Module) -> list[_Kernel]:
                     f"'{prefix + sibling}' of {type(model).__name__} got scales, but a {type(found).__name__} without "
                     f'them has taken its place. Attach the scales after replacing modules.'
                 )
-    kernels = []
-    for name, each in carried.items():
-        conv = modules[name]
-        if reason := refusal(conv):
+    for name in carried:
+        if reason := refusal(modules[name]):
             raise ValueError(
                 f"'{name}' of {type(model).__name__} carries scales, but {reason}. Its Grad Mult would be lost: undo "
                 f'that, or leave its scales out.'
             )
-        branches = make_branches(each.scales.counts[each.module], conv)
-        kernels.append(_Kernel(name, conv.weight, branches, each.scales[each.module]))
-    return kernels
+    return {name: (modules[name].weight, each) for name, each in carried.items()}
 
 
-def _kernels_of_graph(graph: nn.Module, scales: ScalesMapping) -> tuple[list[_Kernel], str]:
+def _kernels_of_graph(graph: nn.Module, scales: ScalesMapping) -> dict[str, tuple[Tensor, CarriedScales]]:
     if not isinstance(scales, Scales) or not scales.geometry:
         raise ValueError(
             f'{type(graph).__name__} has no convolutions that show their geometry. Give scales.for_model(model), made '
             f'with the plain model.'
         )
     modules, params = modules_of(graph), dict(graph.named_parameters())
-    geometry, counts = scales.geometry, scales.counts
-    kernels = []
-    for name, vectors in scales.items():
-        weight, searched = params.get(f'{name}.weight'), geometry[name]
+    kernels: dict[str, tuple[Tensor, CarriedScales]] = {}
+    for name, searched in scales.geometry.items():
+        weight = params.get(f'{name}.weight')
         # An exported graph has plain holders of parameters in the place of modules.
         holder = modules.get(name, nn.Module())
         shape = () if weight is None or (type(holder) is not nn.Module and refusal(holder)) else tuple(weight.shape)
@@ -196,6 +183,5 @@ def _kernels_of_graph(graph: nn.Module, scales: ScalesMapping) -> tuple[list[_Ke
                 f"{scales.source or 'The scales'}: '{name}' was searched with a kernel of shape {expected}, but "
                 f"{type(graph).__name__} has {shape or 'none'} as '{name}.weight'. Use the scales of this network."
             )
-        branches = [Branch.of(branch, searched.kernel_size, count) for branch, count in counts[name].items()]
-        kernels.append(_Kernel(name, weight, branches, vectors))
-    return kernels, scales.fingerprint
+        kernels[name] = (weight, CarriedScales(scales, name))
+    return kernels

@@ -157,7 +157,6 @@ def test_wrong_vectors_are_refused_with_their_module(vectors, thing):
     [
         ({'modules': {}}, ValueError),
         ({'modules': {'0': {'kxk': torch.ones(8), '1x1': torch.ones(4)}}}, ValueError),
-        ({'modules': {'0': {'kxk': torch.ones(8), 'avg': torch.ones(8)}}}, ValueError),
         ({'counts': {'1': {'kxk': 1}}}, ValueError),
         ({'counts': {'0': {'1x1': 1}}}, ValueError),
         ({'counts': {'0': {'kxk': 1.5}}}, ValueError),
@@ -176,7 +175,6 @@ def test_an_identity_may_have_learned_nothing():
 
 def test_initial_scales_are_those_that_a_search_starts_from():
     assert initial() == Scales.from_model(tiny_model('_hs'))
-    assert initial('repopt_vgg_b1')['stages.2.8.conv']['1x1'][0] == pytest.approx((2 / 8) ** 0.5)
 
 
 @pytest.mark.parametrize('wrap', [AveragedModel, ModelEmaV3, nn.DataParallel])
@@ -218,16 +216,14 @@ def test_scales_of_another_network_are_refused(kind, scales, thing):
 @pytest.mark.parametrize(
     'scales',
     [
-        lambda: Scales.initial(nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1))),
         lambda: Scales('', ONES),
-        lambda: Scales('', {'1': {'kxk': torch.ones(4)}}),
         lambda: Scales('', {'0': {'kxk': torch.ones(4), '1x1': torch.ones(4)}}, counts={'0': {'kxk': 2}}),
     ],
-    ids=['stride', 'branch', 'module', 'count'],
+    ids=['branch', 'count'],
 )
 def test_scales_fit_a_twin_as_they_fit_its_plain_network(scales):
     twin = hyper_search(nn.Sequential(nn.Conv2d(4, 4, 3, 1, 1)), {'0': ['kxk', '1x1']})
-    with pytest.raises(ValueError, match=r"'[01]'"):
+    with pytest.raises(ValueError, match="'0'"):
         scales().for_model(twin)
 
 
