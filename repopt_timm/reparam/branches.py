@@ -66,24 +66,21 @@ class Branch:
         return self.count * kernel_shape[0], kernel_shape[1] if self.scaled else 1, *self.kernel_size
 
 
-def counted(branches: BranchCounts) -> dict[str, int]:
-    """Returns branch name to count, sorted by name; refuses a name that is listed twice, and a lack of `kxk`."""
-    names = list(branches)
+def make_branches(branches: BranchCounts, conv: Any) -> tuple[Branch, ...]:
+    """Makes the branches of an `nn.Conv2d`, or of its `Geometry`, sorted by name.
+
+    Raises:
+        ValueError: If the convolution cannot have one of them, a name is listed twice, or there is no `kxk`. An
+            identity needs equal channels and stride 1.
+    """
+    names = sorted(branches)
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"The branch '{name}' is listed twice. Equal branches have a count: {{'{name}': 2}}.")
     if 'kxk' not in names:
         raise ValueError(f"The branches {names} lack 'kxk', the one of the whole kernel, which each convolution has.")
-    return {name: branches[name] if isinstance(branches, Mapping) else 1 for name in sorted(names)}
-
-
-def make_branches(branches: BranchCounts, conv: Any) -> tuple[Branch, ...]:
-    """Makes the branches of an `nn.Conv2d`, or of its `Geometry`, sorted by name.
-
-    Raises:
-        ValueError: If the convolution cannot have one of them. An identity needs equal channels and stride 1.
-    """
-    made = tuple(Branch.of(name, conv.kernel_size, count) for name, count in counted(branches).items())
+    counts = branches if isinstance(branches, Mapping) else dict.fromkeys(names, 1)
+    made = tuple(Branch.of(name, conv.kernel_size, counts[name]) for name in names)
     alike = conv.in_channels in (None, conv.out_channels) and pair(conv.stride) == (1, 1)
     if not alike and not all(branch.scaled for branch in made):
         raise ValueError(

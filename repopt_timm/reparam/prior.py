@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .branches import BranchCounts, counted, make_branches
+from .branches import BranchCounts, make_branches
 from .modules import modules_of, pair
 
 FOLDING_CLASSES: set[str] = set()
@@ -74,7 +74,7 @@ def repvgg_branches(conv: nn.Conv2d) -> dict[str, int]:
         names.append('1x1')
     if conv.in_channels == conv.out_channels and pair(conv.stride) == (1, 1):
         names.append('identity')
-    return counted(names)
+    return dict.fromkeys(sorted(names), 1)
 
 
 def repvgg_prior(model: nn.Module) -> dict[str, ConvPrior]:
@@ -97,9 +97,6 @@ def repvgg_prior(model: nn.Module) -> dict[str, ConvPrior]:
     convs: dict[str, Any] = {
         name: conv for name, conv in modules_of(model).items() if isinstance(conv, nn.Conv2d) and not refusal(conv)
     }
-    if not convs:
-        reasons = [f": '{name}' is refused, as {reason}" for name, _, reason in refused_convs(model)[:1]]
-        raise ValueError(f'{type(model).__name__} has no convolution that can be converted{"".join(reasons)}.')
     carried = {name: prior for name, prior in carried_priors(model).items() if name in convs}
     return resolve_prior(model, carried or {name: repvgg_branches(conv) for name, conv in convs.items()})
 
@@ -121,7 +118,7 @@ def resolve_prior(model: nn.Module, prior: Prior | None = None) -> dict[str, Con
         )
     mapping: dict[str, Any] = dict(prior(model) if callable(prior) else prior)
     if not mapping:
-        raise ValueError('The prior is empty, expected a mapping of module names to branches.')
+        raise ValueError(f'The prior is empty. See refused_convs(model) for what {type(model).__name__} cannot have.')
     resolved = {}
     position, channels = 0, 0
     for name, conv in modules_of(model).items():
@@ -134,10 +131,10 @@ def resolve_prior(model: nn.Module, prior: Prior | None = None) -> dict[str, Con
         given = mapping.pop(name)
         given = given if isinstance(given, ConvPrior) else ConvPrior(given, run_scale(position))
         try:
-            resolved[name] = replace(given, branches=counted(given.branches))
-            make_branches(resolved[name].branches, conv)
+            branches = make_branches(given.branches, conv)
         except ValueError as error:
             raise ValueError(f"'{name}': {error}") from None
+        resolved[name] = replace(given, branches={branch.name: branch.count for branch in branches})
     if mapping:
         raise ValueError(f"{type(model).__name__} has no convolution '{next(iter(mapping))}', which the prior names.")
     return resolved

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..files import replacing
-from .branches import STARTS, Branch, make_branches
+from .branches import STARTS, make_branches
 from .convolution import branches_of
 from .modules import modules_of, network_name, pair, unwrap
 from .prior import Prior, carried_priors, refusal, resolve_prior
@@ -445,14 +445,10 @@ def _checked(vectors: Mapping[str, Tensor], counts: Mapping[str, int], geometry:
     """Returns copies of the vectors of one convolution in float32, sorted by name, if they fit counts and geometry."""
     if unknown := set(counts) - set(vectors):
         raise ValueError(f"there is a count of the branch '{min(unknown)}', but no scale")
-    if geometry is None:
-        for branch, count in counts.items():
-            # Any window may fit.
-            Branch.of(branch, (2**31 - 1, 2**31 - 1), count)
-        channels = len(next(iter(vectors.values())))
-    else:
-        make_branches(counts, geometry)
-        channels = geometry.out_channels
+    # Any window may fit an unknown kernel.
+    geometry = geometry or Geometry(None, len(next(iter(vectors.values()))), (2**31 - 1, 2**31 - 1), (1, 1), 1)
+    channels = geometry.out_channels
+    make_branches(counts, geometry)
     found: dict[str, Tensor] = {}
     for branch, vector in sorted(vectors.items()):
         here = f"the scale of branch '{branch}'"
