@@ -48,6 +48,9 @@ def test_equal_branches_share_one_scale_and_take_any_memory_format():
     operator = twin[0].parametrizations.weight.original
     assert operator.shape == (18, 6, 3, 3)
     x = torch.randn(2, 6, 5, 5)
+    kernel, scale = twin[0].weight, branches_of(twin[0]).scales.kxk
+    gradients = torch.autograd.grad(F.conv2d(x, kernel, padding=1).square().sum(), [kernel, scale])
+    torch.testing.assert_close(gradients[1], (gradients[0] * operator.unflatten(0, (3, 6)).sum(0)).sum((1, 2, 3)))
     expected = twin(x)
     twin.to(memory_format=torch.channels_last)
     assert operator.is_contiguous(memory_format=torch.channels_last)
