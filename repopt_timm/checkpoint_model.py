@@ -13,7 +13,7 @@ from .datasets import color_mode, data_config_of
 from .errors import explaining
 from .models import ensure_registered
 from .names import ModelName
-from .reparam import attach_scales, branches_of, kind_of
+from .reparam import branches_of, kind_of, prepare
 from .scales.files import CHECKPOINT_KEY, searched_scales
 from .sources import ScalesSource
 from .trained_scales import arguments_of, find_scales
@@ -86,7 +86,7 @@ def _model_of(checkpoint: Mapping[str, Any], source: str, scales: ScalesSource |
         branches.start = (checkpoint.get(CHECKPOINT_KEY) or {}).get('start', 'paper')
     wanted = kind_of(model) == 'target' and (need_scales or scales is not None)
     if wanted and (found := find_scales(checkpoint, model, source, scales)):
-        attach_scales(model, found)
+        prepare(model, found, init=False)
         model.scales_provenance = found.provenance
     data, names = data_config_of(args, model), checkpoint.get('label_names')
     if mode := args.get('input_img_mode'):

@@ -12,7 +12,7 @@ from timm.models import save_for_hf
 from repopt_timm import Scales, load_scales, prepare, push_scales, push_to_hub, save_pretrained
 from repopt_timm.cards.publish import save_scales_card
 from repopt_timm.optim import build_repopt_sgd
-from repopt_timm.reparam import attach_scales, kind_of
+from repopt_timm.reparam import kind_of
 
 from .helpers import TINY, card_of, random_scales, read_tree, tiny_model
 
@@ -310,6 +310,6 @@ def test_tied_tensors_and_scales_of_compiled_parts_have_the_names_of_the_plain_n
     model = trained()
     scales = Scales.from_model(model)
     model.stages = torch.compile(model.stages)
-    attach_scales(model, scales)
+    prepare(model, scales, init=False)
     save_pretrained(model, tmp_path / 'scaled')
     assert Scales.from_model(load(tmp_path / 'scaled')) == scales

@@ -5,6 +5,4 @@ from .clip import clip_grad_norm_
 from .factory import register_optimizers
 from .sgd import RepOptSGD, build_repopt_sgd
 
-__all__ = ['RepOptAdamW', 'RepOptSGD', 'build_repopt_sgd', 'clip_grad_norm_', 'register_optimizers']
-
 register_optimizers()

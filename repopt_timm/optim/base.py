@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ..reparam import GradMults, is_sharded
 
-__all__ = ['GradMultOptimizer', 'local']
-
 
 def local(tensor: Any) -> Tensor:
     """Returns the part of a DTensor that this process holds, without copying; any other tensor as it is."""
@@ -22,6 +20,10 @@ class GradMultOptimizer(torch.optim.Optimizer):
 
     update_rule: str
     grad_mults: GradMults
+
+    def __init__(self, *args: Any, grad_mults: GradMults | None = None, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.take_grad_mults(grad_mults)
 
     def take_grad_mults(self, grad_mults: GradMults | None) -> None:
         """Takes Grad Mults, also made anew after other tensors have replaced the model's in the groups.
@@ -36,27 +38,26 @@ class GradMultOptimizer(torch.optim.Optimizer):
                 that has a Grad Mult is in no group.
         """
         name, make = type(self).__name__, f'make_grad_mults(model, update_rule={self.update_rule!r})'
-        if not isinstance(grad_mults, GradMults):
+        if grad_mults is None:
             raise ValueError(
                 f'{name} needs grad_mults={make}: bare parameters do not tell which kernel has which scales.'
             )
         if grad_mults.update_rule != self.update_rule:
             raise ValueError(f'{name} got Grad Mults for the update rule {grad_mults.update_rule!r}. Use {make}.')
         params = {param for group in self.param_groups for param in group['params']}
-        trainable = any(kernel.requires_grad for kernel in grad_mults)
-        if trainable and params.isdisjoint(grad_mults):
-            raise ValueError(
-                f'None of the {len(params)} parameters given to {name} has a Grad Mult: it would train them as without '
-                f'scales. Make the Grad Mults from the very model whose parameters these are.'
-            )
+        if params.isdisjoint(grad_mults):
+            if any(kernel.requires_grad for kernel in grad_mults):
+                raise ValueError(
+                    f'None of the {len(params)} parameters given to {name} has a Grad Mult: it would train them as '
+                    f'without scales. Make the Grad Mults from the very model whose parameters these are.'
+                )
+            # As when a head is trained alone; kernels may be those of another copy of a frozen model.
+            self._warn_of_bare_kernels(params, grad_mults, stacklevel=4)
         self.grad_mults = grad_mults
         self._check_groups()
         self.defaults['scales_fingerprint'] = grad_mults.fingerprint
         for group in self.param_groups:
             group['scales_fingerprint'] = grad_mults.fingerprint
-        if params.isdisjoint(grad_mults):
-            # As when a head is trained alone; kernels may be those of another copy of a frozen model.
-            self._warn_of_bare_kernels(params, 'of all groups', stacklevel=4)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters, which are multiplied if they have Grad Mults; warns of kernels without one."""
@@ -64,15 +65,15 @@ class GradMultOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         if group['fused'] is None and group['foreach'] is None:
             # Without `_step_supports_amp_scaling`, so that GradScaler unscales gradients that somebody may clip.
-            group['fused'] = not group.get('dampening') and all(_can_be_fused(param) for param in group['params'])
+            group['fused'] = not group.get('dampening') and all(map(_can_be_fused, group['params']))
         if hasattr(self, 'grad_mults'):
-            self._warn_of_bare_kernels(group['params'], 'of the new group', stacklevel=3)
+            self._warn_of_bare_kernels(group['params'], self.grad_mults, stacklevel=3)
 
-    def _warn_of_bare_kernels(self, params: Iterable[Tensor], where: str, stacklevel: int) -> None:
-        bare = [str(tuple(param.shape)) for param in params if param.ndim == 4 and param not in self.grad_mults]
+    def _warn_of_bare_kernels(self, params: Iterable[Tensor], grad_mults: GradMults, stacklevel: int) -> None:
+        bare = [str(tuple(param.shape)) for param in params if param.ndim == 4 and param not in grad_mults]
         if bare:
             warnings.warn(
-                f'{len(bare)} kernels {where} have no Grad Mult, {type(self).__name__} trains them as without scales: '
+                f'{len(bare)} kernels have no Grad Mult, {type(self).__name__} trains them as without scales: '
                 f'{", ".join(bare)}. If their convolutions carry scales, make Grad Mults and optimizer anew.',
                 stacklevel=stacklevel,
             )
@@ -115,9 +116,8 @@ class GradMultOptimizer(torch.optim.Optimizer):
             torch._foreach_mul_(grads, [local(self.grad_mults[kernel]) for kernel in kernels])
         return kernels
 
-    def _lay_out_alike(self, param: Tensor) -> None:
+    def _lay_out_alike(self, param: Any) -> None:
         # Torch's fused kernels go through memory in one order: of tensors in another layout they mix up the entries.
-        assert param.grad is not None
         if param.grad.stride() != param.stride():
             param.grad = torch.empty_like(param).copy_(param.grad)
         for name, value in self.state.get(param, {}).items():

@@ -9,8 +9,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from ..reparam import GradMults, is_sharded
 
-__all__ = ['clip_grad_norm_']
-
 
 @torch.no_grad()
 def clip_grad_norm_(
@@ -41,22 +39,22 @@ def clip_grad_norm_(
     """
     if grad_mults.update_rule != 'sgd':
         raise ValueError(
-            f"The CSLA norm needs Grad Mults of the update rule 'sgd', but got {grad_mults.update_rule!r}. Make them "
-            f"with make_grad_mults(model, update_rule='sgd'), for every optimizer."
+            f"The CSLA norm needs make_grad_mults(model, update_rule='sgd') for every optimizer, but got the update "
+            f'rule {grad_mults.update_rule!r}.'
         )
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     kernels = [param for param in parameters if param.ndim == 4]
     if kernels and len(grad_mults) and not any(param in grad_mults for param in kernels):
         raise ValueError(
             f'None of the {len(kernels)} kernels given to clip_grad_norm_ is among the {len(grad_mults)} that have a '
-            f'Grad Mult, so that the norm would be the plain one. Make the Grad Mults from the very model whose '
-            f'parameters these are, or clip with torch.nn.utils.clip_grad_norm_.'
+            f'Grad Mult. Make the Grad Mults from the very model whose parameters these are.'
         )
-    grads = []
-    for param in parameters:
-        if param.grad is not None:
-            # In the mask's float32: squares of small float16 gradients are zero in float16.
-            grads.append(param.grad * grad_mults[param].sqrt() if param in grad_mults else param.grad)
+    # In the mask's float32: squares of small float16 gradients are zero in float16.
+    grads = [
+        param.grad * grad_mults[param].sqrt() if param in grad_mults else param.grad
+        for param in parameters
+        if param.grad is not None
+    ]
     total_norm: Any = get_total_norm(grads, 2.0, error_if_nonfinite, foreach)
     total_norm = total_norm.full_tensor() if is_sharded(total_norm) else total_norm
     clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)

@@ -1,7 +1,6 @@
 """Makes the RepOptimizers part of timm's optimizer factory; the only file that touches its registry."""
 
 import warnings
-import weakref
 from typing import Any
 
 import torch
@@ -13,10 +12,8 @@ from ..reparam import carried_scales, make_grad_mults
 from .adamw import RepOptAdamW
 from .sgd import RepOptSGD
 
-__all__ = ['register_optimizers']
-
-_OPTIMIZERS = {
-    'repoptsgd': OptimInfo(
+_OPTIMIZERS = (
+    OptimInfo(
         name='repoptsgd',
         opt_class=RepOptSGD,
         description='SGD with Grad Mults from searched scales (Nesterov)',
@@ -24,15 +21,13 @@ _OPTIMIZERS = {
         has_momentum=True,
         defaults={'nesterov': True},
     ),
-    'repoptadamw': OptimInfo(
+    OptimInfo(
         name='repoptadamw',
         opt_class=RepOptAdamW,
         description='AdamW with Grad Mults from searched scales',
         has_betas=True,
     ),
-}
-_UPDATE_RULES = {'repoptsgd': RepOptSGD.update_rule, 'repoptadamw': RepOptAdamW.update_rule}
-_ALIASES = {'repopt_sgd': 'repoptsgd', 'repopt_adamw': 'repoptadamw'}
+)
 
 
 class _RepOptRegistry(OptimizerRegistry):
@@ -42,36 +37,27 @@ class _RepOptRegistry(OptimizerRegistry):
         self, model_or_params: Any, opt: str, **kwargs: Any
     ) -> torch.optim.Optimizer:
         # timm takes what follows the last '_' for the optimizer's name, which would make plain SGD of 'repopt_sgd'.
-        name = opt.lower()
-        for alias, target in _ALIASES.items():
-            if name in (alias, f'lookahead_{alias}'):
-                name = name.replace(alias, target)
-        optimizer = name.removeprefix('lookahead_')
+        opt = opt.lower().replace('repopt_', 'repopt')
+        update_rule = getattr(self.get_optimizer_info(opt.rpartition('_')[2]).opt_class, 'update_rule', None)
         if isinstance(model_or_params, nn.Module):
-            if optimizer in _UPDATE_RULES:
-                if kwargs.get('grad_mults') is None:
-                    kwargs['grad_mults'] = make_grad_mults(model_or_params, update_rule=_UPDATE_RULES[optimizer])
-            else:
+            if update_rule is None:
                 _warn_of_unused_scales(model_or_params, opt)
-        return super().create_optimizer(model_or_params, name, **kwargs)
+            elif kwargs.get('grad_mults') is None:
+                kwargs['grad_mults'] = make_grad_mults(model_or_params, update_rule=update_rule)
+        return super().create_optimizer(model_or_params, opt, **kwargs)
 
 
 def register_optimizers() -> None:
-    """Registers the RepOptimizers with timm; safe to call again."""
-    for name, info in _OPTIMIZERS.items():
-        default_registry._optimizers[name] = info
-    for alias, target in _ALIASES.items():
-        default_registry.register_alias(alias, target)
+    """Registers the RepOptimizers with timm."""
+    for info in _OPTIMIZERS:
+        default_registry.register(info)
+        default_registry.register_alias(info.name.replace('repopt', 'repopt_'), info.name)
     # Other modules hold this very object, so it changes its class instead of being replaced.
     default_registry.__class__ = _RepOptRegistry
 
 
-_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
-
-
 def _warn_of_unused_scales(model: nn.Module, opt: str) -> None:
-    if model not in _warned and any(carried.initialized for carried in carried_scales(model).values()):
-        _warned.add(model)
+    if any(carried.initialized for carried in carried_scales(model).values()):
         warnings.warn(
             f"The model was initialized from scales, but the optimizer '{opt}' has no Grad Mults, so that it does not "
             f"train like its CSLA counterpart. Use opt='repopt_sgd' or 'repopt_adamw', or create the model without "

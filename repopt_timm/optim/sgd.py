@@ -5,15 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD
-from torch.optim.optimizer import ParamsT
 
-from ..reparam import GradMults, make_grad_mults, prepare
-from ..reparam.twins import ScalesMapping
+from ..reparam import make_grad_mults, prepare
+from ..reparam.scales import ScalesMapping
 from .base import GradMultOptimizer
-
-__all__ = ['RepOptSGD', 'build_repopt_sgd']
 
 # Once there is an SGD, torch has wrapped `SGD.step` in hooks and a profiler; RepOptSGD's step has its own.
 _sgd_step = inspect.unwrap(SGD.step)
@@ -28,18 +25,12 @@ class RepOptSGD(GradMultOptimizer, SGD):
     After `step`, `p.grad` of a kernel holds the product, as torch's fused kernels leave unscaled gradients in it.
 
     Args:
-        params: Parameters or groups, as for `torch.optim.SGD`; those without a Grad Mult are updated as usual, also in
-            groups that are added later. `fully_shard` may have sharded them.
-        lr: Learning rate.
-        momentum: Momentum factor.
-        dampening: Dampening of the momentum.
-        weight_decay: L2 penalty.
-        nesterov: Nesterov momentum.
+        args, kwargs: Parameters or groups, `lr`, `momentum`, `dampening`, `weight_decay`, `nesterov`, `maximize`,
+            `foreach` and `fused` of `torch.optim.SGD`, with its defaults. Parameters without a Grad Mult are updated as
+            usual, also in groups that are added later. `fully_shard` may have sharded them. `fused` is the default on a
+            CPU and on CUDA, unless `foreach` is given; on a CPU half-precision parameters go without, which torch's
+            before 2.14 does not update.
         grad_mults: What `make_grad_mults(model)` returned for the model whose parameters these are.
-        maximize: Maximize instead of minimize.
-        foreach: Use torch's multi-tensor implementation.
-        fused: Use torch's fused implementation; the default on a CPU and on CUDA, unless `foreach` is given. On a CPU
-            half-precision parameters go without: torch's before 2.14 does not update them.
 
     Raises:
         ValueError: If the Grad Mults are missing, belong to other parameters or to another update rule, or if a
@@ -51,32 +42,9 @@ class RepOptSGD(GradMultOptimizer, SGD):
 
     update_rule = 'sgd'
 
-    def __init__(
-        self,
-        params: ParamsT,
-        lr: float | Tensor = 1e-3,
-        momentum: float = 0,
-        dampening: float = 0,
-        weight_decay: float | Tensor = 0,
-        nesterov: bool = False,
-        *,
-        grad_mults: GradMults | None = None,
-        maximize: bool = False,
-        foreach: bool | None = None,
-        fused: bool | None = None,
-    ):
-        super().__init__(
-            params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize, foreach=foreach, fused=fused
-        )
-        self.take_grad_mults(grad_mults)
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Makes one step.
-
-        Args:
-            closure: Evaluates the model again and returns the loss.
-        """
+        """Makes one step; a closure evaluates the model again and returns the loss."""
         loss = self._evaluate(closure)
         self._multiply()
         for group in self.param_groups:

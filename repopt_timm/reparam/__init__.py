@@ -6,12 +6,11 @@ Read `branches`, `convolution`, `prior`, `scales`, `twins`, `initialization`, `g
 from .branches import Branch, embed, make_branches, merge
 from .convolution import Branches, branches_of, kind_of, merge_branches
 from .grad_mult import GradMults, make_grad_mults
-from .initialization import attach_scales, initialize, prepare
-from .modules import is_sharded, modules_of, name_as_part, network_name, uncompiled_name, unwrap
+from .initialization import prepare
+from .modules import is_sharded, name_as_part, network_name, uncompiled_name, unwrap
 from .prior import (
     FOLDING_CLASSES,
     ConvPrior,
-    conv_prior,
     keep_branches,
     multi_branch_blocks,
     refusal,
@@ -22,5 +21,5 @@ from .prior import (
     run_scale,
     stage_scale,
 )
-from .scales import CarriedScales, Geometry, Scales, carried_scales, drop_scales, geometry_of
-from .twins import convert_, csla, hyper_search, scales_for, to_plain
+from .scales import Geometry, Scales, carried_scales, drop_scales, geometry_of, scales_for
+from .twins import convert_, csla, hyper_search, to_plain

@@ -10,23 +10,14 @@ from torch.nn.utils import parametrize
 from .branches import Branch, draw_operators, merge
 from .modules import whole
 
-__all__ = ['Branches', 'add_branches', 'branches_of', 'kind_of', 'merge_branches']
-
 
 class Branches(nn.Module):
     """Makes a kernel of trainable operators and their scales; a parametrization of `nn.Conv2d.weight`.
 
     Adding up the kernels before one convolution gives the same function and the same gradients as adding up the
     branches' outputs, without their activations. The operator of the branch `kxk` is the parametrization's `original`.
-
-    Attributes:
-        branches: The branches, sorted by name.
-        operators: Branch name to operator, without `kxk`.
-        scales: Holds the scale of each scaled branch under its name: parameters in a Hyper-Search, else buffers, which
-            stay float32 whatever dtype the network is cast to.
-        trainable: Whether the scales are parameters.
-        start: Start of the operators, see `draw_operators`.
-        complete: Whether the scales have values; without, the kernel cannot be made.
+    Scales are parameters in a Hyper-Search, else buffers, which stay float32 whatever dtype the network is cast to.
+    Until they have values (`complete`) the kernel cannot be made.
     """
 
     def __init__(
@@ -63,13 +54,7 @@ class Branches(nn.Module):
         return {branch.name: branch.count for branch in self.branches}
 
     def vectors(self) -> dict[str, Tensor]:
-        """Returns branch name to scale of shape (O,); an identity's entry is what its operator has learned.
-
-        Where `fully_shard` has sharded them, all processes have to call this.
-
-        Raises:
-            ValueError: If the convolution has no scales yet.
-        """
+        """Returns branch name to scale of shape (O,); an identity's entry is what its operator has learned."""
         self._check_complete()
         tensors = {
             each.name: getattr(self.scales, each.name) if each.scaled else self.operators[each.name]
@@ -78,24 +63,14 @@ class Branches(nn.Module):
         return {name: whole(tensor).detach().flatten() for name, tensor in tensors.items()}
 
     def forward(self, kxk: Tensor) -> Tensor:
-        """Returns the merged kernel of shape (O, I/g, k_h, k_w).
-
-        Args:
-            kxk: Operator of the branch of the kernel's own size, shape (n O, I/g, k_h, k_w).
-
-        Raises:
-            ValueError: If the convolution has no scales yet.
-        """
+        """Returns the merged kernel (O, I/g, k_h, k_w); the operator `kxk` has the shape (n O, I/g, k_h, k_w)."""
         self._check_complete()
         scales = {each.name: getattr(self.scales, each.name) for each in self.branches if each.scaled}
         return merge(self.branches, {'kxk': kxk, **self.operators}, scales, self.shape)
 
     def _check_complete(self) -> None:
         if not self.complete:
-            raise ValueError(
-                'This CSLA convolution has no scales yet. Create the model with scales=..., or load a checkpoint that '
-                'holds them.'
-            )
+            raise ValueError('This CSLA convolution has no scales yet: create the model with scales=... or load some.')
 
     def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._check_complete()
@@ -119,9 +94,6 @@ class Branches(nn.Module):
             setattr(self.scales, name, exact)
         return self
 
-    def extra_repr(self) -> str:
-        return f'{self.counts}, trainable={self.trainable}'
-
 
 def add_branches(
     conv: nn.Conv2d,
@@ -130,16 +102,7 @@ def add_branches(
     trainable: bool,
     start: str = 'paper',
 ) -> None:
-    """Makes a CSLA convolution of a plain one, in place; its operators are drawn anew.
-
-    Args:
-        conv: The convolution.
-        branches: Its branches, sorted by name.
-        vectors: Branch name to scale of shape (O,), the identity's being its operator's start; None for scales that a
-            state dict brings.
-        trainable: Make the scales parameters (Hyper-Search).
-        start: Start of the operators, see `draw_operators`.
-    """
+    """Makes a CSLA convolution of a plain one, in place; without vectors a state dict has to bring the scales."""
     kernel = conv.weight
     operators = draw_operators(branches, kernel, vectors, start)
     made = Branches(kernel, branches, operators, vectors, trainable, start)

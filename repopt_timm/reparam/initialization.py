@@ -6,15 +6,18 @@ import torch
 from torch import nn
 
 from .branches import draw_operators, make_branches, merge
+from .convolution import branches_of
 from .modules import is_sharded, modules_of, unwrap
-from .scales import CarriedScales, Scales
-from .twins import ScalesMapping, scales_for
-
-__all__ = ['attach_scales', 'initialize', 'prepare']
+from .scales import CarriedScales, ScalesMapping, scales_for
 
 
+@torch.no_grad()
 def prepare(model: nn.Module, scales: ScalesMapping, init: bool = True) -> nn.Module:
     """Makes a plain model ready for a RepOptimizer: applies the Rule of Initialization and attaches the scales.
+
+    Kernels become `W' = sum_b s_b * A_b theta_b` with freshly drawn operators, by the start of the scales
+    (`draw_operators`); the identity starts at its searched value. Random numbers come from torch's global generator, in
+    the order of the model's modules. The optimizers find the scales on the convolutions.
 
     Args:
         model: Any model whose convolutions `scales` names; changed in place.
@@ -25,66 +28,25 @@ def prepare(model: nn.Module, scales: ScalesMapping, init: bool = True) -> nn.Mo
         The model.
 
     Raises:
-        ValueError: If the scales do not fit the model, it is a Hyper-Search or CSLA model, or it is sharded.
+        ValueError: If the scales do not fit the model, it is a Hyper-Search or CSLA model, or it is to be initialized
+            and is sharded.
 
     Example:
         >>> model = prepare(timm.create_model('resnet18'), Scales.initial(timm.create_model('resnet18')))
     """
     scales = scales_for(model, scales)
-    if init:
-        initialize(model, scales)
-    attach_scales(model, scales, initialized=init)
+    modules: dict[str, Any] = modules_of(unwrap(model))
+    for name in scales:
+        if branches_of(modules[name]):
+            raise ValueError(f"'{name}' of {type(model).__name__} is a CSLA convolution. Prepare the plain model.")
+        if init and is_sharded(modules[name].weight):
+            raise ValueError(f"'{name}' of {type(model).__name__} is sharded already. Prepare it before fully_shard.")
+    counts = scales.counts
+    for name, vectors in scales.items():
+        conv = modules[name]
+        if init:
+            branches = make_branches(counts[name], conv)
+            operators = draw_operators(branches, conv.weight, vectors, scales.start)
+            conv.weight.copy_(merge(branches, operators, vectors, conv.weight.shape))
+        CarriedScales(scales, name, initialized=init).put_on(conv)
     return model
-
-
-def attach_scales(model: nn.Module, scales: ScalesMapping, initialized: bool = False) -> None:
-    """Puts scales on a model's convolutions, where the optimizers find them; weights stay as they are.
-
-    Args:
-        model: Any model whose convolutions `scales` names.
-        scales: Module name to branch name to vector of shape (O,).
-        initialized: Remember that the weights come from the Rule of Initialization.
-
-    Raises:
-        ValueError: If the scales do not fit the model.
-    """
-    fitting, convs = _fitting_convs(model, scales)
-    for name, conv in convs.items():
-        CarriedScales(fitting, name, initialized).put_on(conv)
-
-
-@torch.no_grad()
-def initialize(model: nn.Module, scales: ScalesMapping) -> None:
-    """Applies the Rule of Initialization: `W' = sum_b s_b * A_b theta_b` with freshly drawn operators.
-
-    Operators are drawn as in a Hyper-Search, by the start of the scales (`draw_operators`); the identity starts at its
-    searched value. Random numbers come from torch's global generator, in the order of the scales' modules.
-
-    Args:
-        model: Any model whose convolutions `scales` names; their weights are overwritten in place.
-        scales: Module name to branch name to vector of shape (O,).
-
-    Raises:
-        ValueError: If the scales do not fit the model, it is a Hyper-Search or CSLA model, or it is sharded.
-    """
-    fitting, convs = _fitting_convs(model, scales)
-    for name, conv in convs.items():
-        if is_sharded(conv.weight):
-            raise ValueError(
-                f"'{name}' of {type(model).__name__} is sharded already, so its kernel cannot be drawn. Prepare the "
-                f'model before sharding it with fully_shard.'
-            )
-    counts = fitting.counts
-    for name, conv in convs.items():
-        kernel, vectors = conv.weight, fitting[name]
-        branches = make_branches(counts[name], conv)
-        operators = draw_operators(branches, kernel, vectors, fitting.start)
-        kernel.copy_(merge(branches, operators, vectors, kernel.shape))
-
-
-def _fitting_convs(model: nn.Module, scales: ScalesMapping) -> tuple[Scales, dict[str, Any]]:
-    """Returns the scales with the model's geometry, and name to convolution for each that has scales."""
-    model = unwrap(model)
-    fitting = scales_for(model, scales)
-    modules = modules_of(model)
-    return fitting, {name: modules[name] for name in fitting}

@@ -5,10 +5,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-__all__ = ['is_sharded', 'modules_of', 'name_as_part', 'network_name', 'pair', 'uncompiled_name', 'unwrap', 'whole']
-
-_NAMES_ATTRIBUTE = 'repopt_names'
-
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Returns the network inside of wrappers for compilation, parallel training and averages of weights.
@@ -42,25 +38,15 @@ def uncompiled_name(name: str) -> str:
 
 
 def name_as_part(model: nn.Module, names: dict[str, str]) -> None:
-    """Lets a network that was made of another's modules go by the names of the other.
-
-    Args:
-        model: The network, changed in place.
-        names: Child of `model` to its name in the other network, where the two differ.
-    """
-    setattr(model, _NAMES_ATTRIBUTE, names)
+    """Lets a network made of another's modules use its names: child to name in the other, where the two differ."""
+    model.repopt_names = names  # type: ignore[assignment]
 
 
-def modules_of(model: nn.Module, remove_duplicate: bool = True) -> dict[str, nn.Module]:
-    """Returns name to module, in the network's order; compiled parts by their uncompiled names.
-
-    Args:
-        model: The network.
-        remove_duplicate: List a shared module once.
-    """
-    names = getattr(model, _NAMES_ATTRIBUTE, {})
+def modules_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns name to module, in the network's order; compiled parts by their uncompiled names, shared ones once."""
+    names = getattr(model, 'repopt_names', {})
     modules = {}
-    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+    for name, module in model.named_modules():
         if not hasattr(module, '_orig_mod'):
             child, _, rest = uncompiled_name(name).partition('.')
             modules['.'.join(filter(None, (names.get(child, child), rest)))] = module

@@ -13,29 +13,8 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .branches import BranchCounts, counted, make_branches
+from .branches import BranchCounts, make_branches
 from .modules import modules_of, pair
-
-__all__ = [
-    'ConvPrior',
-    'FOLDING_CLASSES',
-    'Prior',
-    'RefusedConv',
-    'conv_prior',
-    'keep_branches',
-    'log_convs_without',
-    'multi_branch_blocks',
-    'refusal',
-    'refused_convs',
-    'repvgg_branches',
-    'repvgg_prior',
-    'resolve_prior',
-    'run_scale',
-    'stage_scale',
-]
-
-_PRIOR_ATTRIBUTE = 'repopt_prior'
-_KEPT_ATTRIBUTE = 'repopt_keeps_branches'
 
 FOLDING_CLASSES: set[str] = set()
 """Names of classes whose `fuse()` or `reparameterize()` has no branches to merge: it only folds normalization."""
@@ -45,21 +24,18 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ConvPrior:
-    """The branches that a convolution has in a Hyper-Search.
+    """The branches that a convolution has in a Hyper-Search, by count, and the value that their scales start from.
 
-    Attributes:
-        branches: Branch name to count.
-        initial: Value that its scales start from.
-        stride: Stride that it was constructed with, where an `output_stride` has changed it since.
+    The stride is the one that it was constructed with, if an `output_stride` has changed it since.
     """
 
     branches: dict[str, int]
     initial: float = 1.0
     stride: tuple[int, int] | None = None
 
-    def put_on(self, conv: nn.Conv2d) -> None:
+    def put_on(self, conv: Any) -> None:
         """Lets the convolution carry the prior."""
-        setattr(conv, _PRIOR_ATTRIBUTE, self)
+        conv.repopt_prior = self
 
 
 Prior = Mapping[str, BranchCounts | ConvPrior] | Callable[[nn.Module], Mapping[str, BranchCounts | ConvPrior]]
@@ -74,9 +50,10 @@ class RefusedConv(NamedTuple):
     reason: str
 
 
-def conv_prior(conv: nn.Module) -> ConvPrior | None:
-    """Returns the prior that a convolution carries, if any."""
-    return getattr(conv, _PRIOR_ATTRIBUTE, None)
+def carried_priors(model: nn.Module) -> dict[str, ConvPrior]:
+    """Collects the priors that the convolutions of a model carry, by module name."""
+    modules = modules_of(model)
+    return {name: vars(each)['repopt_prior'] for name, each in modules.items() if 'repopt_prior' in vars(each)}
 
 
 def stage_scale(index: int) -> float:
@@ -97,7 +74,7 @@ def repvgg_branches(conv: nn.Conv2d) -> dict[str, int]:
         names.append('1x1')
     if conv.in_channels == conv.out_channels and pair(conv.stride) == (1, 1):
         names.append('identity')
-    return counted(names)
+    return dict.fromkeys(sorted(names), 1)
 
 
 def repvgg_prior(model: nn.Module) -> dict[str, ConvPrior]:
@@ -120,73 +97,53 @@ def repvgg_prior(model: nn.Module) -> dict[str, ConvPrior]:
     convs: dict[str, Any] = {
         name: conv for name, conv in modules_of(model).items() if isinstance(conv, nn.Conv2d) and not refusal(conv)
     }
-    if not convs:
-        reasons = [f": '{name}' is refused, as {reason}" for name, _, reason in refused_convs(model)[:1]]
-        raise ValueError(f'{type(model).__name__} has no convolution that can be converted{"".join(reasons)}.')
-    carried = {name: prior for name, conv in convs.items() if (prior := conv_prior(conv)) is not None}
+    carried = {name: prior for name, prior in carried_priors(model).items() if name in convs}
     return resolve_prior(model, carried or {name: repvgg_branches(conv) for name, conv in convs.items()})
 
 
 def resolve_prior(model: nn.Module, prior: Prior | None = None) -> dict[str, ConvPrior]:
-    """Makes a checked mapping of any form of prior.
+    """Makes a checked mapping, in the order of the model's modules, of any form of prior.
 
     Args:
         model: Network whose modules it names.
-        prior: Module name to branch names, to {branch name: count} or to `ConvPrior`; a function that returns such a
+        prior: Module name to branch names, to {branch name: count} or to `ConvPrior`; or a function that returns such a
             mapping for the model. Defaults to `repvgg_prior`.
-
-    Returns:
-        Module name to prior, in the order of the model's modules.
-
-    Raises:
-        ValueError: If a name is not that of a convolution that can be converted, a convolution cannot have one of its
-            branches, or the model has multi-branch blocks of its own.
     """
     if prior is None:
         return repvgg_prior(model)
     for name, block in multi_branch_blocks(model):
         raise ValueError(
-            f"'{name}' of {type(model).__name__} is a {type(block).__name__} with branches of its own, to judge by its "
-            f'method `reparameterize` or `fuse`. Make its plain twin first, plain_twin(model), which has one '
-            f'convolution in the place of each such block; if it has none, mark it: keep_branches(block).'
+            f"'{name}' of {type(model).__name__} is a {type(block).__name__} whose method `reparameterize` or `fuse` "
+            f'merges branches. Make its plain twin first, plain_twin(model), or mark it: keep_branches(block).'
         )
-    mapping = dict(prior(model) if callable(prior) else prior)
+    mapping: dict[str, Any] = dict(prior(model) if callable(prior) else prior)
     if not mapping:
-        raise ValueError('The prior is empty, expected a mapping of module names to branches.')
+        raise ValueError(f'The prior is empty. See refused_convs(model) for what {type(model).__name__} cannot have.')
     resolved = {}
     position, channels = 0, 0
-    modules = modules_of(model)
-    for name, conv in modules.items():
+    for name, conv in modules_of(model).items():
         if not isinstance(conv, nn.Conv2d) or name not in mapping:
             continue
-        given: Any = mapping.pop(name)
         same = conv.in_channels == conv.out_channels == channels and pair(conv.stride) == (1, 1)
         position, channels = (position + 1 if same else 1), conv.out_channels
         if reason := refusal(conv):
             raise ValueError(f"'{name}' of {type(model).__name__} cannot have branches: {reason}.")
+        given = mapping.pop(name)
+        given = given if isinstance(given, ConvPrior) else ConvPrior(given, run_scale(position))
         try:
-            branches = counted(given.branches if isinstance(given, ConvPrior) else given)
-            make_branches(branches, conv)
+            branches = make_branches(given.branches, conv)
         except ValueError as error:
             raise ValueError(f"'{name}': {error}") from None
-        resolved[name] = (
-            replace(given, branches=branches)
-            if isinstance(given, ConvPrior)
-            else ConvPrior(branches, run_scale(position))
-        )
+        resolved[name] = replace(given, branches={branch.name: branch.count for branch in branches})
     if mapping:
-        raise ValueError(
-            f"The prior names '{next(iter(mapping))}', but {type(model).__name__} has no such convolution, or has it "
-            f'under another name before.'
-        )
+        raise ValueError(f"{type(model).__name__} has no convolution '{next(iter(mapping))}', which the prior names.")
     return resolved
 
 
 def refused_convs(model: nn.Module) -> list[RefusedConv]:
     """Lists the convolutions of a model, of any dimension, that cannot have branches: name, type and reason."""
     convs = [(name, each) for name, each in modules_of(model).items() if isinstance(each, _ConvNd)]
-    reasons = [(name, type(conv).__name__, refusal(conv)) for name, conv in convs]
-    return [RefusedConv(name, kind, reason) for name, kind, reason in reasons if reason is not None]
+    return [RefusedConv(name, type(conv).__name__, reason) for name, conv in convs if (reason := refusal(conv))]
 
 
 def log_convs_without(model: nn.Module, having: Collection[str], what: str) -> None:
@@ -203,8 +160,8 @@ def log_convs_without(model: nn.Module, having: Collection[str], what: str) -> N
 def refusal(conv: nn.Module) -> str | None:
     """Says why a module cannot be converted to a CSLA convolution; None if it can.
 
-    Only a module that is exactly `nn.Conv2d`, and computes the convolution of its own `weight`, is one. A window can be
-    embedded at the centre of a kernel only if all sizes are odd and the padding is `dilation * (kernel_size - 1) / 2`.
+    A window can be embedded at the centre of a kernel only if all sizes are odd and the padding is
+    `dilation * (kernel_size - 1) / 2`.
     """
     if type(conv) is not nn.Conv2d:
         return f'{type(conv).__name__} is not exactly nn.Conv2d, so it may not compute the convolution of its weight'
@@ -225,13 +182,10 @@ def refusal(conv: nn.Module) -> str | None:
 
 
 def multi_branch_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yields name and module of the blocks whose own `reparameterize()` or `fuse()` has branches to merge.
-
-    A block that `keep_branches` marks is not one of them, nor is any module inside of it.
-    """
+    """Yields name and module of blocks whose `reparameterize()` or `fuse()` merges branches, see `keep_branches`."""
     kept: tuple[str, ...] = ()
     for name, module in model.named_modules():
-        if hasattr(module, _KEPT_ATTRIBUTE):
+        if hasattr(module, 'repopt_keeps_branches'):
             kept += (f'{name}.' if name else '',)
         if f'{name}.'.startswith(kept) or type(module).__name__ in FOLDING_CLASSES or _is_merged(module):
             continue
@@ -243,12 +197,9 @@ def multi_branch_blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def keep_branches(block: nn.Module) -> None:
-    """Marks a block as plain, or as one whose branches are meant to stay: its convolutions may get branches.
-
-    Without it a module that has convolutions and a method `reparameterize` or `fuse` counts as a multi-branch block.
-    """
-    setattr(block, _KEPT_ATTRIBUTE, True)
+def keep_branches(block: Any) -> None:
+    """Marks a block with a method `reparameterize` or `fuse` as plain, or as one whose branches are meant to stay."""
+    block.repopt_keeps_branches = True
 
 
 def _is_merged(block: Any) -> bool:

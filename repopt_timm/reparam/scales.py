@@ -15,32 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from ..files import replacing
-from .branches import STARTS, Branch, make_branches
+from .branches import STARTS, make_branches
 from .convolution import branches_of
 from .modules import modules_of, network_name, pair, unwrap
-from .prior import Prior, conv_prior, refusal, resolve_prior
+from .prior import Prior, carried_priors, refusal, resolve_prior
 
-__all__ = ['CarriedScales', 'Geometry', 'Scales', 'carried_scales', 'drop_scales', 'geometry_of']
+ScalesMapping = Mapping[str, Mapping[str, Tensor]]
+"""Module name to branch name to vector of shape (O,): `repopt_timm.Scales`, or any mapping of this form."""
 
 _FORMAT = 'repopt_timm.scales'
-_FORMAT_VERSION = 2
-_CARRIED_ATTRIBUTE = 'repopt_scales'
-_N = r'([1-9]\d{0,8})'
-_GEOMETRY = re.compile(rf'(any|[1-9]\d{{0,8}}) -> {_N} channels, {_N}x{_N}, stride {_N}x{_N}, groups {_N}')
-# Without a geometry any window may fit.
-_ANY_KERNEL = (2**31 - 1, 2**31 - 1)
+_VERSION = 2
+_GEOMETRY = re.compile(r'(any|\d+) -> (\d+) channels, (\d+)x(\d+), stride (\d+)x(\d+), groups (\d+)')
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """What scales were searched on: one convolution, as it was constructed.
+    """What scales were searched on: one convolution, as it was constructed, before an `output_stride` changed it.
 
-    Attributes:
-        in_channels: Number of input channels; None for a network's first convolution, which any images may enter.
-        out_channels: Number of output channels.
-        kernel_size: Height and width.
-        stride: Vertical and horizontal stride, before an `output_stride` turned it into dilation.
-        groups: Number of groups.
+    A network's first convolution, which any images may enter, has None for its input channels.
     """
 
     in_channels: int | None
@@ -52,38 +44,28 @@ class Geometry:
     @classmethod
     def of(cls, conv: Any, first: bool = False) -> 'Geometry':
         """Reads the geometry of an `nn.Conv2d`; `first` says that it is the network's first."""
-        prior = conv_prior(conv)
-        return cls(
-            in_channels=None if first else conv.in_channels,
-            out_channels=conv.out_channels,
-            kernel_size=tuple(conv.kernel_size),
-            stride=pair(conv.stride if prior is None or prior.stride is None else prior.stride),
-            groups=conv.groups,
-        )
+        prior = getattr(conv, 'repopt_prior', None)
+        stride = pair(conv.stride if prior is None or prior.stride is None else prior.stride)
+        in_channels = None if first else conv.in_channels
+        return cls(in_channels, conv.out_channels, tuple(conv.kernel_size), stride, conv.groups)
 
     @classmethod
     def parse(cls, text: str) -> 'Geometry':
-        """Parses what `str` makes of a geometry, such as `64 -> 128 channels, 3x3, stride 2x2, groups 1`.
-
-        Raises:
-            ValueError: If it is not of this form.
-        """
-        match = _GEOMETRY.fullmatch(text) if isinstance(text, str) else None
+        """Parses what `str` makes of a geometry, such as `64 -> 128 channels, 3x3, stride 2x2, groups 1`."""
+        match = _GEOMETRY.fullmatch(text)
         if match is None:
-            raise ValueError(
-                f"'{text!s:.100}' is not a geometry such as '64 -> 128 channels, 3x3, stride 2x2, groups 1'."
-            )
-        out_channels, height, width, vertical, horizontal, groups = map(int, match.groups()[1:])
-        in_channels = None if match[1] == 'any' else int(match[1])
-        return cls(in_channels, out_channels, (height, width), (vertical, horizontal), groups)
+            raise ValueError(f"'{text:.100}' is not a geometry like '64 -> 128 channels, 3x3, stride 2x2, groups 1'.")
+        inputs = None if match[1] == 'any' else int(match[1])
+        outputs, height, width, vertical, horizontal, groups = map(int, match.groups()[1:])
+        return cls(inputs, outputs, (height, width), (vertical, horizontal), groups)
 
     def __str__(self) -> str:
         channels = f'{"any" if self.in_channels is None else self.in_channels} -> {self.out_channels} channels'
-        kernel, stride = ('x'.join(map(str, pair)) for pair in (self.kernel_size, self.stride))
+        kernel, stride = ('x'.join(map(str, each)) for each in (self.kernel_size, self.stride))
         return f'{channels}, {kernel}, stride {stride}, groups {self.groups}'
 
 
-class Scales(Mapping[str, Mapping[str, Tensor]]):
+class Scales(ScalesMapping):
     """The scales of a network: convolution's module name to {branch name: float32 vector of shape (O,)}.
 
     Immutable: the vectors that it hands out are copies. Two are equal if architecture, geometry, names, counts, start
@@ -110,37 +92,35 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         torch.Size([48])
     """
 
-    # Of scales that were pickled before they had one.
-    _start = 'paper'
-
     def __init__(
         self,
         architecture: str,
-        modules: Mapping[str, Mapping[str, Tensor]],
+        modules: ScalesMapping,
         geometry: Mapping[str, Geometry] | None = None,
         counts: Mapping[str, Mapping[str, int]] | None = None,
         provenance: Mapping[str, Any] | None = None,
         source: str = '',
         start: str = 'paper',
     ):
-        geometry, counts = dict(geometry or {}), dict(counts or {})
-        self._architecture, self._source = architecture, source
-        self._provenance = json.dumps(dict(provenance or {}))
-        self._geometry = {name: geometry[name] for name in modules if name in geometry}
-        self._modules: dict[str, dict[str, Tensor]] = {}
-        self._counts: dict[str, dict[str, int]] = {}
+        geometry, counts = geometry or {}, counts or {}
         where = source or architecture or 'The scales'
-        self._start = _checked_start(start)
+        if start not in STARTS:
+            raise ValueError(f"{where}: the start is '{start!s:.50}', expected one of {', '.join(STARTS)}.")
         if not modules:
             raise ValueError(f'{where}: there are no scales in it.')
         if odd := (set(geometry) ^ set(modules) if geometry else set()) | (set(counts) - set(modules)):
             raise ValueError(f"{where}: '{min(odd)}' has scales, a geometry or counts, and not the others.")
+        self._architecture, self._source, self._start = architecture, source, start
+        self._provenance = json.loads(json.dumps(dict(provenance or {})))
+        self._geometry = {name: geometry[name] for name in modules if geometry}
+        self._modules: dict[str, dict[str, Tensor]] = {}
+        self._counts: dict[str, dict[str, int]] = {}
         for name, vectors in modules.items():
-            given = counts.get(name, {})
-            if unknown := set(given) - set(vectors):
-                raise ValueError(f"{where}: module '{name}' has a count of the branch '{min(unknown)}', but no scale.")
-            self._counts[name] = {branch: given.get(branch, 1) for branch in sorted(vectors)}
-            self._modules[name] = _checked(vectors, self._counts[name], geometry.get(name), f"{where}: module '{name}'")
+            self._counts[name] = {branch: 1 for branch in sorted(vectors)} | dict(counts.get(name, {}))
+            try:
+                self._modules[name] = _checked(vectors, self._counts[name], geometry.get(name))
+            except ValueError as error:
+                raise ValueError(f"{where}: module '{name}': {error}") from None
 
     @property
     def architecture(self) -> str:
@@ -160,7 +140,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
     @property
     def provenance(self) -> dict[str, Any]:
         """Where they come from: dataset, epochs, accuracy, seed, versions, date, as far as known."""
-        return json.loads(self._provenance)
+        return copy.deepcopy(self._provenance)
 
     @property
     def start(self) -> str:
@@ -208,24 +188,19 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         return hash(self.fingerprint)
 
     def __repr__(self) -> str:
-        return f'Scales({self._architecture or "unknown network"}, {len(self)} modules, {self.fingerprint[:12]})'
+        return f'Scales({self.title}, {len(self)} modules)'
 
     def __deepcopy__(self, memo: dict[int, Any]) -> 'Scales':
         # Each convolution of a network carries them: copies of it share them.
         return self
 
-    def _replaced(self, **attributes: Any) -> 'Scales':
-        """Returns a copy with other attributes, which the caller has checked."""
-        copied = copy.copy(self)
-        vars(copied).pop('fingerprint', None)
-        vars(copied).update({f'_{name}': value for name, value in attributes.items()})
-        return copied
+    def _replaced(self, **changes: Any) -> 'Scales':
+        given = {name.removeprefix('_'): value for name, value in vars(self).items() if name != 'fingerprint'}
+        return Scales(**{**given, **changes})
 
     def with_provenance(self, provenance: Mapping[str, Any], source: str | None = None) -> 'Scales':
         """Returns the same scales with another provenance, and another source if given."""
-        return self._replaced(
-            provenance=json.dumps(dict(provenance)), source=self._source if source is None else source
-        )
+        return self._replaced(provenance=provenance, source=self._source if source is None else source)
 
     def renamed(self, architecture: str) -> 'Scales':
         """Returns the same scales for the same network under another name."""
@@ -233,7 +208,7 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
 
     def with_start(self, start: str) -> 'Scales':
         """Returns the same scales with another start of the operators, `paper` or `identity`."""
-        return self._replaced(start=_checked_start(start))
+        return self._replaced(start=start)
 
     def for_model(self, model: nn.Module) -> 'Scales':
         """Returns the scales with name and geometry of a model that they fit, which a file may not state.
@@ -248,40 +223,37 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         network, where = network_name(model), self._source or 'The scales'
         if self._architecture not in ('', network):
             raise ValueError(
-                f'{where}: these are scales of {self._architecture}, but the model is a {network}. Scales belong to '
-                f'one network: search some for {network}, or, if both are the same under two names, use '
-                f"scales.renamed('{network}')."
+                f'{where}: these are scales of {self._architecture}, but the model is a {network}. Search some for it, '
+                f"or, if both are the same under two names, use scales.renamed('{network}')."
             )
         modules = modules_of(model)
-        for name in self:
-            if not isinstance(conv := modules.get(name), nn.Conv2d):
-                raise ValueError(
-                    f"{where}: there are scales for a convolution '{name}', but {network} has "
-                    f'{"no such module" if conv is None else f"a {type(conv).__name__} there"}. Scales go by module '
-                    f'name: use the scales of this network.'
-                )
         twins = {name: branches.counts for name, each in modules.items() if (branches := branches_of(each))}
-        priors = {name: prior.branches for name, each in modules.items() if (prior := conv_prior(each))}
-        # Scales that state no geometry are held to the prior: a file may lack some of them.
-        expected = twins or ({} if self._geometry else priors)
+        expected = twins
+        if not twins and not self._geometry:
+            # A file that states no geometry may lack some convolutions.
+            expected = {name: prior.branches for name, prior in carried_priors(model).items()}
         if missing := [name for name in expected if name not in self]:
             raise ValueError(f"{where}: module '{missing[0]}' of {network} has no scales. Search it anew.")
-        geometry = geometry_of(model, self)
-        for name, found in geometry.items():
-            conv, counts, here = modules[name], self._counts[name], f"{where}: module '{name}' of {network}"
-            if name not in twins and (reason := refusal(conv)):
-                raise ValueError(f'{here} cannot have scales: {reason}. Search anew without it.')
-            searched = self._geometry.get(name, found)
-            # The other network may have it elsewhere than first.
-            if searched != (same := Geometry.of(conv, first=searched.in_channels is None)):
+        for name, counts in self._counts.items():
+            conv, allowed = modules.get(name), expected.get(name)
+            if not isinstance(conv, nn.Conv2d):
                 raise ValueError(
-                    f"{here}: the scales were searched with '{name}' of {searched}, but the model has {same} there. "
+                    f"{where}: there are scales for a convolution '{name}', but {network} has "
+                    f'{"no such module" if conv is None else type(conv).__name__}. Use the scales of this network.'
+                )
+            if name not in twins and (reason := refusal(conv)):
+                raise ValueError(f"{where}: module '{name}' of {network} cannot have scales: {reason}. Search anew.")
+            if (twins and counts != allowed) or (allowed and set(counts) != set(allowed)):
+                raise ValueError(f"{where}: '{name}' of {network} has the branches {allowed}, the scales {counts}.")
+        for name, searched in self._geometry.items():
+            # The other network may have it elsewhere than first.
+            found = Geometry.of(modules[name], first=searched.in_channels is None)
+            if found != searched:
+                raise ValueError(
+                    f"{where}: the scales were searched with '{name}' of {searched}, but {network} has {found} there. "
                     f'Make the model alike (strides, widths), or search anew.'
                 )
-            if (twins and counts != twins[name]) or (name in expected and set(counts) != set(expected[name])):
-                raise ValueError(f'{here} has the branches {expected[name]}, but the scales are for {counts}.')
-            if name not in self._geometry:
-                _check_fit(self._modules[name], counts, found, here)
+        geometry = geometry_of(model, self)
         if network == self._architecture and list(geometry.items()) == list(self._geometry.items()):
             return self
         modules_in_order = {name: self._modules[name] for name in geometry}
@@ -304,15 +276,11 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         model = unwrap(model)
         resolved = resolve_prior(model, prior)
         geometry = geometry_of(model, resolved)
-        modules = {
-            name: {
-                branch: torch.full(
-                    (geometry[name].out_channels,), 1.0 if branch == 'identity' else each.initial, device='cpu'
-                )
-                for branch in each.branches
-            }
-            for name, each in resolved.items()
-        }
+        modules: dict[str, dict[str, Tensor]] = {}
+        for name, each in resolved.items():
+            # On the CPU, also under another default device.
+            ones = torch.ones(geometry[name].out_channels, device='cpu')
+            modules[name] = {branch: ones if branch == 'identity' else each.initial * ones for branch in each.branches}
         counts = {name: each.branches for name, each in resolved.items()}
         provenance = {'method': 'initial values, not searched'}
         return cls(network_name(model), modules, geometry, counts, provenance, 'initial', start)
@@ -335,32 +303,23 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         counts = {name: branches.counts for name, branches in found.items()}
         starts = {branches.start for branches in found.values()}
         for name, carried in ({} if found else carried_scales(model)).items():
-            modules[name] = carried.scales._modules[carried.module]
+            modules[name] = carried.scales[carried.module]
             counts[name] = carried.scales._counts[carried.module]
             starts.add(carried.scales.start)
         if not modules:
-            raise ValueError(
-                f'{type(model).__name__} has no scales: it has no CSLA convolutions, and its plain ones carry none.'
-            )
+            raise ValueError(f'{type(model).__name__} has no scales: its convolutions carry none. Name some.')
+        if len(starts) > 1:
+            raise ValueError(f'{type(model).__name__} has the starts {" and ".join(sorted(starts))}: read each part.')
         if provenance is None:
             provenance = getattr(model, 'scales_provenance', None)
-        if len(starts) > 1:
-            raise ValueError(
-                f'The scales of {type(model).__name__} have the starts {" and ".join(sorted(starts))}: read them from '
-                f'each of its parts.'
-            )
         return cls(network_name(model), modules, geometry_of(model, modules), counts, provenance, start=starts.pop())
 
     def check_fingerprint(self, expected: str) -> None:
-        """Checks the scales against the fingerprint that was stored with them.
-
-        Raises:
-            ValueError: If they differ: the scales were changed after they were written.
-        """
+        """Raises a ValueError if the scales do not have the fingerprint that was stored with them."""
         if self.fingerprint != expected:
             raise ValueError(
-                f'{self._source}: the scales do not match their fingerprint: found {self.fingerprint}, expected '
-                f'{expected}. They were changed or damaged after they were written; get them again.'
+                f'{self._source}: the fingerprint of the scales is {self.fingerprint}, expected {expected}. They were '
+                f'changed or damaged after they were written; get them again.'
             )
 
     def to_bytes(self) -> bytes:
@@ -375,13 +334,13 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         tensors = {f'{name}.{branch}': v for name, vectors in self._modules.items() for branch, v in vectors.items()}
         metadata = {
             'format': _FORMAT,
-            'version': str(_FORMAT_VERSION),
+            'version': str(_VERSION),
             'architecture': self._architecture,
             'modules': json.dumps(list(self._modules)),
             'geometry': json.dumps({name: str(each) for name, each in self._geometry.items()}),
             'counts': json.dumps(self._counts),
             'fingerprint': self.fingerprint,
-            'provenance': self._provenance,
+            'provenance': json.dumps(self._provenance),
         }
         if self._start != 'paper':
             metadata['start'] = self._start
@@ -398,27 +357,24 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         Raises:
             ValueError: If it is not a file of scales, is of another version, or was changed after it was written.
         """
-        from safetensors import SafetensorError
         from safetensors.torch import load
 
         try:
             tensors = load(data)
-            size = int.from_bytes(data[:8], 'little')
-            header = json.loads(data[8 : 8 + size]).get('__metadata__', {})
-            version = json.loads(header['version']) if header.get('format') == _FORMAT else None
-            if version != _FORMAT_VERSION:
-                raise ValueError(f'format {header.get("format")}, version {version}, expected {_FORMAT_VERSION}')
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])['__metadata__']
+            if (header['format'], header['version']) != (_FORMAT, str(_VERSION)):
+                raise ValueError(f'format {header["format"]}, version {header["version"]:.10}, expected {_VERSION}')
             modules: dict[str, dict[str, Tensor]] = {name: {} for name in json.loads(header['modules'])}
             for key, vector in tensors.items():
                 name, _, branch = key.rpartition('.')
                 modules[name][branch] = vector
             geometry = {name: Geometry.parse(text) for name, text in json.loads(header['geometry']).items()}
             counts, provenance = json.loads(header['counts']), json.loads(header['provenance'])
-            scales = cls(
-                header['architecture'], modules, geometry, counts, provenance, source, header.get('start', 'paper')
-            )
+            start = header.get('start', 'paper')
+            scales = cls(header['architecture'], modules, geometry, counts, provenance, source, start)
             expected = header['fingerprint']
-        except (SafetensorError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        except Exception as error:
+            # The libraries raise whatever they meet.
             raise ValueError(f'{source}: not a file of scales that this version reads, or damaged: {error!r}') from None
         scales.check_fingerprint(expected)
         return scales
@@ -435,40 +391,48 @@ class Scales(Mapping[str, Mapping[str, Tensor]]):
         if Path(path).suffix != '.safetensors':
             raise ValueError(f"'{path}': scales are saved as .safetensors, choose a name with that ending.")
         with replacing(path) as temporary:
-            Path(temporary).write_bytes(self.to_bytes())
+            temporary.write_bytes(self.to_bytes())
 
 
 @dataclass(frozen=True)
 class CarriedScales:
-    """The scales that a convolution of a plain network carries, as an attribute of the module.
+    """The scales of a whole network, carried by its convolution `module` as an attribute of the module.
 
     A module's attribute survives copies, pickling, renaming, wrapping and casts, where a parameter's attribute, its
-    position or a buffer's dtype would not.
-
-    Attributes:
-        scales: The scales of the whole network.
-        module: Name of the convolution in that network.
-        initialized: Whether the convolution's weight came from the Rule of Initialization.
+    position or a buffer's dtype would not. `initialized` says that the weight came from the Rule of Initialization.
     """
 
     scales: Scales
     module: str
     initialized: bool = False
 
-    def put_on(self, conv: nn.Module) -> None:
+    def put_on(self, conv: Any) -> None:
         """Lets the convolution carry the scales."""
-        setattr(conv, _CARRIED_ATTRIBUTE, self)
+        conv.repopt_scales = self
 
 
 def carried_scales(model: nn.Module) -> dict[str, CarriedScales]:
     """Collects the scales that the convolutions of a model carry, by module name."""
     modules = modules_of(model)
-    return {name: vars(each)[_CARRIED_ATTRIBUTE] for name, each in modules.items() if _CARRIED_ATTRIBUTE in vars(each)}
+    return {name: vars(each)['repopt_scales'] for name, each in modules.items() if 'repopt_scales' in vars(each)}
 
 
 def drop_scales(conv: nn.Module) -> None:
     """Takes the scales off a convolution, whose weight is another one from now on."""
-    vars(conv).pop(_CARRIED_ATTRIBUTE, None)
+    vars(conv).pop('repopt_scales', None)
+
+
+def scales_for(model: nn.Module, scales: ScalesMapping) -> Scales:
+    """Makes `Scales` that fit a model of any mapping, whose counts are those of the model's priors, else 1."""
+    if not isinstance(scales, Scales):
+        priors = carried_priors(unwrap(model))
+        counts = {
+            name: {branch: priors[name].branches.get(branch, 1) for branch in scales[name]}
+            for name in scales
+            if name in priors
+        }
+        scales = Scales('', scales, counts=counts)
+    return scales.for_model(model)
 
 
 def geometry_of(model: nn.Module, names: Mapping[str, object]) -> dict[str, Geometry]:
@@ -477,51 +441,22 @@ def geometry_of(model: nn.Module, names: Mapping[str, object]) -> dict[str, Geom
     return {name: Geometry.of(conv, first=index == 0) for index, (name, conv) in enumerate(convs) if name in names}
 
 
-def _checked_start(start: str) -> str:
-    if start not in STARTS:
-        raise ValueError(f"The start of scales is '{start!s:.50}', expected one of {', '.join(STARTS)}.")
-    return start
-
-
-def _checked(
-    vectors: Mapping[str, Tensor], counts: Mapping[str, int], geometry: Geometry | None, where: str
-) -> dict[str, Tensor]:
-    """Returns copies of the vectors of one convolution in float32, sorted by name.
-
-    Raises:
-        ValueError: If the branches do not fit, or a vector has a wrong shape, is complex, has a NaN or infinite entry,
-            or is all zeros and not an identity's.
-    """
+def _checked(vectors: Mapping[str, Tensor], counts: Mapping[str, int], geometry: Geometry | None) -> dict[str, Tensor]:
+    """Returns copies of the vectors of one convolution in float32, sorted by name, if they fit counts and geometry."""
+    if unknown := set(counts) - set(vectors):
+        raise ValueError(f"there is a count of the branch '{min(unknown)}', but no scale")
+    # Any window may fit an unknown kernel.
+    geometry = geometry or Geometry(None, len(next(iter(vectors.values()))), (2**31 - 1, 2**31 - 1), (1, 1), 1)
+    channels = geometry.out_channels
+    make_branches(counts, geometry)
     found: dict[str, Tensor] = {}
     for branch, vector in sorted(vectors.items()):
-        here = f"{where}: the scale of branch '{branch}'"
-        if vector.is_complex() or vector.ndim != 1:
-            raise ValueError(f'{here} is {vector.dtype} of shape {tuple(vector.shape)}, expected one real dimension.')
-        found[branch] = vector.detach().to('cpu', torch.float32, copy=True)
-        if not found[branch].isfinite().all():
-            channel = int(found[branch].isfinite().logical_not().nonzero()[0])
-            raise ValueError(
-                f'{here} is {found[branch][channel].item()} at channel {channel}. Take the scales of an earlier '
-                f'checkpoint of the search.'
-            )
-        if branch != 'identity' and not found[branch].any():
+        here = f"the scale of branch '{branch}'"
+        if vector.is_complex() or vector.shape != (channels,):
+            raise ValueError(f'{here} is {vector.dtype} of shape {tuple(vector.shape)}, expected {channels} numbers.')
+        exact = found[branch] = vector.detach().to('cpu', torch.float32, copy=True)
+        for channel in exact.isfinite().logical_not().nonzero().flatten().tolist():
+            raise ValueError(f'{here} is {exact[channel].item()} at channel {channel}. Take an earlier checkpoint.')
+        if branch != 'identity' and not exact.any():
             raise ValueError(f'{here} is all zeros, so the branch would never train.')
-    _check_fit(found, counts, geometry, where)
     return found
-
-
-def _check_fit(vectors: Mapping[str, Tensor], counts: Mapping[str, int], geometry: Geometry | None, where: str) -> None:
-    try:
-        if geometry is None:
-            for branch, count in counts.items():
-                Branch.of(branch, _ANY_KERNEL, count)
-        else:
-            make_branches(counts, geometry)
-    except ValueError as error:
-        raise ValueError(f'{where}: {error}') from None
-    channels = len(next(iter(vectors.values()))) if geometry is None else geometry.out_channels
-    for branch, vector in vectors.items():
-        if len(vector) != channels:
-            raise ValueError(
-                f"{where}: the scale of branch '{branch}' has {len(vector)} channels, expected {channels}."
-            )

@@ -14,34 +14,8 @@ from torch import Tensor, nn
 from .branches import make_branches
 from .convolution import add_branches, branches_of, kind_of, merge_branches
 from .modules import modules_of, unwrap
-from .prior import Prior, conv_prior, log_convs_without, resolve_prior
-from .scales import CarriedScales, Scales, carried_scales, drop_scales
-
-__all__ = ['ScalesMapping', 'convert_', 'csla', 'hyper_search', 'scales_for', 'to_plain']
-
-ScalesMapping = Mapping[str, Mapping[str, Tensor]]
-"""Module name to branch name to vector of shape (O,): `repopt_timm.Scales`, or any mapping of this form."""
-
-
-def scales_for(model: nn.Module, scales: ScalesMapping) -> Scales:
-    """Makes `Scales` of a mapping, and checks that they fit a model; see `Scales.for_model`.
-
-    Branches of a mapping have the counts that the model's convolutions state, else 1.
-    """
-    if not isinstance(scales, Scales):
-        if not isinstance(scales, Mapping):
-            raise ValueError(
-                f'The scales are a {type(scales).__name__}, expected Scales or a mapping of module names to branch '
-                f'names to vectors. Scales go by module name, never by position.'
-            )
-        priors = {
-            name: prior.branches for name, each in modules_of(unwrap(model)).items() if (prior := conv_prior(each))
-        }
-        counts = {
-            name: {branch: priors[name].get(branch, 1) for branch in scales[name]} for name in scales if name in priors
-        }
-        scales = Scales('', scales, counts=counts)
-    return scales.for_model(model)
+from .prior import Prior, log_convs_without, resolve_prior
+from .scales import CarriedScales, Scales, ScalesMapping, drop_scales, scales_for
 
 
 def hyper_search(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None = None) -> nn.Module:
@@ -80,11 +54,7 @@ def csla(model: nn.Module, scales: ScalesMapping | Prior | None = None) -> nn.Mo
         ValueError: If there are no scales, they do not fit, or the model is a twin already.
     """
     model = unwrap(model)
-    if scales is None:
-        if kind_of(model) == 'target' and not carried_scales(model):
-            raise ValueError(f'{type(model).__name__} carries no scales, so name them: csla(model, scales).')
-        scales = Scales.from_model(model)
-    return convert_(copy.deepcopy(model), scales, trainable_scales=False)
+    return convert_(copy.deepcopy(model), Scales.from_model(model) if scales is None else scales, False)
 
 
 def to_plain(twin: nn.Module) -> nn.Module:
@@ -103,14 +73,14 @@ def to_plain(twin: nn.Module) -> nn.Module:
     if kind_of(twin) == 'target':
         raise ValueError(f'{type(twin).__name__} is plain already: it has no CSLA convolution.')
     scales = Scales.from_model(twin)
-    plain = copy.deepcopy(twin)
+    plain: Any = copy.deepcopy(twin)
     for name, conv in modules_of(plain).items():
         if branches_of(conv):
             merge_branches(conv)  # type: ignore[arg-type]
             CarriedScales(scales, name, initialized=True).put_on(conv)
     if hasattr(plain, 'note_plain'):
         # A network that states what it is in records of its own.
-        plain.note_plain()  # type: ignore[operator]
+        plain.note_plain()
     return plain
 
 
@@ -120,7 +90,8 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
         raise ValueError(f'{type(model).__name__} has CSLA convolutions already. Make its twin from to_plain(model).')
     given: Any = scales_or_prior
     scales = None
-    if isinstance(given, Mapping) and all(_are_vectors(each) for each in given.values()):
+    branches = given.values() if isinstance(given, Mapping) else ()
+    if any(isinstance(value, Tensor) for each in branches if isinstance(each, Mapping) for value in each.values()):
         scales = scales_for(model, given)
     elif trainable_scales:
         scales = Scales.initial(model, given)
@@ -128,7 +99,7 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
     modules: dict[str, Any] = modules_of(model)
     owners: dict[Tensor, str] = {}
     for name, module in modules.items():
-        for kernel in filter(lambda parameter: parameter is not None, module._parameters.values()):
+        for kernel in module.parameters(recurse=False):
             other = owners.setdefault(kernel, name)
             if other != name and {name, other} & set(prior):
                 raise ValueError(
@@ -137,12 +108,7 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
                 )
     log_convs_without(model, prior, 'stay without branches')
     for name, each in prior.items():
-        branches = make_branches(each.branches, modules[name])
         vectors, start = (None, 'paper') if scales is None else (scales[name], scales.start)
-        add_branches(modules[name], branches, vectors, trainable_scales, start)
+        add_branches(modules[name], make_branches(each.branches, modules[name]), vectors, trainable_scales, start)
         drop_scales(modules[name])
     return model
-
-
-def _are_vectors(value: Any) -> bool:
-    return isinstance(value, Mapping) and all(isinstance(vector, Tensor) for vector in value.values())

@@ -7,7 +7,13 @@ from repopt_timm import RepOptAdamW, RepOptSGD, clip_grad_norm_, make_grad_mults
 
 from ..helpers import random_scales, tiny_model
 
-CLASSES = {'sgd': (torch.optim.SGD, RepOptSGD), 'adamw': (torch.optim.AdamW, RepOptAdamW)}
+TORCHS = {'sgd': torch.optim.SGD, 'adamw': torch.optim.AdamW}
+OURS = {'sgd': RepOptSGD, 'adamw': RepOptAdamW}
+# Adam divides by tiny second moments, so that rounding is amplified more than in SGD, and eps counts.
+SETTINGS = {
+    'sgd': {'lr': 0.01, 'momentum': 0.9, 'weight_decay': 5e-3, 'nesterov': True},
+    'adamw': {'lr': 1e-3, 'weight_decay': 0.05, 'eps': 1e-30},
+}
 # Enough pixels everywhere for BatchNorm: normalizing a handful of values is chaotic and would amplify rounding.
 STRIDES = (2, 1, 2, 2, 2)
 
@@ -19,12 +25,12 @@ def twins(start='paper'):
 
 
 def optimizers(csla, plain, rule, **kwargs):
-    torchs, ours = CLASSES[rule]
+    kwargs = {**SETTINGS[rule], **kwargs}
     mults = make_grad_mults(plain, update_rule=rule)
-    return torchs(csla.parameters(), **kwargs), ours(plain.parameters(), grad_mults=mults, **kwargs)
+    return TORCHS[rule](csla.parameters(), **kwargs), OURS[rule](plain.parameters(), grad_mults=mults, **kwargs)
 
 
-def train(nets, optimizers, steps=50, accumulate=1, max_norm=None, scheduler=None, size=32):
+def train(nets, optimizers, steps=20, accumulate=1, max_norm=None, scheduler=None, size=32):
     """Trains a CSLA network and its plain twin; both in float64."""
     csla, plain = nets
     schedulers = [scheduler(optimizer) for optimizer in optimizers] if scheduler else []

@@ -2,95 +2,80 @@ import copy
 
 import pytest
 import timm
-import torch
 from timm.layers import freeze_batch_norm_2d
 from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR
 
-from repopt_timm import RepOptSGD, csla, make_grad_mults, to_plain
-from repopt_timm.reparam import GradMults
+from repopt_timm import Scales, csla, to_plain
 
 from ..helpers import counted_scales, relative_difference
 from .equivalence import optimizers, train, twins
 
-SGD = {'lr': 0.01, 'momentum': 0.9, 'weight_decay': 5e-3, 'nesterov': True}
-# Adam divides by tiny second moments, so that rounding is amplified more than in SGD, and eps counts.
-ADAMW = {'lr': 1e-3, 'weight_decay': 0.05, 'eps': 1e-30}
-
 
 @pytest.mark.parametrize(
-    'settings',
+    ('settings', 'how'),
     [
-        {},
-        {'nesterov': False},
-        {'nesterov': False, 'dampening': 0.3},
-        {'momentum': 0.0, 'nesterov': False},
-        {'weight_decay': 0.0},
-        {'maximize': True, 'lr': 1e-4},
-        {'fused': True},
-        {'foreach': True},
-        {'foreach': False},
+        ({}, {}),
+        ({'nesterov': False, 'dampening': 0.3}, {}),
+        ({'momentum': 0.0, 'nesterov': False}, {}),
+        ({'weight_decay': 0.0}, {}),
+        ({'maximize': True, 'lr': 1e-4}, {}),
+        ({'foreach': True}, {}),
+        ({'foreach': False}, {}),
+        ({}, {'accumulate': 2}),
+        ({}, {'max_norm': 0.5}),
+        ({}, {'scheduler': lambda optimizer: OneCycleLR(optimizer, 0.05, total_steps=20)}),
     ],
     ids=str,
 )
-def test_sgd_on_the_csla_network_is_rep_opt_sgd_on_the_plain_one(settings):
+def test_sgd_on_the_csla_network_is_rep_opt_sgd_on_the_plain_one(settings, how):
     nets = twins()
-    train(nets, optimizers(*nets, 'sgd', **{**SGD, **settings}))
+    train(nets, optimizers(*nets, 'sgd', **settings), **how)
     assert relative_difference(nets[1], nets[0].to_plain()) < 1e-12
 
 
-@pytest.mark.parametrize('rule', ['sgd', 'adamw'])
-def test_the_equivalence_holds_from_the_identity_start(rule):
-    nets = twins('identity')
-    train(nets, optimizers(*nets, rule, **{'sgd': SGD, 'adamw': ADAMW}[rule]))
-    assert relative_difference(nets[1], nets[0].to_plain()) < {'sgd': 1e-12, 'adamw': 1e-4}[rule]
-
-
 @pytest.mark.parametrize(
-    'how',
+    ('settings', 'how'),
     [
-        {'accumulate': 2},
-        {'max_norm': 0.5},
-        {'scheduler': lambda optimizer: OneCycleLR(optimizer, 0.05, total_steps=50)},
+        ({}, {}),
+        ({'foreach': False}, {}),
+        ({'foreach': True}, {'max_norm': 0.5}),
+        ({'amsgrad': True}, {}),
+        ({'maximize': True}, {}),
     ],
-    ids=['accumulation', 'clipping', 'schedule'],
-)
-def test_the_equivalence_holds_however_one_trains(how):
-    nets = twins()
-    train(nets, optimizers(*nets, 'sgd', **SGD), **how)
-    assert relative_difference(nets[1], nets[0].to_plain()) < 1e-12
-
-
-@pytest.mark.parametrize('how', [{}, {'max_norm': 0.5}], ids=['plain', 'clipping'])
-@pytest.mark.parametrize(
-    'settings', [{'fused': True}, {'fused': False}, {'foreach': True}, {'amsgrad': True}, {'maximize': True}], ids=str
+    ids=str,
 )
 def test_adamw_is_equivalent_up_to_the_effect_of_eps(settings, how):
     nets = twins()
-    train(nets, optimizers(*nets, 'adamw', **ADAMW, **settings), **how)
+    train(nets, optimizers(*nets, 'adamw', **settings), **how)
     assert relative_difference(nets[1], nets[0].to_plain()) < 1e-9
+
+
+@pytest.mark.parametrize(('rule', 'bound'), [('sgd', 1e-12), ('adamw', 1e-4)])
+def test_the_equivalence_holds_from_the_identity_start(rule, bound):
+    nets = twins('identity')
+    train(nets, optimizers(*nets, rule))
+    assert relative_difference(nets[1], nets[0].to_plain()) < bound
 
 
 @pytest.mark.parametrize('rule', ['sgd', 'adamw'])
 def test_equal_branches_train_as_one_with_a_count_and_dead_channels_stay_dead(rule):
-    def net():
-        return nn.Sequential(
-            nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
-        ).double()
-
-    scales = counted_scales(net(), {'0': {'kxk': 4, '1x1': 2}, '2': {'kxk': 3}})
-    dead = {name: {branch: vector.clone() for branch, vector in scales[name].items()} for name in scales}
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 5, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    ).double()
+    scales = counted_scales(net, {'0': {'kxk': 4, '1x1': 2}, '2': {'kxk': 3}})
+    dead = dict(scales)
     for vector in dead['0'].values():
         vector[:2] = 0.0
-    twin = csla(net(), type(scales)('', dead, counts=scales.counts))
+    twin = csla(net, Scales('', dead, counts=scales.counts))
     nets = twin, to_plain(twin)
-    train(nets, optimizers(*nets, rule, **(SGD if rule == 'sgd' else ADAMW)), steps=20)
+    train(nets, optimizers(*nets, rule))
     assert relative_difference(nets[1], to_plain(twin)) < 1e-9
     assert not nets[1][0].weight[:2].any()
 
 
 def large_kernels(model):
-    branches = {'kxk': 1, '3x3': 1, '1x1': 1, 'identity': 1}
+    branches = ['kxk', '3x3', '1x1', 'identity']
     return {name: branches for name, module in model.named_modules() if name.endswith('conv_dw')}
 
 
@@ -99,7 +84,6 @@ NETWORKS = {
     'convnext_atto': ({'depths': (1, 1, 2, 1)}, large_kernels),
     'regnetx_002': ({}, None),
     'vgg11_bn': ({'mlp_ratio': 1 / 32}, None),
-    # BatchNorm on 1x1 maps is chaotic.
     'ghostnet_100': ({'drop_rate': 0.0}, None),
     'edgenext_xx_small': ({}, None),
     'mobilenetv3_small_100': ({'drop_rate': 0.0}, None),
@@ -111,27 +95,12 @@ NETWORKS = {
 @pytest.mark.parametrize('name', NETWORKS)
 def test_networks_of_timm_train_like_their_csla_twins(name, rule):
     kwargs, prior = NETWORKS[name]
-    model = timm.create_model(name, num_classes=5, **kwargs).double()
-    # AdamW makes steps of the rounding errors in the gradients of biases in front of a BatchNorm.
-    if name in ('ghostnet_100', 'mobilenetv3_small_100', 'edgenext_xx_small', 'vgg11_bn'):
-        model = freeze_batch_norm_2d(model)
+    # BatchNorm on 1x1 maps is chaotic, and AdamW makes steps of the rounding errors in biases in front of one.
+    model = freeze_batch_norm_2d(timm.create_model(name, num_classes=5, **kwargs).double())
     twin = csla(model, counted_scales(model, prior))
     nets = twin, to_plain(twin)
     before = copy.deepcopy(nets[1])
-    settings = {**SGD, 'lr': 1e-3} if rule == 'sgd' else ADAMW
-    train(nets, optimizers(*nets, rule, **settings), steps=4, size=64)
-    assert relative_difference(nets[1], to_plain(twin), smallest=1e-9) < 1e-11 * (1 if rule == 'sgd' else 1e3)
+    # EdgeNeXt's attention among 1x1 maps has gradients of rounding errors alone.
+    train(nets, optimizers(*nets, rule, lr=1e-3), steps=3, size=64 if name == 'edgenext_xx_small' else 32)
+    assert relative_difference(nets[1], to_plain(twin), smallest=1e-9) < (1e-11 if rule == 'sgd' else 1e-8)
     assert relative_difference(nets[1], before, smallest=1e-9) > 1e-5
-
-
-@pytest.mark.parametrize('mutation', ['power', 'diagonal', 'centre'])
-def test_a_wrong_grad_mult_would_be_noticed(mutation):
-    csla, plain = twins()
-    right = make_grad_mults(plain)
-    wrong = {
-        kernel: {'power': mask.sqrt(), 'diagonal': mask.roll(1, 1), 'centre': mask.roll(1, -1)}[mutation]
-        for kernel, mask in right.items()
-    }
-    ours = RepOptSGD(plain.parameters(), lr=0.01, grad_mults=GradMults(wrong, 'sgd', right.fingerprint))
-    train((csla, plain), (torch.optim.SGD(csla.parameters(), lr=0.01), ours), steps=2)
-    assert relative_difference(plain, csla.to_plain()) > 1e-6

@@ -27,14 +27,10 @@ def constant(counts=BRANCHES):
 
 def test_only_a_search_trains_its_scales():
     names = {'0.parametrizations.weight.0.scales.1x1', '0.parametrizations.weight.0.scales.kxk'}
-    assert names <= set(dict(search().named_parameters()))
-    assert names <= set(dict(constant().named_buffers()))
-    assert set(search().state_dict()) == set(constant().state_dict())
-    search()(torch.randn(2, 6, 5, 5)).square().sum().backward()
-
-
-def test_gradients_reach_every_operator_and_scale():
     twin = search()
+    assert names <= set(dict(twin.named_parameters()))
+    assert names <= set(dict(constant().named_buffers()))
+    assert set(twin.state_dict()) == set(constant().state_dict())
     twin(torch.randn(2, 6, 5, 5)).square().sum().backward()
     assert all(param.grad.any() for param in twin.parameters())
 
@@ -47,21 +43,16 @@ def test_constant_scales_stay_float32_whatever_the_network_is_cast_to():
     assert twin(torch.randn(1, 6, 4, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_the_identity_starts_at_its_searched_value():
-    scales = counted_scales(plain(), {'0': BRANCHES})
-    operator = branches_of(csla(plain(), scales)[0]).operators['identity']
-    assert torch.equal(operator.flatten(), scales['0']['identity'])
-
-
-@pytest.mark.parametrize('make', [search, constant])
-def test_equal_branches_share_one_scale_and_take_any_memory_format(make):
-    twin = make({'kxk': 3, '1x1': 2})
+def test_equal_branches_share_one_scale_and_take_any_memory_format():
+    twin = search({'kxk': 3, '1x1': 2})
     operator = twin[0].parametrizations.weight.original
     assert operator.shape == (18, 6, 3, 3)
     x = torch.randn(2, 6, 5, 5)
+    kernel, scale = twin[0].weight, branches_of(twin[0]).scales.kxk
+    gradients = torch.autograd.grad(F.conv2d(x, kernel, padding=1).square().sum(), [kernel, scale])
+    torch.testing.assert_close(gradients[1], (gradients[0] * operator.unflatten(0, (3, 6)).sum(0)).sum((1, 2, 3)))
     expected = twin(x)
     twin.to(memory_format=torch.channels_last)
-    assert twin[0].parametrizations.weight.original is operator
     assert operator.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(twin(x), expected, rtol=1e-4, atol=1e-5)
 
@@ -77,7 +68,7 @@ def test_under_autocast_the_kernel_is_merged_in_float32():
     assert all(param.grad.dtype == torch.float32 for param in twin.parameters())
 
 
-def test_it_works_under_torch_func_compile_trace_and_double_backward():
+def test_it_works_under_torch_func_compile_and_double_backward():
     twin, x = search(), torch.randn(2, 6, 4, 4, requires_grad=True)
     params = dict(twin.named_parameters())
 
@@ -85,26 +76,21 @@ def test_it_works_under_torch_func_compile_trace_and_double_backward():
         return torch.func.functional_call(twin, params, (x,)).square().sum()
 
     grads = torch.autograd.grad(twin(x).square().sum(), list(params.values()), create_graph=True)
-    torch.testing.assert_close(tuple(torch.func.grad(loss)(params, x).values()), grads)
     per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(params, x[:, None])
     torch.testing.assert_close(tuple(each.sum(0) for each in per_sample.values()), grads)
-    torch.testing.assert_close(torch.jit.trace(twin, x)(x), twin(x))
     torch.testing.assert_close(torch.compile(twin, backend='aot_eager', fullgraph=True)(x), twin(x))
     assert all(grad.any() for grad in torch.autograd.grad(sum(g.square().sum() for g in grads), list(params.values())))
 
 
 def test_without_scales_it_raises_until_a_state_dict_brings_them():
     twin = csla(plain(), {'0': BRANCHES})
-    uses = (lambda: twin(torch.randn(1, 6, 4, 4)), twin.state_dict, lambda: to_plain(twin))
-    for use in (*uses, lambda: Scales.from_model(twin)):
-        with pytest.raises(ValueError, match='has no scales yet'):
-            use()
     twin.load_state_dict({}, strict=False)
-    with pytest.raises(ValueError, match='has no scales yet'):
-        twin(torch.randn(1, 6, 4, 4))
+    x = torch.randn(1, 6, 4, 4)
+    for use in (lambda: twin(x), twin.state_dict, lambda: to_plain(twin), lambda: Scales.from_model(twin)):
+        with pytest.raises(ValueError, match='no scales yet'):
+            use()
     other = constant()
     twin.load_state_dict(other.state_dict())
-    x = torch.randn(1, 6, 4, 4)
     assert torch.equal(twin(x), other(x))
 
 
@@ -112,7 +98,7 @@ def test_uninitialized_memory_does_not_pass_for_scales():
     with torch.device('meta'):
         model = plain()
     twin = csla(model, counted_scales(plain(), {'0': BRANCHES})).to_empty(device='cpu')
-    with pytest.raises(ValueError, match='has no scales yet'):
+    with pytest.raises(ValueError, match='no scales yet'):
         twin(torch.randn(1, 6, 4, 4))
     twin.load_state_dict(constant().state_dict())
     assert twin(torch.randn(1, 6, 4, 4)).isfinite().all()

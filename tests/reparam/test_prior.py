@@ -9,7 +9,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.prune import l1_unstructured
 
 from repopt_timm import Scales, hyper_search, refused_convs, repvgg_prior
-from repopt_timm.reparam import ConvPrior, keep_branches, refusal, resolve_prior
+from repopt_timm.reparam import ConvPrior, keep_branches, resolve_prior
 
 
 def test_a_repvgg_prior_follows_channels_kernel_and_stride():
@@ -31,9 +31,6 @@ def test_a_rep_opt_vgg_starts_at_the_index_in_the_stage():
     prior = repvgg_prior(timm.create_model('repopt_vgg_b1', device='meta'))
     assert prior['stem.conv'].initial == prior['stages.2.0.conv'].initial == 1.0
     assert [prior[f'stages.2.{index}.conv'].initial for index in (1, 2, 8)] == [math.sqrt(2), 1.0, 0.5]
-    with_attention = repvgg_prior(timm.create_model('repopt_vgg_d2se', device='meta'))
-    assert len(with_attention) == 48
-    assert all(name.endswith('.conv') for name in with_attention)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +50,6 @@ def test_a_prior_of_ones_own_may_have_any_form(branches):
         ({'layer9': ['kxk']}, "'layer9'"),
         ({'bn1': ['kxk']}, "'bn1'"),
         ({'conv1': ['kxk', 'identity']}, "'conv1'.*identity"),
-        ({'conv1': ['kxk', 'kxk']}, "'conv1'.*'kxk'"),
         ({'conv1': []}, "'conv1'.*kxk"),
         ({}, 'empty'),
     ],
@@ -105,21 +101,16 @@ def test_the_log_of_a_search_names_the_convolutions_without_branches(caplog):
 def test_settings_of_one_number_are_height_and_width():
     conv = nn.Conv2d(4, 4, 3, padding=1)
     conv.stride, conv.padding, conv.dilation = 1, (1,), 1
-    assert refusal(conv) is None
     assert 'identity' in repvgg_prior(nn.Sequential(conv))['0'].branches
 
 
-@pytest.mark.parametrize(
-    'name', ['repvgg_a0', 'mobileone_s0', 'repvit_m0_9', 'repghostnet_050', 'fastvit_t8', 'ghostnetv3_050', 'shvit_s1']
-)
+@pytest.mark.parametrize('name', ['repvgg_a0', 'repvit_m0_9', 'repghostnet_050', 'fastvit_t8', 'shvit_s1'])
 def test_a_network_with_branches_of_its_own_needs_its_plain_twin(name):
-    if not timm.is_model(name):
-        pytest.skip(f'timm {timm.__version__} does not have {name}')
     with pytest.raises(ValueError, match=r'plain_twin\(model\)'):
         hyper_search(timm.create_model(name, device='meta'))
 
 
-@pytest.mark.parametrize('name', ['levit_128s', 'tiny_vit_5m_224', 'nextvit_small', 'efficientnet_b0'])
+@pytest.mark.parametrize('name', ['levit_128s', 'tiny_vit_5m_224', 'nextvit_small'])
 def test_a_network_that_only_folds_its_normalization_is_converted(name):
     assert repvgg_prior(timm.create_model(name, device='meta'))
 

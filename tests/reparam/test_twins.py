@@ -25,6 +25,10 @@ class Neck(nn.Module):
         return torch.cat([fine.mean((2, 3)), coarse.mean((2, 3))], 1)
 
 
+def conv_net():
+    return nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
+
+
 def test_a_twin_differs_in_the_kernels_of_its_convolutions_alone():
     model = timm.create_model('resnet18', num_classes=5).to(torch.bfloat16).eval()
     calls = []
@@ -32,8 +36,7 @@ def test_a_twin_differs_in_the_kernels_of_its_convolutions_alone():
     model.layer1[0].conv1.note = 'mine'
     model.layer2.requires_grad_(False)
     twin = hyper_search(model)
-    assert kind_of(twin) == 'hs'
-    assert kind_of(model) == 'target'
+    assert (kind_of(twin), kind_of(model)) == ('hs', 'target')
     assert all(branches_of(module) for module in twin.modules() if isinstance(module, nn.Conv2d))
     assert twin.pretrained_cfg == model.pretrained_cfg
     assert twin.layer1[0].conv1.note == 'mine'
@@ -54,7 +57,7 @@ def test_a_twin_differs_in_the_kernels_of_its_convolutions_alone():
 
 @pytest.mark.parametrize('layout', [torch.contiguous_format, torch.channels_last])
 def test_a_plain_convolution_comes_back_as_it_was(layout):
-    model, seen = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)).to(memory_format=layout), []
+    model, seen = conv_net().to(memory_format=layout), []
     model[0].register_full_backward_hook(lambda *_: seen.append(1))
     model[0].register_buffer('amax', torch.ones(1))
     plain = to_plain(hyper_search(model))
@@ -64,11 +67,22 @@ def test_a_plain_convolution_comes_back_as_it_was(layout):
     assert seen == [1]
 
 
-def test_a_network_may_be_one_convolution():
-    conv = nn.Conv2d(4, 4, 3, padding=1)
-    twin = hyper_search(conv)
-    assert Scales.from_model(twin) == Scales.initial(conv)
-    assert Scales.from_model(to_plain(twin)) == Scales.initial(conv)
+@pytest.mark.parametrize(
+    'model',
+    [
+        lambda: nn.Conv2d(4, 4, 3, padding=1),
+        Neck,
+        lambda: nn.ModuleDict({'module': conv_net(), 'head': nn.Conv2d(4, 4, 1)}),
+        lambda: timm.create_model('resnet18', in_chans=4),
+    ],
+    ids=['one convolution', 'shared', 'a child called module', 'resnet18'],
+)
+def test_a_search_starts_from_the_prior_or_from_scales_and_its_plain_network_carries_them(model):
+    model = model()
+    assert Scales.from_model(hyper_search(model)) == Scales.initial(model)
+    scales = counted_scales(model)
+    twin = hyper_search(model, scales)
+    assert Scales.from_model(twin) == scales == Scales.from_model(to_plain(twin))
 
 
 def test_a_shared_convolution_stays_shared():
@@ -76,34 +90,22 @@ def test_a_shared_convolution_stays_shared():
     assert twin.shared is twin.also_shared
     plain = to_plain(twin)
     assert plain.shared is plain.also_shared
-    assert list(Scales.from_model(plain)) == ['lateral', 'shared']
-
-
-def test_a_search_starts_from_scales_or_from_a_prior():
-    model = timm.create_model('resnet18')
-    scales = counted_scales(model)
-    assert Scales.from_model(hyper_search(model, scales)) == scales
-    assert Scales.from_model(hyper_search(model)) == Scales.initial(model)
-    small = hyper_search(model, {'layer1.0.conv1': ['kxk', '1x3']})
-    assert list(Scales.from_model(small)) == ['layer1.0.conv1']
 
 
 def test_a_csla_twin_takes_the_scales_and_counts_that_a_model_carries():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
-    scales = counted_scales(model, {'0': {'kxk': 3, '1x1': 1}})
-    twin = csla(prepare(model, scales))
+    scales = counted_scales(conv_net(), {'0': {'kxk': 3, '1x1': 1}})
+    twin = csla(prepare(conv_net(), scales))
     assert Scales.from_model(twin) == scales == Scales.from_model(to_plain(twin))
-    with pytest.raises(ValueError, match='carries no scales'):
-        csla(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)))
+    with pytest.raises(ValueError, match='no scales'):
+        csla(conv_net())
 
 
 @pytest.mark.parametrize('convert', [hyper_search, csla])
 def test_a_twin_is_not_converted_again_and_a_plain_network_is_plain(convert):
-    model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
     with pytest.raises(ValueError, match='CSLA convolutions already'):
-        convert(hyper_search(model))
+        convert(hyper_search(conv_net()))
     with pytest.raises(ValueError, match='plain already'):
-        to_plain(model)
+        to_plain(conv_net())
 
 
 @pytest.mark.parametrize('prior', [None, {'1': ['kxk']}])
@@ -114,14 +116,8 @@ def test_tied_kernels_are_not_silently_untied(prior):
         hyper_search(model, prior)
 
 
-def test_a_submodule_called_module_is_no_wrapper():
-    model = nn.ModuleDict({'module': nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)), 'head': nn.Conv2d(4, 4, 1)})
-    assert list(Scales.from_model(hyper_search(model))) == ['module.0', 'head']
-
-
 def test_twins_of_a_wrapped_network_are_those_of_the_network_inside():
-    network = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1))
-    wrapped = nn.DataParallel(network)
+    wrapped = nn.DataParallel(conv_net())
     for twin in (csla(wrapped, {'0': {'kxk': torch.ones(4)}}), hyper_search(wrapped)):
         assert type(twin) is nn.Sequential
         assert type(to_plain(nn.DataParallel(twin))) is nn.Sequential
