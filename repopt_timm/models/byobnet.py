@@ -105,22 +105,14 @@ class RepVgg(StridedByobNet):
 def create_byobnet(variant: str, pretrained: bool = False, strides: Sequence[int] | None = None, **kwargs: Any) -> Any:
     """Creates a network of timm's byobnet, such as `mobileone_s0`, or a RepVGG of ours, with chosen strides."""
     repvgg = ARCHITECTURES.get(ModelName.parse(variant).architecture)
+    stages = kwargs.get('depths') or (repvgg.depths if repvgg else model_cfgs[variant].blocks)
+    strided = len(stages) if strides is None else sum(stride != 1 for stride in strides[1:])
     return build_model_with_cfg(
         RepVgg if repvgg else StridedByobNet,
         variant,
         pretrained,
         model_cfg=repvgg or model_cfgs[variant],
-        feature_cfg={'flatten_sequential': True, 'out_indices': feature_indices(variant, strides, **kwargs)},
+        feature_cfg={'flatten_sequential': True, 'out_indices': tuple(range(1 + strided))},
         strides=strides,
         **kwargs,
     )
-
-
-def feature_indices(
-    variant: str, strides: Sequence[int] | None = None, depths: Sequence[int] | None = None, **_: Any
-) -> tuple[int, ...]:
-    """Returns the indices of all features of a network of `create_byobnet`."""
-    if strides is None:
-        repvgg = ARCHITECTURES.get(ModelName.parse(variant).architecture)
-        strides = (2,) * (1 + len(depths or (repvgg.depths if repvgg else model_cfgs[variant].blocks)))
-    return tuple(range(1 + sum(stride != 1 for stride in strides[1:])))

@@ -1,7 +1,6 @@
 """Target, Hyper-Search and CSLA models of timm's networks by our names, and the originals with branches."""
 
 import functools
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import timm
 from timm.models import (
     build_model_with_cfg,
+    generate_default_cfgs,
     get_pretrained_cfg,
     model_entrypoint,
     parse_model_name,
@@ -16,8 +16,6 @@ from timm.models import (
     register_notrace_module,
     resolve_pretrained_cfg,
 )
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
-from timm.models._pretrained import DefaultCfg
 from timm.models._registry import get_arch_pretrained_cfgs
 from torch import nn
 
@@ -27,13 +25,10 @@ from ..names import KINDS, MULTI_BRANCH, PREFIX, ModelName
 from ..reparam import Branches, convert_, multi_branch_blocks, name_as_part, prepare, repvgg_prior
 from ..sources import IMPLIED, ScalesSource, load_scales
 from ..weights_origin import note_merged
-from .byobnet import create_byobnet, feature_indices
+from .byobnet import create_byobnet
 from .records import Twin, first_conv_of, take_name
-from .repopt_vgg import RepOptVgg
-from .weights import choose_weights, fetch, requested_scales, restore
-
-default_cfgs: dict[str, DefaultCfg] = {}
-"""timm looks here for the configurations of what this module registers."""
+from .repopt_vgg import RepOptVgg, default_cfgs
+from .weights import choose_weights, fetch, load_config, requested_scales, restore
 
 # A tracer records a CSLA convolution's kernel as one call.
 register_notrace_module(Branches)
@@ -42,7 +37,7 @@ register_notrace_module(Branches)
 def register_models() -> None:
     """Registers RepOpt-VGG, and the twins of timm's multi-branch networks as far as this timm has them."""
     for name in ARCHITECTURES:
-        _register_kinds(name, RepOptVgg.__module__, KINDS)
+        _register_kinds(name, KINDS)
     for pattern in MULTI_BRANCH:
         for name in timm.list_models(pattern):
             _register(name, KINDS)
@@ -72,25 +67,22 @@ def register_twins(name: str) -> None:
 
 
 def _register(name: str, kinds: Iterable[str]) -> None:
-    architecture = PREFIX + name
     untrained = replace(resolve_pretrained_cfg(name), url=None, hf_hub_id=None, file=None, tag='')
     for kind in kinds:
-        cfgs = get_arch_pretrained_cfgs(name) if kind in ('target', 'branches') else {}
-        tags = {full_name.partition('.')[2]: cfg for full_name, cfg in cfgs.items()} or {'': untrained}
-        entry = default_cfgs[ModelName(architecture, kind).variant] = DefaultCfg()
-        entry.tags.extend(tags)
-        entry.cfgs.update(tags)
-    _register_kinds(architecture, __name__, kinds)
+        variant = ModelName(PREFIX + name, kind).variant
+        found = get_arch_pretrained_cfgs(name) if kind in ('target', 'branches') else {}
+        cfgs: dict[str, Any] = {variant + full_name.removeprefix(name): cfg for full_name, cfg in found.items()}
+        default_cfgs.update(generate_default_cfgs(cfgs or {variant: untrained}))
+    _register_kinds(PREFIX + name, kinds)
 
 
-def _register_kinds(architecture: str, module: str, kinds: Iterable[str]) -> None:
-    """Registers models whose configurations are in the `default_cfgs` of a module, where timm looks for them."""
+def _register_kinds(architecture: str, kinds: Iterable[str]) -> None:
     for kind in kinds:
-        variant = ModelName(architecture, kind).variant
-        entrypoint: Any = functools.partial(create, variant)
-        entrypoint.__name__, entrypoint.__module__ = variant, module
-        entrypoint.__doc__ = f'The {kind} model of {architecture}.'
-        setattr(sys.modules[module], variant, register_model(entrypoint))
+        entrypoint: Any = functools.partial(create, ModelName(architecture, kind).variant)
+        entrypoint.__name__ = ModelName(architecture, kind).variant
+        # timm looks for configurations in the `default_cfgs` of this module.
+        entrypoint.__module__ = __name__
+        register_model(entrypoint)
 
 
 def ensure_registered(model_name: str) -> None:
@@ -109,8 +101,7 @@ def resolve_model(model_name: str) -> tuple[str, dict[str, Any]]:
     source, name = parse_model_name(model_name)
     saved_args: dict[str, Any] = {}
     if source is not None:
-        load: Any = load_model_config_from_hf if source == 'hf-hub' else load_model_config_from_path
-        _, name, saved_args = load(name)
+        _, name, saved_args = load_config(source, name)
     ensure_registered(name)
     return name, saved_args
 
@@ -189,13 +180,12 @@ def create(
         return whole
 
     feature_cfg: dict[str, Any] = {}
-    if is_vgg:
-        feature_cfg = {'flatten_sequential': True, 'out_indices': feature_indices(variant, **kwargs)}
-    elif kwargs.get('features_only'):
-        strides = {'strides': kwargs['strides']} if 'strides' in kwargs else {}
-        theirs = original(features_only=True, device='meta', **strides).feature_info
+    if kwargs.get('features_only'):
+        numbers = {key: kwargs[key] for key in ('strides', 'depths', 'widths') if key in kwargs}
+        theirs = original(features_only=True, device='meta', **numbers).feature_info
         flatten = any('.' in each['module'] for each in theirs.info)
-        feature_cfg = {'feature_cls': 'getter', 'out_indices': theirs.out_indices, 'flatten_sequential': flatten}
+        feature_cfg = {'out_indices': theirs.out_indices, 'flatten_sequential': flatten}
+        feature_cfg['feature_cls'] = 'list' if is_vgg else 'getter'
     first_conv = first_conv_of(get_pretrained_cfg(name.architecture))
     model = build_model_with_cfg(
         make,
@@ -230,11 +220,10 @@ def _state_constructed_strides(plain: nn.Module, create: Callable[..., nn.Module
 @functools.cache
 def _twin_class(network: Any) -> type:
     """Makes the class of a twin: a subclass, so that timm's own class stays as it is for the whole process."""
-
-    def reduce(model: nn.Module, protocol: Any) -> tuple:
-        return _new_twin, (network,), vars(model)
-
-    attributes = {'__module__': network.__module__, '__reduce_ex__': reduce}
+    attributes = {
+        '__module__': network.__module__,
+        '__reduce_ex__': lambda twin, protocol: (_new_twin, (network,), vars(twin)),
+    }
     return type(network.__name__, (Twin, network), attributes)
 
 

@@ -64,17 +64,21 @@ def choose_weights(variant: str, pretrained: bool, cfg: Any, overlay: dict[str, 
     return resolve_pretrained_cfg(variant, min(available.values(), key=lambda each: not each.file).tag, overlay)
 
 
+def load_config(source: str | None, place: Any) -> tuple[Any, str, dict[str, Any]]:
+    """Loads the `config.json` of a repository or folder: configuration, name of the model, and its arguments."""
+    load: Any = load_model_config_from_hf if source == 'hf-hub' else load_model_config_from_path
+    return load(place)
+
+
 def requested_scales(
     name: ModelName, config: PretrainedCfg, scales: ScalesSource | None, beside: bool
 ) -> ScalesSource | None:
     """Returns the scales that a call of `timm.create_model` means: those named, else those beside the weights."""
     repository = config.source in ('hf-hub', 'local-dir')
-    if scales is not None and repository:
-        # Scales that a downloaded config.json brings could name any file or repository, and do not count.
-        local = config.source == 'local-dir'
-        load: Any = load_model_config_from_path if local else load_model_config_from_hf
-        if load(config.file if local else config.hf_hub_id)[2].get('scales') == scales:
-            scales = None
+    place = config.file if config.source == 'local-dir' else config.hf_hub_id
+    # Scales that a downloaded config.json brings could name any file or repository, and do not count.
+    if scales is not None and repository and load_config(config.source, place)[2].get('scales') == scales:
+        scales = None
     if scales is None and (beside or repository):
         scales = scales_beside_weights(config.to_dict())
     if scales is not None and name.kind == 'branches':
