@@ -7,7 +7,7 @@ from timm.data import resolve_data_config
 from timm.utils import reparameterize_model
 from torch import nn
 
-from repopt_timm import Scales, make_grad_mults
+from repopt_timm import Scales
 from repopt_timm.architectures import ARCHITECTURES
 from repopt_timm.reparam import kind_of
 
@@ -72,12 +72,6 @@ def test_checkpointing_changes_nothing_but_what_is_kept(kind, use_se):
     assert len(convolutions) == 1 or kind
 
 
-@pytest.mark.parametrize('use', [lambda model: model(IMAGES), lambda model: model.to_plain(), Scales.from_model])
-def test_a_csla_model_without_scales_raises(use):
-    with pytest.raises(ValueError, match='no scales yet'):
-        use(tiny_model('_csla'))
-
-
 @pytest.mark.parametrize(
     ('kwargs', 'reductions'),
     [
@@ -108,20 +102,3 @@ def test_a_target_starts_by_the_rule_of_initialization_unless_it_has_weights():
     model = tiny_model(pretrained=True, scales=random_scales(), pretrained_cfg_overlay=overlay)
     assert torch.equal(model.stages[0][0].conv.weight, trained.stages[0][0].conv.weight)
     assert model.scales is not None
-
-
-@pytest.mark.parametrize('kind', ['', '_csla'])
-def test_a_checkpoint_brings_weights_and_the_scales_of_a_csla_model(tmp_path, kind):
-    scales = random_scales()
-    trained = tiny_model(kind, scales=scales).eval()
-    torch.save(trained.state_dict(), tmp_path / 'trained.pth')
-    loaded = tiny_model(kind, scales=None if kind else scales, checkpoint_path=tmp_path / 'trained.pth').eval()
-    assert torch.equal(loaded(IMAGES), trained(IMAGES))
-    assert loaded.scales == scales
-
-
-def test_a_convolution_that_was_replaced_in_features_is_named():
-    features = tiny_model(scales='initial', features_only=True)
-    features['stages_1'][1].conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
-    with pytest.raises(ValueError, match=r'stages\.1\.1\.conv'):
-        make_grad_mults(features)

@@ -100,7 +100,8 @@ def test_records_heads_channels_and_classes_are_those_that_were_chosen(name, kin
 
 @models(FAST)
 def test_features_are_those_of_timm_with_its_preprocessing_and_the_scales_of_the_network(name, kind):
-    features = model_of(name, kind, features_only=True)
+    feature_cls = {'': None, '_hs': 'list', '_csla': 'hook'}[kind]
+    features = model_of(name, kind, features_only=True, feature_cls=feature_cls)
     original = f'{name}_branches' if name == FAST[0] else name.removeprefix('repopt_')
     reference = timm.create_model(original, features_only=True)
     assert features.feature_info.channels() == reference.feature_info.channels()
@@ -112,17 +113,6 @@ def test_features_are_those_of_timm_with_its_preprocessing_and_the_scales_of_the
     again = to_plain(features) if kind else prepare(features, found)
     assert Scales.from_model(again) == found
     assert len(make_grad_mults(again)) == len(found)
-
-
-@models(FAST[:1], [*FAST[:1], 'repopt_mobileone_s0'], [*KINDS, '_branches'])
-def test_features_come_in_timms_classes(name, kind):
-    feature_cls = {'': 'dict', '_hs': 'list', '_csla': 'hook', '_branches': 'dict'}[kind]
-    kwargs = {} if kind == '_branches' else {'scales': 'initial'}
-    features = timm.create_model(name + kind, features_only=True, feature_cls=feature_cls, out_indices=(1, 3), **kwargs)
-    assert len(features(IMAGES)) == 2
-    assert features.default_cfg == features.pretrained_cfg
-    if kwargs:
-        assert Scales.from_model(features).keys() <= searched(name).keys()
 
 
 @models(FAST)

@@ -4,7 +4,7 @@ import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
-from repopt_timm import Scales, make_grad_mults, plain_twin, register_twins, save_pretrained
+from repopt_timm import Scales, make_grad_mults, plain_twin, register_twins
 from repopt_timm.models import ensure_registered
 from repopt_timm.names import KINDS, MULTI_BRANCH, ModelName
 from repopt_timm.reparam import multi_branch_blocks
@@ -44,20 +44,12 @@ def test_a_mobileone_and_its_branches_are_one_network_once_merged(strides):
         assert convs(reparameterize_model(branches)) == convs(reparameterize_model(plain))
     firsts = [plain.stem, *(stage[0] for stage in plain.stages)]
     assert tuple(block.conv.stride[0] for block in firsts) == strides
-    for model in (plain, branches):
-        assert model.feature_info[-1]['reduction'] == (32 if strides[0] == 2 else 8)
-
-
-def test_reduced_strides_reach_features_scales_and_repositories(tmp_path):
-    model = twin('mobileone_s0', strides=STRIDES, scales='initial').eval()
-    scales = Scales.from_model(model)
-    save_pretrained(model, tmp_path)
-    loaded = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
-    assert torch.equal(loaded(IMAGES), model(IMAGES))
-    assert Scales.from_model(loaded) == scales
+    reductions = [1, 2, 4, 8] if strides == STRIDES else [2, 4, 8, 16, 32]
+    for kind in ('', '_branches'):
+        features = twin(f'mobileone_s0{kind}', strides=strides, features_only=True, device='meta')
+        assert features.feature_info.reduction() == reductions
     with pytest.raises(ValueError, match='Make the model alike'):
-        twin('mobileone_s0', scales=scales)
-    assert twin('mobileone_s0', features_only=True, strides=STRIDES).feature_info.reduction() == [1, 2, 4, 8]
+        twin('mobileone_s0', strides=(2, 1, 2, 2, 2), scales=Scales.initial(plain), device='meta')
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from ..helpers import TINY, random_scales, tiny_model
 
 REPO = 'timm/mobileone_s0.apple_in1k'
 IMAGES = torch.randn(2, 3, 64, 64)
-OTHERS = ('fastvit_t8', 'ghostnetv3_100', 'lcnetv2_small', 'repghostnet_050', 'repvit_m0_9')
+FAMILIES = ('fastvit_t8', 'ghostnetv3_100', 'lcnetv2_small', 'mobileone_s0', 'repghostnet_050', 'repvit_m0_9')
 
 
 def trained(model):
@@ -102,27 +102,14 @@ def test_what_ships_comes_before_what_timm_has(name, tag):
 
 
 @pytest.mark.slow
-def test_a_tag_of_timm_merges_the_branches_of_timms_repository(publish):
-    published = publish('mobileone_s0', REPO)
-    model = timm.create_model('repopt_mobileone_s0.apple_in1k', pretrained=True).eval()
-    assert relative(model(IMAGES), published(IMAGES)) < 1e-5
-    branches = timm.create_model('repopt_mobileone_s0_branches', pretrained=True).eval()
-    assert torch.equal(branches(IMAGES), published(IMAGES))
-    grey = [
-        timm.create_model(name, pretrained=True, in_chans=1, num_classes=3).eval().forward_features(IMAGES[:, :1])
-        for name in ('repopt_mobileone_s0', 'mobileone_s0')
-    ]
-    assert relative(*grey) < 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', [name for name in OTHERS if timm.is_model(name)])
+@pytest.mark.parametrize('name', [name for name in FAMILIES if timm.is_model(name)])
 def test_each_family_merges_timms_weights(name, publish):
     repo = timm.models.get_pretrained_cfg(name).hf_hub_id
     theirs = publish(name, repo)
     model = timm.create_model(f'repopt_{name}', pretrained=True, scales='implied').eval()
     assert relative(model(IMAGES), theirs(IMAGES)) < 1e-5
     assert merged_from(model) == repo
+    assert Scales.from_model(model) == implied_scales(theirs).renamed(name)
     timm.optim.create_optimizer_v2(model, 'repopt_sgd', lr=0.1)
 
 
@@ -161,21 +148,14 @@ def test_repvggs_weights_are_merged_into_repopt_vgg(hub, client, tmp_path):
 
 
 def test_each_repvgg_of_timm_is_a_tag_with_timms_settings():
-    theirs = timm.models.get_pretrained_cfg('repvgg_b3.rvgg_in1k')
-    for kind in ('', '_branches'):
-        own = timm.models.get_pretrained_cfg(f'repopt_vgg_b3{kind}.rvgg_in1k')
+    cfgs = [f'{name}.rvgg_in1k' for name in ('repvgg_b3', 'repopt_vgg_b3', 'repopt_vgg_b3_branches')]
+    theirs, *ours = [timm.models.get_pretrained_cfg(cfg).to_dict() for cfg in cfgs]
+    for own in ours:
         for key in ('hf_hub_id', 'input_size', 'mean', 'std', 'crop_pct', 'interpolation', 'license'):
-            assert getattr(own, key) == getattr(theirs, key)
+            assert own[key] == theirs[key]
     listed = set(timm.list_pretrained())
     assert 'repopt_vgg_d2se.rvgg_in1k' not in listed
     assert {'repopt_vgg_b3.rvgg_in1k', 'repopt_repvgg_d2se.rvgg_in1k', 'repopt_mobileone_s4.apple_in1k'} <= listed
-
-
-def test_implied_scales_need_weights_with_branches():
-    overlay = {'state_dict': tiny_model().state_dict(), 'num_classes': 5}
-    for kwargs in ({}, {'pretrained': True, 'pretrained_cfg_overlay': overlay}):
-        with pytest.raises(ValueError, match='trained branches'):
-            tiny_model(scales='implied', **kwargs)
 
 
 @pytest.mark.slow
