@@ -45,11 +45,10 @@ class BranchSum:
         for conv, norm in (*self.parts, Part(norm=self.norm)):
             if conv is not None and (reason := refusal(conv)):
                 raise ValueError(reason)
-            extra = [getattr(norm, name, None) for name in ('drop', 'act')]
-            if any(each is not None and not isinstance(each, nn.Identity) for each in extra):
-                raise ValueError(f'{type(norm).__name__} of a branch drops or activates; set drop_block_rate=0')
             if norm is not None and (not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None):
                 raise ValueError(f'{type(norm).__name__} of a branch is not a BatchNorm2d with running statistics')
+            if norm is not None and any(not isinstance(each, nn.Identity) for each in norm.children()):
+                raise ValueError(f'{type(norm).__name__} of a branch drops or activates; set drop_block_rate=0')
 
     @property
     def kxk(self) -> Any:

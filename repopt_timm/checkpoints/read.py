@@ -18,9 +18,6 @@ from torch import Tensor
 from ..errors import reason_of
 from .packing import unpack
 
-# Inert: a bag of attributes in timm's checkpoints, and a dict in those of the reference repository.
-_STAND_INS: list[Any] = [argparse.Namespace, (OrderedDict, 'yacs.config.CfgNode')]
-
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Reads a pickle to the CPU, or a `.safetensors` file with its header's metadata under `__metadata__`."""
@@ -29,7 +26,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             with safe_open(path, framework='pt') as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 return {**tensors, '__metadata__': file.metadata() or {}}
-        with torch.serialization.safe_globals(_STAND_INS):
+        # Inert: a bag of attributes in timm's checkpoints, and a dict in those of the reference repository.
+        with torch.serialization.safe_globals([argparse.Namespace, (OrderedDict, 'yacs.config.CfgNode')]):
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         if zipfile.is_zipfile(path):
             # torch writes checksums, and does not look at them.
