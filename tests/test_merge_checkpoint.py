@@ -9,6 +9,7 @@ from repopt_timm import Scales, implied_scales
 from repopt_timm.cli import main
 from repopt_timm.merge_checkpoint import merge_trained
 
+from .blocks.block_examples import randomized
 from .helpers import TINY, relative_difference, tiny_model
 
 IMAGES = torch.randn(2, 3, 64, 64)
@@ -17,10 +18,7 @@ NUMBERS = {'depths': (1, 1), 'widths': (8, 8, 16)}
 
 @pytest.fixture
 def trained():
-    model = tiny_model('_branches', **NUMBERS)
-    for _ in range(3):
-        model.train()(2 * torch.randn(8, 3, 64, 64))
-    return model.eval()
+    return randomized(tiny_model('_branches', **NUMBERS))
 
 
 @pytest.fixture

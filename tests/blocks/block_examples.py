@@ -1,4 +1,4 @@
-"""Small blocks of each family, trained for some steps so that no BatchNorm is neutral."""
+"""Small blocks of each family, as a training leaves them."""
 
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ class Example(NamedTuple):
 
 
 def examples() -> dict[str, Example]:
-    """Name of an example to the example, trained in float64."""
+    """Name of an example to the example, as trained, in float64."""
     torch.manual_seed(0)
     attention = byobnet.LayerFn(attn=SqueezeExcite)
     repvgg, mobile, ghost = byobnet.RepVggBlock, byobnet.MobileOneBlock, ghostnet.GhostBottleneckV3(4, 6, 4, stride=2)
@@ -50,18 +50,19 @@ def examples() -> dict[str, Example]:
     if lcnetv2 is not None:
         block = lcnetv2.RepDepthwiseSeparable(4, 6, 1, dw_kernel_size=5, use_rep=True, use_se=True)
         found['lcnetv2'] = Example(block, 4, {'dw_conv.conv': {'1x1': 1, '3x3': 1, 'kxk': 1}})
-    return {name: _trained(each) for name, each in found.items()}
+    for example in found.values():
+        randomized(example.block).double().train()
+    return found
 
 
-def _trained(example: Example) -> Example:
-    block = example.block.double().train()
-    for parameter in block.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    optimizer = torch.optim.SGD(block.parameters(), lr=0.05)
-    for _ in range(3):
-        block(images(example.channels)).square().mean().backward()
-        optimizer.step()
-    return example
+def randomized(model: nn.Module) -> nn.Module:
+    """As a training leaves it: no BatchNorm is neutral."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean):
+                nn.init.normal_(tensor, std=0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval()
 
 
 def images(channels: int = 3, size: int = 8) -> torch.Tensor:

@@ -3,23 +3,15 @@ import re
 import pytest
 import timm
 import torch
-from torch import nn
 
 from repopt_timm import load_scales
 from repopt_timm.cli import main
 from repopt_timm.models.reference_weights import model_from_reference
 
+from ..blocks.block_examples import randomized
 from ..helpers import TINY, tiny_model
 
 IMAGES = torch.randn(2, 3, 64, 64)
-
-
-def randomized(model):
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean, std=0.1)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-    return model.eval()
 
 
 def published(model):

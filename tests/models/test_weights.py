@@ -16,21 +16,12 @@ from repopt_timm.resources import shipped_repositories
 from repopt_timm.train.command import main as train
 from repopt_timm.weights_origin import merged_from
 
+from ..blocks.block_examples import randomized
 from ..helpers import TINY, random_scales, tiny_model
 
 REPO = 'timm/mobileone_s0.apple_in1k'
 IMAGES = torch.randn(2, 3, 64, 64)
 FAMILIES = ('fastvit_t8', 'ghostnetv3_100', 'lcnetv2_small', 'mobileone_s0', 'repghostnet_050', 'repvit_m0_9')
-
-
-def trained(model):
-    """A few steps, so that no BatchNorm is neutral."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    for _ in range(2):
-        model.train()(2 * torch.randn(4, 3, 64, 64) + 0.5).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
 
 
 @pytest.fixture
@@ -39,7 +30,7 @@ def publish(hub, client):
 
     def push(name, repo):
         hub.users['hf_timm'] = 'timm'
-        model = trained(timm.create_model(name))
+        model = randomized(timm.create_model(name))
         client(token='hf_timm')
         push_to_hf_hub(model, repo, safe_serialization=True)
         client('reader')
@@ -124,7 +115,7 @@ def test_offline_the_error_names_the_repository(client, name, repo):
 
 
 def test_repvggs_weights_are_merged_into_repopt_vgg(hub, client, tmp_path):
-    repvgg = trained(tiny_model('_branches'))
+    repvgg = randomized(tiny_model('_branches'))
     push_to_hf_hub(repvgg, 'ann/repvgg', safe_serialization=True)
 
     def pretrained(**kwargs):
