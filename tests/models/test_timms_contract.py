@@ -153,6 +153,7 @@ def test_an_output_stride_does_not_change_what_scales_belong_to(name, kind):
     stride = 2 if name == FAST[0] else 8
     model = model_of(name, kind, output_stride=stride)
     assert Scales.from_model(model) == searched(name)
+    assert kind or Scales.initial(model).counts == searched(name).counts
     assert model.forward_features(IMAGES).shape[-1] == 64 // stride
 
 
