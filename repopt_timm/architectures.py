@@ -4,29 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ['ARCHITECTURES', 'Architecture', 'chosen_numbers', 'infer_architecture']
-
 
 @dataclass(frozen=True)
 class Architecture:
-    """Depths and widths of a RepOpt-VGG variant.
-
-    Attributes:
-        depths: Number of blocks in each stage.
-        widths: Channels of the stem and of each stage.
-        use_se: Squeeze-and-excitation after the ReLU of every block.
-    """
+    """Depth of each stage, and widths of the stem and of each stage; `use_se` puts attention after each ReLU."""
 
     depths: tuple[int, ...]
     widths: tuple[int, ...]
     use_se: bool = False
 
     def with_numbers(self, depths: Sequence[int] | None = None, widths: Sequence[int] | None = None) -> 'Architecture':
-        """Returns the architecture with other depths or widths; None keeps its own.
-
-        Raises:
-            ValueError: If a number is not positive, or the widths are not one more than the depths.
-        """
+        """Returns the architecture with other depths or widths; None keeps its own."""
         chosen = replace(self, depths=tuple(depths or self.depths), widths=tuple(widths or self.widths))
         if len(chosen.widths) != len(chosen.depths) + 1 or min(*chosen.depths, *chosen.widths) < 1:
             raise ValueError(
@@ -43,53 +31,48 @@ class Architecture:
         return channels
 
 
-def _vgg(depths: tuple[int, ...], factors: tuple[float, ...], base: int = 64, use_se: bool = False) -> Architecture:
-    widths = [int(base * 2**stage * factor) for stage, factor in enumerate(factors)]
+def _vgg(depths: tuple[int, ...], factor: float, last: float, base: int = 64, use_se: bool = False) -> Architecture:
+    widths = [int(base * width) for width in (factor, 2 * factor, 4 * factor, 8 * last)]
     return Architecture(depths, (min(base, widths[0]), *widths), use_se)
 
 
+_A, _B, _L = (2, 4, 14, 1), (4, 6, 16, 1), (8, 14, 24, 1)
+
 # Depths and width factors: table 2 of RepVGG (arXiv 2101.03697); L1 and L2: section 4.1 of arXiv 2205.15242.
 ARCHITECTURES: dict[str, Architecture] = {
-    'repopt_vgg_a0': _vgg((2, 4, 14, 1), (0.75, 0.75, 0.75, 2.5)),
-    'repopt_vgg_a1': _vgg((2, 4, 14, 1), (1.0, 1.0, 1.0, 2.5)),
-    'repopt_vgg_a2': _vgg((2, 4, 14, 1), (1.5, 1.5, 1.5, 2.75)),
-    'repopt_vgg_b0': _vgg((4, 6, 16, 1), (1.0, 1.0, 1.0, 2.5)),
-    'repopt_vgg_b1': _vgg((4, 6, 16, 1), (2.0, 2.0, 2.0, 4.0)),
-    'repopt_vgg_b2': _vgg((4, 6, 16, 1), (2.5, 2.5, 2.5, 5.0)),
-    'repopt_vgg_b3': _vgg((4, 6, 16, 1), (3.0, 3.0, 3.0, 5.0)),
-    'repopt_vgg_l1': _vgg((8, 14, 24, 1), (2.0, 2.0, 2.0, 4.0)),
-    'repopt_vgg_l2': _vgg((8, 14, 24, 1), (2.5, 2.5, 2.5, 5.0)),
-    'repopt_vgg_d2se': _vgg((8, 14, 24, 1), (2.5, 2.5, 2.5, 5.0), use_se=True),
+    'repopt_vgg_a0': _vgg(_A, 0.75, 2.5),
+    'repopt_vgg_a1': _vgg(_A, 1.0, 2.5),
+    'repopt_vgg_a2': _vgg(_A, 1.5, 2.75),
+    'repopt_vgg_b0': _vgg(_B, 1.0, 2.5),
+    'repopt_vgg_b1': _vgg(_B, 2.0, 4.0),
+    'repopt_vgg_b2': _vgg(_B, 2.5, 5.0),
+    'repopt_vgg_b3': _vgg(_B, 3.0, 5.0),
+    'repopt_vgg_l1': _vgg(_L, 2.0, 4.0),
+    'repopt_vgg_l2': _vgg(_L, 2.5, 5.0),
+    'repopt_vgg_d2se': _vgg(_L, 2.5, 5.0, use_se=True),
     # For depths and widths of the user's own: A0's unless given.
-    'repopt_vgg': _vgg((2, 4, 14, 1), (0.75, 0.75, 0.75, 2.5)),
-    'test_repopt_vgg': _vgg((1, 2, 2, 1), (1.0, 1.0, 1.0, 1.0), base=16),
+    'repopt_vgg': _vgg(_A, 0.75, 2.5),
+    'test_repopt_vgg': _vgg((1, 2, 2, 1), 1.0, 1.0, base=16),
 }
 
 
 def infer_architecture(channels: Mapping[str, int], preferred: str | None = None) -> str | None:
-    """Finds the architecture whose convolutions have these names and widths.
+    """Finds the architecture whose convolutions have these names and numbers of output channels; None if none fits.
 
-    Args:
-        channels: Convolution's module name to its number of output channels.
-        preferred: The answer where several fit: squeeze-and-excitation leaves no trace in the convolutions.
-
-    Returns:
-        Name of an architecture; None if none fits.
+    `preferred` is the answer where several fit: squeeze-and-excitation leaves no trace in the convolutions.
     """
     fitting = [name for name, each in ARCHITECTURES.items() if each.out_channels() == dict(channels)]
-    if preferred in fitting:
-        return preferred
-    return fitting[0] if fitting else None
+    return preferred if preferred in fitting else next(iter(fitting), None)
 
 
 def chosen_numbers(scales: Any) -> dict[str, Any]:
     """Returns the arguments of `timm.create_model` by which the network of `Scales` differs from its architecture."""
     own = ARCHITECTURES.get(scales.architecture)
+    if own is None or 'stem.conv' not in scales:
+        return {}
     stages: dict[str, list[str]] = {}
     for name in scales:
         stages.setdefault(name.removesuffix('.conv').rpartition('.')[0], []).append(name)
-    if own is None or 'stem.conv' not in scales:
-        return {}
     firsts = [names[0] for names in stages.values()]
     numbers = {
         'depths': tuple(map(len, list(stages.values())[1:])),

@@ -19,23 +19,14 @@ from .sources import ScalesSource
 from .trained_scales import arguments_of, find_scales
 from .weights_origin import restore_origin
 
-__all__ = ['model_from_checkpoint', 'model_of']
-
 
 def model_from_checkpoint(
     path: str | os.PathLike, scales: ScalesSource | None = None, need_scales: bool = True
 ) -> nn.Module:
     """Creates the model of a run's checkpoint, with its weights, and its data configuration in `pretrained_cfg`.
 
-    Args:
-        path: A checkpoint that the training command, or timm's script, wrote.
-        scales: Scales for a target model to carry; the checkpoint of an `_hs` or `_csla` model has its own.
-        need_scales: Refuse a target trained with scales if none are given or found, as it cannot be trained on.
-
-    Raises:
-        FileNotFoundError: If there is no such checkpoint or source of scales.
-        ValueError: If the checkpoint does not name its model, its weights are not that model's, or a weight is none,
-            see `check_weights`.
+    A target that was trained with scales is refused if none are given or found, as it cannot be trained on; without
+    `need_scales` it is not. The checkpoint of an `_hs` or `_csla` model has its own.
     """
     return model_of(read_checkpoint(path), os.fspath(path), scales, need_scales)
 
@@ -45,56 +36,50 @@ def model_of(
 ) -> nn.Module:
     """Creates the model of a checkpoint that is read already from `source`, see `model_from_checkpoint`."""
     with explaining(f"'{source}' does not hold the model of a run"):
-        return _model_of(checkpoint, source, scales, need_scales)
-
-
-def _model_of(checkpoint: Mapping[str, Any], source: str, scales: ScalesSource | None, need_scales: bool) -> nn.Module:
-    args = arguments_of(checkpoint)
-    name = checkpoint.get('arch')
-    if not isinstance(name, str):
-        raise ValueError(f"{source} does not name its model (no 'arch', as the training command writes it).")
-    ensure_registered(name)
-    if not timm.is_model(name):
-        raise ValueError(f"{source}: timm knows no model '{name}'. Import the package that registers it first.")
-    state = select_state_dict(checkpoint)
-    check_weights(state, source)
-    # The file itself holds them; a path in its arguments could name anything.
-    kwargs = {key: value for key, value in (args.get('model_kwargs') or {}).items() if key != 'scales'}
-    if ModelName.parse(name).kind == 'hs':
-        kwargs['scales'] = searched_scales(checkpoint, source)
-    classifier = timm.get_pretrained_cfg_value(name, 'classifier')
-    if isinstance(classifier, tuple | list):  # of a distilled network
-        classifier = classifier[0]
-    if f'{classifier}.weight' in state:
-        kwargs['num_classes'] = len(state[f'{classifier}.weight'])
-    if args.get('gp'):
-        kwargs['global_pool'] = args['gp']
-    if channels := args.get('in_chans') or (args.get('input_size') or [None])[0]:
-        kwargs['in_chans'] = channels
-    model: Any = timm.create_model(name, **kwargs)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        if state.keys() == reparameterize_model(model.eval()).state_dict().keys() != model.state_dict().keys():
-            raise ValueError(
-                f'{source}: its {name} is already fused: there are no branches to merge, to train or to read scales '
-                f'from. Name the checkpoint of its training.'
-            ) from None
-        raise ValueError(f'{source}: its weights are not those of {name}: {error}') from None
-    for branches in filter(None, map(branches_of, model.modules())):
-        # No tensor states it.
-        branches.start = (checkpoint.get(CHECKPOINT_KEY) or {}).get('start', 'paper')
-    wanted = kind_of(model) == 'target' and (need_scales or scales is not None)
-    if wanted and (found := find_scales(checkpoint, model, source, scales)):
-        prepare(model, found, init=False)
-        model.scales_provenance = found.provenance
-    data, names = data_config_of(args, model), checkpoint.get('label_names')
-    if mode := args.get('input_img_mode'):
-        color_mode(data['input_size'][0], mode)
-    model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
-    # The tag names weights that timm publishes, not these.
-    model.pretrained_cfg.pop('tag', None)
-    if 'origin' in checkpoint or not args.get('pretrained'):
-        # timm's script does not state it; it fine-tunes what timm knows for the model.
-        restore_origin(model, checkpoint.get('origin'))
-    return model.eval()
+        args = arguments_of(checkpoint)
+        name = checkpoint.get('arch')
+        if not isinstance(name, str):
+            raise ValueError(f"{source} does not name its model (no 'arch', as the training command writes it).")
+        ensure_registered(name)
+        state = select_state_dict(checkpoint)
+        check_weights(state, source)
+        # The file itself holds them; a path in its arguments could name anything.
+        kwargs = {key: value for key, value in (args.get('model_kwargs') or {}).items() if key != 'scales'}
+        if ModelName.parse(name).kind == 'hs':
+            kwargs['scales'] = searched_scales(checkpoint, source)
+        classifier = timm.get_pretrained_cfg_value(name, 'classifier')
+        if isinstance(classifier, tuple | list):  # of a distilled network
+            classifier = classifier[0]
+        if f'{classifier}.weight' in state:
+            kwargs['num_classes'] = len(state[f'{classifier}.weight'])
+        if args.get('gp'):
+            kwargs['global_pool'] = args['gp']
+        if channels := args.get('in_chans') or (args.get('input_size') or [None])[0]:
+            kwargs['in_chans'] = channels
+        model: Any = timm.create_model(name, **kwargs)
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            if state.keys() == reparameterize_model(model.eval()).state_dict().keys() != model.state_dict().keys():
+                raise ValueError(
+                    f'{source}: its {name} is already fused: there are no branches to merge or to read scales from. '
+                    f'Name the checkpoint of its training.'
+                ) from None
+            raise ValueError(f'{source}: its weights are not those of {name}: {error}') from None
+        for branches in filter(None, map(branches_of, model.modules())):
+            # No tensor states it.
+            branches.start = (checkpoint.get(CHECKPOINT_KEY) or {}).get('start', 'paper')
+        wanted = kind_of(model) == 'target' and (need_scales or scales is not None)
+        if wanted and (found := find_scales(checkpoint, model, source, scales)):
+            prepare(model, found, init=False)
+            model.scales_provenance = found.provenance
+        data, names = data_config_of(args, model), checkpoint.get('label_names')
+        if mode := args.get('input_img_mode'):
+            color_mode(data['input_size'][0], mode)
+        model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
+        # The tag names weights that timm publishes, not these.
+        model.pretrained_cfg.pop('tag', None)
+        if 'origin' in checkpoint or not args.get('pretrained'):
+            # timm's script does not state it; it fine-tunes what timm knows for the model.
+            restore_origin(model, checkpoint.get('origin'))
+        return model.eval()

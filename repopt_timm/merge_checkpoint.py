@@ -19,30 +19,14 @@ from .names import PREFIX, ModelName
 from .reparam import multi_branch_blocks, prepare
 from .weights_origin import note_merged
 
-__all__ = ['merge_trained']
-
-_IMAGES, _BATCH = 2048, 64
-
 
 def merge_trained(
     source: str, model_name: str = '', data: str | os.PathLike | None = None, implied: bool = False
 ) -> nn.Module:
-    """Makes the plain network of a trained multi-branch one, under our name.
+    """Makes the plain network of a trained multi-branch one, under our name, in evaluation mode.
 
-    Args:
-        source: Checkpoint of a run, file of tensors, file of a repository of the authors (see `model_from_reference`),
-            or what `timm.create_model` takes, such as `mobileone_s0.apple_in1k`.
-        model_name: timm's name of the network, for a file that does not state it.
-        data: Image folder to measure the statistics of added BatchNorms on; its training split if it has one.
-            2048 of its images are used. Defaults to estimates from the branches.
-        implied: Let the network carry the scales that the branches imply.
-
-    Returns:
-        The network in evaluation mode. A target of the authors, which is plain, stays as it is.
-
-    Raises:
-        FileNotFoundError: If there is no such file or folder.
-        ValueError: If the network has no branches, or cannot become plain, or a weight is none, see `check_weights`.
+    `source` is a checkpoint of a run, a file of tensors or of the authors, or a name of `timm.create_model`. With
+    `data` added BatchNorms are measured on images. A target of the authors, which is plain, stays as it is.
     """
     is_file = Path(source).is_file() or not (':' in source or timm.is_model(source.split('.')[0]))
     checkpoint = read_checkpoint(source) if is_file else {}
@@ -72,7 +56,7 @@ def merge_trained(
         prepare(plain, implied_scales(original).renamed(name.network), init=False)
     if data is not None:
         folder = open_evaluation(data, 'train', preprocessing(model=plain))
-        recalibrate(plain, folder.batches(folder.sample(_IMAGES, seed=0), _BATCH, 'BatchNorm'))
+        recalibrate(plain, folder.batches(folder.sample(2048, seed=0), 64, 'BatchNorm'))
     return plain
 
 
@@ -81,7 +65,7 @@ def _plain_name(original: str) -> ModelName:
     if name.kind == 'branches':
         return ModelName(name.architecture)
     own = original.replace('repvgg_', 'repopt_vgg_')
-    if own != original and own in ARCHITECTURES and not ARCHITECTURES[own].use_se:
+    if own in ARCHITECTURES and not ARCHITECTURES[own].use_se:
         return ModelName(own)
     ensure_registered(PREFIX + original)
     return ModelName(PREFIX + original)

@@ -6,8 +6,6 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ['count_macs', 'count_parameters', 'size_of']
-
 
 def count_parameters(model: nn.Module) -> int:
     """Returns the number of a network's parameters."""
@@ -15,14 +13,9 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int | None:
-    """Returns the multiply-adds of convolutions and matrix products for one image; nothing is computed.
+    """Returns the multiply-adds of convolutions and matrix products for one image of channels, height and width.
 
-    Args:
-        model: The network, on any device.
-        input_size: Channels, height and width of the image.
-
-    Returns:
-        The number; None for a network that does not run on the meta device.
+    None stands for a network that does not run on the meta device, where nothing is computed.
     """
     # Not part of what timm imports, and `--help` waits for every import.
     from torch.utils.flop_counter import FlopCounterMode

@@ -5,8 +5,6 @@ from fnmatch import fnmatchcase
 
 from .architectures import ARCHITECTURES
 
-__all__ = ['KINDS', 'MULTI_BRANCH', 'PREFIX', 'ModelName']
-
 KINDS = {'hs': '_hs', 'csla': '_csla', 'branches': '_branches', 'target': ''}
 """Kind of model to the end of its name.
 
@@ -28,20 +26,14 @@ MULTI_BRANCH = (
 )
 """timm's names of multi-branch networks whose plain twins are registered at import, with `repopt_` in front.
 
-`repopt_mobileone_s0`, `repopt_mobileone_s0_hs`, `_csla` and `_branches`; names that timm gains match as well. A RepVGG
-without groups is `repopt_vgg_*`, and RepVGG-D2se has its squeeze-and-excitation before the ReLU, which ours has not.
+A RepVGG without groups is `repopt_vgg_*`. RepVGG-D2se has its squeeze-and-excitation before the ReLU, which ours has
+not.
 """
 
 
 @dataclass(frozen=True)
 class ModelName:
-    """A name such as `repopt_vgg_a0_hs.cifar10`.
-
-    Attributes:
-        architecture: Name of the plain network, `repopt_vgg_a0`.
-        kind: `target`, `hs`, `csla` or `branches`.
-        tag: Name of weights, `cifar10`; empty for none.
-    """
+    """A name such as `repopt_vgg_a0_hs.cifar10`: plain network, kind, and tag of weights."""
 
     architecture: str
     kind: str = 'target'
@@ -57,14 +49,12 @@ class ModelName:
     @property
     def variant(self) -> str:
         """The name without a tag, as timm's registry has it."""
-        return self.architecture + KINDS[self.kind]
+        return self.of_kind(self.kind)
 
     @property
     def network(self) -> str:
         """What its scales are called after: the architecture; of a converted timm model, timm's own name for it."""
-        if self.architecture in ARCHITECTURES:
-            return self.architecture
-        return self.architecture.removeprefix(PREFIX)
+        return self.architecture if self.architecture in ARCHITECTURES else self.architecture.removeprefix(PREFIX)
 
     @property
     def is_registered_at_import(self) -> bool:

@@ -8,11 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ['forget_origin', 'license_identifier', 'merged_from', 'note_merged', 'origin_of', 'restore_origin']
-
 _MERGED = 'merged from '
-# Both may come from anyone's config.json, checkpoint or scales, and go into a card.
-_LICENSE = re.compile(r'[a-z0-9][a-z0-9.+_-]{0,99}')
 
 
 def origin_of(model: Any) -> dict[str, Any]:
@@ -21,10 +17,7 @@ def origin_of(model: Any) -> dict[str, Any]:
 
 
 def restore_origin(model: Any, origin: Any) -> None:
-    """Gives a timm model the origin of the weights that it took over; what it stated before goes.
-
-    `origin` is what `origin_of` returned; anything else, of a damaged file for example, counts as none.
-    """
+    """Gives a timm model the `origin_of` the weights that it took over; anything else counts as none."""
     others = {key: value for key, value in model.pretrained_cfg.items() if key not in ('license', 'notes')}
     model.pretrained_cfg = {**others, **_checked(origin)}
 
@@ -49,11 +42,11 @@ def merged_from(model: Any) -> str:
 
 def license_identifier(name: Any) -> str:
     """Returns the identifier of a licence in lower case; empty for what is not one, as anyone's file may state."""
-    return name.lower() if isinstance(name, str) and _LICENSE.fullmatch(name.lower()) else ''
+    return name.lower() if isinstance(name, str) and re.fullmatch(r'[a-z0-9][a-z0-9.+_-]{0,99}', name.lower()) else ''
 
 
 def _checked(origin: Any) -> dict[str, Any]:
-    """Returns the parts of an origin that are what they should be."""
+    """Returns the parts of an origin that are what they should be: it may be anyone's, and goes into a card."""
     origin = origin if isinstance(origin, Mapping) else {}
     notes = origin.get('notes')
     notes = [notes] if isinstance(notes, str) else notes if isinstance(notes, list | tuple) else []

@@ -1,7 +1,6 @@
 """The plain twin of a multi-branch network of timm: one convolution and one BatchNorm for each of its blocks."""
 
 import copy
-import logging
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,11 +23,7 @@ from ..reparam import (
     network_name,
     resolve_prior,
 )
-from .readers import KEPT, READERS, BranchSum, Part
-
-__all__ = ['BlockReport', 'PlainBlock', 'implied_scales', 'plain_twin', 'report_twin']
-
-_logger = logging.getLogger(__name__)
+from .readers import KEPT, READERS, BranchSum
 
 # Classes whose `fuse()` or `reparameterize()` folds normalization into one convolution, or calls that of its children.
 FOLDING_CLASSES.update([
@@ -36,19 +31,12 @@ FOLDING_CLASSES.update([
     'NextTransformerBlock', 'NormLinear', 'PlainBlock', 'RepOptVggBlock', 'RepVit', 'RepVitClassifier', 'SHViT',
 ])  # fmt: skip
 
-# SGD multiplies gradients with the square: a channel may train a thousand times slower than a typical one.
-_RANGE = 30.0
-
 
 class PlainBlock(nn.Module):
     """What takes the place of a multi-branch block: `conv`, `bn`, then attention and activation under their names.
 
-    Args:
-        conv: The convolution.
-        bn: The BatchNorm.
-        adds_norm: Whether the multi-branch block had no BatchNorm after the sum of its branches. The statistics of one
-            that was added are estimates after a merge; see `recalibrate`.
-        after: Further modules by name, in the order in which they run.
+    `adds_norm` says that the block had no BatchNorm after the sum of its branches. The statistics of one that was added
+    are estimates after a merge; see `recalibrate`.
     """
 
     def __init__(self, conv: nn.Conv2d, bn: nn.Module, adds_norm: bool = True, **after: nn.Module):
@@ -72,26 +60,18 @@ class PlainBlock(nn.Module):
         if branches_of(conv):
             merge_branches(conv)
         # Also those of a frozen or synchronized BatchNorm, which is of another class.
-        mean, variance = (getattr(norm, name, None) for name in ('running_mean', 'running_var'))
-        if mean is not None and variance is not None:
+        if getattr(norm, 'running_var', None) is not None:
             # Their Grad Mult is of the kernel without the normalization.
             drop_scales(conv)
             conv.weight, conv.bias = fuse_conv_bn_weights(
-                conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias
+                conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
             )
             self.add_module('bn', getattr(norm, 'act', nn.Identity()))
         return self
 
 
 class BlockReport(NamedTuple):
-    """What became of a multi-branch block.
-
-    Attributes:
-        name: Its name in the network.
-        type: Its class.
-        branches: Name of each convolution that took its place, to branch name to count; empty if it was left.
-        reason: Why it was left as it is; empty if it was converted.
-    """
+    """What became of a multi-branch block: convolution to branch name to count, or the reason why it was left."""
 
     name: str
     type: str
@@ -140,7 +120,7 @@ def implied_scales(model: nn.Module) -> Scales:
     A branch counts with gamma / sigma of its BatchNorm in the sum, which is what the scale of a CSLA branch is. Equal
     branches share the root of their mean square, which gives the same Grad Mult under SGD. An identity's value is that
     of its operator, whose Grad Mult is 1. Dead and exploding channels are bounded: to a thirtieth and thirty times of
-    what the strongest branch of a typical channel has. The provenance states how many were, the log in which branches.
+    what the strongest branch of a typical channel has. The provenance states how many were.
 
     Args:
         model: Trained multi-branch network; it is not changed.
@@ -155,22 +135,18 @@ def implied_scales(model: nn.Module) -> Scales:
     modules: dict[str, dict[str, Tensor]] = {}
     bounded = 0
     for name, source in sums.items():
-        kernel = source.kxk.weight.double()
         vectors = modules[name] = {}
         for branch in source.counts:
-            # Without their operators, branches are gamma / sigma.
-            parts = [Part(norm=part.norm) for each, part in zip(source.names, source.parts) if each == branch]
-            equal = [_folded(part, kernel)[0].detach().flatten() for part in parts]
+            parts = [part for each, part in zip(source.names, source.parts) if each == branch]
+            equal = [_gain(part.norm, source.kxk.weight).detach() for part in parts]
             vectors[branch] = equal[0] if len(equal) == 1 else torch.stack(equal).square().mean(0).sqrt()
         scaled = {branch: vector.abs() for branch, vector in vectors.items() if branch != 'identity'}
         typical = torch.stack(list(scaled.values())).amax(0).median().item() or 1.0
-        low, high = typical / _RANGE, typical * _RANGE
         for branch, size in scaled.items():
-            dead, exploding = int((size < low).sum()), int((size > high).sum())
-            if dead + exploding:
-                _logger.info(f"'{name}', branch {branch}: {dead} dead, {exploding} exploding channels are bounded.")
-            bounded += dead + exploding
-            vectors[branch] = torch.where(vectors[branch] < 0, -1.0, 1.0) * size.clamp(low, high)
+            # SGD multiplies gradients with the square: a channel may train a thousand times slower than a typical one.
+            within = size.clamp(typical / 30, typical * 30)
+            bounded += int((size != within).sum())
+            vectors[branch] = within.where(vectors[branch] >= 0, -within)
     provenance = {'method': 'implied by trained branches', 'bounded_channels': bounded}
     counts = {name: source.counts for name, source in sums.items()}
     return Scales(network_name(twin), modules, geometry_of(twin, modules), counts, provenance, 'implied')
@@ -182,40 +158,42 @@ def _convert(model: nn.Module, weights: bool = False) -> tuple[nn.Module, dict[s
     blocks = dict(multi_branch_blocks(twin))
     if not blocks:
         raise ValueError(f'{type(model).__name__} has no multi-branch block: it is plain, or its branches are merged.')
-    report = {n: BlockReport(n, type(each).__name__, {}, KEPT.get(_class_of(each), '')) for n, each in blocks.items()}
+    report = {}
     for name, block in blocks.items():
-        if report[name].reason:
+        kept = _class_of(block) in KEPT
+        reason = 'a residual connection around a normalized convolution, not a sum that is normalized' if kept else ''
+        report[name] = BlockReport(name, type(block).__name__, {}, reason)
+        if kept:
             keep_branches(block)
-    made: dict[nn.Module, tuple[str, BranchSum]] = {}
+    sources: dict[nn.Module, BranchSum] = {}
+    owners: dict[nn.Module, str] = {}
     converted: dict[nn.Module, nn.Module] = {}
     for name, block in multi_branch_blocks(twin):
         try:
             if _class_of(block) not in READERS:
                 raise ValueError('plain_twin does not know this class')
-            new = READERS[_class_of(block)](block, partial(_make_plain, made, name, block.training, weights))
+            new = READERS[_class_of(block)](block, partial(_make_plain, sources, weights))
         except ValueError as error:
-            where = f"'{name}' of {type(model).__name__}" if name else 'The model'
-            raise ValueError(f'{where} is a {type(block).__name__} that cannot become plain: {error}.') from None
+            raise ValueError(
+                f"'{name}' of {type(model).__name__} is a {type(block).__name__} that cannot become plain: {error}."
+            ) from None
+        owners = dict.fromkeys(sources, name) | owners
         if new is not block:
             converted[block] = new
-            hooks = {key: value for key, value in vars(block).items() if '_hook' in key and 'load' not in key}
-            vars(new).update(hooks)
+            vars(new).update({key: value for key, value in vars(block).items() if '_hook' in key and 'load' not in key})
     twin = converted.get(twin, twin)
     # Wherever a block is used: a shared one stays shared.
     for parent in list(twin.modules()):
         for child_name, child in parent._modules.items():
             parent._modules[child_name] = converted.get(child, child)  # type: ignore[arg-type]
-    sums: dict[str, BranchSum] = {}
+    sums = {name: sources[conv] for name, conv in twin.named_modules() if conv in sources}
     prior: dict[str, Any] = {}
-    for conv_name, conv in twin.named_modules():
-        if conv in made:
-            block_name, source = made[conv]
-            sums[conv_name] = source
-            report[block_name].branches[conv_name] = prior[conv_name] = source.counts
-            if source.initial is not None:
-                prior[conv_name] = ConvPrior(source.counts, source.initial(twin, conv_name))
-    for conv_name, found in (resolve_prior(twin, prior) if prior else {}).items():
-        found.put_on(twin.get_submodule(conv_name))  # type: ignore[arg-type]
+    for name, source in sums.items():
+        report[owners[twin.get_submodule(name)]].branches[name] = prior[name] = source.counts
+        if source.initial is not None:
+            prior[name] = ConvPrior(source.counts, source.initial(twin, name))
+    for name, found in (resolve_prior(twin, prior) if prior else {}).items():
+        found.put_on(twin.get_submodule(name))  # type: ignore[arg-type]
     return twin, sums, [each for each in report.values() if each.branches or each.reason]
 
 
@@ -224,26 +202,18 @@ def _class_of(block: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _make_plain(
-    made: dict[nn.Module, tuple[str, BranchSum]],
-    name: str,
-    training: bool,
-    weights: bool,
-    source: BranchSum,
-    **after: nn.Module,
-) -> nn.Module:
-    """Makes a plain block for the block called `name`, and notes in `made` what its convolution replaces."""
-    conv, first = copy.deepcopy(source.kxk), source.parts[0].norm
+def _make_plain(sources: dict[nn.Module, BranchSum], weights: bool, source: BranchSum, **after: nn.Module) -> nn.Module:
+    """Makes a plain block, and notes in `sources` what its convolution replaces."""
+    conv, norm = copy.deepcopy(source.kxk), copy.deepcopy(source.norm)
     conv.bias = None
-    norm = copy.deepcopy(source.norm)
     if norm is None:
-        assert first is not None
+        first: Any = source.parts[0].norm
         kernel = conv.weight
         norm = nn.BatchNorm2d(len(kernel), first.eps, first.momentum, device=kernel.device, dtype=kernel.dtype)
     if weights:
         _load_merged_(source, conv, norm)
-    made[conv] = (name, source)
-    return PlainBlock(conv, norm, adds_norm=source.norm is None, **after).train(training)
+    sources[conv] = source
+    return PlainBlock(conv, norm, adds_norm=source.norm is None, **after).train(conv.training)
 
 
 def _load_merged_(source: BranchSum, conv: nn.Conv2d, norm: Any) -> None:
@@ -256,14 +226,18 @@ def _load_merged_(source: BranchSum, conv: nn.Conv2d, norm: Any) -> None:
     """
     kernel = torch.zeros_like(conv.weight, dtype=torch.float64)
     beta, offset, variance = kernel.new_zeros(3, len(kernel))
-    for name, part in zip(source.names, source.parts):
-        operator, bias = _folded(part, kernel)
-        kernel += embed(operator, kernel.shape, Branch.of(name, conv.kernel_size))
-        offset += bias
+    parts: Any = source.parts
+    for name, (own_conv, own_norm) in zip(source.names, parts):
+        gain = _gain(own_norm, kernel)
+        operator = kernel.new_ones(len(kernel), 1, 1, 1) if own_conv is None else own_conv.weight
+        kernel += embed(gain.view(-1, 1, 1, 1) * operator, kernel.shape, Branch.of(name, conv.kernel_size))
+        if own_conv is not None and own_conv.bias is not None:
+            offset += gain * own_conv.bias
+        if own_norm is not None:
+            offset += own_norm.bias - gain * own_norm.running_mean
         if source.norm is None:
-            assert part.norm is not None
-            beta += part.norm.bias
-            variance += part.norm.weight.double() ** 2
+            beta += own_norm.bias
+            variance += own_norm.weight.double() ** 2
     conv.weight.copy_(kernel)
     if source.norm is not None:
         norm.running_mean -= offset
@@ -274,13 +248,8 @@ def _load_merged_(source: BranchSum, conv: nn.Conv2d, norm: Any) -> None:
     norm.bias.copy_(beta)
 
 
-def _folded(part: Part, kernel: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns a branch's operator with gamma / sigma of its BatchNorm in it, and its bias, in float64."""
-    conv: Any = part.conv
-    norm: Any = part.norm
-    operator = kernel.new_ones(len(kernel), 1, 1, 1) if conv is None else conv.weight.double()
-    bias = kernel.new_zeros(len(kernel)) if conv is None or conv.bias is None else conv.bias.double()
+def _gain(norm: Any, kernel: Tensor) -> Tensor:
+    """Returns gamma / sigma of a branch's BatchNorm in float64; ones without one."""
     if norm is None:
-        return operator, bias
-    mean, variance = norm.running_mean.double(), norm.running_var.double()
-    return fuse_conv_bn_weights(operator, bias, mean, variance, norm.eps, norm.weight, norm.bias)
+        return kernel.new_ones(len(kernel), dtype=torch.float64)
+    return norm.weight * (norm.running_var.double() + norm.eps).rsqrt()

@@ -13,8 +13,6 @@ from torch import nn
 
 from ..reparam import refusal, run_scale, stage_scale
 
-__all__ = ['KEPT', 'READERS', 'BranchSum', 'MakePlain', 'Part']
-
 
 class Part(NamedTuple):
     """One branch of a block: its convolution, None for an identity, and the BatchNorm of this branch alone, if any."""
@@ -23,23 +21,20 @@ class Part(NamedTuple):
     norm: nn.BatchNorm2d | None = None
 
     @classmethod
-    def of(cls, module: nn.Module) -> 'Part':
+    def of(cls, module: Any) -> 'Part':
         """Reads a module whose children are a convolution, its BatchNorm, and nothing that does anything."""
         conv, norm, *rest = module.children()
         if any(not isinstance(each, nn.Identity) for each in rest):
             raise ValueError(f'{type(module).__name__} does more than a convolution and a BatchNorm')
-        return cls(conv, norm)  # type: ignore[arg-type]
+        return cls(conv, norm)
 
 
 @dataclass(frozen=True)
 class BranchSum:
     """`norm(sum_b norm_b(conv_b(x)))`: all that a plain convolution and one BatchNorm need to know.
 
-    Attributes:
-        parts: The branches; those of the largest kernel come first.
-        norm: The BatchNorm that follows the sum, if there is one.
-        initial: Start of the scales, of the plain network and the convolution's name in it, where a family has a rule
-            of its own. Defaults to `run_scale`.
+    Parts with the largest kernel come first. `initial` gives the start of the scales, from the plain network and the
+    convolution's name in it, where a family has a rule other than `run_scale`.
     """
 
     parts: tuple[Part, ...]
@@ -50,25 +45,22 @@ class BranchSum:
         for conv, norm in (*self.parts, Part(norm=self.norm)):
             if conv is not None and (reason := refusal(conv)):
                 raise ValueError(reason)
-            extra = [getattr(norm, name, None) for name in ('drop', 'act')]
-            if any(each is not None and not isinstance(each, nn.Identity) for each in extra):
-                raise ValueError(f'{type(norm).__name__} of a branch drops or activates; set drop_block_rate=0')
             if norm is not None and (not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None):
                 raise ValueError(f'{type(norm).__name__} of a branch is not a BatchNorm2d with running statistics')
+            if norm is not None and any(not isinstance(each, nn.Identity) for each in norm.children()):
+                raise ValueError(f'{type(norm).__name__} of a branch drops or activates; set drop_block_rate=0')
 
     @property
-    def kxk(self) -> nn.Conv2d:
+    def kxk(self) -> Any:
         """The first convolution with the largest kernel."""
-        assert self.parts[0].conv is not None
         return self.parts[0].conv
 
     @property
     def names(self) -> list[str]:
         """Name of each part's branch; parts of one name are equal branches that share a scale."""
-        sizes = [None if conv is None else conv.kernel_size for conv, _ in self.parts]
-        return [
-            'identity' if size is None else 'kxk' if size == sizes[0] else 'x'.join(map(str, size)) for size in sizes
-        ]
+        names = {None: 'identity', self.kxk.kernel_size: 'kxk'}
+        sizes: list[Any] = [conv and conv.kernel_size for conv, _ in self.parts]
+        return [names.get(size) or 'x'.join(map(str, size)) for size in sizes]
 
     @property
     def counts(self) -> dict[str, int]:
@@ -81,7 +73,7 @@ MakePlain = Callable[..., nn.Module]
 
 
 def _sum(branches: Iterable[nn.Module | None], identity: Any, initial: Any = None) -> BranchSum:
-    """Reads branches and the BatchNorm of an identity; None stands for one that the block does not have."""
+    """Reads branches and the BatchNorm of an identity; None stands for what the block does not have."""
     parts = [Part.of(branch) for branch in branches if branch is not None]
     if identity is not None:
         parts.append(Part(norm=identity))
@@ -96,8 +88,8 @@ def _repvgg(block: Any, plain: MakePlain) -> nn.Module:
 
 
 def _by_index_in_stage(network: nn.Module, conv: str) -> float:
-    index = conv.split('.')[-2:-1]
-    return stage_scale(int(index[0]) if index and index[0].isdigit() else 0)
+    index = f'.{conv}'.split('.')[-2]
+    return stage_scale(int(index) if index.isdigit() else 0)
 
 
 def _mobileone(block: Any, plain: MakePlain) -> nn.Module:
@@ -211,17 +203,15 @@ READERS: dict[str, Callable[[Any, MakePlain], nn.Module]] = {
 }
 """Class of a block to its reader. It returns what takes its place: a plain block, or itself with plain ones inside."""
 
-_RESIDUAL = 'a residual connection around a normalized convolution, not a sum that is normalized'
-
 KEPT = {
-    'timm.models.efficientvim.EfficientViMBlock': _RESIDUAL,
-    'timm.models.efficientvim.PatchMerging': _RESIDUAL,
-    'timm.models.fastvit.RepConditionalPosEnc': _RESIDUAL,
-    'timm.models.fastvit.RepMixer': _RESIDUAL,
-    'timm.models.iformer.RepCPE': _RESIDUAL,
-    'timm.models.shvit.Residual': _RESIDUAL,
+    'timm.models.efficientvim.EfficientViMBlock',
+    'timm.models.efficientvim.PatchMerging',
+    'timm.models.fastvit.RepConditionalPosEnc',
+    'timm.models.fastvit.RepMixer',
+    'timm.models.iformer.RepCPE',
+    'timm.models.shvit.Residual',
 }
-"""Class of a block that timm can merge for inference, and that keeps its branches here, to the reason.
+"""Classes of blocks that timm can merge for inference, and that keep their branches here.
 
 A residual connection is not a branch of a CSLA block: its identity is not trained, and weight decay must not shrink it.
 """

@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from .conversion import PlainBlock
 
-__all__ = ['recalibrate']
-
 
 @torch.no_grad()
 def recalibrate(twin: nn.Module, batches: Iterable[Any]) -> nn.Module:
@@ -29,25 +27,23 @@ def recalibrate(twin: nn.Module, batches: Iterable[Any]) -> nn.Module:
         The twin.
 
     Raises:
-        ValueError: If the model has no plain block, its BatchNorms are folded or frozen, there are no images, or one
-            has a NaN or infinite value; the model is as before then.
+        ValueError: If the model has no plain block, its BatchNorms are folded or frozen, or images are missing, NaN or
+            infinite; the model is as before then.
     """
-    blocks: dict[str, Any] = {
-        f'{name}.bn'.lstrip('.'): each for name, each in twin.named_modules() if isinstance(each, PlainBlock)
-    }
+    blocks: dict[str, Any] = {name: each for name, each in twin.named_modules() if isinstance(each, PlainBlock)}
     if not blocks:
         raise ValueError(f'{type(twin).__name__} has no block to recalibrate: make it with plain_twin(model).')
     for name, block in blocks.items():
         if not isinstance(block.bn, nn.BatchNorm2d | nn.SyncBatchNorm):
             raise ValueError(
-                f"Found {type(block.bn).__name__} at '{name}' of {type(twin).__name__}, expected a BatchNorm: "
+                f"Found {type(block.bn).__name__} at '{name}.bn' of {type(twin).__name__}, expected a BatchNorm: "
                 f'recalibrate the twin before freeze_batch_norm_2d and reparameterize_model.'
             )
-    added = {name: block.bn for name, block in blocks.items() if block.adds_norm}
     device = next(twin.parameters()).device
     # As in `swa_utils.update_bn`, but beside the network, whose BatchNorms go on with the statistics that they have.
     settings: dict[str, Any] = {'momentum': None, 'affine': False, 'device': device, 'dtype': torch.float64}
-    measured = {bn: nn.BatchNorm2d(bn.num_features, **settings) for bn in added.values()}
+    added = {block.bn: name for name, block in blocks.items() if block.adds_norm}
+    measured: dict[Any, Any] = {bn: nn.BatchNorm2d(bn.num_features, **settings) for bn in added}
 
     def measure(bn: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         measured[bn](inputs[0].double())
@@ -66,12 +62,11 @@ def recalibrate(twin: nn.Module, batches: Iterable[Any]) -> nn.Module:
             hook.remove()
         for module, training in modes.items():
             module.training = training
-    for name, bn in added.items():
-        found: Any = measured[bn]
+    for bn, found in measured.items():
         if not found.num_batches_tracked:
             raise ValueError('There are no images to recalibrate with.')
         if not (found.running_mean.isfinite().all() and found.running_var.isfinite().all()):
-            raise ValueError(f"The input of '{name}' has a NaN or infinite value: leave such batches out.")
+            raise ValueError(f"The BatchNorm of '{added[bn]}' gets NaN or infinite values: leave such batches out.")
     for bn, found in measured.items():
         # Gamma and beta move so that the BatchNorm computes the same with the other statistics.
         gain = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()

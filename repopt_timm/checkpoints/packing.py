@@ -5,25 +5,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ['PRECISIONS', 'pack', 'unpack']
-
 PRECISIONS = ('float32', 'float16', 'int8')
 
 # As compressed-tensors, the format of quantized weights on the Hub, calls what an 8-bit weight is multiplied with.
 _SCALE = '_scale'
-_LARGEST = 127
 
 
 def pack(state_dict: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
-    """Packs the floating point tensors of two or more dimensions; vectors, such as BatchNorm's, stay as they are.
+    """Packs floating point tensors of two or more dimensions; others, such as BatchNorm's, stay as they are.
 
-    Args:
-        state_dict: Tensors of a model, all finite.
-        precision: `float32` for as they are, `float16`, or `int8` for `round(w / s)` with `s = max|w| / 127` of each
-            output channel, shape (O,), float32, under the tensor's name and `_scale`.
-
-    Raises:
-        ValueError: If there is no such precision, or a value is too large for float16.
+    `int8` is `round(w / s)` with `s = max|w| / 127` of each output channel, float32, under the tensor's name and
+    `_scale`.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"'{precision}' is not a precision, expected one of {', '.join(PRECISIONS)}.")
@@ -37,7 +29,7 @@ def pack(state_dict: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
                 raise ValueError(f"'{name}' has values up to {tensor.abs().max():g}, which float16 cannot hold.")
         else:
             rows = tensor.float().flatten(1)
-            scale = rows.abs().amax(1) / _LARGEST
+            scale = rows.abs().amax(1) / 127
             # A row of zeros stays one.
             quotient = rows / scale.where(scale > 0, 1.0).unsqueeze(1)
             packed[name] = quotient.round().to(torch.int8).view(tensor.shape).contiguous()
@@ -46,11 +38,7 @@ def pack(state_dict: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
 
 
 def unpack(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Restores what `pack` made 8-bit, as float32; any other state dict comes back as it is.
-
-    Raises:
-        ValueError: If the scales of an 8-bit tensor are not one for each of its output channels.
-    """
+    """Restores what `pack` made 8-bit, as float32; any other state dict comes back as it is."""
     restored = dict(state_dict)
     for name, tensor in state_dict.items():
         if tensor.dtype == torch.int8 and name + _SCALE in state_dict:

@@ -14,9 +14,6 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
-__all__ = ['refuse_fused', 'scale_names', 'timm_names']
-
-_STAGE = re.compile(r'stage(?:0|(\d+)\.(\d+))\.(.+)')
 _SCALES = {
     'scale_conv.weight': 'kxk',
     'scale_1x1.weight': '1x1',
@@ -25,10 +22,7 @@ _SCALES = {
     'scale3x3.weight': 'kxk',
     'scale1x1.weight': '1x1',
 }
-_SCALE = re.compile(r'(.+)\.(' + '|'.join(map(re.escape, _SCALES)) + ')')
-
 _GHOST_SCALES = {'fusion_scale.weight': 'identity', 'cheap_operation.1.weight': 'kxk'}
-_GHOST_SCALE = re.compile(r'(blocks\.\d+\.\d+\.ghost[12])\.(' + '|'.join(map(re.escape, _GHOST_SCALES)) + ')')
 
 # Part of a name of theirs to timm's.
 _RENAMED = {
@@ -49,18 +43,17 @@ _FUSED = {
 
 
 def scale_names(keys: Collection[str]) -> dict[str, tuple[str, str]]:
-    """Finds the scales among the keys of a state dict.
-
-    Returns:
-        Key of each scale to module and branch.
-    """
+    """Finds the scales among the keys of a state dict: key to module and branch."""
     names = {}
     for key in keys:
-        if match := _SCALE.fullmatch(key):
-            names[key] = (f'{_stage(key).removesuffix(match[2])}conv', _SCALES[match[2]])
-        # Without the scale of an identity, what stands after the convolution is a BatchNorm.
-        elif (match := _GHOST_SCALE.fullmatch(key)) and f'{match[1]}.fusion_scale.weight' in keys:
-            names[key] = (f'{match[1]}.cheap_operation.conv', _GHOST_SCALES[match[2]])
+        for end, branch in _SCALES.items():
+            if key.endswith(f'.{end}'):
+                names[key] = (f'{_stage(key).removesuffix(end)}conv', branch)
+        for end, branch in _GHOST_SCALES.items():
+            module = key.removesuffix(end)
+            # Without the scale of an identity, what stands after the convolution is a BatchNorm.
+            if key != module and f'{module}fusion_scale.weight' in keys:
+                names[key] = (f'{module}cheap_operation.conv', branch)
     return names
 
 
@@ -88,7 +81,7 @@ def refuse_fused(keys: Collection[str], source: str) -> None:
 
 
 def _stage(key: str) -> str:
-    match = _STAGE.fullmatch(key)
+    match = re.fullmatch(r'stage(?:0|(\d+)\.(\d+))\.(.+)', key)
     if match is None:
         return key
     stage, block, rest = match.groups()

@@ -8,13 +8,4 @@ from .records import take_name
 from .repopt_vgg import RepOptVgg
 from .twins import ensure_registered, register_models, register_twins, resolve_model
 
-__all__ = [
-    'RepOptVgg',
-    'ensure_registered',
-    'register_twins',
-    'resolve_model',
-    'take_name',
-    'to_plain',
-]
-
 register_models()

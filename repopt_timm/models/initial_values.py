@@ -8,14 +8,9 @@ from ..names import PREFIX
 from ..scales import Scales
 from .twins import ensure_registered
 
-__all__ = ['initial_values']
-
 
 def initial_values(scales: Scales) -> Scales | None:
-    """Returns the initial values for the network that scales state; None if timm does not know its name.
-
-    Of a `repopt_vgg` of other depths and widths than those of the name the numbers are read off the scales.
-    """
+    """Returns the initial values for the network that scales state; None if timm does not know its name."""
     name = scales.architecture if scales.architecture in ARCHITECTURES else PREFIX + scales.architecture
     ensure_registered(name)
     if not timm.is_model(name):

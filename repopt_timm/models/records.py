@@ -9,8 +9,6 @@ from torch import nn
 
 from ..names import ModelName
 
-__all__ = ['Twin', 'first_conv_of', 'stated_arguments', 'take_name']
-
 
 class Twin(nn.Module):
     """What a timm network has besides its own class, as a model of this package."""
@@ -29,12 +27,7 @@ class Twin(nn.Module):
 
 
 def take_name(model: Any, name: ModelName) -> None:
-    """Lets a network be the model called `name`: its name in timm's records, and the one that its scales go by.
-
-    Args:
-        model: The network, plain or a twin; changed in place.
-        name: Name of a model that timm knows.
-    """
+    """Lets a network be the model called `name`, in timm's records and for its scales; changed in place."""
     first_conv = first_conv_of(get_pretrained_cfg(name.architecture), name.kind)
     model.architecture = name.network
     model.pretrained_cfg = {**model.pretrained_cfg, 'architecture': name.variant, 'first_conv': first_conv}

@@ -13,25 +13,12 @@ from ..checkpoints.reference import refuse_fused, scale_names, timm_names
 from ..errors import explaining
 from ..names import PREFIX
 
-__all__ = ['model_from_reference']
-
-_KERNEL = re.compile(r'(stem|stages\.\d+\.\d+)(?:\.conv_kxk)?\.conv\.weight')
-
 
 def model_from_reference(checkpoint: Mapping[str, Any], source: str) -> Any:
     """Creates the timm model of a checkpoint in the layout of a repository of the authors.
 
-    Args:
-        checkpoint: A target such as `RepOpt-VGG-B1-acc78.62.pth`, or one of a RepOptGhostNet; or a RepVGG as it was
-            trained, with `rbr_dense`. Its tensors are nested under `model` or `state_dict`, or bare.
-        source: Its file, for errors.
-
-    Returns:
-        The model in evaluation mode, with these weights and as many classes; tagged `in1k` if they are 1000. A RepVGG
-        has its branches.
-
-    Raises:
-        ValueError: If it is no such checkpoint, fits no known architecture, or a weight is none, see `check_weights`.
+    That is a target such as `RepOpt-VGG-B1-acc78.62.pth`, a RepOptGhostNet, or a RepVGG as it was trained, which keeps
+    its branches. Weights of 1000 classes are tagged `in1k`.
     """
     found = select_state_dict(checkpoint)
     refuse_fused(found, source)
@@ -45,9 +32,8 @@ def model_from_reference(checkpoint: Mapping[str, Any], source: str) -> Any:
             f'{source}: its {len(state)} tensors fit no known architecture, expected a RepOpt-VGG, RepOpt-GhostNet or '
             f'RepVGG of the authors. Name the network of any other file with --model.'
         )
-    classifier = timm.get_pretrained_cfg_value(name, 'classifier')
     with explaining(f'{source} does not have the weights of {name}'):
-        num_classes = len(state[f'{classifier}.weight'])
+        num_classes = len(state[f'{timm.get_pretrained_cfg_value(name, "classifier")}.weight'])
         model: Any = timm.create_model(name, num_classes=num_classes)
         model.load_state_dict(state)
     # timm's tag would name other weights.
@@ -57,12 +43,12 @@ def model_from_reference(checkpoint: Mapping[str, Any], source: str) -> Any:
 
 
 def _vgg_of(state: Mapping[str, Tensor]) -> str | None:
-    kernels = {f'{match[1]}.conv': state[key] for key in state if (match := _KERNEL.fullmatch(key))}
-    taken = 'repopt_vgg_d2se' if any('.attn.' in key for key in state) else None
-    name = infer_architecture({conv: len(kernel) for conv, kernel in kernels.items()}, taken)
-    if name and any('.conv_kxk.' in key for key in state):
+    kernel = re.compile(r'(stem|stages\.\d+\.\d+)(?:\.conv_kxk)?\.conv\.weight')
+    widths = {f'{match[1]}.conv': len(state[key]) for key in state if (match := kernel.fullmatch(key))}
+    name = infer_architecture(widths, 'repopt_vgg_d2se' if any('.attn.' in key for key in state) else None)
+    second = state.get('stages.0.1.conv_kxk.conv.weight')
+    if name and second is not None:
         # RepVGG-B1g4 has groups in every second block.
-        second = kernels['stages.0.1.conv']
         groups = len(second) // second.shape[1]
         name = name.replace('repopt_vgg', 'repvgg') + (f'g{groups}' if groups > 1 else '')
     return name if name and timm.is_model(name) else None

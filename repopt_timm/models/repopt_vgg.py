@@ -5,13 +5,11 @@ of the same depths, widths and strides.
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import checkpoint_seq, generate_default_cfgs
 from timm.models.byobnet import LayerFn
 from torch import Tensor, nn
@@ -23,60 +21,92 @@ from ..names import KINDS
 from ..reparam import ConvPrior, Scales, branches_of, carried_scales, repvgg_branches, stage_scale, to_plain
 from .byobnet import RepVgg
 from .records import Twin
-from .weights import original_cfgs, tagged_cfgs
-
-__all__ = ['RepOptVgg', 'RepOptVggBlock']
+from .weights import original_cfgs, shipped_cfgs
 
 
 class RepOptVggBlock(PlainBlock):
-    """Convolution, BatchNorm, ReLU and, if the network has it, squeeze-and-excitation after the ReLU.
-
-    Args:
-        in_chs: Number of input channels.
-        out_chs: Number of output channels.
-        stride: Stride of the convolution.
-        dilation: Dilation of the stage's first and of its further blocks, as ByobNet passes it.
-        layers: ByobNet's layer functions.
-        drop_block: Layer that drops activations after the BatchNorm.
-        device: Device of the parameters.
-        dtype: Floating point type of the parameters.
-    """
+    """Convolution, BatchNorm, ReLU and, if the network has it, squeeze-and-excitation after the ReLU."""
 
     def __init__(
         self,
         in_chs: int,
         out_chs: int,
+        layers: LayerFn,
         stride: int = 1,
         dilation: tuple[int, int] = (1, 1),
-        layers: LayerFn | None = None,
         drop_block: Any = None,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
         **_: Any,
     ):
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
-        layers = layers or LayerFn()
         conv = nn.Conv2d(in_chs, out_chs, 3, stride, padding=dilation[0], dilation=dilation[0], bias=False, **dd)
         bn = layers.norm_act(out_chs, drop_layer=drop_block, **dd)
         super().__init__(conv, bn, attn=layers.attn(out_chs, **dd) if layers.attn is not None else nn.Identity())
-        self.put_prior(0, stride)
 
-    def put_prior(self, index: int, stride: int) -> None:
-        """Lets the convolution carry its branches and what their scales start from.
 
-        Args:
-            index: Index of the block inside its stage.
-            stride: Stride that the convolution was constructed with.
+class RepOptVgg(Twin, RepVgg):
+    """RepOpt-VGG. All that ByobNet offers works; see `RepVgg` and `timm.create_model` for further arguments."""
+
+    block_type = RepOptVggBlock
+
+    __jit_unused_properties__ = ('scales',)
+
+    def __init__(self, cfg: Architecture, architecture: str, drop_path_rate: float = 0.0, **kwargs: Any):
+        if drop_path_rate:
+            raise ValueError(f'drop_path_rate={drop_path_rate}: a plain network has no residual branch to drop.')
+        super().__init__(cfg, **kwargs)
+        self.architecture = architecture
+        stages: Any = [[self.stem], *self.stages]
+        for stage, first_stride in zip(stages, self.strides):
+            for index, block in enumerate(stage):
+                branches = repvgg_branches(block.conv)
+                # An `output_stride` may have turned the stride into dilation.
+                stride = 1 if index else first_stride
+                if stride != 1:
+                    branches.pop('identity', None)
+                ConvPrior(branches, stage_scale(index), (stride, stride)).put_on(block.conv)
+
+    @property
+    def scales(self) -> Scales | None:
+        """The scales of an `_hs` or `_csla` model, or what a plain one carries; None without any."""
+        twins = filter(None, map(branches_of, self.modules()))
+        return Scales.from_model(self) if carried_scales(self) or any(each.complete for each in twins) else None
+
+    def to_plain(self) -> nn.Module:
+        """Returns the plain model with merged kernels and the same output; see `repopt_timm.to_plain`."""
+        return to_plain(self)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Returns the last stage's output, shape (N, C, H, W)."""
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = self._forward_checkpointed(x)
+        else:
+            x = self.stages(self.stem(x))
+        return self.final_conv(x)
+
+    @torch.jit.ignore
+    def _forward_checkpointed(self, x: Tensor) -> Tensor:
+        """Recomputes BatchNorm and ReLU in the backward pass, and no convolution of a target.
+
+        Half of what a plain network keeps are outputs of its ReLUs, which cost little to make again.
         """
-        conv: Any = self.conv
-        branches = repvgg_branches(conv)
-        if stride != 1:
-            branches.pop('identity', None)
-        ConvPrior(branches, stage_scale(index), (stride, stride)).put_on(conv)
+        if torch.compiler.is_compiling():
+            return checkpoint_seq(self.stages, self.stem(x))
+        blocks: list[Any] = [self.stem, *(block for stage in self.stages for block in stage)]
+        x = blocks[0].conv(x)
+        for block, following in pairwise(blocks):
+            x = _recomputing_activation(block, following, x)
+        return blocks[-1].attn(blocks[-1].bn(x))
 
 
-def _activate_and_convolve(x: Tensor, block: Any, following: Any) -> Tensor:
-    return following.conv(block.attn(block.bn(x)))
+def _recomputing_activation(block: Any, following: Any, x: Tensor) -> Any:
+    return checkpoint(
+        lambda x: following.conv(block.attn(block.bn(x))),
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (nullcontext(), _without_counting(block.bn)),
+    )
 
 
 @contextmanager
@@ -90,96 +120,10 @@ def _without_counting(norm: Any) -> Iterator[None]:
         norm._buffers.update(buffers)
 
 
-def _contexts(norm: Any) -> tuple[AbstractContextManager, AbstractContextManager]:
-    return nullcontext(), _without_counting(norm)
-
-
-class RepOptVgg(Twin, RepVgg):
-    """RepOpt-VGG. All that ByobNet offers works; see `RepVgg` and `timm.create_model` for further arguments.
-
-    Args:
-        cfg: Depths and widths.
-        architecture: Name of the plain model.
-        drop_path_rate: Must be 0: a plain network has no residual branch to drop.
-
-    Attributes:
-        architecture: Name of the plain model.
-        scales_provenance: Where the scales come from, if the model has any.
-    """
-
-    block_type = RepOptVggBlock
-
-    __jit_unused_properties__ = ('scales',)
-
-    pretrained_cfg: dict[str, Any]
-    default_cfg: dict[str, Any]
-    _traits: dict[str, Any]
-
-    def __init__(self, cfg: Architecture, architecture: str, drop_path_rate: float = 0.0, **kwargs: Any):
-        if drop_path_rate:
-            raise ValueError(f'drop_path_rate={drop_path_rate}: a plain network has no residual branch to drop.')
-        super().__init__(cfg, **kwargs)
-        for stage, stride in zip(self.stages, self.strides[1:]):
-            for index, block in enumerate(stage):
-                # An `output_stride` may have turned the stride into dilation.
-                block.put_prior(index, stride if index == 0 else 1)
-        self.architecture = architecture
-
-    @property
-    def scales(self) -> Scales | None:
-        """The scales of an `_hs` or `_csla` model, or what a plain one carries; None without any."""
-        twins = filter(None, map(branches_of, self.modules()))
-        return Scales.from_model(self) if carried_scales(self) or any(each.complete for each in twins) else None
-
-    def to_plain(self) -> nn.Module:
-        """Returns the plain model with merged kernels and the same output; see `repopt_timm.to_plain`."""
-        return to_plain(self)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Returns the last stage's output, shape (N, C, H, W); see `set_grad_checkpointing`."""
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = self._forward_checkpointed(x)
-        else:
-            x = self.stages(self.stem(x))
-        return self.final_conv(x)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes BatchNorm and ReLU in the backward pass.
-
-        Half of what a plain network keeps for the backward pass are outputs of its ReLUs, which cost little to make
-        again. No convolution of a target is run twice, unlike with timm's checkpoints of whole stages, which stay in
-        use under `torch.compile`.
-        """
-        super().set_grad_checkpointing(enable)
-
-    @torch.jit.ignore
-    def _forward_checkpointed(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return checkpoint_seq(self.stages, self.stem(x))
-        blocks: list[Any] = [self.stem, *(block for stage in self.stages for block in stage)]
-        x = blocks[0].conv(x)
-        for block, following in pairwise(blocks):
-            x = checkpoint(
-                _activate_and_convolve,
-                x,
-                block,
-                following,
-                use_reentrant=False,
-                context_fn=partial(_contexts, block.bn),
-            )
-        return blocks[-1].attn(blocks[-1].bn(x))
-
-
 def _cfg(kind: str, **kwargs: Any) -> dict[str, Any]:
     return {
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
         'pool_size': (7, 7),
-        'crop_pct': 0.875,
         'interpolation': 'bilinear',
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
         'first_conv': ('stem.conv_1x1.conv', 'stem.conv_kxk.conv') if kind == 'branches' else 'stem.conv',
         'classifier': 'head.fc',
         'license': 'apache-2.0',
@@ -195,7 +139,7 @@ def _cfg(kind: str, **kwargs: Any) -> dict[str, Any]:
 # has to come after the tags.
 default_cfgs = generate_default_cfgs(
     {
-        **{name: _cfg('target', **cfg) for name, cfg in tagged_cfgs().items()},
+        **{name: _cfg('target', **cfg) for name, cfg in shipped_cfgs().items()},
         **{name: _cfg(kind, **cfg) for kind in ('target', 'branches') for name, cfg in original_cfgs(kind).items()},
         **{f'{name}{suffix}.*': _cfg(kind) for name in ARCHITECTURES for kind, suffix in KINDS.items()},
     }

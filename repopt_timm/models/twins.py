@@ -1,7 +1,6 @@
 """Target, Hyper-Search and CSLA models of timm's networks by our names, and the originals with branches."""
 
 import functools
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import timm
 from timm.models import (
     build_model_with_cfg,
+    generate_default_cfgs,
     get_pretrained_cfg,
     model_entrypoint,
     parse_model_name,
@@ -16,8 +16,6 @@ from timm.models import (
     register_notrace_module,
     resolve_pretrained_cfg,
 )
-from timm.models._hub import load_model_config_from_hf, load_model_config_from_path
-from timm.models._pretrained import DefaultCfg
 from timm.models._registry import get_arch_pretrained_cfgs
 from torch import nn
 
@@ -27,15 +25,10 @@ from ..names import KINDS, MULTI_BRANCH, PREFIX, ModelName
 from ..reparam import Branches, convert_, multi_branch_blocks, name_as_part, prepare, repvgg_prior
 from ..sources import IMPLIED, ScalesSource, load_scales
 from ..weights_origin import note_merged
-from .byobnet import create_byobnet, feature_indices
+from .byobnet import create_byobnet
 from .records import Twin, first_conv_of, take_name
-from .repopt_vgg import RepOptVgg
-from .weights import choose_weights, fetch, requested_scales, restore
-
-__all__ = ['create', 'ensure_registered', 'make_kind', 'register_models', 'register_twins', 'resolve_model']
-
-default_cfgs: dict[str, DefaultCfg] = {}
-"""timm looks here for the configurations of what this module registers."""
+from .repopt_vgg import RepOptVgg, default_cfgs
+from .weights import choose_weights, fetch, load_config, requested_scales, restore
 
 # A tracer records a CSLA convolution's kernel as one call.
 register_notrace_module(Branches)
@@ -44,7 +37,7 @@ register_notrace_module(Branches)
 def register_models() -> None:
     """Registers RepOpt-VGG, and the twins of timm's multi-branch networks as far as this timm has them."""
     for name in ARCHITECTURES:
-        register_kinds(name, RepOptVgg.__module__, KINDS)
+        _register_kinds(name, KINDS)
     for pattern in MULTI_BRANCH:
         for name in timm.list_models(pattern):
             _register(name, KINDS)
@@ -73,6 +66,25 @@ def register_twins(name: str) -> None:
         _register(name, ('target', 'hs', 'csla'))
 
 
+def _register(name: str, kinds: Iterable[str]) -> None:
+    untrained = replace(resolve_pretrained_cfg(name), url=None, hf_hub_id=None, file=None, tag='')
+    for kind in kinds:
+        variant = ModelName(PREFIX + name, kind).variant
+        found = get_arch_pretrained_cfgs(name) if kind in ('target', 'branches') else {}
+        cfgs: dict[str, Any] = {variant + full_name.removeprefix(name): cfg for full_name, cfg in found.items()}
+        default_cfgs.update(generate_default_cfgs(cfgs or {variant: untrained}))
+    _register_kinds(PREFIX + name, kinds)
+
+
+def _register_kinds(architecture: str, kinds: Iterable[str]) -> None:
+    for kind in kinds:
+        entrypoint: Any = functools.partial(create, ModelName(architecture, kind).variant)
+        entrypoint.__name__ = ModelName(architecture, kind).variant
+        # timm looks for configurations in the `default_cfgs` of this module.
+        entrypoint.__module__ = __name__
+        register_model(entrypoint)
+
+
 def ensure_registered(model_name: str) -> None:
     """Registers the twins that a name such as `repopt_resnet18_hs` asks for, if timm does not know it yet."""
     name = ModelName.parse(model_name)
@@ -82,87 +94,16 @@ def ensure_registered(model_name: str) -> None:
 
 
 def resolve_model(model_name: str) -> tuple[str, dict[str, Any]]:
-    """Finds out which model a name for `timm.create_model` stands for, and registers it if it is a twin.
+    """Registers the model that a name, a repository or a `local-dir:FOLDER` stands for, if it is a twin.
 
-    Args:
-        model_name: A model's name, `hf-hub:user/repo`, or `local-dir:FOLDER`, whose `config.json` names the model.
-
-    Returns:
-        The model's name, which timm need not know, and the arguments that the `config.json` keeps for it.
-
-    Raises:
-        OSError: If the `config.json` cannot be read or downloaded.
-        ValueError: If the name is not one that timm takes. Over a damaged `config.json` timm raises whatever it meets.
+    Returns the model's name, which timm need not know, and the arguments that the `config.json` keeps for it.
     """
     source, name = parse_model_name(model_name)
     saved_args: dict[str, Any] = {}
     if source is not None:
-        load: Any = load_model_config_from_hf if source == 'hf-hub' else load_model_config_from_path
-        _, name, saved_args = load(name)
+        _, name, saved_args = load_config(source, name)
     ensure_registered(name)
     return name, saved_args
-
-
-@functools.cache
-def _twin_class(network: Any) -> type:
-    """Makes the class of a twin: a subclass, so that timm's own class stays as it is for the whole process."""
-
-    def reduce(model: nn.Module, protocol: Any) -> tuple:
-        return _new_twin, (network,), vars(model)
-
-    attributes = {'__module__': network.__module__, '__reduce_ex__': reduce}
-    return type(network.__name__, (Twin, network), attributes)
-
-
-def _new_twin(network: type) -> Any:
-    made: Any = _twin_class(network)
-    return made.__new__(made)
-
-
-def make_kind(model: nn.Module, kind: str, source: ScalesSource | None, init: bool = True) -> nn.Module:
-    """Makes the target, Hyper-Search or CSLA model of a plain network.
-
-    Args:
-        model: The plain network; changed in place.
-        kind: `target`, `hs` or `csla`.
-        source: Scales, see `load_scales`. Without any a target is a plain network, a search starts from the initial
-            values, and a CSLA model raises until a checkpoint brings some.
-        init: Apply the Rule of Initialization to a target.
-
-    Raises:
-        ValueError: If the scales do not belong to the network.
-    """
-    scales = None if source is None else load_scales(source, model)
-    if kind != 'target':
-        prior = repvgg_prior(model) if kind == 'csla' else None
-        model = convert_(model, prior if scales is None else scales, trainable_scales=kind == 'hs')
-    elif scales is not None:
-        prepare(model, scales, init)
-    made: Any = model
-    made.scales_provenance = {} if scales is None else scales.provenance
-    return model
-
-
-def register_kinds(architecture: str, module: str, kinds: Iterable[str]) -> None:
-    """Registers models of an architecture with timm, which finds their configurations in a module's `default_cfgs`."""
-    for kind in kinds:
-        variant = ModelName(architecture, kind).variant
-        entrypoint: Any = functools.partial(create, variant)
-        entrypoint.__name__, entrypoint.__module__ = variant, module
-        entrypoint.__doc__ = f'The {kind} model of {architecture}.'
-        setattr(sys.modules[module], variant, register_model(entrypoint))
-
-
-def _register(name: str, kinds: Iterable[str]) -> None:
-    architecture = PREFIX + name
-    untrained = replace(resolve_pretrained_cfg(name), url=None, hf_hub_id=None, file=None, tag='')
-    for kind in kinds:
-        cfgs = get_arch_pretrained_cfgs(name) if kind in ('target', 'branches') else {}
-        tags = {full_name.partition('.')[2]: cfg for full_name, cfg in cfgs.items()} or {'': untrained}
-        entry = default_cfgs[ModelName(architecture, kind).variant] = DefaultCfg()
-        entry.tags.extend(tags)
-        entry.cfgs.update(tags)
-    register_kinds(architecture, __name__, kinds)
 
 
 def create(
@@ -174,25 +115,13 @@ def create(
     cache_dir: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Creates any model of this package in timm's way: its records, its weights, its scales and its features.
-
-    Args:
-        variant: Name of the model.
-        pretrained: Load weights: those of the model itself, or those of timm's original, whose branches are merged.
-        pretrained_cfg: timm's argument.
-        pretrained_cfg_overlay: timm's argument.
-        scales: See `load_scales`; `implied` for those of the branches that are merged.
-        cache_dir: Folder for downloads. Defaults to the Hub client's.
-        kwargs: timm's arguments, and those of the network.
-
-    Raises:
-        ValueError: If the weights or scales do not exist, or belong to another network.
-    """
+    """Creates any model of this package in timm's way: its records, its weights, its scales and its features."""
     name = ModelName.parse(variant)
     is_vgg = name.architecture in ARCHITECTURES
     config = choose_weights(variant, pretrained, pretrained_cfg, pretrained_cfg_overlay)
     if not pretrained:
         config = replace(config, license=None, notes=None)
+    # Other weights are those of timm's original.
     own = config.source in ('hf-hub', 'local-dir') or (
         timm.is_model(name.of_kind('branches')) and bool(config.file or config.state_dict)
     )
@@ -208,46 +137,55 @@ def create(
     own_strides = is_vgg or name.network.startswith('mobileone_')
     original: Any = functools.partial(create_byobnet, original_name) if own_strides else model_entrypoint(original_name)
     original_config = replace(config, first_conv=get_pretrained_cfg(original_name).first_conv)  # type: ignore[union-attr]
+    # As timm does itself from 1.0.31 on.
+    recorded = {key: each for key, each in kwargs.items() if key not in ('device', 'dtype', 'pretrained_model_args')}
     if name.kind == 'branches':
         model: Any = original(pretrained=pretrained, pretrained_cfg=original_config, cache_dir=cache_dir, **kwargs)
-        model._model_args = _recorded(kwargs)
+        model._model_args = recorded
         return model
-    whole: list[nn.Module] = []
+    whole: Any = None
 
     def make(**arguments: Any) -> nn.Module:
+        nonlocal whole
+        branches: Any = None
         if is_vgg:
-            plain: Any = RepOptVgg(ARCHITECTURES[name.architecture], name.architecture, **arguments)
-            if of_timm and not isinstance(plain.stem.attn, nn.Identity):
+            whole = RepOptVgg(ARCHITECTURES[name.architecture], name.architecture, **arguments)
+            if of_timm and not isinstance(whole.stem.attn, nn.Identity):
                 raise ValueError(
                     "RepVGG's squeeze-and-excitation comes before the ReLU, ours after it, so its weights do not fit. "
                     'Use repopt_repvgg_d2se.'
                 )
-        branches: Any = None
         if of_timm or not is_vgg:
             # timm loads the original's weights into the original, whatever their file format, channels and classes.
             branches = original(pretrained=of_timm, pretrained_cfg=original_config, cache_dir=cache_dir, **arguments)
         if is_vgg and of_timm:
-            plain.load_state_dict(plain_twin(branches, weights=True).state_dict())
+            whole.load_state_dict(plain_twin(branches, weights=True).state_dict())
         elif not is_vgg:
-            plain = plain_twin(branches, of_timm) if any(multi_branch_blocks(branches)) else branches
-            plain.__class__ = _twin_class(plain.__class__)
-            take_name(plain, name)
+            whole = plain_twin(branches, of_timm) if any(multi_branch_blocks(branches)) else branches
+            whole.__class__ = _twin_class(whole.__class__)
+            take_name(whole, name)
             if 'output_stride' in arguments:
-                _state_constructed_strides(plain, original, arguments)
+                _state_constructed_strides(whole, original, arguments)
         source = scales
-        if of_timm and plain is not branches and isinstance(source, str) and source == IMPLIED:
+        if of_timm and whole is not branches and isinstance(source, str) and source == IMPLIED:
             source = implied_scales(branches).renamed(name.network)
-        whole.append(make_kind(plain, name.kind, source, init=not pretrained))
-        return whole[0]
+        found = None if source is None else load_scales(source, whole)
+        if name.kind != 'target':
+            # A CSLA model without scales raises until a checkpoint brings some.
+            prior = repvgg_prior(whole) if name.kind == 'csla' else None
+            convert_(whole, prior if found is None else found, trainable_scales=name.kind == 'hs')
+        elif found is not None:
+            prepare(whole, found, init=not pretrained)
+        whole.scales_provenance = {} if found is None else found.provenance
+        return whole
 
     feature_cfg: dict[str, Any] = {}
-    if is_vgg:
-        feature_cfg = {'flatten_sequential': True, 'out_indices': feature_indices(variant, **kwargs)}
-    elif kwargs.get('features_only'):
-        strides = {key: kwargs[key] for key in ('strides',) if key in kwargs}
-        theirs = original(features_only=True, device='meta', **strides).feature_info
+    if kwargs.get('features_only'):
+        numbers = {key: kwargs[key] for key in ('strides', 'depths', 'widths') if key in kwargs}
+        theirs = original(features_only=True, device='meta', **numbers).feature_info
         flatten = any('.' in each['module'] for each in theirs.info)
-        feature_cfg = {'feature_cls': 'getter', 'out_indices': theirs.out_indices, 'flatten_sequential': flatten}
+        feature_cfg = {'out_indices': theirs.out_indices, 'flatten_sequential': flatten}
+        feature_cfg['feature_cls'] = 'list' if is_vgg else 'getter'
     first_conv = first_conv_of(get_pretrained_cfg(name.architecture))
     model = build_model_with_cfg(
         make,
@@ -259,19 +197,14 @@ def create(
         cache_dir=cache_dir,
         **kwargs,
     )
-    model._model_args = _recorded(kwargs)
-    if model is not whole[0]:
-        names = {module: child for child, module in whole[0].named_modules()}
+    model._model_args = recorded
+    if model is not whole:
+        names = {module: child for child, module in whole.named_modules()}
         model.architecture = name.network
         name_as_part(model, {child: names.get(module, '') for child, module in model.named_children()})
     if repository and any(isinstance(module, PlainBlock) for module in model.modules()):
         note_merged(model, repository)
     return model
-
-
-def _recorded(kwargs: dict[str, Any]) -> dict[str, Any]:
-    # As timm does itself from 1.0.31 on.
-    return {key: each for key, each in kwargs.items() if key not in ('device', 'dtype', 'pretrained_model_args')}
 
 
 def _state_constructed_strides(plain: nn.Module, create: Callable[..., nn.Module], kwargs: dict[str, Any]) -> None:
@@ -282,3 +215,18 @@ def _state_constructed_strides(plain: nn.Module, create: Callable[..., nn.Module
     for name, each in repvgg_prior(original).items():
         conv: Any = plain.get_submodule(name)
         replace(each, stride=tuple(original.get_submodule(name).stride)).put_on(conv)
+
+
+@functools.cache
+def _twin_class(network: Any) -> type:
+    """Makes the class of a twin: a subclass, so that timm's own class stays as it is for the whole process."""
+    attributes = {
+        '__module__': network.__module__,
+        '__reduce_ex__': lambda twin, protocol: (_new_twin, (network,), vars(twin)),
+    }
+    return type(network.__name__, (Twin, network), attributes)
+
+
+def _new_twin(network: type) -> Any:
+    made: Any = _twin_class(network)
+    return made.__new__(made)

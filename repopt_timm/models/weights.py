@@ -4,7 +4,6 @@ The package's own weights come first, then the Hub's. timm's repositories hold w
 """
 
 import json
-import os
 from contextlib import suppress
 from typing import Any
 
@@ -23,36 +22,21 @@ from ..reparam import kind_of
 from ..resources import shipped_repositories
 from ..sources import ScalesSource, scales_beside_weights
 
-__all__ = ['choose_weights', 'fetch', 'original_cfgs', 'requested_scales', 'restore', 'tagged_cfgs']
 
-# Weights that their authors publish in a format of their own, for everyone to convert.
-_CONVERTIBLE = ('repopt_vgg_b1', 'repopt_vgg_b2', 'repopt_vgg_l1', 'repopt_vgg_l2')
-_CONVERTIBLE_TAG = 'in1k'
-
-_TOTAL_STRIDE = 32
-
-
-def tagged_cfgs() -> dict[str, dict[str, Any]]:
-    """Makes timm's configurations of all tags: `<model>.<tag>` to what differs from an untrained model's."""
-    cfgs: dict[str, dict[str, Any]] = {f'{name}.{_CONVERTIBLE_TAG}': {} for name in _CONVERTIBLE}
+def shipped_cfgs() -> dict[str, dict[str, Any]]:
+    """Makes timm's configurations of the weights that ship, by `<model>.<tag>`."""
+    cfgs = {}
     for name, folder in shipped_repositories().items():
         weights = folder / WEIGHTS_FILE
         if weights.is_file():
-            config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-            cfg = {**config['pretrained_cfg'], 'num_classes': config['num_classes'], 'file': str(weights)}
+            cfg = json.loads((folder / 'config.json').read_text(encoding='utf-8'))['pretrained_cfg']
             cfg = {key: tuple(value) if isinstance(value, list) else value for key, value in cfg.items()}
-            cfgs[name] = {**cfg, 'pool_size': tuple(max(1, size // _TOTAL_STRIDE) for size in cfg['input_size'][1:])}
-    for cfg in cfgs.values():
-        cfg.pop('tag', None)
+            cfgs[name] = {**cfg, 'file': str(weights)}
     return cfgs
 
 
 def original_cfgs(kind: str) -> dict[str, dict[str, Any]]:
-    """Makes the configurations of timm's RepVGG weights for our names: `repopt_vgg_b1.rvgg_in1k`.
-
-    Args:
-        kind: `target`, for weights that are merged on load, or `branches`.
-    """
+    """Makes the configurations of timm's RepVGG weights for our targets or `branches`: `repopt_vgg_b1.rvgg_in1k`."""
     cfgs: dict[str, dict[str, Any]] = {}
     # The squeeze-and-excitation of timm's RepVGG-D2se is elsewhere than ours.
     for name in (name for name, each in ARCHITECTURES.items() if kind == 'branches' or not each.use_se):
@@ -66,57 +50,35 @@ def original_cfgs(kind: str) -> dict[str, dict[str, Any]]:
 
 
 def choose_weights(variant: str, pretrained: bool, cfg: Any, overlay: dict[str, Any] | None) -> PretrainedCfg:
-    """Chooses the weights of `pretrained=True`: the named ones, else shipped ones, else the first on the Hub.
-
-    Args:
-        variant: Name of the model.
-        pretrained: Whether weights are asked for.
-        cfg: timm's `pretrained_cfg` argument: a tag, a configuration or nothing.
-        overlay: timm's `pretrained_cfg_overlay` argument.
-
-    Raises:
-        ValueError: If there are no such weights; says how to get some.
-    """
+    """Chooses the weights of `pretrained=True`: the named ones, else shipped ones, else the first on the Hub."""
     resolved = resolve_pretrained_cfg(variant, cfg, overlay)
     if not pretrained or resolved.has_weights or resolved.state_dict:
         return resolved
     available = {name: found for name, found in get_arch_pretrained_cfgs(variant).items() if found.has_weights}
-    if not resolved.tag and available:
-        return resolve_pretrained_cfg(variant, min(available.values(), key=lambda each: not each.file).tag, overlay)
-    if resolved.tag == _CONVERTIBLE_TAG:
+    if resolved.tag or not available:
+        name = f'{variant}.{resolved.tag}' if resolved.tag else variant
         raise ValueError(
-            f"The weights '{variant}.{resolved.tag}' are published by the method's authors as a file of their own. Get "
-            f'RepOpt-VGG-{variant[-2:].upper()}*.pth from https://github.com/DingXiaoH/RepOptimizers, then convert it: '
-            f'`repopt-timm convert-checkpoint FILE --out DIR`, and load it as local-dir:DIR.'
+            f"There are no trained weights '{name}' here. Available: {', '.join(available) or 'none'}. Train some with "
+            f"train.py, or name a repository with 'hf-hub:user/repo'."
         )
-    name = f'{variant}.{resolved.tag}' if resolved.tag else variant
-    raise ValueError(
-        f"There are no trained weights '{name}' here. Available: {', '.join(available) or 'none'}. Train some with "
-        f"train.py, or name a repository with 'hf-hub:user/repo'."
-    )
+    return resolve_pretrained_cfg(variant, min(available.values(), key=lambda each: not each.file).tag, overlay)
+
+
+def load_config(source: str | None, place: Any) -> tuple[Any, str, dict[str, Any]]:
+    """Loads the `config.json` of a repository or folder: configuration, name of the model, and its arguments."""
+    load: Any = load_model_config_from_hf if source == 'hf-hub' else load_model_config_from_path
+    return load(place)
 
 
 def requested_scales(
     name: ModelName, config: PretrainedCfg, scales: ScalesSource | None, beside: bool
 ) -> ScalesSource | None:
-    """Returns the scales that a call of `timm.create_model` means: those named, else those beside the weights.
-
-    Args:
-        name: Name of the model.
-        config: Configuration of the weights.
-        scales: The argument `scales`. One that a downloaded config brings could name any file or repository and does
-            not count.
-        beside: Whether the weights are those of the model itself, so that scales may lie beside them.
-
-    Raises:
-        ValueError: If a multi-branch original is to take scales.
-    """
+    """Returns the scales that a call of `timm.create_model` means: those named, else those beside the weights."""
     repository = config.source in ('hf-hub', 'local-dir')
-    if scales is not None and repository:
-        local = config.source == 'local-dir'
-        load: Any = load_model_config_from_path if local else load_model_config_from_hf
-        if load(config.file if local else config.hf_hub_id)[2].get('scales') == scales:
-            scales = None
+    place = config.file if config.source == 'local-dir' else config.hf_hub_id
+    # Scales that a downloaded config.json brings could name any file or repository, and do not count.
+    if scales is not None and repository and load_config(config.source, place)[2].get('scales') == scales:
+        scales = None
     if scales is None and (beside or repository):
         scales = scales_beside_weights(config.to_dict())
     if scales is not None and name.kind == 'branches':
@@ -127,15 +89,8 @@ def requested_scales(
     return scales
 
 
-def fetch(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None = None) -> str:
-    """Brings timm's weights into the cache, from where timm loads them, and says what is wrong if that fails.
-
-    Returns:
-        What to call them: the repository; empty if they are not on the Hub.
-
-    Raises:
-        HubError: If they cannot be downloaded, or are not in the cache while the client is offline.
-    """
+def fetch(cfg: PretrainedCfg, cache_dir: Any = None) -> str:
+    """Downloads timm's weights, with errors that name the repository, and returns its name; empty if not on the Hub."""
     if not cfg.hf_hub_id or cfg.file or cfg.state_dict:
         return ''
     source = parse_hub_source(HUB_PREFIX + cfg.hf_hub_id)
@@ -146,13 +101,9 @@ def fetch(cfg: PretrainedCfg, cache_dir: str | os.PathLike | None = None) -> str
 
 
 def restore(state_dict: dict[str, Tensor], model: Any, first_conv: str = '') -> dict[str, Tensor]:
-    """Makes the tensors of a file those of a model, for timm's `load_pretrained`.
-
-    Packed weights are unpacked. timm adapts `<first_conv>.weight` to other image channels; the operators of a twin's
-    first convolution have other names, and are adapted here.
-    """
+    """Unpacks a file's weights, and adapts the operators of a twin's first convolution to other image channels."""
     state_dict = unpack(state_dict)
-    # In some twins the first convolution has no branches.
+    # timm adapts `<first_conv>.weight` of targets. In some twins the first convolution has no branches.
     plain = f'{first_conv}.weight' if kind_of(model) != 'target' else None
     for key, tensor in state_dict.items():
         if (key == plain or key.startswith(f'{first_conv}.parametrizations.weight.')) and tensor.ndim == 4:

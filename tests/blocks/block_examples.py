@@ -1,4 +1,4 @@
-"""Small blocks of each family, trained for some steps so that no BatchNorm is neutral."""
+"""Small blocks of each family, as a training leaves them."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,6 @@ try:
 except ImportError:
     lcnetv2 = None
 
-Counts = dict[str, dict[str, int]]
 ALL_OF_A_BLOCK = {'1x1': 1, 'identity': 1, 'kxk': 1}
 
 
@@ -21,71 +20,49 @@ class Example(NamedTuple):
 
     block: nn.Module
     channels: int
-    branches: Counts
+    branches: dict[str, dict[str, int]]
 
 
-def _byobnet() -> dict[str, Example]:
+def examples() -> dict[str, Example]:
+    """Name of an example to the example, as trained, in float64."""
+    torch.manual_seed(0)
     attention = byobnet.LayerFn(attn=SqueezeExcite)
-    repvgg, mobile = byobnet.RepVggBlock, byobnet.MobileOneBlock
-    return {
+    repvgg, mobile, ghost = byobnet.RepVggBlock, byobnet.MobileOneBlock, ghostnet.GhostBottleneckV3(4, 6, 4, stride=2)
+    fast = fastvit.MobileOneBlock(8, 8, 3, group_size=1, num_conv_branches=2, use_se=True)
+    large = fastvit.ReparamLargeKernelConv(4, 8, 7, 2, group_size=1, small_kernel=3, use_se=True, act_layer=nn.GELU)
+    thrice = {**ALL_OF_A_BLOCK, 'kxk': 3}
+    of_ghost = {f'ghost{each}.primary_conv.conv': {'kxk': 3} for each in (1, 2)}
+    of_ghost |= {f'ghost{each}.cheap_operation.conv': thrice for each in (1, 2)}
+    found = {
         'repvgg': Example(repvgg(8, 8, group_size=4), 8, {'conv': ALL_OF_A_BLOCK}),
         'repvgg-attention': Example(repvgg(4, 8, stride=2, layers=attention), 4, {'conv': {'1x1': 1, 'kxk': 1}}),
-        'mobileone-depthwise': Example(
-            mobile(8, 8, group_size=1, num_conv_branches=3), 8, {'conv': {**ALL_OF_A_BLOCK, 'kxk': 3}}
-        ),
+        'mobileone-depthwise': Example(mobile(8, 8, group_size=1, num_conv_branches=3), 8, {'conv': thrice}),
         'mobileone-pointwise': Example(
             mobile(4, 8, kernel_size=1, num_conv_branches=2, layers=attention), 4, {'conv': {'kxk': 2}}
         ),
-    }
-
-
-def _fastvit() -> dict[str, Example]:
-    mobile = fastvit.MobileOneBlock(8, 8, 3, group_size=1, num_conv_branches=2, use_se=True)
-    large = fastvit.ReparamLargeKernelConv(4, 8, 7, 2, group_size=1, small_kernel=3, use_se=True, act_layer=nn.GELU)
-    return {
-        'fastvit-mobileone': Example(mobile, 8, {'conv': {**ALL_OF_A_BLOCK, 'kxk': 2}}),
+        'fastvit-mobileone': Example(fast, 8, {'conv': {**ALL_OF_A_BLOCK, 'kxk': 2}}),
         'fastvit-large': Example(large, 4, {'conv': {'3x3': 1, 'kxk': 1}}),
-    }
-
-
-def _depthwise_networks() -> dict[str, Example]:
-    found = {
         'repvit': Example(repvit.RepVggDw(6, 3), 6, {'conv': ALL_OF_A_BLOCK}),
         'repvit-legacy': Example(repvit.RepVggDw(6, 3, legacy=True), 6, {'conv': ALL_OF_A_BLOCK}),
         'repghost': Example(repghost.RepGhostModule(4, 6), 4, {'cheap_operation.conv': {'identity': 1, 'kxk': 1}}),
-        'ghostnetv3': Example(
-            ghostnet.GhostBottleneckV3(4, 6, 4, stride=2),
-            4,
-            {
-                'conv_dw.conv': {'1x1': 1, 'kxk': 3},
-                'ghost1.primary_conv.conv': {'kxk': 3},
-                'ghost1.cheap_operation.conv': {**ALL_OF_A_BLOCK, 'kxk': 3},
-                'ghost2.primary_conv.conv': {'kxk': 3},
-                'ghost2.cheap_operation.conv': {**ALL_OF_A_BLOCK, 'kxk': 3},
-            },
-        ),
+        'ghostnetv3': Example(ghost, 4, {'conv_dw.conv': {'1x1': 1, 'kxk': 3}, **of_ghost}),
     }
     if lcnetv2 is not None:
         block = lcnetv2.RepDepthwiseSeparable(4, 6, 1, dw_kernel_size=5, use_rep=True, use_se=True)
         found['lcnetv2'] = Example(block, 4, {'dw_conv.conv': {'1x1': 1, '3x3': 1, 'kxk': 1}})
+    for example in found.values():
+        randomized(example.block).double().train()
     return found
 
 
-def examples() -> dict[str, Example]:
-    """Name of an example to the example, trained in float64."""
-    torch.manual_seed(0)
-    return {name: _trained(each) for name, each in (_byobnet() | _fastvit() | _depthwise_networks()).items()}
-
-
-def _trained(example: Example) -> Example:
-    block = example.block.double().train()
-    for parameter in block.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    optimizer = torch.optim.SGD(block.parameters(), lr=0.05)
-    for _ in range(3):
-        block(images(example.channels)).square().mean().backward()
-        optimizer.step()
-    return example
+def randomized(model: nn.Module) -> nn.Module:
+    """As a training leaves it: no BatchNorm is neutral."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean):
+                nn.init.normal_(tensor, std=0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    return model.eval()
 
 
 def images(channels: int = 3, size: int = 8) -> torch.Tensor:

@@ -23,33 +23,20 @@ NETWORKS = {
 }
 
 
-def create(name):
-    if not timm.is_model(name):
-        pytest.skip(f'timm {timm.__version__} does not have {name}')
-    return timm.create_model(name, num_classes=5).double()
-
-
-def train(networks, optimizers, steps, size=64):
-    for _ in range(steps):
-        x, labels = images(size=size), torch.randint(0, 5, (4,))
+def train(networks, optimizers):
+    for _ in range(2):
+        x, labels = images(size=64), torch.randint(0, 5, (4,))
         for network, optimizer in zip(networks, optimizers):
             optimizer.zero_grad()
             F.cross_entropy(network(x), labels).backward()
             optimizer.step()
 
 
-def suitable_rate(network):
-    """A learning rate whose first step moves the weights by a hundredth, whatever the family's gradients are."""
-    F.cross_entropy(network(images(size=64)), torch.randint(0, 5, (4,))).backward()
-    weights = torch.nn.utils.get_total_norm(network.parameters())
-    return 0.01 * (weights / torch.nn.utils.get_total_norm([p.grad for p in network.parameters()])).item()
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('name', [name for name in NETWORKS if timm.is_model(name)])
 def test_a_network_of_each_family(name):
-    original = create(name).train()
-    train([original], [torch.optim.SGD(original.parameters(), lr=0.005)], steps=2)
+    original = timm.create_model(name, num_classes=5).double()
+    train([original], [torch.optim.SGD(original.parameters(), lr=0.005)])
     twin = plain_twin(original.eval(), weights=True)
     assert sum(bool(row.branches) for row in report_twin(original)) == NETWORKS[name]
     x = images(size=64)
@@ -58,11 +45,9 @@ def test_a_network_of_each_family(name):
     # Evaluation mode freezes BatchNorm, whose chaos on small maps would hide what is tested.
     branches = csla(twin, spread(Scales.initial(twin)))
     plain = to_plain(branches)
-    wrong = copy.deepcopy(plain)
-    settings = {'lr': suitable_rate(plain), 'momentum': 0.9, 'weight_decay': 5e-3}
-    optimizers = [torch.optim.SGD(network.parameters(), **settings) for network in (branches, wrong)]
+    start, settings = copy.deepcopy(plain), {'lr': 1e-5, 'momentum': 0.9, 'weight_decay': 5e-3}
+    optimizers = [torch.optim.SGD(branches.parameters(), **settings)]
     optimizers.append(RepOptSGD(plain.parameters(), grad_mults=make_grad_mults(plain), **settings))
-    train([branches, wrong, plain], optimizers, steps=2)
-    merged = to_plain(branches)
-    assert relative_difference(plain, merged) < 1e-10
-    assert relative_difference(wrong, merged) > 1e-7
+    train([branches, plain], optimizers)
+    assert relative_difference(plain, to_plain(branches)) < 1e-10
+    assert relative_difference(plain, start) > 1e-7

@@ -16,11 +16,6 @@ from repopt_timm.reparam import FOLDING_CLASSES, repvgg_prior
 from .block_examples import examples
 
 
-def starts(name, convs):
-    scales = Scales.initial(plain_twin(timm.create_model(name, device='meta')))
-    return [scales[conv]['kxk'][0].item() for conv in convs]
-
-
 @pytest.mark.parametrize('example', examples().values(), ids=examples())
 def test_a_block_becomes_convolutions_with_the_branches_that_it_had(example):
     twin = plain_twin(example.block)
@@ -29,18 +24,24 @@ def test_a_block_becomes_convolutions_with_the_branches_that_it_had(example):
     assert {name: each for row in report_twin(example.block) for name, each in row.branches.items()} == prior
 
 
-def test_scales_of_repvgg_start_by_stage_and_those_of_others_by_run():
-    repvgg = starts('repvgg_a0', [f'stages.2.{index}.conv' for index in (0, 1, 2, 8)])
-    assert repvgg == pytest.approx([1.0, 2**0.5, 1.0, 0.5])
-    mobileone = starts('mobileone_s0', [f'stages.0.{index}.conv' for index in range(4)])
-    assert mobileone == pytest.approx([(2 / (n + 1)) ** 0.5 for n in (1, 2, 3, 4)])
+GHOSTS = [f'blocks.{stage}.{index}' for stage, index in [(1, 0), (2, 0), (6, 0), (6, 2), (6, 3), (8, 3)]]
 
 
-def test_scales_of_repghostnet_start_as_published_by_two_modules_a_bottleneck():
-    blocks = [f'blocks.{stage}.{index}' for stage, index in [(1, 0), (2, 0), (6, 0), (6, 2), (6, 3), (8, 3)]]
-    convs = [f'{block}.ghost{number}.cheap_operation.conv' for block in blocks for number in (1, 2)]
-    positions = [1, 2, 3, 4, 3, 4, 7, 8, 1, 2, 9, 10]
-    assert starts('repghostnet_050', convs) == pytest.approx([(2 / (n + 1)) ** 0.5 for n in positions])
+@pytest.mark.parametrize(
+    ('name', 'convs', 'squares'),
+    [
+        ('repvgg_a0', [f'stages.2.{index}.conv' for index in (0, 1, 2, 8)], [1, 2, 1, 1 / 4]),
+        ('mobileone_s0', [f'stages.0.{index}.conv' for index in range(4)], [1, 2 / 3, 1 / 2, 2 / 5]),
+        (
+            'repghostnet_050',
+            [f'{block}.ghost{number}.cheap_operation.conv' for block in GHOSTS for number in (1, 2)],
+            [2 / (position + 1) for position in (1, 2, 3, 4, 3, 4, 7, 8, 1, 2, 9, 10)],
+        ),
+    ],
+)
+def test_scales_start_by_stage_by_run_or_as_published_for_repghostnet(name, convs, squares):
+    scales = Scales.initial(plain_twin(timm.create_model(name, device='meta')))
+    assert [scales[conv]['kxk'][0].item() ** 2 for conv in convs] == pytest.approx(squares)
 
 
 class Odd(RepVggBlock):

@@ -29,49 +29,44 @@ def test_in_training_mode_a_recalibrated_block_computes_what_its_branches_do(nam
             module.momentum = 1.0
     expected = block.train()(x)
     twin = plain_twin(block, weights=True)
-    before = copy.deepcopy(twin).eval()(x)
+    estimated = copy.deepcopy(twin)
     recalibrate(twin, [(x[:2], 0), (x[2:], 0)])
     assert twin.training
-    torch.testing.assert_close(copy.deepcopy(twin).eval()(x), before)
+    # The branches know the mean, and guess the variance.
+    means = [tensor for key, tensor in twin.state_dict().items() if key.endswith('running_mean')]
+    known = [tensor for key, tensor in estimated.state_dict().items() if key.endswith('running_mean')]
+    torch.testing.assert_close(means, known, rtol=0.01, atol=0.01)
+    torch.testing.assert_close(copy.deepcopy(twin).eval()(x), estimated.eval()(x))
     assert ((twin(x) - expected).norm() / expected.norm()).item() < 0.03
 
 
-def test_statistics_are_the_mean_over_batches(twin):
-    x = images(8)
-    recalibrate(twin, [x[:2], x[2:]])
+def test_statistics_are_the_mean_over_batches_for_a_synchronized_batchnorm_too(twin):
+    x, other = images(8), convert_sync_batchnorm(copy.deepcopy(twin))
+    batches = [x[:2], x[2:]]
+    recalibrate(twin, batches)
     y = twin.conv(x)
     torch.testing.assert_close(twin.bn.running_mean, y.mean((0, 2, 3)))
     variances = torch.stack([half.var((0, 2, 3)) for half in (y[:2], y[2:])])
     torch.testing.assert_close(twin.bn.running_var, variances.mean(0))
+    torch.testing.assert_close(recalibrate(other, batches).state_dict(), twin.state_dict())
 
 
-def test_a_synchronized_batchnorm_is_recalibrated_alike(twin):
-    x, other = images(8), convert_sync_batchnorm(copy.deepcopy(twin))
-    torch.testing.assert_close(recalibrate(other, [x]).state_dict(), recalibrate(twin, [x]).state_dict())
-
-
-@pytest.mark.parametrize(
-    ('values', 'reason'),
-    [([0.0, float('nan')], "'bn' has a NaN"), ([float('inf')], "'bn' has a NaN"), ([], 'no images')],
-)
-def test_what_is_no_batch_is_refused_and_the_network_stays_as_it_was(twin, values, reason):
+@pytest.mark.parametrize('bad', [[float('nan')], [float('inf')], None, []], ids=['nan', 'infinite', 'empty', 'none'])
+def test_what_is_no_batch_is_refused_and_the_network_stays_as_it_was(twin, bad):
     before = copy.deepcopy(twin.state_dict())
-    with pytest.raises(ValueError, match=reason):
-        recalibrate(twin.train(), [images(8) + value for value in values])
-    with pytest.raises(ValueError, match='empty'):
-        recalibrate(twin, [images(8), images(8)[:0]])
+    batches = [images(8), images(8)[:0]] if bad is None else [images(8) + value for value in bad]
+    with pytest.raises(ValueError, match=r'NaN|empty|no images'):
+        recalibrate(twin.train(), batches)
     torch.testing.assert_close(twin.state_dict(), before)
     assert all(module.training for module in twin.modules())
 
 
-@pytest.mark.parametrize(
-    ('change', 'found'), [(reparameterize_model, "Identity at 'stem"), (freeze_batch_norm_2d, "FrozenBatch.* at 'stem")]
-)
-def test_a_folded_or_frozen_twin_is_refused(change, found):
-    with pytest.raises(ValueError, match=found):
+@pytest.mark.parametrize('change', [reparameterize_model, freeze_batch_norm_2d])
+def test_a_folded_or_frozen_twin_is_refused(change):
+    with pytest.raises(ValueError, match=r"'stem\.bn'"):
         recalibrate(change(plain_twin(timm.create_model('repvgg_a0').eval())), [images()])
 
 
 def test_a_network_without_plain_blocks_is_refused():
-    with pytest.raises(ValueError, match='Linear has no block'):
+    with pytest.raises(ValueError, match='Linear'):
         recalibrate(nn.Linear(2, 2), [])

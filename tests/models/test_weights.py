@@ -11,41 +11,32 @@ from timm.models import push_to_hf_hub, save_for_hf
 from repopt_timm import Scales, implied_scales, load_scales, make_grad_mults, plain_twin, save_pretrained
 from repopt_timm.cards.hub import HubError
 from repopt_timm.cards.publish import save_scales_card
-from repopt_timm.models import weights
+from repopt_timm.models.weights import choose_weights
 from repopt_timm.resources import shipped_repositories
 from repopt_timm.train.command import main as train
 from repopt_timm.weights_origin import merged_from
 
+from ..blocks.block_examples import randomized
 from ..helpers import TINY, random_scales, tiny_model
 
 REPO = 'timm/mobileone_s0.apple_in1k'
 IMAGES = torch.randn(2, 3, 64, 64)
-OTHERS = ('fastvit_t8', 'ghostnetv3_100', 'lcnetv2_small', 'repghostnet_050', 'repvit_m0_9')
-
-
-def trained(model):
-    """A few steps, so that no BatchNorm is neutral."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    for _ in range(2):
-        model.train()(2 * torch.randn(4, 3, 64, 64) + 0.5).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
+FAMILIES = ('fastvit_t8', 'ghostnetv3_100', 'lcnetv2_small', 'mobileone_s0', 'repghostnet_050', 'repvit_m0_9')
 
 
 @pytest.fixture
-def published(hub, client):
-    """timm's MobileOne-S0 with its branches, in timm's repository."""
-    return publish(hub, client, 'mobileone_s0', REPO)
+def publish(hub, client):
+    """Publishes a trained network of timm, with its branches, in timm's repository."""
 
+    def push(name, repo):
+        hub.users['hf_timm'] = 'timm'
+        model = randomized(timm.create_model(name))
+        client(token='hf_timm')
+        push_to_hf_hub(model, repo, safe_serialization=True)
+        client('reader')
+        return model
 
-def publish(hub, client, name, repo):
-    hub.users['hf_timm'] = 'timm'
-    model = trained(timm.create_model(name))
-    client(token='hf_timm')
-    push_to_hf_hub(model, repo, safe_serialization=True)
-    client('reader')
-    return model
+    return push
 
 
 @pytest.fixture
@@ -67,7 +58,6 @@ def test_a_repositorys_own_scales_come_with_its_model(repository):
     tuned = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=37)
     assert (tuned.num_classes, tuned.scales) == (37, scales)
     assert torch.equal(tuned.stem.conv.weight, model.stem.conv.weight)
-    timm.optim.create_optimizer_v2(tuned, 'repopt_sgd', lr=0.1)
     fresh = timm.create_model(f'local-dir:{folder}')
     assert fresh.scales == scales
     assert not torch.equal(fresh.stem.conv.weight, model.stem.conv.weight)
@@ -83,12 +73,9 @@ def test_scales_in_a_downloaded_config_are_ignored(repository, tmp_path):
     assert timm.create_model(f'local-dir:{folder}', scales=other).scales == other
 
 
-@pytest.mark.parametrize(
-    ('name', 'reason'), [('repopt_vgg_d2se', 'hf-hub:user/repo'), ('repopt_vgg_l1.in1k', r'RepOpt-VGG-L1\*\.pth')]
-)
-def test_pretrained_without_weights_says_how_to_get_some(name, reason):
-    with pytest.raises(ValueError, match=reason):
-        timm.create_model(name, pretrained=True)
+def test_pretrained_without_weights_says_how_to_get_some():
+    with pytest.raises(ValueError, match=r'repopt_vgg_d2se.*hf-hub:user/repo'):
+        timm.create_model('repopt_vgg_d2se', pretrained=True)
 
 
 def test_what_ships_loads_offline_with_its_scales(client):
@@ -101,50 +88,25 @@ def test_what_ships_loads_offline_with_its_scales(client):
 
 @pytest.mark.parametrize(('name', 'tag'), [('repopt_vgg_b1', 'cifar10'), ('repopt_vgg_b3', 'rvgg_in1k')])
 def test_what_ships_comes_before_what_timm_has(name, tag):
-    assert weights.choose_weights(name, True, None, None).tag == tag
-    assert not weights.choose_weights(name, False, None, None).has_weights
-
-
-def test_a_tag_of_timm_merges_the_branches_of_timms_repository(published, tmp_path):
-    model = timm.create_model('repopt_mobileone_s0.apple_in1k', pretrained=True).eval()
-    assert relative(model(IMAGES), published(IMAGES)) < 1e-5
-    assert 'stem.conv.weight' in model.state_dict()
-    tuned = timm.create_model('repopt_mobileone_s0', pretrained=True, scales='implied').eval()
-    assert torch.equal(tuned(IMAGES), model(IMAGES))
-    assert Scales.from_model(tuned) == implied_scales(published).renamed('mobileone_s0')
-    assert len(make_grad_mults(tuned)) == 43
-    branches = timm.create_model('repopt_mobileone_s0_branches', pretrained=True).eval()
-    assert torch.equal(branches(IMAGES), published(IMAGES))
-    grey = [
-        timm.create_model(name, pretrained=True, in_chans=1, num_classes=3).eval().forward_features(IMAGES[:, :1])
-        for name in ('repopt_mobileone_s0', 'mobileone_s0')
-    ]
-    assert relative(*grey) < 1e-5
-    features = timm.create_model('repopt_mobileone_s0', pretrained=True, features_only=True).eval()
-    torch.testing.assert_close(features(IMAGES)[-1], model.forward_features(IMAGES))
-    save_pretrained(model, tmp_path)
-    assert f'branches, as {REPO}; merged into plain kernels' in (tmp_path / 'README.md').read_text()
-    assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(IMAGES), model(IMAGES))
+    assert choose_weights(name, True, None, None).tag == tag
+    assert not choose_weights(name, False, None, None).has_weights
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [name for name in OTHERS if timm.is_model(name)])
-def test_each_family_merges_timms_weights(name, hub, client):
+@pytest.mark.parametrize('name', [name for name in FAMILIES if timm.is_model(name)])
+def test_each_family_merges_timms_weights(name, publish):
     repo = timm.models.get_pretrained_cfg(name).hf_hub_id
-    theirs = publish(hub, client, name, repo)
+    theirs = publish(name, repo)
     model = timm.create_model(f'repopt_{name}', pretrained=True, scales='implied').eval()
     assert relative(model(IMAGES), theirs(IMAGES)) < 1e-5
     assert merged_from(model) == repo
+    assert Scales.from_model(model) == implied_scales(theirs).renamed(name)
     timm.optim.create_optimizer_v2(model, 'repopt_sgd', lr=0.1)
 
 
 @pytest.mark.parametrize(
     ('name', 'repo'),
-    [
-        ('repopt_mobileone_s0', REPO),
-        ('repopt_mobileone_s0_branches.apple_in1k', REPO),
-        ('repopt_vgg_b0.rvgg_in1k', 'timm/repvgg_b0.rvgg_in1k'),
-    ],
+    [('repopt_mobileone_s0_branches.apple_in1k', REPO), ('repopt_vgg_b0.rvgg_in1k', 'timm/repvgg_b0.rvgg_in1k')],
 )
 def test_offline_the_error_names_the_repository(client, name, repo):
     client(offline=True)
@@ -152,48 +114,44 @@ def test_offline_the_error_names_the_repository(client, name, repo):
         timm.create_model(name, pretrained=True)
 
 
-def test_repvggs_weights_are_merged_into_repopt_vgg(hub, client):
-    repvgg = trained(tiny_model('_branches'))
+def test_repvggs_weights_are_merged_into_repopt_vgg(hub, client, tmp_path):
+    repvgg = randomized(tiny_model('_branches'))
     push_to_hf_hub(repvgg, 'ann/repvgg', safe_serialization=True)
 
     def pretrained(**kwargs):
         overlay = {'hf_hub_id': 'ann/repvgg', 'num_classes': 5}
         return tiny_model(pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
 
-    assert relative(pretrained()(IMAGES), repvgg(IMAGES)) < 1e-5
-    assert pretrained().state_dict().keys() == plain_twin(repvgg).state_dict().keys()
+    model = pretrained()
+    assert relative(model(IMAGES), repvgg(IMAGES)) < 1e-5
+    assert model.state_dict().keys() == plain_twin(repvgg).state_dict().keys()
     assert pretrained(in_chans=1, num_classes=2)(IMAGES[:, :1]).shape == (2, 2)
     tuned = pretrained(scales='implied')
-    assert relative(tuned(IMAGES), repvgg(IMAGES)) < 1e-5
+    assert torch.equal(tuned(IMAGES), model(IMAGES))
     assert tuned.scales == implied_scales(repvgg).renamed(TINY)
+    assert len(make_grad_mults(tuned)) == 7
     features = pretrained(features_only=True)
     torch.testing.assert_close(features(IMAGES)[-1], repvgg.forward_features(IMAGES), rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match='Use repopt_repvgg_d2se'):
         pretrained(use_se=True)
+    save_pretrained(model, tmp_path / 'saved')
+    assert 'branches, as ann/repvgg; merged into plain kernels' in (tmp_path / 'saved/README.md').read_text()
 
 
 def test_each_repvgg_of_timm_is_a_tag_with_timms_settings():
-    for name in ('a0', 'b1', 'b3'):
-        theirs = timm.models.get_pretrained_cfg(f'repvgg_{name}.rvgg_in1k')
-        for kind in ('', '_branches'):
-            own = timm.models.get_pretrained_cfg(f'repopt_vgg_{name}{kind}.rvgg_in1k')
-            for key in ('hf_hub_id', 'input_size', 'mean', 'std', 'crop_pct', 'interpolation', 'license'):
-                assert getattr(own, key) == getattr(theirs, key)
+    cfgs = [f'{name}.rvgg_in1k' for name in ('repvgg_b3', 'repopt_vgg_b3', 'repopt_vgg_b3_branches')]
+    theirs, *ours = [timm.models.get_pretrained_cfg(cfg).to_dict() for cfg in cfgs]
+    for own in ours:
+        for key in ('hf_hub_id', 'input_size', 'mean', 'std', 'crop_pct', 'interpolation', 'license'):
+            assert own[key] == theirs[key]
     listed = set(timm.list_pretrained())
-    assert not {name for name in listed if name.startswith('repopt_vgg_') and name.endswith('.in1k')}
     assert 'repopt_vgg_d2se.rvgg_in1k' not in listed
     assert {'repopt_vgg_b3.rvgg_in1k', 'repopt_repvgg_d2se.rvgg_in1k', 'repopt_mobileone_s4.apple_in1k'} <= listed
 
 
-def test_implied_scales_need_weights_with_branches():
-    overlay = {'state_dict': tiny_model().state_dict(), 'num_classes': 5}
-    for kwargs in ({}, {'pretrained': True, 'pretrained_cfg_overlay': overlay}):
-        with pytest.raises(ValueError, match='trained branches'):
-            tiny_model(scales='implied', **kwargs)
-
-
 @pytest.mark.slow
-def test_a_fine_tuned_merge_keeps_its_scales_and_states_its_origin(published, images, tmp_path, capfd):
+def test_a_fine_tuned_merge_keeps_its_scales_and_states_its_origin(publish, images, tmp_path, capfd):
+    published = publish('mobileone_s0', REPO)
     where = [str(images), '--output', str(tmp_path), '--experiment', 'run']
     how = '--model repopt_mobileone_s0 --pretrained --input-size 3 32 32 --batch-size 16'
     how += ' --lr 0.001 --workers 0 --epochs 1 --warmup-epochs 0 --scales implied'
@@ -204,4 +162,3 @@ def test_a_fine_tuned_merge_keeps_its_scales_and_states_its_origin(published, im
     assert f'branches, as {REPO}; merged into plain kernels; then trained as stated here' in card
     loaded = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True)
     assert Scales.from_model(loaded) == implied_scales(published).renamed('mobileone_s0')
-    assert Scales.from_model(loaded).provenance['method'] == 'implied by trained branches'
