@@ -11,19 +11,13 @@ from .files import check_output_folder
 from .merge_checkpoint import merge_trained
 from .publish import push_to_hub, save_pretrained
 from .reporting import add_command, print_result
-from .scale_commands import SOURCE, add_card_options, add_publishing, given
+from .scale_commands import CARD_OPTIONS, HUB_OPTIONS, SOURCE, add_card_options, add_publishing, given
 from .sources import IMPLIED
 from .weights_origin import merged_from
 
-__all__ = ['add_commands']
-
 
 def add_commands(commands: Any) -> None:
-    """Adds save, push and convert-checkpoint to the commands of `repopt-timm`.
-
-    Args:
-        commands: What `ArgumentParser.add_subparsers` returned.
-    """
+    """Adds save, push and convert-checkpoint to the commands of `repopt-timm`."""
     save, push = add_command(commands, 'save', _save), add_command(commands, 'push', _push)
     for parser in (save, push):
         parser.add_argument('checkpoint', help='checkpoint of a training run')
@@ -79,8 +73,8 @@ def _save(args: argparse.Namespace) -> None:
 
 
 def _push(args: argparse.Namespace) -> None:
-    names = ('scales', 'precision', 'license', 'scales_file', 'private', 'revision', 'create_pr')
-    url = push_to_hub(args.checkpoint, args.repo, **given(args, *names))
+    contents = given(args, 'scales', 'precision', *CARD_OPTIONS, *HUB_OPTIONS)
+    url = push_to_hub(args.checkpoint, args.repo, **contents)
     print_result(args, {'checkpoint': args.checkpoint, 'url': url}, f'{args.checkpoint} -> {url}')
 
 
@@ -88,19 +82,12 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
     check_output_folder(args.out)
     implied = args.scales == IMPLIED
     model: Any = merge_trained(args.checkpoint, args.model, args.data, implied)
+    how = {'method': "published by the method's authors"}
     if merged_from(model):
         measured = f'measured on images of {Path(args.data).resolve().name}' if args.data else 'estimated from branches'
         how = {'trained_with': 'branches; merged into plain kernels', 'batchnorm': measured}
-    else:
-        how = {'method': "published by the method's authors"}
     name = Path(args.checkpoint).name if Path(args.checkpoint).is_file() else args.checkpoint
-    save_pretrained(
-        model,
-        args.out,
-        None if implied else args.scales,
-        training={'converted_from': name, **how},
-        **given(args, 'license', 'scales_file'),
-    )
-    config = model.pretrained_cfg
-    values = {'architecture': config['architecture'], 'num_classes': model.num_classes, 'out': args.out}
+    scales, training = None if implied else args.scales, {'converted_from': name, **how}
+    save_pretrained(model, args.out, scales, training=training, **given(args, *CARD_OPTIONS))
+    values = {'architecture': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes, 'out': args.out}
     print_result(args, values, ', '.join(f'{name} {value}' for name, value in values.items()))

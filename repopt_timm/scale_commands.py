@@ -13,26 +13,23 @@ from .files import check_output, check_output_folder
 from .models import ensure_registered
 from .models.initial_values import initial_values
 from .names import ModelName
-from .plot import check_picture, plot_scales
+from .plot import plot_scales
 from .reporting import add_command, markdown_table, print_result
 from .scales import Scales
 from .scales.summary import movement, scales_table
 from .sources import known_scales, load_scales
 
-__all__ = ['SOURCE', 'add_card_options', 'add_commands', 'add_publishing', 'given']
-
 SOURCE = (
     "file, folder, model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, 'published', 'initial' or "
     "'identity'"
 )
+# Of a command that commits to the Hub.
+HUB_OPTIONS = ('private', 'revision', 'create_pr')
+CARD_OPTIONS = ('license', 'scales_file')
 
 
 def add_commands(commands: Any) -> None:
-    """Adds `scales` and its commands to those of `repopt-timm`.
-
-    Args:
-        commands: What `ArgumentParser.add_subparsers` returned.
-    """
+    """Adds `scales` and its commands to those of `repopt-timm`."""
     commands = commands.add_parser('scales', help=COMMANDS['scales'].summary)
     commands = commands.add_subparsers(required=True, metavar='COMMAND')
     add_command(commands, 'list', _list, 'list the scales that ship, are published, or are in the cache of the Hub')
@@ -82,9 +79,9 @@ def _load(args: argparse.Namespace) -> Scales:
 
 def _list(args: argparse.Namespace) -> None:
     rows = known_scales()
-    head = {'name': 'name', 'network': 'network', 'dataset': 'searched on', 'license': 'licence', 'where': 'where'}
-    cells = [[str(row[key] or '') for key in head] for row in rows]
-    print_result(args, {'scales': rows}, markdown_table(list(head.values()), cells, align=True))
+    cells = [[str(cell or '') for cell in row.values()] for row in rows]
+    head = ('name', 'network', 'searched on', 'licence', 'where')
+    print_result(args, {'scales': rows}, markdown_table(head, cells, align=True))
 
 
 def _print(args: argparse.Namespace, scales: Scales, text: str = '', **values: Any) -> None:
@@ -116,18 +113,17 @@ def _extract(args: argparse.Namespace) -> None:
     else:
         check_output_folder(args.out)
         scales = _load(args)
-        save_scales_card(scales, args.out, **given(args, 'license', 'scales_file'))
+        save_scales_card(scales, args.out, **given(args, *CARD_OPTIONS))
     _print(args, scales, out=args.out)
 
 
 def _plot(args: argparse.Namespace) -> None:
-    picture = check_picture(args.out, args.source)
+    check_output(args.out, args.source)
     scales = _load(args)
-    plot_scales(scales, picture, scales.title, initial_values(scales))
+    plot_scales(scales, args.out, scales.title, initial_values(scales))
     _print(args, scales, out=args.out)
 
 
 def _push(args: argparse.Namespace) -> None:
     scales = _load(args)
-    names = ('private', 'revision', 'create_pr', 'scales_file', 'license')
-    _print(args, scales, url=push_scales(scales, args.repo, **given(args, *names)))
+    _print(args, scales, url=push_scales(scales, args.repo, **given(args, *CARD_OPTIONS, *HUB_OPTIONS)))
