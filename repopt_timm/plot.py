@@ -61,11 +61,9 @@ def plot_scales(
         lowest, highest = ([end(vector).item() for vector in found.values()] for end in (Tensor.min, Tensor.max))
         axes.vlines([*found], lowest, highest, color=color, alpha=0.4)
         starts = [(initial or {}).get(module, {}).get(branch) for module in scales]
-        began = {
-            depth: start.mean().item() for depth, start in enumerate(starts) if depth in found and start is not None
-        }
+        began = {depth: start.mean().item() for depth, start in enumerate(starts) if start is not None}
         # Of scales that were not searched they would be the same points again.
-        if began and list(began.values()) != means:
+        if began and [*began.values()] != means:
             axes.plot([*began], [*began.values()], '_', color=color, ms=9, mew=1.5, label=f'{branch}, initial')
     stages = [depth for depth, module in enumerate(scales) if module.endswith('.0.conv')]
     for stage, depth in enumerate(stages, start=1):

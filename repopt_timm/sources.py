@@ -63,7 +63,7 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
     elif model is not None and source in UNSEARCHED:
         return Scales.initial(model, start=UNSEARCHED[str(source)])
     elif source == PUBLISHED or source in published_table():
-        scales = read_published(network or str(source))
+        scales = read_published(network if network and source == PUBLISHED else str(source))
     elif source == IMPLIED:
         raise ValueError(
             f"scales='{IMPLIED}' are read from trained branches. Create a target with pretrained=True and weights that "
