@@ -69,18 +69,22 @@ def check_output(path: str | os.PathLike, *inputs: str | os.PathLike) -> Path:
         problem = 'it is a device or a pipe, expected a regular file or a new name'
     elif any(target.exists() and os.path.exists(source) and target.samefile(source) for source in inputs):
         problem = 'it is the input itself. Name another file'
+    elif not (folder := _existing(target.parent)).is_dir():
+        problem = f"'{folder}' is not a folder"
     if problem:
         raise ValueError(f"'{path}' cannot be written: {problem}.")
-    check_output_folder(target.parent)
     return target
 
 
 def check_output_folder(path: str | os.PathLike) -> Path:
     """Checks that a folder can be made, or is there, before the work that makes its content."""
-    found = next(place for place in (Path(path), *Path(path).absolute().parents) if os.path.lexists(place))
-    if not found.is_dir():
-        raise ValueError(f"'{path}' cannot be written: '{found}' is not a folder.")
+    if not (folder := _existing(Path(path).absolute())).is_dir():
+        raise ValueError(f"'{path}' cannot be written: '{folder}' is not a folder.")
     return Path(path)
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
 def remove_temporaries(folder: str | os.PathLike) -> None:

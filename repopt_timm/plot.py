@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -28,6 +29,9 @@ def subplots(rows: int, columns: int, figsize: tuple[float, float], layout: Any 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
     """Writes a figure in the format that the path's suffix names, whole or not at all."""
+    target = Path(path)
+    if target.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+        raise ValueError(f"'{path}' does not end in the suffix of a picture, such as {target.stem}.png.")
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, bbox_inches='tight')
 
