@@ -23,9 +23,7 @@ SOURCE = (
     "file, folder, model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, 'published', 'initial' or "
     "'identity'"
 )
-# Of a command that commits to the Hub.
-HUB_OPTIONS = ('private', 'revision', 'create_pr')
-CARD_OPTIONS = ('license', 'scales_file')
+_OPTIONS = ('license', 'scales_file', 'private', 'revision', 'create_pr', 'precision')
 
 
 def add_commands(commands: Any) -> None:
@@ -41,10 +39,8 @@ def add_commands(commands: Any) -> None:
         parser.add_argument('source', help=f'{SOURCE} with --architecture')
         parser.add_argument('--architecture', metavar='MODEL', help='plain model that the scales are for')
     extract.add_argument('out', help='.safetensors file, or folder for a model card')
-    plot.add_argument('out', help='picture to write')
-    push.add_argument('repo', help='repository on the Hub, user/repo')
     add_card_options(extract)
-    add_card_options(push)
+    plot.add_argument('out', help='picture to write')
     add_publishing(push)
 
 
@@ -57,15 +53,17 @@ def add_card_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_publishing(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of a command that commits to the Hub."""
+    """Adds the arguments of a command that commits a card to the Hub."""
+    parser.add_argument('repo', help='repository on the Hub, user/repo')
+    add_card_options(parser)
     parser.add_argument('--private', action='store_true', default=None, help='make a new repository private')
     parser.add_argument('--revision', help='branch to commit to')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of changing the branch')
 
 
-def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Returns arguments of a command by name, to pass on."""
-    return {name: getattr(args, name) for name in names}
+def card_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options that a command has for its card and the Hub, to pass on."""
+    return {name: value for name, value in vars(args).items() if name in _OPTIONS}
 
 
 def _load(args: argparse.Namespace) -> Scales:
@@ -77,17 +75,17 @@ def _load(args: argparse.Namespace) -> Scales:
     return load_scales(args.source, model)
 
 
+def _print(args: argparse.Namespace, scales: Scales, text: str = '', **values: Any) -> None:
+    known = {'architecture': scales.architecture or 'unknown', 'modules': len(scales)}
+    known |= {'fingerprint': scales.fingerprint, 'provenance': scales.provenance}
+    print_result(args, {**known, **values}, text or f'{scales.title} -> {next(iter(values.values()))}')
+
+
 def _list(args: argparse.Namespace) -> None:
     rows = known_scales()
     cells = [[str(cell or '') for cell in row.values()] for row in rows]
     head = ('name', 'network', 'searched on', 'licence', 'where')
     print_result(args, {'scales': rows}, markdown_table(head, cells, align=True))
-
-
-def _print(args: argparse.Namespace, scales: Scales, text: str = '', **values: Any) -> None:
-    known = {'architecture': scales.architecture or 'unknown', 'modules': len(scales)}
-    known |= {'fingerprint': scales.fingerprint, 'provenance': scales.provenance}
-    print_result(args, {**known, **values}, text or f'{scales.title} -> {next(iter(values.values()))}')
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -104,16 +102,14 @@ def _show(args: argparse.Namespace) -> None:
 def _extract(args: argparse.Namespace) -> None:
     if Path(args.out).suffix == '.safetensors':
         if args.license or args.scales_file:
-            raise ValueError(
-                f"'{args.out}': --license and --scales-file are for a folder with a model card. Name a folder."
-            )
+            raise ValueError(f"'{args.out}': --license and --scales-file are for a folder with a card. Name a folder.")
         check_output(args.out, args.source)
         scales = _load(args)
         scales.save(args.out)
     else:
         check_output_folder(args.out)
         scales = _load(args)
-        save_scales_card(scales, args.out, **given(args, *CARD_OPTIONS))
+        save_scales_card(scales, args.out, **card_options(args))
     _print(args, scales, out=args.out)
 
 
@@ -126,4 +122,4 @@ def _plot(args: argparse.Namespace) -> None:
 
 def _push(args: argparse.Namespace) -> None:
     scales = _load(args)
-    _print(args, scales, url=push_scales(scales, args.repo, **given(args, *CARD_OPTIONS, *HUB_OPTIONS)))
+    _print(args, scales, url=push_scales(scales, args.repo, **card_options(args)))

@@ -76,12 +76,10 @@ def test_a_card_shows_results_and_training_and_leads_with_what_people_choose_by(
     assert (result.dataset_name, result.metric_type, result.metric_value) == ('hfds/ann/digits', 'accuracy', 97.5)
     assert (card.data.library_name, card.data.datasets) == ('timm', ['ann/digits'])
     lead, _, rest = card.text.partition('## Usage')
-    assert '| 97.50 % | 3 x 224 x 224 | 0.1 M | ' in lead
-    assert '| epochs | 3 |' in rest and 'multiply adds' not in rest
+    assert '| 97.50 % | 3 x 224 x 224 | 0.1 M | ' in lead and '| epochs | 3 |' in rest
     # New scales are beside the same weights.
     save_scales_card(random_scales(), tmp_path)
     assert card_of(tmp_path).text.startswith(lead)
-    assert card_of(tmp_path).data.eval_results == [result]
 
 
 def test_other_weights_do_not_take_over_accuracy_and_curves(hub, client, tmp_path):
@@ -145,9 +143,8 @@ def test_a_checkpoint_becomes_a_repository(images, tmp_path):
     args = {'data_dir': '/somewhere/digits', 'in_chans': 1, 'input_size': [1, 32, 32], 'mean': [0.5], 'seed': 0}
     args |= {'batch_size': 8, 'world_size': 4, 'grad_accum_steps': 2}
     path = checkpoint_of(model, tmp_path / 'last.pth.tar', {'versions': {'torch': '2.6.0'}}, **args)
-    for scales in (None, random_scales()):
-        with pytest.raises(ValueError, match=r'last\.pth\.tar: .*scales'):
-            save_pretrained(path, saved, scales=scales)
+    with pytest.raises(ValueError, match=r'last\.pth\.tar: .*scales'):
+        save_pretrained(path, saved, scales=random_scales())
     save_pretrained(path, saved, scales=model.scales)
     loaded = load(saved)
     assert torch.equal(loaded(images[:, :1]), model(images[:, :1]))

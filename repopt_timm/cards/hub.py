@@ -159,17 +159,11 @@ def _explained(what: str, token: str | bool | None) -> Iterator[None]:
     try:
         yield
     except (EntryNotFoundError, HTTPError, OfflineModeIsEnabled, RuntimeError) as error:
-        cause: BaseException = error
-        if isinstance(error, LocalEntryNotFoundError | RuntimeError) and isinstance(error.__cause__, HTTPError):
-            # The client calls any answer other than a redirect a failed connection.
-            cause = error.__cause__
+        # The client calls any answer other than a redirect a failed connection.
+        hidden = isinstance(error.__cause__, HTTPError) and not isinstance(error, HTTPError)
+        text = ' '.join(str(error.__cause__ if hidden else error).split()) or type(error).__name__
         missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-        text = ' '.join(str(cause).split()) or type(cause).__name__
         if constants.HF_HUB_OFFLINE and not missing:
             text = 'HF_HUB_OFFLINE forbids asking the Hub: unset it, or download the file before.'
         text = scrub(f'{what}: {text}', token if isinstance(token, str) else get_token())
-        raised = HubFileNotFoundError(text) if missing else HubError(text)
-    else:
-        return
-    # Outside of the except block, so that no traceback shows the client's error.
-    raise raised
+        raise (HubFileNotFoundError if missing else HubError)(text) from None

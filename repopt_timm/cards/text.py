@@ -26,6 +26,8 @@ _ROLES = {
     'plain one',
 }
 
+_IMPORTS = 'import repopt_timm, timm'
+
 _CLASSIFY = """transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 image = transform(Image.open('image.jpg').convert('{mode}'))
 probabilities = model(image[None]).softmax(-1)[0]
@@ -138,44 +140,37 @@ def _figures(results: Sequence[EvalResult], training: Mapping[str, Any]) -> str:
         for each in results
         if each.metric_name in METRICS.values() and isinstance(each.metric_value, int | float)
     }
-    if 'image_size' in training:
-        figures['image size'] = training['image_size']
-    for name in ('parameters', 'multiply_adds'):
-        if name in training:
-            figures[name.replace('_', ' ')] = f'{training[name] / 1e6:,.1f} M'
+    for name in _SIZES:
+        if found := training.get(name):
+            figures[name.replace('_', ' ')] = found if name == 'image_size' else f'{found / 1e6:,.1f} M'
     return _table([*figures], [figures.values()] if figures else [])
 
 
 def _usage(
     hub: str, name: ModelName, weights: bool, scales: Scales | None, training: Mapping[str, Any]
 ) -> Iterator[str]:
-    create = [*_register(name), f'model = timm.create_model({hub}, pretrained=True).eval()']
     if weights:
-        try:
-            mode = color_mode(training.get('image_size', [3])[0])
-        except ValueError:
-            # Pillow opens no images of so many channels.
-            yield 'Load the model:'
-            yield _python('', *create)
-        else:
-            yield 'Classify an image:'
-            yield _python('from PIL import Image', '', *create, _CLASSIFY.format(mode=mode))
+        channels = training.get('image_size', [3])[0]
+        classify = [_CLASSIFY.format(mode=color_mode(channels))] if channels in (1, 3, 4) else []
+        yield 'Classify an image:' if classify else 'Load the model:'
+        create = f'model = timm.create_model({hub}, pretrained=True).eval()'
+        yield _python(*_register(name), create, *classify, imports=f'{_IMPORTS}\nfrom PIL import Image')
     elif scales is not None:
         yield 'Load the scales:'
-        yield f'```python\nfrom repopt_timm import load_scales\n\nscales = load_scales({hub})\n```'
+        yield _python(f'scales = load_scales({hub})', imports='from repopt_timm import load_scales')
     if scales is not None:
         yield 'Train a new model with these scales:'
-        yield _python('', *_scaled(hub, name, scales), _OPTIMIZER.format('repopt_sgd', 0.1))
+        yield _python(*_scaled(hub, name, scales, 'target'), _OPTIMIZER.format('repopt_sgd', 0.1))
         if not weights:
             yield 'Fine-tune the scales, in a search on other data that starts from them:'
-            yield _python('', *_scaled(hub, name, scales, 'hs'))
+            yield _python(*_scaled(hub, name, scales, 'hs'))
     if weights:
         lines = [*_register(name), f'model = timm.create_model(\n    {hub},\n    pretrained=True, num_classes=10,\n)']
         plain = scales is not None and name.kind == 'target'
         if plain and not _takes_scales(name):
             lines.append(f'repopt_timm.prepare(model, repopt_timm.load_scales({hub}, model), init=False)')
         yield 'Fine-tune:'
-        yield _python('', *lines, _OPTIMIZER.format('repopt_sgd' if plain else 'sgd', 0.01))
+        yield _python(*lines, _OPTIMIZER.format('repopt_sgd' if plain else 'sgd', 0.01))
 
 
 def _register(name: ModelName) -> list[str]:
@@ -187,7 +182,7 @@ def _takes_scales(name: ModelName) -> bool:
     return name.architecture in ARCHITECTURES or name.architecture.startswith(PREFIX)
 
 
-def _scaled(hub: str, name: ModelName, scales: Scales, kind: str = 'target') -> list[str]:
+def _scaled(hub: str, name: ModelName, scales: Scales, kind: str) -> list[str]:
     """Returns lines that make the plain network with its scales, or a search that starts from them."""
     name = ModelName.parse(model_for(name.network))
     if not _takes_scales(name):
@@ -195,14 +190,12 @@ def _scaled(hub: str, name: ModelName, scales: Scales, kind: str = 'target') -> 
         load = f'scales = repopt_timm.load_scales({hub}, model)'
         return [f'model = ...  # your {name.architecture}', load, f'{use}, scales)']
     numbers = ''.join(f', {key}={each}' for key, each in chosen_numbers(scales).items())
-    create = (
-        f"model = timm.create_model(\n    '{name.of_kind(kind)}',\n    num_classes=100{numbers},\n    scales={hub},\n)"
-    )
-    return [*_register(name), create]
+    create = f"timm.create_model(\n    '{name.of_kind(kind)}',\n    num_classes=100{numbers},\n    scales={hub},\n)"
+    return [*_register(name), f'model = {create}']
 
 
-def _python(*lines: str) -> str:
-    return '\n'.join(['```python', 'import repopt_timm, timm', *lines, '```'])
+def _python(*lines: str, imports: str = _IMPORTS) -> str:
+    return '\n'.join(['```python', imports, '', *lines, '```'])
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

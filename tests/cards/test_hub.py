@@ -2,7 +2,6 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from huggingface_hub import ModelCard
 
 from repopt_timm import load_scales, push_scales
 from repopt_timm.cards.hub import HubError, HubFileNotFoundError, download, push_folder
@@ -20,10 +19,6 @@ def scales(hub, client):
     push_scales(scales, REPO)
     hub.requests.clear()
     return scales
-
-
-def card_text(hub):
-    return hub.repo(REPO).read('README.md').decode()
 
 
 def test_branches_and_pull_requests_are_separate(hub, client, scales):
@@ -85,15 +80,17 @@ def test_eight_pushes_and_an_edit_at_once_lose_nothing(hub, client, scales):
                 card.write(f'push {number}\n')
             with hub.lock:
                 files = hub.repo(REPO).files()
-                if number == 0 and b'person' not in files['README.md']:
-                    edited = {'README.md': files['README.md'] + b'push of a person\n'}
+                if number == 0 and 'notes.txt' not in files:
+                    edited = {'README.md': files['README.md'] + b'push of a person\n', 'notes.txt': b'mine'}
                     hub.repo(REPO).commit('refs/heads/main', {**files, **edited})
 
         return push_folder(REPO, write, 'title')
 
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(push, range(8)))) == 8
-    assert sorted(card_text(hub).splitlines()[-9:]) == [*(f'push {number}' for number in range(8)), 'push of a person']
+    assert hub.repo(REPO).read('notes.txt') == b'mine'
+    lines = hub.repo(REPO).read('README.md').decode().splitlines()
+    assert sorted(lines[-9:]) == [*(f'push {number}' for number in range(8)), 'push of a person']
 
 
 @pytest.mark.parametrize('token', ['hf_wrong', 'odd token'])
@@ -119,17 +116,6 @@ def test_scales_of_a_card_that_is_too_large_go_into_a_file_beside_it(hub, client
         client('other', offline=offline)
         assert load_scales(f'hf-hub:{REPO}') == scales
         assert load_scales(f'hf-hub:{REPO}').provenance == {'dataset': 'cifar10'}
-
-
-def test_a_push_keeps_what_others_wrote_on_the_hub(hub, client, scales):
-    card = card_text(hub).replace('---\n', '---\nlicense: mit\n', 1) + 'A note.\n'
-    hub.repo(REPO).commit('refs/heads/main', {'notes.txt': b'mine', 'README.md': card.encode()})
-    update = random_scales()
-    push_scales(update, REPO)
-    card = ModelCard(card_text(hub))
-    assert card.data.license == 'mit' and card.text.endswith('A note.\n')
-    assert hub.repo(REPO).read('notes.txt') == b'mine'
-    assert load_scales(f'hf-hub:{REPO}') == update
 
 
 def test_the_client_logs_no_password():
