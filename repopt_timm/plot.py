@@ -59,13 +59,14 @@ def plot_scales(
     figure, axes = subplots(1, 1, (9, 4))
     for branch in sorted({branch for vectors in scales.values() for branch in vectors}, reverse=True):
         found = {depth: vectors[branch] for depth, vectors in enumerate(scales.values()) if branch in vectors}
-        means = [vector.mean().item() for vector in found.values()]
+        means, lowest, highest = (
+            [measure(vector).item() for vector in found.values()] for measure in (Tensor.mean, Tensor.min, Tensor.max)
+        )
         style = _STYLES.get(branch, {'marker': 'o', 'ms': 3})
         color = axes.plot([*found], means, label=branch, **style)[0].get_color()
-        lowest, highest = ([end(vector).item() for vector in found.values()] for end in (Tensor.min, Tensor.max))
         axes.vlines([*found], lowest, highest, color=color, alpha=0.4)
-        starts = [(initial or {}).get(module, {}).get(branch) for module in scales]
-        began = {depth: start.mean().item() for depth, start in enumerate(starts) if start is not None}
+        starts = enumerate((initial or {}).get(module, {}) for module in scales)
+        began = {depth: vectors[branch].mean().item() for depth, vectors in starts if branch in vectors}
         # Of scales that were not searched they would be the same points again.
         if began and [*began.values()] != means:
             axes.plot([*began], [*began.values()], '_', color=color, ms=9, mew=1.5, label=f'{branch}, initial')

@@ -133,7 +133,6 @@ def _prepare(
             history = checkpoint.get('history') or []
             last = {key: history[-1].get(f'eval_{key}') for key in ('top1', 'top5')} if history else {}
             measured = {key: round(value, 3) for key, value in last.items() if value is not None}
-            history = [row for row in history if 'train_loss' in row]
         if precision == 'int8':
             # Those of the rounded weights are others.
             facts |= {f'{key}_before_rounding': value for key, value in measured.items()}
@@ -174,8 +173,8 @@ def _prepare(
             save_file(packed, folder / WEIGHTS_FILE, {'format': 'pt'})
         config_file: Any = folder / CONFIG_FILE  # timm before 1.0.31 opens it as a path
         save_config_for_hf(model, config_file, model_args=stated_arguments(model))
-        if history:
-            draw(plot_curves, {name: history}, folder / CURVES_FILE)
+        if rows := [row for row in history if 'train_loss' in row]:
+            draw(plot_curves, {name: rows}, folder / CURVES_FILE)
         write_card(
             folder,
             repo_id,
@@ -209,18 +208,13 @@ def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
 
 def _training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     args = arguments_of(checkpoint)
-    training: dict[str, Any] = {}
-    if data := args.get('dataset') or args.get('data_dir') or args.get('data'):
-        # A name, not a path of the machine that it was trained on.
-        training['dataset'] = str(data) if args.get('dataset') else Path(data).name
+    # A name, not a path of the machine that it was trained on.
+    data = args.get('dataset') or Path(args.get('data_dir') or args.get('data') or '').name
     stated = ('epochs', 'opt', 'lr', 'weight_decay', 'clip_grad', 'smoothing', 'mixup', 'cutmix')
-    training |= {key: args[key] for key in stated if isinstance(args.get(key), int | float | str) and args[key]}
+    known = {key: args[key] for key in stated if isinstance(args.get(key), int | float | str) and args[key]}
     if 'batch_size' in args:
-        training['batch_size'] = args['batch_size'] * args.get('world_size', 1) * args.get('grad_accum_steps', 1)
+        known['batch_size'] = args['batch_size'] * args.get('world_size', 1) * args.get('grad_accum_steps', 1)
     if isinstance(checkpoint.get('epoch'), int):
-        training['epochs'] = checkpoint['epoch'] + 1
-    if 'seed' in args:
-        training['seed'] = args['seed']
-    if 'versions' in checkpoint:
-        training['versions'] = checkpoint['versions']
-    return training
+        known['epochs'] = checkpoint['epoch'] + 1
+    facts = {'dataset': data, **known, 'seed': args.get('seed'), 'versions': checkpoint.get('versions')}
+    return {key: value for key, value in facts.items() if value not in (None, '')}

@@ -84,9 +84,9 @@ def movement(searched: Sequence[_Vectors], initial: _Vectors) -> Movement:
     for module in initial:
         for branch, start in initial[module].items():
             if all(branch in scales.get(module, ()) for scales in searched):
-                base = start.double().mean().item()
-                means = [scales[module][branch].double().mean().item() for scales in searched]
-                changes[module, branch] = [(mean - base) / abs(base) for mean in means]
+                base = start.double().mean()
+                means = [scales[module][branch].double().mean() for scales in searched]
+                changes[module, branch] = [((mean - base) / base.abs()).item() for mean in means]
     scaled = {key: values for key, values in changes.items() if key[1] != 'identity'}
     if not scaled:
         raise ValueError('The searched and the initial scales have no branch in common: they are of two networks.')
