@@ -58,6 +58,7 @@ def test_what_is_saved_is_what_is_pushed_and_loads_from_both(hub, client, images
         save_pretrained(model, tmp_path / 'local', metrics=metrics, repo_id=REPO)
     tree = read_tree(tmp_path / 'local')
     assert set(tree) == TREE and b'scales' not in tree['config.json']
+    assert len({file.stat().st_mode for file in (tmp_path / 'local').iterdir()}) == 1
     push_to_hub(model, REPO, metrics=metrics)
     assert {name: hub.repo(REPO).read(name) for name in tree} == tree
     assert torch.equal(load(tmp_path / 'local')(images), model(images))

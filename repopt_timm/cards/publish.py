@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 
 from ..errors import explaining
-from ..files import check_output, check_output_folder
+from ..files import check_output, check_output_folder, replacing
 from ..plot import plot_scales
 from ..scales import Scales
 from ..tokens import scrub
@@ -56,9 +56,11 @@ def write_card(
     None if the weights stay as they are. `scales` and licences default to what the card has, or the scales state.
     """
     path, where = folder / CARD_FILE, f'{source or repo_id}/{CARD_FILE}'
-    before = read_metadata(path, where) if path.is_file() else {}
+    if not path.is_file():
+        path.write_text('---\n\n---\n')
+    before = read_metadata(path, where)
     with explaining(f'{where}: its metadata cannot be read'):
-        card = ModelCard.load(path, ignore_metadata_errors=True) if path.is_file() else ModelCard('---\n\n---\n')
+        card = ModelCard.load(path, ignore_metadata_errors=True)
     data: Any = card.data
     if data.to_dict().get('model-index') != before.get('model-index'):
         # Several models, or results in a form of their own.
@@ -68,7 +70,7 @@ def write_card(
         scales = decode_scales(found, where, folder.joinpath)
     new_weights = training is not None
     training = training if new_weights else found.get('training')
-    files = ({file.name for file in folder.iterdir()} | set(published)) - {SCALES_FILE}
+    files = {*os.listdir(folder), *published} - {SCALES_FILE}
     known = weights_license
     if scales is not None:
         entry, content = encode_scales(scales, training)
@@ -139,10 +141,12 @@ def save_folder(
         for file in published & {CARD_FILE, SCALES_FILE}:
             shutil.copyfile(directory / file, folder / file)
         write(folder, repo_id or f'USER/{directory.resolve().name}', published, scales_file, directory)
-        made = {file.name for file in folder.iterdir()}
+        made = os.listdir(folder)
         # The card comes last: it describes the others.
         for file in sorted(made, key=lambda file: file == CARD_FILE):
-            os.replace(folder / file, check_output(directory / file))
+            # safetensors makes private files, `replacing` ordinary ones.
+            with replacing(directory / file) as temporary:
+                os.replace(folder / file, temporary)
         if WEIGHTS_FILE in made and CURVES_FILE not in made:
             (directory / CURVES_FILE).unlink(missing_ok=True)
 
