@@ -52,5 +52,5 @@ def one_line(error: BaseException) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns what a library's error says, on one line of at most 300 characters; its type if it says nothing."""
-    return ' '.join(str(error).split())[:300].rstrip('.') or type(error).__name__
+    """Returns what an error says, on one line of 300 characters at most, without secrets; its type if it is empty."""
+    return scrub(' '.join(str(error).split()))[:300].rstrip('.') or type(error).__name__

@@ -60,7 +60,7 @@ def write_card(
         path.write_text('---\n\n---\n')
     before = read_metadata(path, where)
     with explaining(f'{where}: its metadata cannot be read'):
-        card = ModelCard.load(path, ignore_metadata_errors=True)
+        card = ModelCard(path.read_bytes().decode('utf-8-sig'), ignore_metadata_errors=True)
     data: Any = card.data
     if data.to_dict().get('model-index') != before.get('model-index'):
         # Several models, or results in a form of their own.

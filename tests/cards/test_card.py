@@ -38,7 +38,7 @@ def test_an_update_keeps_what_others_wrote(card):
     model_card = ModelCard.load(card)
     model_card.data['my-key'] = {'nested': [1, 'two', None]}
     model_card.text = f'# My notes\n{model_card.text}\nMore of mine.\n'
-    model_card.save(card)
+    card.write_text('\ufeff' + str(model_card))
     scales = random_scales()
     save_scales_card(scales, card.parent)
     assert card_of(card.parent).data['my-key'] == {'nested': [1, 'two', None]}
