@@ -8,7 +8,16 @@ from huggingface_hub import get_token
 
 from .tokens import scrub
 
-__all__ = ['explaining', 'one_line', 'reason_of']
+# What libraries raise over a bad argument or a damaged file.
+_FOREIGN = (
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    json.JSONDecodeError,
+    UnicodeDecodeError,
+)
 
 
 @contextmanager
@@ -16,19 +25,8 @@ def explaining(what: str) -> Iterator[None]:
     """Turns what libraries raise over a bad argument into a ValueError that begins with `what`."""
     try:
         yield
-    except (
-        TypeError,
-        AssertionError,
-        KeyError,
-        RuntimeError,
-        AttributeError,
-        IndexError,
-        NotImplementedError,
-        json.JSONDecodeError,
-        UnicodeDecodeError,
-    ) as error:
-        text = ' '.join(str(error).split()) or type(error).__name__
-        raise ValueError(f'{what}: {text}') from error
+    except _FOREIGN as error:
+        raise ValueError(f'{what}: {" ".join(str(error).split()) or type(error).__name__}') from error
 
 
 def one_line(error: BaseException) -> str:
@@ -54,5 +52,5 @@ def one_line(error: BaseException) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Returns what a library's error says, on one line of at most 300 characters; its type if it says nothing."""
-    return ' '.join(str(error).split())[:300].rstrip('.') or type(error).__name__
+    """Returns what an error says, on one line of 300 characters at most, without secrets; its type if it is empty."""
+    return scrub(' '.join(str(error).split()))[:300].rstrip('.') or type(error).__name__

@@ -8,15 +8,6 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-__all__ = [
-    'check_output',
-    'check_output_folder',
-    'naming_write_errors',
-    'remove_temporaries',
-    'replacing',
-    'write_text',
-]
-
 # In the name of a file that is being written.
 _MARK = '.tmp'
 
@@ -27,11 +18,7 @@ os.umask(_UMASK)
 
 @contextmanager
 def naming_write_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Names the file in errors such as that of a full disk, which state the cause alone.
-
-    Raises:
-        OSError: In their place.
-    """
+    """Names the file in errors such as that of a full disk, which state the cause alone."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -45,12 +32,8 @@ def naming_write_errors(path: str | os.PathLike) -> Iterator[None]:
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a temporary name beside `path`; renames it to `path` on success and removes it on an error.
 
-    A process that is killed half-way leaves the old file, or none. The temporary name keeps the suffix of `path`, so
-    that libraries which choose a format by it do. Of a symbolic link, that is where it points.
-
-    Raises:
-        OSError: If there is no room for it; names `path` and the cause.
-        ValueError: If `path` is a folder, a device or a pipe.
+    A process that is killed half-way leaves the old file, or none. The temporary name keeps the suffix of `path`, by
+    which libraries choose a format. If `path` is a symbolic link, the file that it points to is replaced.
     """
     path = check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,43 +57,34 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def check_output(path: str | os.PathLike, *inputs: str | os.PathLike) -> Path:
-    """Checks that a file can be written, before the work that makes its content.
+    """Checks that a file can be written, and is none of the inputs, before the work that makes its content.
 
-    Args:
-        path: File to write, which may exist.
-        inputs: What the content is made from, files or other sources.
-
-    Returns:
-        The file to write: `path` itself, or where its symbolic link points, so that the link stays.
-
-    Raises:
-        ValueError: If `path` is a folder, a device, a pipe or an input, or is inside something that is not a folder.
+    Returns the file to write: `path` itself, or where its symbolic link points, so that the link stays.
     """
     target = Path(os.path.realpath(path))
+    problem = ''
     if target.is_dir():
-        raise ValueError(f"'{path}' cannot be written: it is a folder, expected a file name.")
-    if target.exists() and not target.is_file():
-        raise ValueError(
-            f"'{path}' cannot be written: it is a device or a pipe, expected a regular file or a new name."
-        )
-    parent = next(folder for folder in target.parents if os.path.lexists(folder))
-    if not parent.is_dir():
-        raise ValueError(f"'{path}' cannot be written: '{parent}' is not a folder.")
-    if any(target.exists() and os.path.exists(source) and target.samefile(source) for source in inputs):
-        raise ValueError(f"'{path}' cannot be written: it is the input itself. Name another file.")
+        problem = 'it is a folder, expected a file name'
+    elif target.exists() and not target.is_file():
+        problem = 'it is a device or a pipe, expected a regular file or a new name'
+    elif any(target.exists() and os.path.exists(source) and target.samefile(source) for source in inputs):
+        problem = 'it is the input itself. Name another file'
+    elif not (folder := _existing(target.parent)).is_dir():
+        problem = f"'{folder}' is not a folder"
+    if problem:
+        raise ValueError(f"'{path}' cannot be written: {problem}.")
     return target
 
 
 def check_output_folder(path: str | os.PathLike) -> Path:
-    """Checks that a folder can be made, or is there, before the work that makes its content.
-
-    Raises:
-        ValueError: If `path`, or what it is in, is not a folder.
-    """
-    found = next(place for place in (Path(path), *Path(path).absolute().parents) if os.path.lexists(place))
-    if not found.is_dir():
-        raise ValueError(f"'{path}' cannot be written: '{found}' is not a folder. Name another one.")
+    """Checks that a folder can be made, or is there, before the work that makes its content."""
+    if not (folder := _existing(Path(path).absolute())).is_dir():
+        raise ValueError(f"'{path}' cannot be written: '{folder}' is not a folder.")
     return Path(path)
+
+
+def _existing(path: Path) -> Path:
+    return next(place for place in (path, *path.parents) if os.path.lexists(place))
 
 
 def remove_temporaries(folder: str | os.PathLike) -> None:

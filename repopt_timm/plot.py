@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .files import check_output, replacing
-
-__all__ = ['check_picture', 'plot_curves', 'plot_scales', 'save_figure', 'subplots']
+from .files import replacing
 
 # The scales of kxk and 1x1 may lie on top of each other, as they do before a search.
 _STYLES = {
@@ -20,11 +18,7 @@ _STYLES = {
 
 
 def subplots(rows: int, columns: int, figsize: tuple[float, float], layout: Any = None, **options: Any) -> Any:
-    """Returns a figure and its axes, as `matplotlib.pyplot.subplots` does, whose state and backend are the user's.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
+    """Returns a figure and its axes, as `matplotlib.pyplot.subplots` does, whose state and backend are the user's."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -33,24 +27,12 @@ def subplots(rows: int, columns: int, figsize: tuple[float, float], layout: Any 
     return figure, figure.subplots(rows, columns, **options)
 
 
-def check_picture(path: str | os.PathLike, *inputs: str | os.PathLike) -> Path:
-    """Checks that a picture can be written, as `files.check_output` does, before the work that it shows.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-        ValueError: If the suffix does not name a format of pictures, or it cannot be written there.
-    """
-    target = check_output(path, *inputs)
-    formats = subplots(1, 1, (1, 1))[0].canvas.get_supported_filetypes()
-    if target.suffix[1:].lower() not in formats:
-        names = ', '.join(f'.{name}' for name in sorted(formats))
-        raise ValueError(f"'{path}' does not end in the suffix of a picture, such as {target.stem}.png: {names}.")
-    return target
-
-
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
     """Writes a figure in the format that the path's suffix names, whole or not at all."""
-    with replacing(check_picture(path)) as temporary:
+    target = Path(path)
+    if target.suffix[1:].lower() not in figure.canvas.get_supported_filetypes():
+        raise ValueError(f"'{path}' does not end in the suffix of a picture, such as {target.stem}.png.")
+    with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, bbox_inches='tight')
 
 
@@ -75,22 +57,20 @@ def plot_scales(
         ImportError: If matplotlib is not installed.
     """
     figure, axes = subplots(1, 1, (9, 4))
-    modules = list(scales)
-    for branch in sorted({branch for module in modules for branch in scales[module]}, reverse=True):
+    for branch in sorted({branch for vectors in scales.values() for branch in vectors}, reverse=True):
+        found = {depth: vectors[branch] for depth, vectors in enumerate(scales.values()) if branch in vectors}
+        means, lowest, highest = (
+            [measure(vector).item() for vector in found.values()] for measure in (Tensor.mean, Tensor.min, Tensor.max)
+        )
         style = _STYLES.get(branch, {'marker': 'o', 'ms': 3})
-        depths = [depth for depth, module in enumerate(modules) if branch in scales[module]]
-        vectors = [scales[modules[depth]][branch] for depth in depths]
-        line = axes.plot(depths, [vector.mean().item() for vector in vectors], label=branch, **style)[0]
-        lowest = [vector.min().item() for vector in vectors]
-        highest = [vector.max().item() for vector in vectors]
-        axes.vlines(depths, lowest, highest, color=line.get_color(), alpha=0.4)
-        began = [depth for depth in depths if branch in (initial or {}).get(modules[depth], ())]
-        if initial is not None and began:
-            means = [initial[modules[depth]][branch].mean().item() for depth in began]
-            # Of scales that were not searched they would be the same points again.
-            if means != [scales[modules[depth]][branch].mean().item() for depth in began]:
-                axes.plot(began, means, '_', color=line.get_color(), ms=9, mew=1.5, label=f'{branch}, initial')
-    stages = [depth for depth, module in enumerate(modules) if module.endswith('.0.conv')]
+        color = axes.plot([*found], means, label=branch, **style)[0].get_color()
+        axes.vlines([*found], lowest, highest, color=color, alpha=0.4)
+        starts = enumerate((initial or {}).get(module, {}) for module in scales)
+        began = {depth: vectors[branch].mean().item() for depth, vectors in starts if branch in vectors}
+        # Of scales that were not searched they would be the same points again.
+        if began and [*began.values()] != means:
+            axes.plot([*began], [*began.values()], '_', color=color, ms=9, mew=1.5, label=f'{branch}, initial')
+    stages = [depth for depth, module in enumerate(scales) if module.endswith('.0.conv')]
     for stage, depth in enumerate(stages, start=1):
         axes.axvline(depth - 0.5, color='0.85', lw=1, zorder=0)
         axes.text(depth - 0.4, 1.01, f'stage {stage}', transform=axes.get_xaxis_transform(), fontsize=8, color='0.4')
@@ -118,9 +98,9 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: st
     """
     figure, (left, right) = subplots(1, 2, (10, 3.8))
     for name, rows in histories.items():
-        evaluated = [row for row in rows if 'eval_top1' in row]
-        left.plot([row['epoch'] + 1 for row in rows], [row['train_loss'] for row in rows], label=name)
-        right.plot([row['epoch'] + 1 for row in evaluated], [row['eval_top1'] for row in evaluated], label=name)
+        for axes, column in ((left, 'train_loss'), (right, 'eval_top1')):
+            measured = [row for row in rows if column in row]
+            axes.plot([row['epoch'] + 1 for row in measured], [row[column] for row in measured], label=name)
     left.set(xlabel='epoch', ylabel='training loss')
     right.set(xlabel='epoch', ylabel='top-1 accuracy on held-out images (%)')
     for axes in (left, right):

@@ -30,11 +30,6 @@ from .sources import ScalesSource, load_scales
 from .trained_scales import arguments_of
 from .weights_origin import merged_from, origin_of
 
-__all__ = ['push_to_hub', 'save_pretrained']
-
-# Arguments of a run that a card states, as far as they are set.
-_STATED = ('epochs', 'opt', 'lr', 'weight_decay', 'clip_grad', 'smoothing', 'mixup', 'cutmix')
-
 
 def save_pretrained(
     model: nn.Module | str | os.PathLike,
@@ -124,7 +119,7 @@ def _prepare(
     precision: str = 'float32',
     license: str | None = None,
 ) -> Callable[..., None]:
-    """Checks everything, and returns a function that writes the files; see `push_folder` for its arguments."""
+    """Checks everything, and returns a function that writes the files; see `cards.publish.write_card`."""
     license_name = checked_license(license)
     history: list[Mapping[str, Any]] = []
     facts, source = dict(training or {}), ''
@@ -138,7 +133,6 @@ def _prepare(
             history = checkpoint.get('history') or []
             last = {key: history[-1].get(f'eval_{key}') for key in ('top1', 'top5')} if history else {}
             measured = {key: round(value, 3) for key, value in last.items() if value is not None}
-            history = [row for row in history if 'train_loss' in row]
         if precision == 'int8':
             # Those of the rounded weights are others.
             facts |= {f'{key}_before_rounding': value for key, value in measured.items()}
@@ -146,10 +140,7 @@ def _prepare(
             metrics = measured
     name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
     if name is None or not hasattr(model, 'num_classes'):
-        raise ValueError(
-            f'{type(model).__name__} is not a whole model of timm: create it with timm.create_model, and without '
-            f'features_only, of which the format has no notion.'
-        )
+        raise ValueError(f'{type(model).__name__} is not a whole model that timm.create_model made.')
     if precision == 'int8' and not isinstance(model, RepOptVgg):
         raise ValueError(f"{name} cannot load 8-bit weights, RepOpt-VGG alone restores them: use 'float16'.")
     packed = pack(_weights_of(model, source or name), precision)
@@ -173,14 +164,7 @@ def _prepare(
     if found is not None:
         # What no card can hold is an error before anything is written or uploaded.
         encode_scales(found, facts)
-    card: dict[str, Any] = {
-        'model_name': name,
-        'scales': found,
-        'license_name': license_name,
-        'training': facts,
-        'results': eval_results(metrics) if metrics else [],
-        'weights_license': origin_of(model).get('license', ''),
-    }
+    results = eval_results(metrics) if metrics else []
 
     def write(
         folder: Path, repo_id: str, published: frozenset[str], scales_file: bool, target: str | os.PathLike = ''
@@ -189,10 +173,22 @@ def _prepare(
             save_file(packed, folder / WEIGHTS_FILE, {'format': 'pt'})
         config_file: Any = folder / CONFIG_FILE  # timm before 1.0.31 opens it as a path
         save_config_for_hf(model, config_file, model_args=stated_arguments(model))
-        if history:
-            draw(plot_curves, {name: history}, folder / CURVES_FILE)
-        # A picture that is there already is of other weights' training.
-        write_card(folder, repo_id, published - {CURVES_FILE}, scales_file, target, **card)
+        if rows := [row for row in history if 'train_loss' in row]:
+            draw(plot_curves, {name: rows}, folder / CURVES_FILE)
+        write_card(
+            folder,
+            repo_id,
+            # A picture that is there already is of other weights' training.
+            published - {CURVES_FILE},
+            scales_file,
+            target,
+            model_name=name,
+            scales=found,
+            license_name=license_name,
+            training=facts,
+            results=results,
+            weights_license=origin_of(model).get('license', ''),
+        )
 
     return write
 
@@ -203,8 +199,7 @@ def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
     if sharded := [name for name, tensor in weights.items() if is_sharded(tensor)]:
         raise ValueError(
             f"{source}: '{sharded[0]}' is sharded: no process has all of it. Gather with get_model_state_dict of "
-            f'torch.distributed.checkpoint.state_dict and full_state_dict=True, load that into an unsharded model '
-            f'and publish it from one process.'
+            f'torch.distributed.checkpoint.state_dict and full_state_dict=True, and publish an unsharded model.'
         )
     check_weights(weights, source)
     # safetensors refuses tensors that share memory, as tied ones do.
@@ -213,16 +208,13 @@ def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
 
 def _training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     args = arguments_of(checkpoint)
-    training: dict[str, Any] = {}
-    if data := args.get('dataset') or args.get('data_dir') or args.get('data'):
-        # A name, not a path of the machine that it was trained on.
-        training['dataset'] = str(data) if args.get('dataset') else Path(data).name
-    training |= {key: args[key] for key in _STATED if isinstance(args.get(key), int | float | str) and args[key]}
+    # A name, not a path of the machine that it was trained on.
+    data = args.get('dataset') or Path(args.get('data_dir') or args.get('data') or '').name
+    stated = ('epochs', 'opt', 'lr', 'weight_decay', 'clip_grad', 'smoothing', 'mixup', 'cutmix')
+    known = {key: args[key] for key in stated if isinstance(args.get(key), int | float | str) and args[key]}
     if 'batch_size' in args:
-        training['batch_size'] = args['batch_size'] * args.get('world_size', 1) * args.get('grad_accum_steps', 1)
+        known['batch_size'] = args['batch_size'] * args.get('world_size', 1) * args.get('grad_accum_steps', 1)
     if isinstance(checkpoint.get('epoch'), int):
-        training['epochs'] = checkpoint['epoch'] + 1
-    for key, found in {'seed': args, 'versions': checkpoint}.items():
-        if key in found:
-            training[key] = found[key]
-    return training
+        known['epochs'] = checkpoint['epoch'] + 1
+    facts = {'dataset': data, **known, 'seed': args.get('seed'), 'versions': checkpoint.get('versions')}
+    return {key: value for key, value in facts.items() if value not in (None, '')}

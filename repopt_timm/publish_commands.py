@@ -11,33 +11,24 @@ from .files import check_output_folder
 from .merge_checkpoint import merge_trained
 from .publish import push_to_hub, save_pretrained
 from .reporting import add_command, print_result
-from .scale_commands import SOURCE, add_card_options, add_publishing, given
+from .scale_commands import SOURCE, add_card_options, add_publishing, card_options
 from .sources import IMPLIED
 from .weights_origin import merged_from
 
-__all__ = ['add_commands']
-
 
 def add_commands(commands: Any) -> None:
-    """Adds save, push and convert-checkpoint to the commands of `repopt-timm`.
-
-    Args:
-        commands: What `ArgumentParser.add_subparsers` returned.
-    """
+    """Adds save, push and convert-checkpoint to the commands of `repopt-timm`."""
     save, push = add_command(commands, 'save', _save), add_command(commands, 'push', _push)
     for parser in (save, push):
         parser.add_argument('checkpoint', help='checkpoint of a training run')
         parser.add_argument('--scales', metavar='SOURCE', help=f'scales that it was trained with: {SOURCE}')
-        parser.add_argument(
-            '--precision', choices=PRECISIONS, default='float32', help='number format of stored kernels'
-        )
-        add_card_options(parser)
+        text = 'number format of stored kernels'
+        parser.add_argument('--precision', choices=PRECISIONS, default='float32', help=text)
     save.add_argument('out', help='folder to write, which local-dir:OUT loads')
-    save.add_argument(
-        '--data', metavar='DIR', help='image folder on whose validation split to measure what is written, for the card'
-    )
+    text = 'image folder on whose validation split to measure what is written, for the card'
+    save.add_argument('--data', metavar='DIR', help=text)
+    add_card_options(save)
     add_class_map(save)
-    push.add_argument('repo', help='repository on the Hub, user/repo')
     add_publishing(push)
 
     convert = add_command(commands, 'convert-checkpoint', _convert_checkpoint)
@@ -63,24 +54,22 @@ def add_commands(commands: Any) -> None:
 
 def _save(args: argparse.Namespace) -> None:
     check_output_folder(args.out)
-    contents = given(args, 'scales', 'precision', 'license')
     metrics: dict[str, Any] | None = None
-    values, text = given(args, 'checkpoint', 'out'), f'{args.checkpoint} -> {args.out}'
+    values, text = {'checkpoint': args.checkpoint, 'out': args.out}, f'{args.checkpoint} -> {args.out}'
     if args.data:
         with TemporaryDirectory() as folder:
-            save_pretrained(args.checkpoint, folder, **contents)
+            save_pretrained(args.checkpoint, folder, args.scales, **card_options(args))
             found = evaluate(folder, args.data, class_map=args.class_map)
         measured = {name: round(found[name], 3) for name in ('top1', 'top5')}
         metrics = {'dataset': Path(args.data).resolve().name, **measured}
         values |= measured
         text += f': top-1 {measured["top1"]:.2f} %, top-5 {measured["top5"]:.2f} % of {found["images"]} images'
-    save_pretrained(args.checkpoint, args.out, metrics=metrics, scales_file=args.scales_file, **contents)
+    save_pretrained(args.checkpoint, args.out, args.scales, metrics, **card_options(args))
     print_result(args, values, text)
 
 
 def _push(args: argparse.Namespace) -> None:
-    names = ('scales', 'precision', 'license', 'scales_file', 'private', 'revision', 'create_pr')
-    url = push_to_hub(args.checkpoint, args.repo, **given(args, *names))
+    url = push_to_hub(args.checkpoint, args.repo, scales=args.scales, **card_options(args))
     print_result(args, {'checkpoint': args.checkpoint, 'url': url}, f'{args.checkpoint} -> {url}')
 
 
@@ -88,19 +77,13 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
     check_output_folder(args.out)
     implied = args.scales == IMPLIED
     model: Any = merge_trained(args.checkpoint, args.model, args.data, implied)
+    name = Path(args.checkpoint).name if Path(args.checkpoint).is_file() else args.checkpoint
+    training = {'converted_from': name, 'method': "published by the method's authors"}
     if merged_from(model):
         measured = f'measured on images of {Path(args.data).resolve().name}' if args.data else 'estimated from branches'
-        how = {'trained_with': 'branches; merged into plain kernels', 'batchnorm': measured}
-    else:
-        how = {'method': "published by the method's authors"}
-    name = Path(args.checkpoint).name if Path(args.checkpoint).is_file() else args.checkpoint
-    save_pretrained(
-        model,
-        args.out,
-        None if implied else args.scales,
-        training={'converted_from': name, **how},
-        **given(args, 'license', 'scales_file'),
-    )
-    config = model.pretrained_cfg
-    values = {'architecture': config['architecture'], 'num_classes': model.num_classes, 'out': args.out}
+        merged = 'branches; merged into plain kernels'
+        training = {'converted_from': name, 'trained_with': merged, 'batchnorm': measured}
+    scales = None if implied else args.scales
+    save_pretrained(model, args.out, scales, training=training, **card_options(args))
+    values = {'architecture': model.pretrained_cfg['architecture'], 'num_classes': model.num_classes, 'out': args.out}
     print_result(args, values, ', '.join(f'{name} {value}' for name, value in values.items()))

@@ -12,32 +12,13 @@ from typing import Any, TypeVar
 from .commands import COMMANDS
 from .console import number
 
-__all__ = [
-    'add_command',
-    'amount',
-    'cpu_name',
-    'markdown_table',
-    'package_versions',
-    'positive',
-    'print_result',
-    'take_turns',
-    'time_call',
-]
-
 _T = TypeVar('_T')
 
 
 def add_command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], None], summary: str = ''
 ) -> argparse.ArgumentParser:
-    """Adds a command that prints its result with `print_result`.
-
-    Args:
-        commands: What `ArgumentParser.add_subparsers` returned.
-        name: Name of the command.
-        run: Runs it.
-        summary: One line of help. Defaults to that of `COMMANDS`.
-    """
+    """Adds a command that prints its result with `print_result`; its help is `summary`, or that of `COMMANDS`."""
     summary = summary or COMMANDS[name].summary
     parser = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + '.')
     parser.add_argument('--json', action='store_true', help='print JSON, for programs')
@@ -56,20 +37,11 @@ def positive(kind: type) -> Callable[[str], Any]:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], align: bool = False) -> str:
-    """Formats a Markdown table.
-
-    Args:
-        head: Column titles.
-        rows: Cells of each row.
-        align: Pad the cells so that columns line up in a terminal.
-    """
-    lines = [list(head), ['---'] * len(head), *map(list, rows)]
-    if align:
-        del lines[1]
-        widths = [max(map(len, column)) for column in zip(*lines)]
-        lines = [[cell.ljust(width) for cell, width in zip(line, widths)] for line in lines]
-        lines.insert(1, ['-' * width for width in widths])
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+    """Formats a Markdown table; `align` pads its cells, so that columns line up in a terminal."""
+    lines = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) if align else 0 for column in zip(*lines)]
+    lines.insert(1, ['-' * (width or 3) for width in widths])
+    return '\n'.join(f'| {" | ".join(map(str.ljust, line, widths))} |' for line in lines)
 
 
 def amount(number: int, noun: str) -> str:
@@ -101,18 +73,10 @@ def time_call(call: Callable[[], Any]) -> float:
 
 
 def take_turns(turns: Mapping[str, Callable[[], _T]], rounds: int, warmup: int = 0) -> dict[str, list[_T]]:
-    """Measures candidates in rounds, each candidate once per round.
+    """Measures candidates in rounds, each candidate once per round, and drops the first `warmup` rounds.
 
     Whatever slows down the machine for a while slows down a whole round, so ratios within a round stay meaningful. The
     order rotates, so that no candidate always inherits the caches of the same other one.
-
-    Args:
-        turns: Name of a candidate to a function that runs it and returns what it measured.
-        rounds: Number of rounds.
-        warmup: Number of rounds to discard at the start.
-
-    Returns:
-        Name to what it measured in each round, in the order of `turns`.
     """
     names = list(turns)
     found: dict[str, list[_T]] = {name: [] for name in names}

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-__all__ = ['resource_dir', 'shipped_repositories']
-
 
 def resource_dir(name: str) -> Path:
     """Returns a folder of shipped files: inside the package in a wheel, beside it in a checkout."""

@@ -13,26 +13,21 @@ from .files import check_output, check_output_folder
 from .models import ensure_registered
 from .models.initial_values import initial_values
 from .names import ModelName
-from .plot import check_picture, plot_scales
+from .plot import plot_scales
 from .reporting import add_command, markdown_table, print_result
 from .scales import Scales
 from .scales.summary import movement, scales_table
 from .sources import known_scales, load_scales
 
-__all__ = ['SOURCE', 'add_card_options', 'add_commands', 'add_publishing', 'given']
-
 SOURCE = (
     "file, folder, model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, 'published', 'initial' or "
     "'identity'"
 )
+_OPTIONS = ('license', 'scales_file', 'private', 'revision', 'create_pr', 'precision')
 
 
 def add_commands(commands: Any) -> None:
-    """Adds `scales` and its commands to those of `repopt-timm`.
-
-    Args:
-        commands: What `ArgumentParser.add_subparsers` returned.
-    """
+    """Adds `scales` and its commands to those of `repopt-timm`."""
     commands = commands.add_parser('scales', help=COMMANDS['scales'].summary)
     commands = commands.add_subparsers(required=True, metavar='COMMAND')
     add_command(commands, 'list', _list, 'list the scales that ship, are published, or are in the cache of the Hub')
@@ -44,10 +39,8 @@ def add_commands(commands: Any) -> None:
         parser.add_argument('source', help=f'{SOURCE} with --architecture')
         parser.add_argument('--architecture', metavar='MODEL', help='plain model that the scales are for')
     extract.add_argument('out', help='.safetensors file, or folder for a model card')
-    plot.add_argument('out', help='picture to write')
-    push.add_argument('repo', help='repository on the Hub, user/repo')
     add_card_options(extract)
-    add_card_options(push)
+    plot.add_argument('out', help='picture to write')
     add_publishing(push)
 
 
@@ -60,15 +53,17 @@ def add_card_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_publishing(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of a command that commits to the Hub."""
+    """Adds the arguments of a command that commits a card to the Hub."""
+    parser.add_argument('repo', help='repository on the Hub, user/repo')
+    add_card_options(parser)
     parser.add_argument('--private', action='store_true', default=None, help='make a new repository private')
     parser.add_argument('--revision', help='branch to commit to')
     parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of changing the branch')
 
 
-def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Returns arguments of a command by name, to pass on."""
-    return {name: getattr(args, name) for name in names}
+def card_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options that a command has for its card and the Hub, to pass on."""
+    return {name: value for name, value in vars(args).items() if name in _OPTIONS}
 
 
 def _load(args: argparse.Namespace) -> Scales:
@@ -80,17 +75,17 @@ def _load(args: argparse.Namespace) -> Scales:
     return load_scales(args.source, model)
 
 
-def _list(args: argparse.Namespace) -> None:
-    rows = known_scales()
-    head = {'name': 'name', 'network': 'network', 'dataset': 'searched on', 'license': 'licence', 'where': 'where'}
-    cells = [[str(row[key] or '') for key in head] for row in rows]
-    print_result(args, {'scales': rows}, markdown_table(list(head.values()), cells, align=True))
-
-
 def _print(args: argparse.Namespace, scales: Scales, text: str = '', **values: Any) -> None:
     known = {'architecture': scales.architecture or 'unknown', 'modules': len(scales)}
     known |= {'fingerprint': scales.fingerprint, 'provenance': scales.provenance}
     print_result(args, {**known, **values}, text or f'{scales.title} -> {next(iter(values.values()))}')
+
+
+def _list(args: argparse.Namespace) -> None:
+    rows = known_scales()
+    cells = [[str(cell or '') for cell in row.values()] for row in rows]
+    head = ('name', 'network', 'searched on', 'licence', 'where')
+    print_result(args, {'scales': rows}, markdown_table(head, cells, align=True))
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -107,27 +102,24 @@ def _show(args: argparse.Namespace) -> None:
 def _extract(args: argparse.Namespace) -> None:
     if Path(args.out).suffix == '.safetensors':
         if args.license or args.scales_file:
-            raise ValueError(
-                f"'{args.out}': --license and --scales-file are for a folder with a model card. Name a folder."
-            )
+            raise ValueError(f"'{args.out}': --license and --scales-file are for a folder with a card. Name a folder.")
         check_output(args.out, args.source)
         scales = _load(args)
         scales.save(args.out)
     else:
         check_output_folder(args.out)
         scales = _load(args)
-        save_scales_card(scales, args.out, **given(args, 'license', 'scales_file'))
+        save_scales_card(scales, args.out, **card_options(args))
     _print(args, scales, out=args.out)
 
 
 def _plot(args: argparse.Namespace) -> None:
-    picture = check_picture(args.out, args.source)
+    check_output(args.out, args.source)
     scales = _load(args)
-    plot_scales(scales, picture, scales.title, initial_values(scales))
+    plot_scales(scales, args.out, scales.title, initial_values(scales))
     _print(args, scales, out=args.out)
 
 
 def _push(args: argparse.Namespace) -> None:
     scales = _load(args)
-    names = ('private', 'revision', 'create_pr', 'scales_file', 'license')
-    _print(args, scales, url=push_scales(scales, args.repo, **given(args, *names)))
+    _print(args, scales, url=push_scales(scales, args.repo, **card_options(args)))

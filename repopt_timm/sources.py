@@ -19,16 +19,6 @@ from .resources import shipped_repositories
 from .scales import Scales, read_scale_file
 from .scales.published import PUBLISHED, find_published, published_table, read_published
 
-__all__ = [
-    'IMPLIED',
-    'UNSEARCHED',
-    'ScalesSource',
-    'default_scales',
-    'known_scales',
-    'load_scales',
-    'scales_beside_weights',
-]
-
 ScalesSource = Scales | Mapping | str | os.PathLike
 
 UNSEARCHED = {'initial': 'paper', 'identity': 'identity'}
@@ -65,17 +55,15 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
     elif isinstance(source, Mapping):
         # Without a model it lacks the counts of equal branches.
         return scales_for(model, source) if model is not None else Scales('', source)
-    elif isinstance(source, str) and source in UNSEARCHED and model is not None:
-        return Scales.initial(model, start=UNSEARCHED[source])
-    elif source == PUBLISHED and network is not None:
-        scales = read_published(network)
-    elif source in (*UNSEARCHED, PUBLISHED):
+    elif model is None and source in (*UNSEARCHED, PUBLISHED):
         raise ValueError(
             f"scales='{source}' needs a model: load_scales('{source}', model), --architecture MODEL, or one of the "
             f'names {", ".join(published_table())}.'
         )
-    elif source in published_table():
-        scales = read_published(str(source))
+    elif model is not None and source in UNSEARCHED:
+        return Scales.initial(model, start=UNSEARCHED[str(source)])
+    elif source == PUBLISHED or source in published_table():
+        scales = read_published(network if network and source == PUBLISHED else str(source))
     elif source == IMPLIED:
         raise ValueError(
             f"scales='{IMPLIED}' are read from trained branches. Create a target with pretrained=True and weights that "
@@ -100,15 +88,7 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
 
 
 def default_scales(model_name: str) -> Scales:
-    """Loads the scales that come with a model's name: in its repository, or in what ships with this package.
-
-    Args:
-        model_name: Name of a target model, with or without a tag, `hf-hub:user/repo` or `local-dir:FOLDER`.
-
-    Raises:
-        ValueError: If there are none; says how to get some.
-        OSError: If the repository or folder cannot be read.
-    """
+    """Loads the scales in the repository of a model, or else in what ships for its name, and says how to get some."""
     with explaining(f"'{model_name}' is not the name of a model"):
         place, path = parse_model_name(model_name)
     if place is not None:
@@ -134,9 +114,7 @@ def default_scales(model_name: str) -> Scales:
 def known_scales() -> list[dict[str, Any]]:
     """Lists the scales that ship, that are published, and that the Hub's cache holds.
 
-    Returns:
-        Rows with `name`, which `load_scales` takes; `network`, `dataset` and `license`, as far as known; `where`:
-        `ships`, `published`, `published, cached` or `cached`.
+    In a row, `name` is what `load_scales` takes; `dataset` and `license` are None if they are not known.
     """
     cards = [(name, folder / CARD_FILE, 'ships') for name, folder in shipped_repositories().items()]
     cards += [(str(source), card, 'cached') for source, card in cached_files(CARD_FILE)]
@@ -155,27 +133,20 @@ def known_scales() -> list[dict[str, Any]]:
 
 
 def scales_beside_weights(cfg: Mapping[str, Any]) -> Scales | None:
-    """Reads the scales of the repository that pretrained weights come from.
+    """Reads the scales of the repository that pretrained weights come from; None if it has no card, or none in it.
 
-    Args:
-        cfg: timm's configuration of the weights: `source`, `file`, `hf_hub_id`.
-
-    Returns:
-        The scales; None if the repository has no card, or a card without scales.
-
-    Raises:
-        HubError: If the repository cannot be read.
-        ValueError: If the card is damaged, or of another version.
+    `cfg` is timm's configuration of the weights: `source`, `file`, `hf_hub_id`.
     """
     if cfg.get('file') and cfg.get('source') != 'hf-hub':
         place = Path(cfg['file'])
         card = (place if cfg.get('source') == 'local-dir' else place.parent) / CARD_FILE
         return read_card_scales(card) if card.is_file() else None
+    if not cfg.get('hf_hub_id'):
+        return None
     try:
-        found = _hub_card(cfg['hf_hub_id']) if cfg.get('hf_hub_id') else None
+        return read_card_scales(*_hub_card(cfg['hf_hub_id']))
     except HubFileNotFoundError:
         return None
-    return read_card_scales(*found) if found else None
 
 
 def _hub_card(repository: str, token: str | bool | None = None) -> tuple[Path, str, Callable[[str], Path]]:

@@ -9,54 +9,31 @@ from typing import Any
 
 import yaml
 
-__all__ = ['read_mapping', 'read_table']
-
 
 def read_table(path: str | os.PathLike, columns: Sequence[str] = ()) -> list[dict[str, float]]:
-    """Reads a CSV file of numbers, such as `summary.csv`.
+    """Reads a CSV file of numbers, such as `summary.csv`; no rows if there is none.
 
-    Args:
-        path: The file: a header, and lines of as many numbers. Cells may be empty.
-        columns: Columns that have a number in each row.
-
-    Returns:
-        A row for each line, without its empty cells; nothing if the file does not exist.
-
-    Raises:
-        ValueError: If the file is empty, cut off, even in the middle of a number, or not of this form; names it.
+    Cells may be empty, but not in `columns`; rows leave them out. A file that is cut off, even in the middle of a
+    number, is an error.
     """
     try:
-        lines = list(csv.reader(_complete(path).splitlines()))
+        head, *lines = csv.reader(_complete(path).splitlines())
     except FileNotFoundError:
         return []
-    head = lines[0]
-    if missing := [name for name in columns if name not in head]:
-        raise _damaged(path, f'its header has no {", ".join(missing)}')
     rows = []
-    for number, line in enumerate(lines[1:], 2):
-        if len(line) != len(head):
-            raise _damaged(path, f'line {number} has {len(line)} cells and the header {len(head)}')
+    for line in lines:
         try:
-            row = {name: float(cell) for name, cell in zip(head, line) if cell}
+            row = {name: float(cell) for name, cell in zip(head, line, strict=True) if cell}
         except ValueError as error:
-            raise _damaged(path, f'line {number}: {error}') from None
+            raise _damaged(path, f'it has the line {line}: {error}') from None
         if missing := [name for name in columns if name not in row]:
-            raise _damaged(path, f'line {number} has no {", ".join(missing)}')
+            raise _damaged(path, f'its line {line} has no {", ".join(missing)}')
         rows.append(row)
     return rows
 
 
 def read_mapping(path: str | os.PathLike, keys: Sequence[str] = ()) -> dict[str, Any]:
-    """Reads a YAML file, or JSON if it is called so, of names and values.
-
-    Args:
-        path: The file.
-        keys: Names that it has to have.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file is empty, cut off, or not of this form; names it.
-    """
+    """Reads a YAML file, or JSON if it is called so, of names and values, among them `keys`."""
     text = _complete(path)
     try:
         found = json.loads(text) if str(path).endswith('.json') else yaml.safe_load(text)

@@ -2,21 +2,9 @@
 
 import re
 
-__all__ = ['scrub']
 
-_TOKEN = re.compile(r'\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{20,}')
-# The part of an address with a user's name and password.
-_CREDENTIALS = re.compile(r'(?<=://)[^\s/?#]+@')
-
-
-def scrub(text: str, *tokens: str | bool | None) -> str:
-    """Replaces access tokens of the Hugging Face Hub by `hf_***`, and user and password in an address by `***`.
-
-    Args:
-        text: Any text.
-        tokens: Tokens that are in use, replaced whatever they look like; others are recognized by their form.
-    """
-    for token in tokens:
-        if isinstance(token, str) and token:
-            text = text.replace(token, 'hf_***')
-    return _CREDENTIALS.sub('***@', _TOKEN.sub('hf_***', text))
+def scrub(text: str, token: str | None = None) -> str:
+    """Replaces user and password in an address by `***`, and `token` and what looks like a token by `hf_***`."""
+    if token:
+        text = text.replace(token, 'hf_***')
+    return re.sub(r'(?<=://)[^\s/?#]+@', '***@', re.sub(r'\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{20,}', 'hf_***', text))

@@ -10,9 +10,6 @@ from .reparam import geometry_of, network_name
 from .scales import Scales
 from .sources import ScalesSource, default_scales, load_scales
 
-__all__ = ['IMPLIED_KEY', 'arguments_of', 'find_scales', 'named_scales', 'trained_with']
-
-
 IMPLIED_KEY = 'implied_scales'
 """Key under which the checkpoint of a run with `--scales implied` has them: `modules`, `counts`, `provenance`."""
 
@@ -26,21 +23,9 @@ def trained_with(checkpoint: Mapping[str, Any]) -> set[str]:
 def find_scales(
     checkpoint: Mapping[str, Any], model: nn.Module, source: str, given: ScalesSource | None = None
 ) -> Scales | None:
-    """Finds the scales of a target's checkpoint: those given, those in it, or where its arguments say.
+    """Returns the scales of a target's checkpoint: those given, those in it, or where its arguments say; None if none.
 
     A name in a file from anyone may lead anywhere, so only scales of the optimizer's own fingerprint are taken.
-
-    Args:
-        checkpoint: Content of the checkpoint.
-        model: Its model.
-        source: What to call it in errors.
-        given: What the user names.
-
-    Returns:
-        The scales; None if it was trained without and none are given.
-
-    Raises:
-        ValueError: If it was trained with others, or they are not where it says, or it says nothing.
     """
     fingerprints = trained_with(checkpoint)
     if given is not None:
@@ -70,14 +55,6 @@ def named_scales(checkpoint: Mapping[str, Any], source: str) -> str:
     """Returns what `load_scales` takes for the scales that a target was trained with; `initial` if with none.
 
     That is `--scales`, `--model-kwargs`, or without them the pretrained model that the run started from.
-
-    Args:
-        checkpoint: Content of its checkpoint.
-        source: What to call it in errors.
-
-    Raises:
-        ValueError: If it names neither scales nor a model that comes with some.
-        OSError: If the model's repository cannot be read.
     """
     if not trained_with(checkpoint):
         return 'initial'

@@ -18,10 +18,12 @@ def test_an_error_leaves_the_old_file_and_no_other(tmp_path):
     assert os.listdir(tmp_path) == ['file.txt']
 
 
-def test_a_new_file_has_the_permissions_of_any_other(tmp_path):
+def test_a_new_file_has_the_permissions_of_any_other_and_a_link_stays(tmp_path):
     (tmp_path / 'ordinary').touch()
-    write_text(tmp_path / 'replaced', '')
-    assert (tmp_path / 'replaced').stat().st_mode == (tmp_path / 'ordinary').stat().st_mode
+    (tmp_path / 'link').symlink_to('file')
+    write_text(tmp_path / 'link', 'new')
+    assert (tmp_path / 'link').is_symlink() and (tmp_path / 'file').read_text() == 'new'
+    assert (tmp_path / 'file').stat().st_mode == (tmp_path / 'ordinary').stat().st_mode
 
 
 def test_an_output_is_a_regular_file_that_is_not_an_input(tmp_path):
@@ -30,37 +32,16 @@ def test_an_output_is_a_regular_file_that_is_not_an_input(tmp_path):
     os.link(tmp_path / 'input', tmp_path / 'hard_link')
     os.mkfifo(tmp_path / 'pipe')
     (tmp_path / 'link_to_device').symlink_to(os.devnull)
-    for name, message in (
-        ('input', 'is the input itself'),
-        ('link', 'is the input itself'),
-        ('hard_link', 'is the input itself'),
-        ('pipe', 'is a device or a pipe'),
-        ('link_to_device', 'is a device or a pipe'),
-        ('.', 'is a folder'),
-        ('input/new', "input' is not a folder"),
-    ):
-        with pytest.raises(ValueError, match=f"{name}' cannot be written: .*{message}"):
+    for name in ('input', 'link', 'hard_link', 'pipe', 'link_to_device', '.', 'input/new'):
+        with pytest.raises(ValueError, match=f"{name}' cannot be written"):
             check_output(tmp_path / name, 'no file', tmp_path / 'input')
-    assert check_output(tmp_path / 'new' / 'folder' / 'file') == tmp_path / 'new' / 'folder' / 'file'
-
-
-def test_a_file_that_is_written_stays_what_it_was(tmp_path):
-    os.mkfifo(tmp_path / 'pipe')
-    with pytest.raises(ValueError, match="pipe' cannot be written: it is a device or a pipe"):
-        write_text(tmp_path / 'pipe', '')
-    # Also if what it points to does not exist yet.
-    (tmp_path / 'link').symlink_to('file')
-    write_text(tmp_path / 'link', 'new')
-    assert (tmp_path / 'link').is_symlink()
-    assert (tmp_path / 'file').read_text() == 'new'
-
-
-def test_a_folder_is_not_made_inside_of_a_file(tmp_path):
-    (tmp_path / 'file').touch()
-    for name in ('file', 'file/new'):
-        with pytest.raises(ValueError, match=f"{name}' cannot be written: '.*file' is not a folder"):
+    for name in ('input', 'input/new'):
+        with pytest.raises(ValueError, match=f"{name}' cannot be written"):
             check_output_folder(tmp_path / name)
-    assert check_output_folder(tmp_path / 'new' / 'folder') == tmp_path / 'new' / 'folder'
+    for check in (check_output, check_output_folder):
+        assert check(tmp_path / 'new/folder/file') == tmp_path / 'new/folder/file'
+    with pytest.raises(ValueError, match='pipe'):
+        write_text(tmp_path / 'pipe', '')
 
 
 def test_a_full_disk_is_named_with_the_file(tmp_path):
@@ -71,11 +52,8 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
             lambda path: path.write_bytes(bytes(1000)),
             lambda path: save_file({'a': torch.ones(1000)}, path),
         ):
-            with (
-                pytest.raises(OSError, match=r"'.*/file\.txt' cannot be written: .*File too large"),
-                replacing(tmp_path / 'file.txt') as temporary,
-            ):
-                write(temporary)
+            with pytest.raises(OSError, match=r"file\.txt'.*File too large"), replacing(tmp_path / 'file.txt') as path:
+                write(path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == []

@@ -7,17 +7,17 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from timm.models import save_for_hf
 
 from repopt_timm import Scales, load_scales, prepare, push_scales, push_to_hub, save_pretrained
 from repopt_timm.cards.publish import save_scales_card
 from repopt_timm.optim import build_repopt_sgd
-from repopt_timm.reparam import kind_of
+from repopt_timm.reparam import attach_scales, kind_of
 
 from .helpers import TINY, card_of, random_scales, read_tree, tiny_model
 
 REPO = 'ann/tiny'
 TREE = {'README.md', 'config.json', 'model.safetensors', 'scales.png'}
+HISTORY = [{'epoch': epoch, 'train_loss': 1.0, 'eval_top1': 91.25, 'eval_top5': 99.5} for epoch in range(3)]
 
 
 @pytest.fixture
@@ -35,18 +35,16 @@ def trained(kind='', **kwargs):
 def checkpoint_of(model, path, content=(), **args):
     """A checkpoint as the training command writes it."""
     target = kind_of(model) == 'target'
-    torch.save(
-        {
-            'arch': model.pretrained_cfg['architecture'],
-            'state_dict': model.state_dict(),
-            'epoch': 2,
-            'optimizer': build_repopt_sgd(model, model.scales, lr=0.1).state_dict() if target else {},
-            'args': argparse.Namespace(model_kwargs={}, **args),
-            'history': [{'epoch': 2, 'eval_top1': 91.25, 'eval_top5': 99.5}],
-            **dict(content),
-        },
-        path,
-    )
+    content = {
+        'arch': model.pretrained_cfg['architecture'],
+        'state_dict': model.state_dict(),
+        'epoch': 2,
+        'optimizer': build_repopt_sgd(model, model.scales, lr=0.1).state_dict() if target else {},
+        'args': argparse.Namespace(model_kwargs={}, **args),
+        'history': HISTORY,
+        **dict(content),
+    }
+    torch.save(content, path)
     return path
 
 
@@ -54,13 +52,13 @@ def load(folder):
     return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
 
 
-@pytest.mark.parametrize('kind', ['', '_hs'])
-def test_what_is_saved_is_what_is_pushed_and_loads_from_both(hub, client, images, tmp_path, kind):
-    model, metrics = trained(kind, strides=(1, 2, 2, 2, 2)), {'dataset': 'digits', 'top1': 97.5}
+def test_what_is_saved_is_what_is_pushed_and_loads_from_both(hub, client, images, tmp_path):
+    model, metrics = trained(strides=(1, 2, 2, 2, 2)), {'dataset': 'digits', 'top1': 97.5}
     for _ in range(2):
         save_pretrained(model, tmp_path / 'local', metrics=metrics, repo_id=REPO)
     tree = read_tree(tmp_path / 'local')
-    assert set(tree) == TREE
+    assert set(tree) == TREE and b'scales' not in tree['config.json']
+    assert len({file.stat().st_mode for file in (tmp_path / 'local').iterdir()}) == 1
     push_to_hub(model, REPO, metrics=metrics)
     assert {name: hub.repo(REPO).read(name) for name in tree} == tree
     assert torch.equal(load(tmp_path / 'local')(images), model(images))
@@ -73,30 +71,24 @@ def test_what_is_saved_is_what_is_pushed_and_loads_from_both(hub, client, images
 
 
 def test_a_card_shows_results_and_training_and_leads_with_what_people_choose_by(tmp_path):
-    training = {'dataset': 'hfds/ann/digits', 'epochs': 3}
-    save_pretrained(trained(), tmp_path, metrics={'top1': 97.5}, training=training)
+    save_pretrained(trained(), tmp_path, metrics={'top1': 97.5}, training={'dataset': 'hfds/ann/digits', 'epochs': 3})
     card = card_of(tmp_path)
     (result,) = card.data.eval_results
     assert (result.dataset_name, result.metric_type, result.metric_value) == ('hfds/ann/digits', 'accuracy', 97.5)
     assert (card.data.library_name, card.data.datasets) == ('timm', ['ann/digits'])
     lead, _, rest = card.text.partition('## Usage')
-    assert '| Top-1 accuracy, hfds/ann/digits | image size | parameters | multiply adds |' in lead
-    assert '| 97.50 % | 3 x 224 x 224 | 0.1 M | ' in lead
-    assert '| epochs | 3 |' in rest and 'multiply adds' not in rest
+    assert '| 97.50 % | 3 x 224 x 224 | 0.1 M | ' in lead and '| epochs | 3 |' in rest
     # New scales are beside the same weights.
     save_scales_card(random_scales(), tmp_path)
     assert card_of(tmp_path).text.startswith(lead)
-    assert card_of(tmp_path).data.eval_results == [result]
 
 
 def test_other_weights_do_not_take_over_accuracy_and_curves(hub, client, tmp_path):
-    history = [{'epoch': 0, 'train_loss': 1.0, 'eval_top1': 90, 'eval_top5': 99.5}]
-    path = checkpoint_of(trained('_hs'), tmp_path / 'last.pth.tar', {'history': history}, dataset='digits')
-    saved = tmp_path / 'saved'
+    path, saved = checkpoint_of(trained('_hs'), tmp_path / 'last.pth.tar', dataset='digits'), tmp_path / 'saved'
     save_pretrained(path, saved)
     push_to_hub(path, REPO)
     push_scales(random_scales(), REPO)
-    assert hub.repo(REPO).read('curves.png').startswith(b'\x89PNG')
+    assert (saved / 'curves.png').read_bytes() == hub.repo(REPO).read('curves.png')
     for card in (card_of(saved), ModelCard.load(REPO)):
         assert card.data.eval_results and '(curves.png)' in card.text
     save_pretrained(trained(), saved)
@@ -106,117 +98,89 @@ def test_other_weights_do_not_take_over_accuracy_and_curves(hub, client, tmp_pat
     assert not (saved / 'curves.png').exists()
 
 
-def snippets(folder):
-    """The Python blocks of a card, with the repository read from its folder."""
+def snippets(folder, **names):
+    """Runs the Python blocks of a card, with the repository read from its folder; yields their variables."""
     text = (folder / 'README.md').read_text().replace(f'hf-hub:USER/{folder.name}', f'local-dir:{folder}')
-    return re.findall(r'```python\n(.+?)```', text, re.DOTALL)
+    for code in re.findall(r'```python\n(.+?)```', text, re.DOTALL):
+        found = dict(names)
+        exec(re.sub(r"(load_scales\(|scales=)'local-dir:", r"\1'", code).replace('= ...', '= given'), found)
+        yield found
 
 
-def run(snippet, **names):
-    code = re.sub(r"(load_scales\(|scales=)'local-dir:", r"\1'", snippet).replace('= ...', '= given')
-    exec(code, names)
-    return names
-
-
-@pytest.mark.parametrize('channels', [1, 3])
-def test_the_snippets_of_a_card_run(channels, tmp_path, monkeypatch, capsys):
-    model = trained(in_chans=channels, strides=(1, 2, 2, 2, 2))
-    model.pretrained_cfg |= {
-        'input_size': (channels, 32, 32),
-        'mean': (0.5,) * channels,
-        'std': (0.25,) * channels,
-        'num_classes': 5,
-        'label_names': list('abcde'),
-    }
+def test_the_snippets_of_a_card_run(tmp_path, monkeypatch, capsys):
+    model = trained(in_chans=1, strides=(1, 2, 2, 2, 2))
+    cfg = {'input_size': (1, 32, 32), 'mean': (0.5,), 'std': (0.25,), 'num_classes': 5, 'label_names': list('abcde')}
+    model.pretrained_cfg |= cfg
     save_pretrained(model, tmp_path)
     Image.new('L', (40, 30)).save(tmp_path / 'image.jpg')
     monkeypatch.chdir(tmp_path)
-    classify, train, tune = snippets(tmp_path)
-    run(classify)
+    _, *trainings = snippets(tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert sorted(line[0] for line in lines) == list('abcde')
     assert sum(float(line[3:-1]) for line in lines) == pytest.approx(100, abs=0.3)
-    for snippet in (train, tune):
-        assert type(run(snippet)['optimizer']).__name__ == 'RepOptSGD'
+    assert [type(found['optimizer']).__name__ for found in trainings] == ['RepOptSGD'] * 2
 
 
-def test_snippets_of_scales_of_networks_of_timms_and_of_others_run(tmp_path):
+def test_the_snippets_for_networks_of_timms_and_for_others_run(tmp_path, monkeypatch):
+    Image.new('RGB', (40, 30)).save(tmp_path / 'image.jpg')
+    monkeypatch.chdir(tmp_path)
     model = timm.create_model('test_resnet', num_classes=5)
-    save_pretrained(prepare(model, Scales.initial(model)), tmp_path)
-    _, train, tune = snippets(tmp_path)
-    for snippet in (train, tune):
-        assert type(run(snippet)['optimizer']).__name__ == 'RepOptSGD'
+    save_pretrained(prepare(model, Scales.initial(model)), tmp_path / 'resnet')
+    assert [type(found['optimizer']).__name__ for found in [*snippets(tmp_path / 'resnet')][1:]] == ['RepOptSGD'] * 2
     unknown = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1))
     save_scales_card(Scales.initial(unknown), tmp_path / 'unknown')
-    first, train, search = snippets(tmp_path / 'unknown')
-    assert run(first)['scales'] == Scales.initial(unknown)
-    run(train, given=unknown)
-    assert kind_of(run(search, given=unknown)['search']) == 'hs'
-
-
-@pytest.mark.parametrize('kind', ['_hs', '_csla'])
-def test_a_card_of_a_model_with_branches_offers_no_optimizer_that_refuses_it(tmp_path, kind):
-    save_pretrained(trained(kind), tmp_path)
-    text = card_of(tmp_path).text
-    assert 'multi-branch' in text.partition('## Usage')[0]
-    assert "'sgd'" in text.partition('Fine-tune:')[2].partition('##')[0]
+    loading, training, search = snippets(tmp_path / 'unknown', given=unknown)
+    assert loading['scales'] == training['scales'] == Scales.initial(unknown)
+    assert kind_of(search['search']) == 'hs'
+    # An optimizer of ours refuses a model with branches.
+    save_pretrained(trained('_csla'), tmp_path / 'csla')
+    *_, tuning = snippets(tmp_path / 'csla')
+    assert type(tuning['optimizer']) is torch.optim.SGD
+    assert 'multi-branch' in card_of(tmp_path / 'csla').text.partition('## Usage')[0]
 
 
 def test_a_checkpoint_becomes_a_repository(images, tmp_path):
-    model = trained(in_chans=1)
-    history = [{'epoch': epoch, 'train_loss': 1.0, 'eval_top1': 90, 'eval_top5': 99.5} for epoch in range(3)]
-    path = checkpoint_of(
-        model,
-        tmp_path / 'last.pth.tar',
-        {'history': history, 'versions': {'torch': '2.6.0'}},
-        data_dir='/somewhere/digits',
-        in_chans=1,
-        input_size=[1, 32, 32],
-        mean=[0.5],
-        seed=0,
-        batch_size=8,
-        world_size=4,
-        grad_accum_steps=2,
-    )
-    for scales in (None, random_scales()):
-        with pytest.raises(ValueError, match=r'last\.pth\.tar: .*scales'):
-            save_pretrained(path, tmp_path / 'local', scales=scales)
-    save_pretrained(path, tmp_path / 'local', scales=model.scales)
-    loaded = load(tmp_path / 'local')
+    model, saved = trained(in_chans=1), tmp_path / 'saved'
+    args = {'data_dir': '/somewhere/digits', 'in_chans': 1, 'input_size': [1, 32, 32], 'mean': [0.5], 'seed': 0}
+    args |= {'batch_size': 8, 'world_size': 4, 'grad_accum_steps': 2}
+    path = checkpoint_of(model, tmp_path / 'last.pth.tar', {'versions': {'torch': '2.6.0'}}, **args)
+    with pytest.raises(ValueError, match=r'last\.pth\.tar: .*scales'):
+        save_pretrained(path, saved, scales=random_scales())
+    save_pretrained(path, saved, scales=model.scales)
+    loaded = load(saved)
     assert torch.equal(loaded(images[:, :1]), model(images[:, :1]))
-    assert tuple(loaded.pretrained_cfg['input_size']) == (1, 32, 32)
-    assert tuple(loaded.pretrained_cfg['mean']) == (0.5,)
-    card = card_of(tmp_path / 'local')
+    assert [tuple(loaded.pretrained_cfg[key]) for key in ('input_size', 'mean')] == [(1, 32, 32), (0.5,)]
+    card = card_of(saved)
     results = {(each.dataset_name, each.metric_name): each.metric_value for each in card.data.eval_results}
-    assert results == {('digits', 'Top-1 accuracy'): 90, ('digits', 'Top-5 accuracy'): 99.5}
+    assert results == {('digits', 'Top-1 accuracy'): 91.25, ('digits', 'Top-5 accuracy'): 99.5}
     assert '/somewhere' not in card.text
     for fact in ('| seed | 0 |', '| batch size | 64 |', '| epochs | 3 |', '| versions | torch 2.6.0 |'):
         assert fact in card.text
-    assert Image.open(tmp_path / 'local' / 'curves.png').width > 500
     # The checkpoint of a search has its scales.
     search = trained('_hs')
     save_pretrained(checkpoint_of(search, path, dataset='digits'), tmp_path / 'search')
     assert load_scales(tmp_path / 'search') == search.scales
 
 
-def test_a_card_does_not_name_the_tag_of_other_weights(tmp_path):
+def test_a_network_without_scales_goes_without_and_does_not_name_the_tag_of_other_weights(tmp_path):
     model = timm.create_model('test_byobnet', num_classes=5).eval()
-    content = {'arch': 'test_byobnet', 'state_dict': model.state_dict()}
-    torch.save({**content, 'args': argparse.Namespace(data_dir='digits')}, tmp_path / 'last.pth.tar')
+    content = {'arch': 'test_byobnet', 'state_dict': model.state_dict(), 'args': argparse.Namespace(data_dir='digits')}
+    torch.save(content, tmp_path / 'last.pth.tar')
     save_pretrained(tmp_path / 'last.pth.tar', tmp_path / 'saved')
-    text = card_of(tmp_path / 'saved').text
-    assert 'Weights of `test_byobnet` for [timm](https://github.com/huggingface/pytorch-image-models).\n' in text
-    assert 'tag' not in json.loads((tmp_path / 'saved' / 'config.json').read_text())['pretrained_cfg']
+    assert set(read_tree(tmp_path / 'saved')) == TREE - {'scales.png'}
+    assert 'Weights of `test_byobnet` for' in card_of(tmp_path / 'saved').text
+    assert 'tag' not in json.loads((tmp_path / 'saved/config.json').read_text())['pretrained_cfg']
+    with pytest.raises(ValueError, match=r'README\.md'):
+        load_scales(tmp_path / 'saved')
 
 
 @pytest.mark.parametrize(('precision', 'part'), [('float16', 0.55), ('int8', 0.35)])
 def test_weights_are_saved_in_fewer_bits_and_restored_on_load(precision, part, tmp_path, images):
     model = trained()
     path = checkpoint_of(model, tmp_path / 'last.pth.tar', dataset='digits')
-    save_pretrained(path, tmp_path / 'whole', scales=model.scales)
     save_pretrained(path, tmp_path / 'packed', scales=model.scales, precision=precision)
-    sizes = [(tmp_path / name / 'model.safetensors').stat().st_size for name in ('whole', 'packed')]
-    assert sizes[1] < part * sizes[0]
+    weights = sum(4 * tensor.numel() for tensor in model.state_dict().values())
+    assert (tmp_path / 'packed/model.safetensors').stat().st_size < part * weights
     loaded = load(tmp_path / 'packed')
     assert loaded.stem.conv.weight.dtype == torch.float32
     torch.testing.assert_close(loaded(images), model(images), rtol=0.05, atol=0.05)
@@ -228,20 +192,13 @@ def test_weights_are_saved_in_fewer_bits_and_restored_on_load(precision, part, t
     assert (card.data.eval_results is None) == (precision == 'int8')
 
 
-def test_a_model_without_scales_goes_without(tmp_path):
-    save_pretrained(tiny_model(), tmp_path)
-    assert set(read_tree(tmp_path)) == TREE - {'scales.png'}
-    with pytest.raises(ValueError, match=r'README\.md'):
-        load_scales(tmp_path)
-
-
 def test_what_cannot_be_published_is_refused_before_anything_is_made(hub, client, shard, tmp_path):
-    model = trained()
+    model, damaged = trained(), trained()
     torch.save(model.state_dict(), tmp_path / 'bare.pth')
-    damaged = trained()
-    with torch.no_grad():
-        damaged.stem.bn.running_var[0] = -1
+    damaged.stem.bn.running_var[0] = -1
     path = checkpoint_of(damaged, tmp_path / 'last.pth.tar', dataset='digits')
+    changes = ({'args': argparse.Namespace(model_kwargs=[1])}, {'optimizer': [1]}, {'history': [{'eval_top1': 'high'}]})
+    others = [checkpoint_of(model, tmp_path / f'{number}.pth', change) for number, change in enumerate(changes)]
     for source, given, named in (
         (model, {'metrics': {'top1': 97.5}}, 'dataset'),
         (model, {'metrics': {'dataset': 'digits', 'top1': float('nan')}}, 'top1'),
@@ -251,10 +208,10 @@ def test_what_cannot_be_published_is_refused_before_anything_is_made(hub, client
         (tmp_path / 'bare.pth', {}, r'bare\.pth.*name its model'),
         (shard(trained()), {}, 'sharded'),
         (model, {'scales': random_scales()}, 'scales'),
-        (model, {'scales': Scales.initial(timm.create_model('repopt_vgg_a0'))}, 'scales'),
         (tiny_model(features_only=True), {}, 'FeatureListNet'),
         (damaged, {}, rf"{TINY}: 'stem\.bn\.running_var'"),
         (path, {'scales': model.scales}, r"last\.pth\.tar: 'stem\.bn\.running_var'"),
+        *((other, {'scales': model.scales}, other.name) for other in others),
     ):
         with pytest.raises(ValueError, match=named):
             push_to_hub(source, REPO, **given)
@@ -263,53 +220,14 @@ def test_what_cannot_be_published_is_refused_before_anything_is_made(hub, client
     assert not hub.requests and not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize(
-    'changes',
-    [
-        {'args': argparse.Namespace(model_kwargs=[1])},
-        {'arch': 'repopt_vgg_a0.bogus'},
-        {'optimizer': [1]},
-        {'history': [{'eval_top1': 'high'}]},
-    ],
-    ids=str,
-)
-def test_a_checkpoint_of_other_content_is_named(tmp_path, changes):
+def test_wrapped_compiled_and_tied_parts_are_saved_under_the_names_of_the_plain_network(tmp_path):
     model = trained()
-    path = checkpoint_of(model, tmp_path / 'last.pth.tar', changes)
-    with pytest.raises(ValueError, match=r'last\.pth\.tar'):
-        save_pretrained(path, tmp_path / 'out', scales=model.scales)
-    assert not (tmp_path / 'out').exists()
-
-
-@pytest.mark.parametrize('kind', ['', '_hs', '_csla'])
-def test_no_config_names_scales(tmp_path, kind):
-    model = trained(kind)
-    save_pretrained(model, tmp_path / 'ours')
-    save_for_hf(model, str(tmp_path / 'timms'), safe_serialization=True)
-    for name in ('ours', 'timms'):
-        config = (tmp_path / name / 'config.json').read_text()
-        assert 'scales' not in config and json.loads(config)['architecture'] == TINY + kind
-
-
-def test_a_wrapped_model_is_saved_as_the_plain_one(tmp_path):
-    model = trained()
+    scales = Scales.from_model(model)
+    model.stages[1][1].bn.weight = model.stages[1][0].bn.weight
     save_pretrained(model, tmp_path / 'plain')
+    model.stages = torch.compile(model.stages)
+    attach_scales(model, scales)
     wrapped = torch.nn.DataParallel(torch.compile(model.to(memory_format=torch.channels_last)))
     save_pretrained(wrapped, tmp_path / 'wrapped', repo_id='USER/plain')
     assert read_tree(tmp_path / 'wrapped') == read_tree(tmp_path / 'plain')
-
-
-def test_tied_tensors_and_scales_of_compiled_parts_have_the_names_of_the_plain_network(tmp_path, images):
-    model = timm.create_model('test_byobnet', num_classes=5).eval()
-    norms = [each for each in model.modules() if isinstance(each, torch.nn.BatchNorm2d) and each.num_features == 32]
-    norms[1].weight = norms[0].weight
-    expected = model(images)
-    model.stages = torch.compile(model.stages)
-    save_pretrained(model, tmp_path / 'tied')
-    assert torch.equal(load(tmp_path / 'tied')(images), expected)
-    model = trained()
-    scales = Scales.from_model(model)
-    model.stages = torch.compile(model.stages)
-    prepare(model, scales, init=False)
-    save_pretrained(model, tmp_path / 'scaled')
-    assert Scales.from_model(load(tmp_path / 'scaled')) == scales
+    assert Scales.from_model(load(tmp_path / 'plain')) == scales

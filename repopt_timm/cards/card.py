@@ -26,96 +26,60 @@ import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
+from ..errors import reason_of
 from ..scales import Scales
 from ..tokens import scrub
 from ..weights_origin import license_identifier
 from .licence import stated_license
 
-__all__ = [
-    'CARD_FILE',
-    'FORMAT',
-    'METADATA_KEY',
-    'METRICS',
-    'SCALES_FILE',
-    'decode_scales',
-    'encode_scales',
-    'eval_results',
-    'read_card_scales',
-    'read_metadata',
-]
-
 CARD_FILE = 'README.md'
 SCALES_FILE = 'scales.safetensors'
 METADATA_KEY = 'repopt'
-FORMAT = 1
 METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
 
+_FORMAT = 1
 # An order of magnitude above the largest network's: files of a repository may come from anyone.
 _MAX_CARD_BYTES = 1 << 22
 _MAX_SCALES_BYTES = 1 << 26
 _MAX_FACTS = 1 << 18
 # Names appear in snippets that people copy, so they are nothing but names.
 _NAME = re.compile(r'[\w.-]{0,200}')
-# An order of magnitude faster than the loader in Python.
-_Loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
 
 
 def read_card_scales(
     path: str | os.PathLike, source: str = '', fetch: Callable[[str], Path] | None = None
 ) -> Scales | None:
-    """Reads the scales of a card; their provenance names the card's licence, unless it names one already.
+    """Reads the scales of a card; None if it has none. Their provenance names its licence, unless it names one.
 
-    Args:
-        path: The file, a `README.md`.
-        source: What to call it in errors. Defaults to its path.
-        fetch: Returns the path of a file beside the card, by its name. Defaults to the card's folder.
-
-    Returns:
-        The scales; None if the card has none.
-
-    Raises:
-        OSError: If there is no such file, or its scales are in a file that is not there.
-        ValueError: If the card cannot be read, or its scales are damaged.
+    Errors call the card `source`. `fetch` returns the path of a file beside the card, by its name.
     """
     source = source or os.fspath(path)
     metadata = read_metadata(path, source)
     if METADATA_KEY not in metadata:
         return None
-    scales = decode_scales(metadata[METADATA_KEY], source, fetch or (lambda name: Path(path).parent / name))
+    scales = decode_scales(metadata[METADATA_KEY], source, fetch or Path(path).parent.joinpath)
     license_name = license_identifier(stated_license(metadata))
     return scales.with_provenance({'license': license_name, **scales.provenance}) if license_name else scales
 
 
-def read_metadata(path: str | os.PathLike, source: str | None = None) -> dict[str, Any]:
-    """Reads the metadata of a card, unchecked; none if it has no front matter.
-
-    Raises:
-        OSError: If the file does not exist.
-        ValueError: If it is too large, or its front matter cannot be read.
-    """
-    source = source or os.fspath(path)
+def read_metadata(path: str | os.PathLike, source: str) -> dict[str, Any]:
+    """Reads the metadata of a card, whose entry `repopt`, if there is one, is a mapping of our format."""
+    data = _read_at_most(path, _MAX_CARD_BYTES, source)
     try:
-        front = REGEX_YAML_BLOCK.search(_read_at_most(path, _MAX_CARD_BYTES, source).decode('utf-8-sig'))
-        metadata = yaml.load(front[2], _Loader) if front else None
-    except (yaml.YAMLError, ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-        # A tag that does not suit its value is an error of any kind.
-        problem = ' '.join(scrub(str(error)).split())[:500]
-        raise ValueError(f'{source}: its metadata cannot be read: {problem}. Mend the front matter.') from None
-    if not isinstance(metadata, dict | None):
-        raise ValueError(f'{source}: its metadata should be a mapping. Mend the front matter.')
-    return metadata or {}
+        front = REGEX_YAML_BLOCK.search(data.decode('utf-8-sig'))
+        metadata = dict(yaml.safe_load(front[2]) or {}) if front else {}
+        found = dict(metadata.get(METADATA_KEY, {})).get('format', _FORMAT)
+    except Exception as error:
+        # Damaged bytes provoke whatever they like in a reader.
+        raise ValueError(f'{source}: its metadata cannot be read: {reason_of(error)}. Mend the front matter.') from None
+    if found != _FORMAT:
+        raise ValueError(f"{source}: its '{METADATA_KEY}' is in format {found!r:.20}: upgrade repopt-timm.")
+    return metadata
 
 
 def decode_scales(entry: Any, source: str, fetch: Callable[[str], Path]) -> Scales:
-    """Decodes the `repopt` entry of a card, which may come from anyone; see `read_card_scales`.
-
-    Raises:
-        OSError: If the scales are in a file that is not there.
-        ValueError: If the entry is of another format, damaged, or does not match its fingerprint.
-    """
+    """Decodes the `repopt` entry of a card, which may come from anyone; see `read_card_scales`."""
     try:
-        if entry['format'] != FORMAT:
-            raise ValueError(f'it is in format {entry["format"]!r:.20}, but this package reads {FORMAT}: upgrade it')
         if 'file' in entry:
             # Never a name of the card's choice, which could lead anywhere.
             data = _read_at_most(fetch(SCALES_FILE), _MAX_SCALES_BYTES, SCALES_FILE)
@@ -129,17 +93,13 @@ def decode_scales(entry: Any, source: str, fetch: Callable[[str], Path]) -> Scal
 
 
 def encode_scales(scales: Scales, training: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], bytes]:
-    """Returns the `repopt` entry of a card without its scales, and these as bytes.
-
-    Raises:
-        ValueError: If a fact is not plain data, or a name could not stand in a snippet.
-    """
+    """Returns the `repopt` entry of a card without its scales, and these as bytes; refuses what no card can hold."""
     provenance = _plain(scales.provenance, 'provenance')
     for name in (scales.architecture, *scales):
         if not _NAME.fullmatch(name):
             raise ValueError(f'{name!r:.80} is in the scales, expected up to 200 letters, digits, dots and dashes.')
     entry = {
-        'format': FORMAT,
+        'format': _FORMAT,
         'architecture': scales.architecture,
         'fingerprint': scales.fingerprint,
         'provenance': provenance,
@@ -157,21 +117,11 @@ def encode_scales(scales: Scales, training: Mapping[str, Any] | None = None) -> 
 
 
 def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
-    """Turns accuracies into the form in which the Hub shows them.
-
-    Args:
-        metrics: `dataset`, its name, and the results: `top1` and `top5` in percent, or others under names of their own.
-
-    Raises:
-        ValueError: If the dataset is missing, or a result is not a finite number.
-    """
-    values = dict(metrics)
-    dataset = values.pop('dataset', '')
-    if not dataset:
-        raise ValueError("No dataset is named. Give it along: {'dataset': 'cifar10', 'top1': 93.1}.")
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise ValueError(f"'{name}' is {value}, expected a finite number.")
+    """Turns accuracies into the form in which the Hub shows them; see `save_pretrained` for the argument."""
+    values = {name: value for name, value in metrics.items() if name != 'dataset'}
+    dataset = metrics.get('dataset', '')
+    if not dataset or not all(map(math.isfinite, values.values())):
+        raise ValueError(f"The metrics are {dict(metrics)}, expected {{'dataset': NAME}} and finite numbers.")
     return [
         EvalResult(
             task_type='image-classification',
@@ -186,15 +136,12 @@ def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def _plain(facts: Any, where: str) -> dict[str, Any]:
-    """Returns facts as plain data without access tokens.
-
-    Raises:
-        ValueError: If they are not, or too many: aliases in YAML may expand a small card to gigabytes.
-    """
+    """Returns facts as plain data without access tokens."""
     text = ''
     try:
         for chunk in json.JSONEncoder(default=str, allow_nan=False).iterencode(dict(facts or {})):
             text += chunk
+            # Aliases in YAML may expand a small card to gigabytes.
             if len(text) > _MAX_FACTS:
                 raise ValueError(f'expected at most {_MAX_FACTS} characters')
     except (RecursionError, TypeError, ValueError) as error:
@@ -203,8 +150,6 @@ def _plain(facts: Any, where: str) -> dict[str, Any]:
 
 
 def _read_at_most(path: str | os.PathLike, limit: int, source: str) -> bytes:
-    with open(path, 'rb') as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
+    if os.path.getsize(path) > limit:
         raise ValueError(f'{source}: it is refused, as it is larger than {limit} bytes.')
-    return data
+    return Path(path).read_bytes()

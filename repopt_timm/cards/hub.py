@@ -15,6 +15,7 @@ from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download,
 from huggingface_hub.errors import (
     CacheNotFound,
     EntryNotFoundError,
+    HfHubHTTPError,
     HTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
@@ -23,17 +24,6 @@ from huggingface_hub.utils import get_token
 
 from ..tokens import scrub
 from .card import CARD_FILE, SCALES_FILE
-
-__all__ = [
-    'HUB_PREFIX',
-    'HubError',
-    'HubFileNotFoundError',
-    'HubSource',
-    'cached_files',
-    'download',
-    'parse_hub_source',
-    'push_folder',
-]
 
 HUB_PREFIX = 'hf-hub:'
 
@@ -55,13 +45,7 @@ for handler in logging.getLogger('huggingface_hub').handlers:
 
 
 class HubError(OSError):
-    """What the Hub's client said, with the repository and file that it is about, and without tokens.
-
-    Attributes:
-        status: The HTTP status of the answer, if there was one.
-    """
-
-    status: int | None = None
+    """What the Hub's client said, with the repository and file that it is about, and without tokens."""
 
 
 class HubFileNotFoundError(HubError):
@@ -79,11 +63,7 @@ class HubSource(NamedTuple):
 
 
 def parse_hub_source(text: str) -> HubSource:
-    """Parses `hf-hub:user/repo[@revision]`; whether there is such a repository turns out on its use.
-
-    Raises:
-        ValueError: If the revision is not the name of one.
-    """
+    """Parses `hf-hub:user/repo[@revision]`; whether there is such a repository turns out on its use."""
     repo_id, at, revision = text.removeprefix(HUB_PREFIX).partition('@')
     # Less than git allows: nothing that could lead out of the cache.
     if at and (not re.fullmatch(r'\w[\w.+#/-]*', revision) or '..' in revision):
@@ -98,24 +78,11 @@ def download(
     cache_dir: str | os.PathLike | None = None,
     token: str | bool | None = None,
 ) -> Path:
-    """Downloads a file of a model repository into the cache, unless it is there already, and returns its path.
-
-    Args:
-        repo_id: Name of the repository, `user/repo`.
-        file: Name of the file in it.
-        revision: Branch, tag or commit.
-        cache_dir: Defaults to the client's cache.
-        token: Defaults to the token of `hf auth login`.
-
-    Raises:
-        ValueError: If the name is not that of a repository.
-        HubFileNotFoundError: If the repository has no such file.
-        HubError: If the file cannot be downloaded for another reason.
-    """
+    """Downloads a file of a model repository into the cache, unless it is there already, and returns its path."""
     cache = None if cache_dir is None else os.fspath(cache_dir)
-    with _explained(HubSource(repo_id, revision), file, token):
+    with _explained(f'{HubSource(repo_id, revision)}, file {file}', token):
+        # The client knows that the file is missing, but reports it as unknown while it is offline.
         if constants.HF_HUB_OFFLINE and try_to_load_from_cache(repo_id, file, cache, revision) is _CACHED_NO_EXIST:
-            # The client knows that the file is missing, but reports it as unknown while it is offline.
             raise EntryNotFoundError('The repository has no such file.')
         return Path(hf_hub_download(repo_id, file, revision=revision, cache_dir=cache, token=token))
 
@@ -147,86 +114,56 @@ def push_folder(
     create_pr: bool = False,
     token: str | bool | None = None,
 ) -> str:
-    """Writes files into a folder and uploads them in one commit; the repository and the branch are made if need be.
+    """Uploads what `write` makes in one commit, and returns its address; see `push_to_hub` and `publish.write_card`.
 
     If somebody else commits to the branch meanwhile, their card is read and `write` called again: nothing is lost.
-
-    Args:
-        repo_id: Name of the repository, `user/repo`, or `repo` for one of the token's owner.
-        write: Writes what is to be uploaded into a folder that has the repository's card, if there is one. Its
-            arguments are the folder, the repository's full name, the names of its files, and `scales_file`.
-        message: Title of the commit.
-        scales_file: What `write` gets; True once the Hub refuses the card as too large.
-        private: Whether a new repository is private. Defaults to the owner's setting.
-        revision: Branch to commit to, made if there is none.
-        create_pr: Open a pull request instead of changing the branch.
-        token: Defaults to the token of `hf auth login`.
-
-    Returns:
-        Address of the commit or pull request.
-
-    Raises:
-        ValueError: If the name is not that of a repository.
-        HubError: If the repository cannot be written to.
     """
     api = HfApi(token=token)
-    with _explained(HubSource(repo_id, revision), '', token):
+    with _explained(str(HubSource(repo_id, revision)), token):
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith('refs/'):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-    source = HubSource(repo_id, revision)
-    attempt = 0
-    while True:
-        attempt += 1
-        try:
-            with _explained(source, '', token), TemporaryDirectory(prefix='repopt-timm-') as folder:
-                info = api.model_info(repo_id, revision=revision)
-                files = frozenset(each.rfilename for each in info.siblings or ())
-                for name in files & {CARD_FILE, SCALES_FILE}:
-                    api.hf_hub_download(repo_id, name, revision=info.sha, local_dir=folder)
-                write(Path(folder), repo_id, files, scales_file)
-                # The Hub refuses a commit (412) if the branch has moved since.
-                commit = api.upload_folder(
-                    repo_id=repo_id,
-                    folder_path=folder,
-                    revision=revision,
-                    create_pr=create_pr,
-                    commit_message=message,
-                    parent_commit=info.sha,
-                )
-            return commit.pr_url or commit.commit_url
-        except HubError as error:
-            if error.status == _TOO_LARGE and not scales_file:
-                scales_file = True
-            elif error.status not in _MOVED or attempt == _ATTEMPTS:
-                raise
-            else:
-                time.sleep(random.uniform(0, min(_LONGEST_WAIT, 0.25 * 2**attempt)))
+        attempt = 0
+        while True:
+            attempt += 1
+            try:
+                with TemporaryDirectory(prefix='repopt-timm-') as folder:
+                    info = api.model_info(repo_id, revision=revision)
+                    files = frozenset(each.rfilename for each in info.siblings or ())
+                    for name in files & {CARD_FILE, SCALES_FILE}:
+                        api.hf_hub_download(repo_id, name, revision=info.sha, local_dir=folder)
+                    write(Path(folder), repo_id, files, scales_file)
+                    # The Hub refuses a commit (412) if the branch has moved since.
+                    commit = api.upload_folder(
+                        repo_id=repo_id,
+                        folder_path=folder,
+                        revision=revision,
+                        create_pr=create_pr,
+                        commit_message=message,
+                        parent_commit=info.sha,
+                    )
+                return commit.pr_url or commit.commit_url
+            except HfHubHTTPError as error:
+                status = error.response.status_code
+                if status == _TOO_LARGE and not scales_file:
+                    scales_file = True
+                elif status not in _MOVED or attempt == _ATTEMPTS:
+                    raise
+                else:
+                    time.sleep(random.uniform(0, min(_LONGEST_WAIT, 0.25 * 2**attempt)))
 
 
 @contextmanager
-def _explained(source: HubSource, file: str, token: str | bool | None) -> Iterator[None]:
+def _explained(what: str, token: str | bool | None) -> Iterator[None]:
     """Turns errors of the client into a HubError of one line; a token may be in their text, or in their causes."""
     try:
         yield
     except (EntryNotFoundError, HTTPError, OfflineModeIsEnabled, RuntimeError) as error:
-        cause: BaseException = error
-        if isinstance(error, LocalEntryNotFoundError | RuntimeError) and isinstance(error.__cause__, HTTPError):
-            # The client calls any answer other than a redirect a failed connection.
-            cause = error.__cause__
+        # The client calls any answer other than a redirect a failed connection.
+        hidden = isinstance(error.__cause__, HTTPError) and not isinstance(error, HTTPError)
+        text = ' '.join(str(error.__cause__ if hidden else error).split()) or type(error).__name__
         missing = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-        raised = HubFileNotFoundError() if missing else HubError()
-        raised.status = getattr(getattr(cause, 'response', None), 'status_code', None)
-        text = ' '.join(str(cause).split()) or type(cause).__name__
         if constants.HF_HUB_OFFLINE and not missing:
             text = 'HF_HUB_OFFLINE forbids asking the Hub: unset it, or download the file before.'
-        elif raised.status in (401, 403):
-            text += ' Log in with `hf auth login`, or set HF_TOKEN to a token that has access.'
-        elif raised.status is None and not missing and 'HF_ENDPOINT' in os.environ:
-            text = f'{text.rstrip(".")}. Check HF_ENDPOINT, which is set: a Hub has an address such as https://huggingface.co.'
-        where = f'{source}, file {file}' if file else str(source)
-        raised.args = (scrub(f'{where}: {text}', token if isinstance(token, str) else get_token()),)
-    else:
-        return
-    # Outside of the except block, so that no traceback shows the client's error.
-    raise raised
+        text = scrub(f'{what}: {text}', token if isinstance(token, str) else get_token())
+        raise (HubFileNotFoundError if missing else HubError)(text) from None

@@ -6,8 +6,6 @@ from typing import Any
 
 from ..weights_origin import license_identifier
 
-__all__ = ['HUB_LICENSES', 'checked_license', 'choose_license', 'stated_license']
-
 _logger = logging.getLogger(__name__)
 
 # hf.co/docs/hub/repositories-licenses; any other is `other`, with a name.
@@ -24,11 +22,7 @@ HUB_LICENSES = frozenset(_KNOWN_TO_HUB.split())
 
 
 def checked_license(name: str | None) -> str:
-    """Returns the identifier of a licence that somebody gives, in lower case; empty for none.
-
-    Raises:
-        ValueError: If it is not an identifier.
-    """
+    """Returns the identifier of a licence that somebody gives, in lower case; empty for none."""
     if name and not license_identifier(name):
         raise ValueError(f"The licence is {name!r:.80}, expected an identifier such as 'apache-2.0' or 'my-license'.")
     return license_identifier(name)
@@ -43,14 +37,7 @@ def stated_license(metadata: Mapping[str, Any]) -> str:
 
 
 def choose_license(card: str, stated: str, given: str, known: str) -> str:
-    """Returns the licence of a card, empty if there is none, and warns of what does not go together.
-
-    Args:
-        card: Name of the card, for warnings.
-        stated: What it states already, which stays.
-        given: What its author gives.
-        known: What is known of the weights or scales that it describes.
-    """
+    """Returns the licence of a card, empty if there is none, and warns if the three that it may have differ."""
     chosen = stated or given or known
     if not chosen:
         _logger.warning(f'The card of {card} states no licence, as none is known. Give one with --license (license=).')

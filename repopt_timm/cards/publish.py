@@ -13,32 +13,21 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
+from ..errors import explaining
 from ..files import check_output, check_output_folder, replacing
 from ..plot import plot_scales
 from ..scales import Scales
 from ..tokens import scrub
 from ..weights_origin import license_identifier
-from .card import (
-    CARD_FILE,
-    FORMAT,
-    METADATA_KEY,
-    METRICS,
-    SCALES_FILE,
-    decode_scales,
-    encode_scales,
-    read_metadata,
-)
+from .card import CARD_FILE, METADATA_KEY, METRICS, SCALES_FILE, decode_scales, encode_scales, read_metadata
 from .hub import push_folder
 from .licence import HUB_LICENSES, checked_license, choose_license, stated_license
 from .text import CURVES_FILE, SCALES_PICTURE, WEIGHTS_FILE, model_for, render_body
-
-__all__ = ['CONFIG_FILE', 'check_folder', 'draw', 'push_scales', 'save_folder', 'save_scales_card', 'write_card']
 
 CONFIG_FILE = 'config.json'
 BEGIN = '<!-- repopt-timm: begin. Text up to the end mark is rewritten with the scales; write yours outside of it. -->'
 END = '<!-- repopt-timm: end -->'
 
-_FILES = (WEIGHTS_FILE, CONFIG_FILE, SCALES_PICTURE, SCALES_FILE, CURVES_FILE, CARD_FILE)
 # A card that is half as large as one that is still read.
 _LARGE = 1 << 20
 # timm's prefixes of datasets; on the Hub only names are known.
@@ -63,45 +52,27 @@ def write_card(
 ) -> None:
     """Writes the card of a folder, and the picture of its scales; what else an existing card says survives.
 
-    Args:
-        folder: Folder of the card, and of the files that it describes.
-        repo_id: Name that the repository has on the Hub.
-        published: Names of further files that the repository has.
-        scales_file: Put the scales into `scales.safetensors` beside the card, as is done if the card has done so.
-        source: What to call the folder in errors. Defaults to `repo_id`.
-        model_name: Name of the model in timm.
-        scales: The scales. Defaults to what the card has already.
-        license_name: Licence of a card that states none. Defaults to the weights' own, or, without weights, to
-            what the provenance of the scales names.
-        training: How the weights beside it were trained; None if they stay as they are, with what the card says.
-        results: Accuracies of these weights.
-        weights_license: Licence of the weights, as far as known.
-
-    Raises:
-        ValueError: If the existing card cannot be read, or could not be carried through unchanged.
+    `published` are files that the repository has besides, `source` is what errors call the folder, and `training` is
+    None if the weights stay as they are. `scales` and licences default to what the card has, or the scales state.
     """
     path, where = folder / CARD_FILE, f'{source or repo_id}/{CARD_FILE}'
-    before = read_metadata(path, where) if path.is_file() else {}
-    try:
-        card = ModelCard.load(path) if path.is_file() else ModelCard('---\n\n---\n')
-        index = card.data.to_dict().get('model-index')
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f'{where}: its metadata cannot be read: {error}. Mend the front matter.') from None
-    if index != before.get('model-index'):
+    if not path.is_file():
+        path.write_text('---\n\n---\n')
+    before = read_metadata(path, where)
+    with explaining(f'{where}: its metadata cannot be read'):
+        card = ModelCard(path.read_bytes().decode('utf-8-sig'), ignore_metadata_errors=True)
+    data: Any = card.data
+    if data.to_dict().get('model-index') != before.get('model-index'):
         # Several models, or results in a form of their own.
         raise ValueError(f"{where}: its 'model-index' would not survive, as huggingface_hub reads it otherwise.")
-    data: Any = card.data
-    found = before.get(METADATA_KEY)
-    if scales is None and found is not None:
-        scales = decode_scales(found, where, lambda name: folder / name)
-    found = found if isinstance(found, Mapping) else {}
+    found = before.get(METADATA_KEY, {})
+    if scales is None and found:
+        scales = decode_scales(found, where, folder.joinpath)
     new_weights = training is not None
     training = training if new_weights else found.get('training')
-    files = ({file.name for file in folder.iterdir()} | set(published)) - {SCALES_FILE}
+    files = {*os.listdir(folder), *published} - {SCALES_FILE}
     known = weights_license
     if scales is not None:
-        if found.get('format', FORMAT) != FORMAT:
-            raise ValueError(f"{where}: its '{METADATA_KEY}' is in another format: upgrade repopt-timm.")
         entry, content = encode_scales(scales, training)
         training = entry.get('training')
         if scales_file or 'file' in found or len(content) > _LARGE:
@@ -111,7 +82,7 @@ def write_card(
         else:
             entry['scales'] = base64.b64encode(content).decode()
         data[METADATA_KEY] = entry
-        files -= {SCALES_PICTURE}
+        files.discard(SCALES_PICTURE)
         if draw(plot_scales, scales, folder / SCALES_PICTURE, scales.title):
             files.add(SCALES_PICTURE)
         if WEIGHTS_FILE not in files:
@@ -150,25 +121,17 @@ def write_card(
 
 
 def check_folder(directory: str | os.PathLike, *inputs: Any) -> None:
-    """Checks that a repository can be written into a folder, before the work that makes its content.
-
-    Raises:
-        ValueError: If `directory` is not a folder, or a file in it cannot be replaced, as it is an input for example.
-    """
-    for file in _FILES:
+    """Checks that a repository can be written into a folder, and would replace no input, before the work for it."""
+    for file in (WEIGHTS_FILE, CONFIG_FILE, SCALES_PICTURE, SCALES_FILE, CURVES_FILE, CARD_FILE):
         check_output(check_output_folder(directory) / file, *inputs)
 
 
 def save_folder(
     directory: str | os.PathLike, write: Callable[..., None], repo_id: str | None = None, scales_file: bool = False
 ) -> None:
-    """Writes the files of a repository into a folder, each whole or not at all; what else it has stays.
+    """Writes the files of a repository, by `write_card` or `write`, each whole or not at all; what else is there stays.
 
-    Args:
-        directory: The folder, see `check_folder`.
-        write: See `push_folder`; its last argument is what to call the folder in errors.
-        repo_id: Name that the repository has on the Hub, for the snippets in the card.
-        scales_file: Put the scales into `scales.safetensors` beside the card.
+    `repo_id` is the name that it has on the Hub, for the snippets in the card.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -178,9 +141,10 @@ def save_folder(
         for file in published & {CARD_FILE, SCALES_FILE}:
             shutil.copyfile(directory / file, folder / file)
         write(folder, repo_id or f'USER/{directory.resolve().name}', published, scales_file, directory)
-        made = {file.name for file in folder.iterdir()}
+        made = os.listdir(folder)
         # The card comes last: it describes the others.
         for file in sorted(made, key=lambda file: file == CARD_FILE):
+            # safetensors makes private files, `replacing` ordinary ones.
             with replacing(directory / file) as temporary:
                 os.replace(folder / file, temporary)
         if WEIGHTS_FILE in made and CURVES_FILE not in made:
@@ -194,12 +158,7 @@ def save_scales_card(
     scales_file: bool = False,
     license: str | None = None,
 ) -> None:
-    """Writes a folder with a model card that holds scales; see `save_folder` and `push_scales`.
-
-    Raises:
-        ValueError: If an existing card cannot be read, or could not be carried through unchanged, or the licence is
-            not an identifier.
-    """
+    """Writes a folder with a model card that holds scales; see `save_folder` and `push_scales`."""
     check_folder(directory)
     save_folder(directory, _writer(scales, license), repo_id, scales_file)
 
@@ -221,14 +180,15 @@ def push_scales(
         license: Identifier of the licence, such as `mit`, for a card that states none. Defaults to what the provenance
             of the scales names; without one the card states none.
         commit_message: Title of the commit.
-        options: `private`, `revision`, `create_pr` and `token`, see `cards.hub.push_folder`.
+        options: `private`, `revision`, `create_pr` and `token`, see `push_to_hub`.
 
     Returns:
         Address of the commit or pull request.
 
     Raises:
         HubError: If the repository cannot be written to.
-        ValueError: See `save_scales_card`.
+        ValueError: If an existing card cannot be read, or could not be carried through unchanged, or the licence is
+            not an identifier.
     """
     return push_folder(repo_id, _writer(scales, license), commit_message, scales_file, **options)
 

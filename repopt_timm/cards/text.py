@@ -1,6 +1,6 @@
 """The text of a model card that people read."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -12,8 +12,6 @@ from ..names import PREFIX, ModelName
 from ..reporting import markdown_table
 from ..scales import Scales, scales_table
 from .card import METRICS, SCALES_FILE
-
-__all__ = ['CURVES_FILE', 'SCALES_PICTURE', 'WEIGHTS_FILE', 'model_for', 'render_body']
 
 SCALES_PICTURE = 'scales.png'
 CURVES_FILE = 'curves.png'
@@ -27,6 +25,8 @@ _ROLES = {
     'csla': f', the multi-branch CSLA network with constant scales of {_PAPER}, which validates the training of a '
     'plain one',
 }
+
+_IMPORTS = 'import repopt_timm, timm'
 
 _CLASSIFY = """transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 image = transform(Image.open('image.jpg').convert('{mode}'))
@@ -45,6 +45,10 @@ _CITATION = """```bibtex
 }
 ```"""
 
+_OPTIMIZER = """optimizer = timm.optim.create_optimizer_v2(
+    model, '{}', lr={}, momentum=0.9, weight_decay=4e-5
+)"""
+
 # Facts about weights that stand at the top of a card.
 _SIZES = ('image_size', 'parameters', 'multiply_adds')
 
@@ -53,15 +57,12 @@ def render_body(
     repo_id: str,
     model_name: str,
     files: Collection[str],
-    scales: Scales | None = None,
-    training: Mapping[str, Any] | None = None,
-    license_name: str = '',
-    results: Sequence[EvalResult] = (),
+    scales: Scales | None,
+    training: Mapping[str, Any] | None,
+    license_name: str,
+    results: Sequence[EvalResult],
 ) -> str:
-    """Renders what a card says about a repository, in Markdown; see `publish.write_card` for the arguments.
-
-    `files` are the names of all files beside the card.
-    """
+    """Renders what a card says about a repository of these `files`, in Markdown; see `publish.write_card`."""
     weights, training = WEIGHTS_FILE in files, training or {}
     sections = [f'# {repo_id.split("/")[-1]}', _summary(model_name, files, scales)]
     sections.append(_figures(results, training) if weights else '')
@@ -69,7 +70,7 @@ def render_body(
     sections += [
         '## Usage',
         f'`pip install repopt-timm`; `import repopt_timm` makes its models and optimizers known to timm.{owner}',
-        *_usage(f"'hf-hub:{repo_id}'", model_name, weights, scales, training),
+        *_usage(f"'hf-hub:{repo_id}'", ModelName.parse(model_name), weights, scales, training),
     ]
     if scales is not None:
         sections += ['## How the scales were searched', _facts(scales.provenance) or 'Not recorded.']
@@ -139,49 +140,37 @@ def _figures(results: Sequence[EvalResult], training: Mapping[str, Any]) -> str:
         for each in results
         if each.metric_name in METRICS.values() and isinstance(each.metric_value, int | float)
     }
-    if 'image_size' in training:
-        figures['image size'] = training['image_size']
-    for name in ('parameters', 'multiply_adds'):
-        if name in training:
-            figures[name.replace('_', ' ')] = f'{training[name] / 1e6:,.1f} M'
+    for name in _SIZES:
+        if found := training.get(name):
+            figures[name.replace('_', ' ')] = found if name == 'image_size' else f'{found / 1e6:,.1f} M'
     return _table([*figures], [figures.values()] if figures else [])
 
 
 def _usage(
-    hub: str, model_name: str, weights: bool, scales: Scales | None, training: Mapping[str, Any]
+    hub: str, name: ModelName, weights: bool, scales: Scales | None, training: Mapping[str, Any]
 ) -> Iterator[str]:
-    name = ModelName.parse(model_name)
-    create = [*_register(name), f'model = timm.create_model({hub}, pretrained=True).eval()']
     if weights:
-        try:
-            mode = color_mode(training.get('image_size', [3])[0])
-        except ValueError:
-            # Pillow opens no images of so many channels.
-            yield 'Load the model:'
-            yield _python('', *create)
-        else:
-            yield 'Classify an image:'
-            yield _python('from PIL import Image', '', *create, _CLASSIFY.format(mode=mode))
+        channels = training.get('image_size', [3])[0]
+        classify = [_CLASSIFY.format(mode=color_mode(channels))] if channels in (1, 3, 4) else []
+        yield 'Classify an image:' if classify else 'Load the model:'
+        create = f'model = timm.create_model({hub}, pretrained=True).eval()'
+        yield _python(*_register(name), create, *classify, imports=f'{_IMPORTS}\nfrom PIL import Image')
     elif scales is not None:
         yield 'Load the scales:'
-        yield f'```python\nfrom repopt_timm import load_scales\n\nscales = load_scales({hub})\n```'
+        yield _python(f'scales = load_scales({hub})', imports='from repopt_timm import load_scales')
     if scales is not None:
         yield 'Train a new model with these scales:'
-        yield _python('', *_scaled(hub, name, scales), _optimizer('repopt_sgd', 0.1))
+        yield _python(*_scaled(hub, name, scales, 'target'), _OPTIMIZER.format('repopt_sgd', 0.1))
         if not weights:
             yield 'Fine-tune the scales, in a search on other data that starts from them:'
-            yield _python('', *_scaled(hub, name, scales, 'hs'))
+            yield _python(*_scaled(hub, name, scales, 'hs'))
     if weights:
+        lines = [*_register(name), f'model = timm.create_model(\n    {hub},\n    pretrained=True, num_classes=10,\n)']
         plain = scales is not None and name.kind == 'target'
-        attach = [f'repopt_timm.prepare(model, repopt_timm.load_scales({hub}, model), init=False)']
+        if plain and not _takes_scales(name):
+            lines.append(f'repopt_timm.prepare(model, repopt_timm.load_scales({hub}, model), init=False)')
         yield 'Fine-tune:'
-        yield _python(
-            '',
-            *_register(name),
-            f'model = timm.create_model(\n    {hub},\n    pretrained=True, num_classes=10,\n)',
-            *(attach if plain and not _takes_scales(name) else []),
-            _optimizer('repopt_sgd' if plain else 'sgd', 0.01),
-        )
+        yield _python(*lines, _OPTIMIZER.format('repopt_sgd' if plain else 'sgd', 0.01))
 
 
 def _register(name: ModelName) -> list[str]:
@@ -193,7 +182,7 @@ def _takes_scales(name: ModelName) -> bool:
     return name.architecture in ARCHITECTURES or name.architecture.startswith(PREFIX)
 
 
-def _scaled(hub: str, name: ModelName, scales: Scales, kind: str = 'target') -> list[str]:
+def _scaled(hub: str, name: ModelName, scales: Scales, kind: str) -> list[str]:
     """Returns lines that make the plain network with its scales, or a search that starts from them."""
     name = ModelName.parse(model_for(name.network))
     if not _takes_scales(name):
@@ -201,37 +190,27 @@ def _scaled(hub: str, name: ModelName, scales: Scales, kind: str = 'target') -> 
         load = f'scales = repopt_timm.load_scales({hub}, model)'
         return [f'model = ...  # your {name.architecture}', load, f'{use}, scales)']
     numbers = ''.join(f', {key}={each}' for key, each in chosen_numbers(scales).items())
-    create = (
-        f"model = timm.create_model(\n    '{name.of_kind(kind)}',\n    num_classes=100{numbers},\n    scales={hub},\n)"
-    )
-    return [*_register(name), create]
+    create = f"timm.create_model(\n    '{name.of_kind(kind)}',\n    num_classes=100{numbers},\n    scales={hub},\n)"
+    return [*_register(name), f'model = {create}']
 
 
-def _optimizer(name: str, lr: float) -> str:
-    settings = f'lr={lr}, momentum=0.9, weight_decay=4e-5'
-    return f"optimizer = timm.optim.create_optimizer_v2(\n    model, '{name}', {settings}\n)"
-
-
-def _python(*lines: str) -> str:
-    return '\n'.join(['```python', 'import repopt_timm, timm', *lines, '```'])
+def _python(*lines: str, imports: str = _IMPORTS) -> str:
+    return '\n'.join(['```python', imports, '', *lines, '```'])
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
     return _table(('what', 'value'), [(name.replace('_', ' '), value) for name, value in facts.items()])
 
 
-def _table(head: Sequence[str], rows: Any) -> str:
-    rows = [[_cell(_text(cell)) for cell in row] for row in rows]
-    return markdown_table([*map(_cell, head)], rows) if rows else ''
+def _table(head: Sequence[str], rows: Sequence[Iterable[Any]]) -> str:
+    return markdown_table([*map(_cell, head)], [[*map(_cell, row)] for row in rows]) if rows else ''
 
 
-def _text(value: Any) -> str:
+def _cell(value: Any) -> str:
+    """Returns a fact, which may come from anyone's file, as text on which neither a table nor the page breaks."""
     if isinstance(value, Mapping):
-        return ', '.join(f'{key} {item}' for key, item in value.items())
-    return ' x '.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def _cell(value: object) -> str:
-    # Facts may come from anyone's file: neither a table nor the page may break on them.
+        value = ', '.join(f'{key} {item}' for key, item in value.items())
+    elif isinstance(value, list | tuple):
+        value = ' x '.join(map(str, value))
     text = ' '.join(str(value).split()).replace('&', '&amp;').replace('<', '&lt;')
     return text.replace('\\', '\\\\').replace('|', '\\|').replace('[', '\\[')

@@ -14,8 +14,6 @@ from ..checkpoints.reference import refuse_fused, scale_names
 from ..names import ModelName
 from ..reparam import Geometry, Scales
 
-__all__ = ['CHECKPOINT_KEY', 'checkpoint_entry', 'read_scale_file', 'searched_scales']
-
 CHECKPOINT_KEY = 'repopt'
 """Key under which a checkpoint states what its scales belong to, see `checkpoint_entry`."""
 
@@ -24,19 +22,11 @@ _KEY = re.compile(r'(?:(.+)\.)?parametrizations\.weight\.(original|0\.(?:operato
 
 
 def read_scale_file(path: str | os.PathLike, architecture: str | None = None) -> Scales:
-    """Reads scales from a file.
+    """Reads scales from a file; they have no geometry if the file does not state it.
 
-    Args:
-        path: A `.safetensors` file that `Scales.save` wrote; a checkpoint of a `_hs` or `_csla` run as timm, torch or
-            safetensors write it; a `*-scales.pth` or a hyper-search checkpoint of the reference repository.
-        architecture: Name of the network that is hoped for, where the file does not say and its shapes fit several.
-
-    Returns:
-        The scales; without a geometry if the file does not state it.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file has no scales, is damaged, or of another version.
+    It is a `.safetensors` file that `Scales.save` wrote, a checkpoint of a `_hs` or `_csla` run as timm, torch or
+    safetensors write it, or a `*-scales.pth` or hyper-search checkpoint of the reference repository. `architecture` is
+    the network that is hoped for, where the file does not say and its shapes fit several.
     """
     source = os.fspath(path)
     checkpoint = read_checkpoint(path)
@@ -59,15 +49,18 @@ def searched_scales(checkpoint: Mapping[str, Any], source: str, architecture: st
         raise ValueError(
             f'{source}: no scales in it. Expected a file of scales or a checkpoint of a hyper-search (_hs) model.'
         )
-    stated = (checkpoint.get(CHECKPOINT_KEY) or {}).get('geometry', {})
-    geometry = {name: Geometry.parse(text) for name, text in stated.items()}
-    order = list(geometry) if set(geometry) == set(modules) else sorted(modules, key=_depth_key)
+    entry = checkpoint.get(CHECKPOINT_KEY) or {}
+    geometry = {name: Geometry.parse(text) for name, text in entry.get('geometry', {}).items()}
+    order = geometry if set(geometry) == set(modules) else sorted(modules, key=_depth_key)
     modules = {name: modules[name] for name in order}
-    channels = {name: len(vectors['kxk']) for name, vectors in modules.items() if 'kxk' in vectors}
-    stated = checkpoint.get('arch')
-    network = ModelName.parse(stated).network if isinstance(stated, str) else infer_architecture(channels, architecture)
-    start = (checkpoint.get(CHECKPOINT_KEY) or {}).get('start', 'paper')
-    return Scales(network or '', modules, geometry, counts, {'converted_from': Path(source).name}, source, start)
+    network = checkpoint.get('arch')
+    if isinstance(network, str):
+        network = ModelName.parse(network).network
+    else:
+        channels = {name: len(vectors['kxk']) for name, vectors in modules.items() if 'kxk' in vectors}
+        network = infer_architecture(channels, architecture) or ''
+    start = entry.get('start', 'paper')
+    return Scales(network, modules, geometry, counts, {'converted_from': Path(source).name}, source, start)
 
 
 def checkpoint_entry(scales: Scales) -> dict[str, Any]:
@@ -78,24 +71,26 @@ def checkpoint_entry(scales: Scales) -> dict[str, Any]:
 
 def _branches_of(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, int]]]:
     """Returns module name to branch name to scale, and to number of equal branches."""
-    vectors: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, dict[str, Tensor]] = {}
     rows: dict[tuple[str, str], int] = {}
     published = scale_names(state_dict.keys())
     for key, tensor in state_dict.items():
-        match = _KEY.fullmatch(key)
-        if match is None and key not in published:
+        if match := _KEY.fullmatch(key):
+            module, branch, is_scale = match[1] or '', match[3] or 'kxk', '0.scales' in match[2]
+            if not is_scale:
+                rows[module, branch] = len(tensor)
+        elif key in published:
+            module, branch, is_scale = *published[key], True
+        else:
             continue
-        module, branch = (match[1] or '', match[3] or 'kxk') if match else published[key]
-        if match and '0.scales' not in match[2]:
-            rows[module, branch] = len(tensor)
         # An identity has no scale: its operator is what the search finds.
-        if not match or '0.scales' in match[2] or branch == 'identity':
-            vectors.setdefault(module, {})[branch] = tensor.flatten()
+        if is_scale or branch == 'identity':
+            modules.setdefault(module, {})[branch] = tensor.flatten()
     # A convolution that is used in several places is there under each name, with the same memory.
     first: dict[Any, str] = {}
-    for module, found in vectors.items():
+    for module, found in modules.items():
         first.setdefault(tuple(sorted((branch, each.data_ptr()) for branch, each in found.items())), module)
-    modules = {module: vectors[module] for module in first.values()}
+    modules = {module: modules[module] for module in first.values()}
     counts = {
         module: {branch: rows.get((module, branch), len(each)) // len(each) for branch, each in found.items()}
         for module, found in modules.items()

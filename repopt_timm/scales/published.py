@@ -8,7 +8,6 @@ import csv
 import hashlib
 import logging
 import os
-import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,14 +20,10 @@ from ..names import ModelName
 from ..reparam import Scales
 from .files import read_scale_file
 
-__all__ = ['PUBLISHED', 'PublishedScales', 'find_published', 'published_table', 'read_published']
-
 PUBLISHED = 'published'
 """The tag of these scales, and what means those of a model at hand."""
 
-_TABLE = Path(__file__).with_name('published_scales.csv')
-# Where files of GitHub's repositories are: <address>/<repository>/<commit>/<file>. Tests and mirrors set another,
-# without user and password, which torch.hub does not send.
+# Where files of GitHub's repositories are: <address>/<repository>/<commit>/<file>. Tests and mirrors set another.
 _ADDRESS_VARIABLE = 'REPOPT_TIMM_PUBLISHED_URL'
 _ADDRESS = 'https://raw.githubusercontent.com'
 
@@ -37,17 +32,9 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PublishedScales:
-    """A row of the table.
+    """A row of the table: a file at a commit of a repository on GitHub, with its digest, licence and search.
 
-    Attributes:
-        name: `<target model>.published`.
-        file: Path in the repository.
-        repository: Repository on GitHub, `owner/name`.
-        commit: Its commit.
-        sha256: Digest of the file.
-        license: Of the file, as an SPDX identifier in lower case.
-        dataset: What the scales were searched on.
-        epochs: For how long.
+    `name` is `<target model>.published`, and `license` an SPDX identifier in lower case.
     """
 
     name: str
@@ -78,38 +65,35 @@ class PublishedScales:
 @cache
 def published_table() -> dict[str, PublishedScales]:
     """Returns all published scales, by name."""
-    with open(_TABLE, encoding='utf-8', newline='') as file:
+    with open(Path(__file__).with_name('published_scales.csv'), encoding='utf-8', newline='') as file:
         return {row['name']: PublishedScales(**row) for row in csv.DictReader(file)}
 
 
 def find_published(model_name: str) -> PublishedScales | None:
-    """Returns the scales that are published for a network.
-
-    Args:
-        model_name: Name of a network, or of a model of any kind and tag of it.
-    """
+    """Returns the scales that are published for the network of a model, whatever its kind and tag."""
     network = ModelName.parse(model_name).network
     return next((row for row in published_table().values() if row.network == network), None)
 
 
 def read_published(model_name: str) -> Scales:
-    """Reads the scales that are published for a network, which are downloaded unless they are in the cache.
-
-    Args:
-        model_name: Name of a network, or of a model of any kind and tag of it.
-
-    Returns:
-        The scales, with licence and source in their provenance.
-
-    Raises:
-        OSError: If they can be neither found in the cache nor downloaded.
-        ValueError: If none are published for it, or the address of a mirror is malformed.
-    """
+    """Reads the scales that are published for the network of a model, from the cache or else from GitHub."""
     row = find_published(model_name)
     if row is None:
         raise ValueError(f"No scales are published for '{model_name}', expected one of {', '.join(published_table())}.")
     if not row.is_cached:
-        _download(row)
+        _logger.info(f'{row.name}: downloading {row.file} of {row.repository} ({row.license.upper()} licence)')
+        address = os.environ.get(_ADDRESS_VARIABLE, _ADDRESS).rstrip('/')
+        if '@' in address:
+            # urllib would show it as a port.
+            raise ValueError(f'{_ADDRESS_VARIABLE} has a user or a password, which are not sent: leave them out.')
+        row.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if constants.HF_HUB_OFFLINE:
+                raise OSError('HF_HUB_OFFLINE is set')
+            url = f'{address}/{row.repository}/{row.commit}/{row.file}'
+            torch.hub.download_url_to_file(url, str(row.path), row.sha256, progress=False)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise OSError(f'{row.name} is not in the cache, and its download failed: {reason_of(error)}.') from None
     provenance = {
         'method': "hyper-search of the method's authors",
         'dataset': row.dataset,
@@ -119,22 +103,3 @@ def read_published(model_name: str) -> Scales:
         'sha256': row.sha256,
     }
     return read_scale_file(row.path, row.network).renamed(row.network).with_provenance(provenance, row.name)
-
-
-def _download(row: PublishedScales) -> None:
-    address = os.environ.get(_ADDRESS_VARIABLE, _ADDRESS).rstrip('/')
-    if not re.fullmatch(r'https?://[^/@\s:]+(:\d{1,5})?(/\S*)?', address):
-        # The error does not repeat the address, which may hold a password.
-        raise ValueError(f'{_ADDRESS_VARIABLE} is not an address such as {_ADDRESS}, without user and password.')
-    url = f'{address}/{row.repository}/{row.commit}/{row.file}'
-    _logger.info(f'{row.name}: downloading {row.file} of {row.repository} ({row.license.upper()} licence)')
-    row.path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        if constants.HF_HUB_OFFLINE:
-            raise OSError('HF_HUB_OFFLINE is set')
-        torch.hub.download_url_to_file(url, str(row.path), row.sha256, progress=False)
-    except (OSError, RuntimeError) as error:
-        raise OSError(
-            f'{row.name} is not in the cache, and its download failed: {reason_of(error)}. Check the network, and '
-            f'{_ADDRESS_VARIABLE} if it is set.'
-        ) from None

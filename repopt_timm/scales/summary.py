@@ -1,14 +1,12 @@
 """Summaries of scales: per stage and branch, and how far a search moved them from where they started."""
 
 import re
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
 from torch import Tensor
-
-__all__ = ['WORTH', 'Movement', 'movement', 'scales_table']
 
 # A choice, not a measurement. A search of 8 epochs moved layers by 0.008 on average and trained a target within 0.2
 # points of the initial values'; the published search of RepOpt-VGG-B1, of 240 epochs, moved them by 0.31.
@@ -23,24 +21,17 @@ _Vectors = Mapping[str, Mapping[str, Tensor]]
 
 
 def scales_table(modules: _Vectors) -> list[dict[str, Any]]:
-    """Summarizes scales per stage and branch.
-
-    Args:
-        modules: Module name to branch name to vector.
-
-    Returns:
-        Rows with `stage`, `branch` and, over all channels, `mean`, `min` and `max`.
-    """
-    found: dict[tuple[str, str], list[float]] = {}
+    """Returns a row for each stage and branch: `stage`, `branch` and, over all channels, `mean`, `min` and `max`."""
+    stages: dict[str, dict[str, list[float]]] = {}
     for module, vectors in modules.items():
         match = re.match(r'stages[._](\d+)', module)
-        stage = f'stage {int(match[1]) + 1}' if match else module.split('.')[0]
-        for branch in sorted(vectors):
-            found.setdefault((stage, branch), []).extend(vectors[branch].tolist())
-    order = list(dict.fromkeys(stage for stage, _ in found))
+        stage = stages.setdefault(f'stage {int(match[1]) + 1}' if match else module.split('.')[0], {})
+        for branch, vector in vectors.items():
+            stage.setdefault(branch, []).extend(vector.tolist())
     return [
-        {'stage': stage, 'branch': branch, 'mean': statistics.fmean(values), 'min': min(values), 'max': max(values)}
-        for (stage, branch), values in sorted(found.items(), key=lambda item: (order.index(item[0][0]), item[0][1]))
+        {'stage': stage, 'branch': branch, 'mean': fmean(values), 'min': min(values), 'max': max(values)}
+        for stage, branches in stages.items()
+        for branch, values in sorted(branches.items())
     ]
 
 
@@ -59,12 +50,12 @@ class Movement:
     mean: float
     largest: float
     where: str
-    identity: float | None = None
-    spread: float | None = None
+    identity: float | None
+    spread: float | None
 
     @property
     def hardly(self) -> bool:
-        """Whether the scales are, for a training, where they started: moved by less than 2 %."""
+        """Whether the scales are, for a training, where they started."""
         return self.mean < _HARDLY
 
     def __str__(self) -> str:
@@ -83,36 +74,29 @@ class Movement:
             verdict = 'The search moved the scales no farther than chance does from search to search.'
         else:
             verdict = 'The search moved the scales.'
-        return f'{verdict} {str(self)[0].upper()}{str(self)[1:]}.'
+        moved = str(self)
+        return f'{verdict} {moved[0].upper()}{moved[1:]}.'
 
 
 def movement(searched: Sequence[_Vectors], initial: _Vectors) -> Movement:
-    """Measures how far searches moved scales.
-
-    Args:
-        searched: Results of one or more searches: module name to branch name to vector.
-        initial: What they started from. Branches that are not in all of them are left aside.
-
-    Raises:
-        ValueError: If they have no scale in common.
-    """
+    """Measures how far one or more searches moved scales; branches that are not in all of them do not count."""
     changes: dict[tuple[str, str], list[float]] = {}
     for module in initial:
         for branch, start in initial[module].items():
             if all(branch in scales.get(module, ()) for scales in searched):
-                base = start.double().mean().item()
-                means = [scales[module][branch].double().mean().item() for scales in searched]
-                changes[module, branch] = [(mean - base) / abs(base) for mean in means]
+                base = start.double().mean()
+                means = [scales[module][branch].double().mean() for scales in searched]
+                changes[module, branch] = [((mean - base) / base.abs()).item() for mean in means]
     scaled = {key: values for key, values in changes.items() if key[1] != 'identity'}
     if not scaled:
         raise ValueError('The searched and the initial scales have no branch in common: they are of two networks.')
-    sizes = {key: statistics.mean(map(abs, values)) for key, values in scaled.items()}
-    identities = [abs(value) for (_, branch), values in changes.items() if branch == 'identity' for value in values]
-    largest = max(sizes, key=lambda key: sizes[key])
+    sizes = {key: fmean(map(abs, values)) for key, values in scaled.items()}
+    where = max(sizes, key=lambda key: sizes[key])
+    identities = [abs(value) for key, values in changes.items() if key not in scaled for value in values]
     return Movement(
-        mean=statistics.mean(sizes.values()),
-        largest=sizes[largest],
-        where=' '.join(largest),
-        identity=statistics.mean(identities) if identities else None,
-        spread=statistics.mean(map(statistics.stdev, scaled.values())) if len(searched) > 1 else None,
+        mean=fmean(sizes.values()),
+        largest=sizes[where],
+        where=' '.join(where),
+        identity=fmean(identities) if identities else None,
+        spread=fmean(map(stdev, scaled.values())) if len(searched) > 1 else None,
     )

@@ -7,12 +7,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from repopt_timm import Scales, hyper_search, load_scales
-from repopt_timm.cards.card import read_metadata
 from repopt_timm.cards.publish import save_scales_card
 from repopt_timm.scales import read_scale_file
 from repopt_timm.scales.files import checkpoint_entry
 
-from ..helpers import TINY, random_scales, tiny_model
+from ..helpers import TINY, card_of, random_scales, tiny_model
 
 
 def reference_keys(scales, names=('scale_conv', 'scale_1x1', 'scale_identity')):
@@ -33,38 +32,26 @@ def sketch_keys(scales):
     return {**state, 'stage0.conv3x3.weight': torch.ones(2, 2, 3, 3), 'fc.weight': torch.ones(3, 4)}
 
 
-@pytest.mark.parametrize('save', [torch.save, save_file])
-def test_modules_come_in_the_order_of_the_network(tmp_path, save):
+def test_modules_come_in_the_order_of_the_network(tmp_path):
     model = timm.create_model('repopt_vgg_b1', device='meta')
-    path = tmp_path / ('b1.safetensors' if save is save_file else 'b1.pth')
-    save(reference_keys(Scales.initial(model)), path)
+    save_file(reference_keys(Scales.initial(model)), tmp_path / 'b1.safetensors')
     order = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
-    assert list(read_scale_file(path)) == order
+    assert list(read_scale_file(tmp_path / 'b1.safetensors')) == order
 
 
-def test_the_start_survives_file_card_and_checkpoint(tmp_path):
-    search = tiny_model('_hs', scales='identity')
+def test_start_and_counts_survive_file_card_and_checkpoint(tmp_path):
+    prior = {'stem.conv': {'kxk': 3, '1x1': 2}, 'stages.1.1.conv': ['kxk', '1x3', 'identity']}
+    search = hyper_search(tiny_model(), Scales.initial(tiny_model(), prior, start='identity'))
     scales = Scales.from_model(search)
-    assert load_scales('identity', tiny_model()).start == scales.start == 'identity'
+    assert (scales.start, scales.counts['stem.conv']) == ('identity', prior['stem.conv'])
     scales.save(tmp_path / 'scales.safetensors')
     save_scales_card(scales, tmp_path / 'card')
     content = {'state_dict': search.state_dict(), 'arch': f'{TINY}_hs', 'repopt': checkpoint_entry(scales)}
     torch.save(content, tmp_path / 'last.pth.tar')
     for name in ('scales.safetensors', 'card', 'last.pth.tar'):
-        assert load_scales(tmp_path / name, tiny_model()) == scales
-    assert read_metadata(tmp_path / 'card/README.md')['repopt']['start'] == 'identity'
-
-
-def test_counts_survive_file_card_and_checkpoint(tmp_path):
-    prior = {'stem.conv': {'kxk': 3, '1x1': 2}, 'stages.1.1.conv': ['kxk', '1x3', 'identity']}
-    search = hyper_search(tiny_model(), prior)
-    scales = Scales.from_model(search)
-    assert scales.counts['stem.conv'] == prior['stem.conv']
-    scales.save(tmp_path / 'scales.safetensors')
-    save_scales_card(scales, tmp_path / 'card')
-    torch.save({'state_dict': search.state_dict(), 'arch': f'{TINY}_hs'}, tmp_path / 'last.pth.tar')
-    assert load_scales(tmp_path / 'scales.safetensors') == load_scales(tmp_path / 'card') == scales
-    assert load_scales(tmp_path / 'last.pth.tar').counts == scales.counts
+        found = load_scales(tmp_path / name)
+        assert (found, found.start, found.counts) == (scales, 'identity', scales.counts)
+    assert card_of(tmp_path / 'card').data['repopt']['start'] == 'identity'
 
 
 @pytest.mark.parametrize('kind', ['_hs', '_csla'])
@@ -80,20 +67,19 @@ def test_scales_are_read_from_the_checkpoints_of_twins(tmp_path, kind):
 
 def test_a_convolution_that_is_the_network_or_stands_in_two_places_is_read(tmp_path):
     conv = nn.Conv2d(4, 4, 3, padding=1)
-    for name, network in (('one', conv), ('two', nn.Sequential(conv, conv))):
-        torch.save(hyper_search(network).state_dict(), tmp_path / f'{name}.pth')
-        assert load_scales(tmp_path / f'{name}.pth', network) == Scales.initial(network)
+    for network in (conv, nn.Sequential(conv, conv)):
+        torch.save(hyper_search(network).state_dict(), tmp_path / 'last.pth')
+        assert load_scales(tmp_path / 'last.pth', network) == Scales.initial(network)
 
 
 def test_a_checkpoint_is_held_to_the_geometry_that_it_states(tmp_path):
     strides = (1, 2, 2, 2, 2)
     search = tiny_model('_hs', strides=strides)
-    torch.save({'state_dict': search.state_dict(), 'arch': f'{TINY}_hs'}, tmp_path / 'bare.pth')
+    content = {'state_dict': search.state_dict(), 'arch': f'{TINY}_hs'}
+    torch.save(content, tmp_path / 'bare.pth')
     assert read_scale_file(tmp_path / 'bare.pth').geometry == {}
     assert tiny_model(scales=tmp_path / 'bare.pth', strides=strides).scales == search.scales
-    content = {'state_dict': search.state_dict(), 'arch': f'{TINY}_hs', 'repopt': checkpoint_entry(search.scales)}
-    torch.save(content, tmp_path / 'last.pth')
-    assert read_scale_file(tmp_path / 'last.pth') == search.scales
+    torch.save({**content, 'repopt': checkpoint_entry(search.scales)}, tmp_path / 'last.pth')
     with pytest.raises(ValueError, match=r"'stem\.conv'.*stride 1x1.*stride 2x2"):
         tiny_model(scales=tmp_path / 'last.pth')
 

@@ -17,19 +17,14 @@ def moved(change):
     return {m: {b: v * (1 + change(m, b)) for b, v in vectors.items()} for m, vectors in INITIAL.items()}
 
 
-def test_a_search_that_left_the_scales_is_called_that():
-    assert movement([INITIAL], INITIAL).mean == 0
+def test_a_search_is_told_from_one_that_left_the_scales():
     found = movement([moved(lambda m, b: 0.01)], INITIAL)
     assert found.hardly and found.mean == pytest.approx(0.01, abs=1e-6)
     assert 'left the scales where they started' in found.sentence() and '1.0%' in found.sentence()
-
-
-def test_a_search_that_moved_them_says_where():
     far = {('stages.1.1.conv', '1x1'): 0.9}
     found = movement([moved(lambda m, b: far.get((m, b), -0.3 if b != 'identity' else 0.5))], INITIAL)
     assert not found.hardly and found.where == 'stages.1.1.conv 1x1'
     assert (found.largest, found.identity) == pytest.approx((0.9, 0.5), abs=1e-5)
-    assert 'The search moved the scales. ' in found.sentence()
 
 
 def test_a_movement_is_compared_with_that_from_search_to_search():
@@ -46,13 +41,11 @@ def test_a_table_has_a_row_for_each_stage_and_branch():
     assert [rows[2][key] for key in ('mean', 'min', 'max')] == [2.5, 1, 4]
 
 
-@pytest.mark.parametrize(
-    ('name', 'kwargs'),
-    [('repopt_vgg', {'depths': (1, 3), 'widths': (4, 8, 8), 'strides': (1, 2, 2)}), ('repopt_resnet18', {})],
-)
-def test_initial_values_are_found_by_the_name_of_the_network(name, kwargs):
-    ensure_registered(name)
-    scales = Scales.from_model(timm.create_model(name, scales='initial', **kwargs))
-    found = initial_values(scales)
-    assert all(torch.equal(found[m][b], scales[m][b]) for m in scales for b in scales[m])
+def test_initial_values_are_found_by_the_name_of_the_network():
+    small = {'depths': (1, 3), 'widths': (4, 8, 8), 'strides': (1, 2, 2)}
+    for name, kwargs in (('repopt_vgg', small), ('repopt_resnet18', {})):
+        ensure_registered(name)
+        scales = Scales.from_model(timm.create_model(name, scales='initial', **kwargs))
+        found = initial_values(scales)
+        assert all(torch.equal(found[m][b], scales[m][b]) for m in scales for b in scales[m])
     assert initial_values(scales.renamed('nonesuch')) is None
