@@ -1,25 +1,20 @@
 import shutil
 
 import pytest
+import torch
 
+from repopt_timm.train import engine
 from repopt_timm.train.command import main
 
 from ..helpers import TINY
-from .runs import TARGET
+from .runs import TARGET, short_run
 
 
 @pytest.fixture(autouse=True)
 def no_pictures(monkeypatch):
     """Pictures of each run's report take longer than these runs."""
-    for name in ('plot_curves', 'plot_scales'):
-        monkeypatch.setattr(f'repopt_timm.train.run_report.{name}', lambda *args: None)
-
-
-def short_run(images, output, *extra, model=TINY, experiment='run'):
-    """Arguments of a short run on these images."""
-    defaults = '--input-size 3 32 32 --batch-size 8 --epochs 3 --warmup-epochs 1 --lr 0.02 --workers 0 --seed 1'
-    where = [str(images), '--model', model, '--output', str(output), '--experiment', experiment]
-    return [*where, *defaults.split(), *extra]
+    for name in ('train.run_report.plot_curves', 'train.run_report.plot_scales', 'deploy.evaluation.write_confusion'):
+        monkeypatch.setattr(f'repopt_timm.{name}', lambda *args: None)
 
 
 @pytest.fixture
@@ -32,7 +27,7 @@ def arguments(images, tmp_path):
 def trained(images, tmp_path_factory):
     """The folder of a target after three epochs, with pictures; to read only."""
     output = tmp_path_factory.mktemp('trained')
-    main(short_run(images, output, *TARGET))
+    main(short_run(images, output, *TARGET, '--log-tensorboard'))
     return output / 'run'
 
 
@@ -49,3 +44,13 @@ def searched(images, tmp_path_factory):
 def copied(trained, tmp_path):
     """A copy of `trained`, as the run of `arguments(*TARGET)`."""
     return shutil.copytree(trained, tmp_path / 'run')
+
+
+@pytest.fixture
+def tops(monkeypatch):
+    """The accuracies of the next validations."""
+    values = []
+    found = torch.zeros(2, 16, dtype=torch.int64)
+    measured = lambda *args: ({'loss': 1.0, 'top1': values.pop(0), 'top5': 100.0}, found)  # noqa: E731
+    monkeypatch.setattr(engine, 'validate', measured)
+    return values
