@@ -49,7 +49,7 @@ ROWS = [
     ('--aug-repeats 3', 'non-distributed'),
     # Words.
     ('--wieght-decay 1', "Did you mean '--weight-decay'?"),
-    ('more', "unknown argument 'more'"),
+    ('more', 'arguments: more'),
     ('--model', '--model: expected one argument'),
     ('--mod x', 'ambiguous option'),
     # Models and scales.
