@@ -31,7 +31,7 @@ from .loggers import make_loggers
 from .parsing import write_config
 from .resolution import folder_of, resolve
 from .run_checkpoints import changed_arguments, find_checkpoint, rebuild, restore, save, scales_fingerprint
-from .run_folder import ARGUMENTS_FILE, DIVERGED_FILE, LAST_CHECKPOINT, run_folder
+from .run_folder import ARGUMENTS_FILE, DIVERGED_FILE, run_folder
 from .run_model import make_model, scales_of_run, wrap
 from .run_report import save_searched, write_report
 from .schedule import make_schedule, replay_schedule
@@ -139,7 +139,7 @@ def _train_in(
             rebuild(folder, source, state, args)
     loggers = make_loggers(args, folder) if primary else []
     state.start, state.first_epoch = time.perf_counter(), len(state.history)
-    with _explaining_ends(folder, args, state), postponed_signals():
+    with _noting_ends(folder, primary), postponed_signals():
         for epoch in range(len(state.history), args.total_epochs):
             if _has_stopped_improving(state.history, args.patience):
                 break
@@ -178,21 +178,20 @@ def _has_stopped_improving(history: list[dict[str, Any]], patience: int | None) 
 
 
 @contextmanager
-def _explaining_ends(folder: Path, args: argparse.Namespace, state: TrainState) -> Iterator[None]:
-    """Adds to an early end of a run what it leaves."""
+def _noting_ends(folder: Path, primary: bool) -> Iterator[None]:
+    """Adds to an early end of a run where it was, and what to try."""
     try:
         yield
-    except (DivergedError, InterruptedRunError) as error:
-        done = len(state.history)
-        saved = f"The checkpoint of epoch {done} is '{folder / LAST_CHECKPOINT}'." if done else 'Nothing is kept of it.'
-        if isinstance(error, InterruptedRunError):
-            error.folder = folder
-            _logger.info(f'Stopped in epoch {min(done + 1, args.total_epochs)} of {args.total_epochs}. {saved}')
-            raise
-        if args.rank == 0:
+    except InterruptedRunError as error:
+        error.folder = folder
+        raise
+    except DivergedError as error:
+        if primary:
             write_text(folder / DIVERGED_FILE, f'{error}\n')
-        advice = 'Try a lower --lr, more --warmup-epochs, or --clip-grad'
-        raise DivergedError(f'{error} {saved} {advice}{" and --resume with --override" if done else ""}.') from None
+        raise DivergedError(
+            f"{error} Try a lower --lr, more --warmup-epochs, or --clip-grad; add --resume and --override if '{folder}' has "
+            f'a checkpoint.'
+        ) from None
 
 
 def _resume(folder: Path, args: argparse.Namespace, state: TrainState) -> Path | None:

@@ -14,7 +14,6 @@ from ..checkpoints.read import read_checkpoint, select_state_dict
 from ..datasets import class_names, count_classes
 from ..errors import explaining
 from ..model_size import count_parameters
-from ..names import ModelName
 from ..reparam import kind_of, multi_branch_blocks
 from ..sources import ScalesSource, default_scales
 from ..trained_scales import trained_with
@@ -29,14 +28,7 @@ def scales_of_run(args: argparse.Namespace) -> ScalesSource | None:
     if args.scales:
         return args.scales
     # The model of a repository brings the scales of its card.
-    own = parse_model_name(args.model)[0] is not None
-    name = ModelName.parse(args.variant)
-    if name.kind == 'csla' and not own and not args.initial_checkpoint and not args.resume:
-        raise ValueError(
-            f"{args.variant} needs --scales: a file, 'hf-hub:user/repo' or 'initial'. Search some with "
-            f'{name.of_kind("hs")}.'
-        )
-    if is_target(args.variant) and not own and 'repopt' in args.opt:
+    if is_target(args.variant) and parse_model_name(args.model)[0] is None and 'repopt' in args.opt:
         return default_scales(args.model)
     return None
 

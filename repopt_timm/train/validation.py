@@ -114,7 +114,7 @@ def check_images(datasets: tuple[Any, Any], input_size: tuple[int, ...]) -> None
 def check_model(model: torch.nn.Module, input_size: tuple[int, ...], device: torch.device) -> None:
     """Passes one empty image through a model."""
     size = ' x '.join(map(str, input_size))
-    with explaining(f'The model does not take images of {size}, --input-size or --img-size'):
+    with explaining(f'The model does not run on an image of {size} (--input-size, --img-size)'):
         model.eval()(torch.zeros(1, *input_size, device=device))
 
 

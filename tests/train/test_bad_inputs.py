@@ -59,7 +59,7 @@ ROWS = [
     ('--model vit_tiny_patch16_224 --scales=', '3 x 32 x 32'),
     (f'--model {TINY}_hs --scales published', 'published'),
     (f'--model {TINY}_branches', 'scales'),
-    (f'--model {TINY}_csla --scales= --opt sgd', '--scales'),
+    (f'--model {TINY}_csla --scales= --opt sgd', 'no scales'),
     (f'--model {TINY}_branches --scales= --opt sgd --init dirac', '--init'),
     ('--scales nowhere.safetensors', 'nowhere.safetensors'),
     ('--scales= --pretrained', 'has no scales'),

@@ -15,7 +15,6 @@ from repopt_timm.datasets import core_count
 from repopt_timm.train import engine, run, run_checkpoints
 from repopt_timm.train.command import main
 from repopt_timm.train.parsing import parse_arguments
-from repopt_timm.train.run_checkpoints import find_checkpoint
 from repopt_timm.train.run_folder import is_busy
 
 from ..helpers import TINY
@@ -34,9 +33,9 @@ def same_run(first, second):
     assert (first / 'summary.csv').read_text() == (second / 'summary.csv').read_text()
 
 
-def damage(path, position=0.5):
+def damage(path):
     content = bytearray(path.read_bytes())
-    content[int(len(content) * position)] ^= 4
+    content[len(content) // 2] ^= 4
     # Not through the link that it shares with a copy.
     path.unlink()
     path.write_bytes(content)
@@ -97,17 +96,9 @@ def test_weights_that_are_not_finite_are_not_saved(arguments, tmp_path, monkeypa
     assert read(tmp_path / 'run')['epoch'] == 0
 
 
-def test_a_metric_that_is_nan_is_never_the_best(arguments, tmp_path, tops):
-    tops += [50.0, float('nan'), float('nan')]
-    main(arguments(*TARGET))
-    assert read(tmp_path / 'run', 'model_best.pth.tar')['epoch'] == 0
-    assert [name for name in names_in(tmp_path / 'run') if name.startswith('checkpoint')] == ['checkpoint-0.pth.tar']
-
-
 def test_the_best_checkpoints_are_kept_of_those_that_are_there(arguments, tmp_path, tops):
-    tops += [60.0, 50.0, 90.0, 70.0]
-    extra = [*TARGET, '--checkpoint-hist', '2', '--epochs', '4']
-    main(arguments(*extra))
+    tops += [60.0, 50.0, 90.0, 70.0, float('nan')]
+    main(arguments(*TARGET, '--checkpoint-hist', '2', '--epochs', '5'))
     best = ['checkpoint-2.pth.tar', 'checkpoint-3.pth.tar', 'last.pth.tar', 'model_best.pth.tar']
     assert [name for name in names_in(tmp_path / 'run') if name.endswith('.tar')] == best
     assert read(tmp_path / 'run', 'model_best.pth.tar')['epoch'] == 2
@@ -116,16 +107,8 @@ def test_the_best_checkpoints_are_kept_of_those_that_are_there(arguments, tmp_pa
     copy.parent.mkdir()
     shutil.copy(tmp_path / 'run/last.pth.tar', copy)
     tops += [55.0, 55.0]
-    main(arguments(*TARGET, '--resume', str(copy), '--epochs', '5'))
-    assert read(copy.parent, 'model_best.pth.tar')['epoch'] == 3
-
-
-def test_the_steps_between_which_the_loss_became_nan_are_named(arguments, tmp_path, monkeypatch):
-    losses = iter([1.0, 1.0, 1.0, float('nan')])
-    monkeypatch.setattr(torch.nn.CrossEntropyLoss, 'forward', lambda self, out, target: out.mean() * 0 + next(losses))
-    with pytest.raises(ValueError, match='steps 3 and 4'):
-        main(arguments(*TARGET, '--log-interval', '2'))
-    assert not (tmp_path / 'run').exists()
+    main(arguments(*TARGET, '--resume', str(copy), '--epochs', '6'))
+    assert read(copy.parent, 'model_best.pth.tar')['epoch'] == 5
 
 
 @pytest.mark.parametrize(('signum', 'workers'), [(signal.SIGINT, '0'), (signal.SIGTERM, '2')])
@@ -141,16 +124,12 @@ def test_a_signal_ends_a_run_after_the_batch_and_the_named_command_continues_it(
         assert_same_bits(read(trained)['state_dict'], read(tmp_path / 'run')['state_dict'])
 
 
-@pytest.mark.parametrize(('stopped', 'joint'), [(1, ' '), (2, '=')])
-def test_a_run_that_went_back_is_continued_from_where_it_was_stopped(
-    arguments, capsys, copied, signalled, stopped, joint
-):
-    begun = signalled(signal.SIGINT, stopped)
-    back = f'--resume{joint}{copied}/checkpoint-0.pth.tar --override --momentum 0.5'
+def test_a_run_that_went_back_is_continued_from_where_it_was_stopped(arguments, capsys, copied, signalled):
+    begun = signalled(signal.SIGINT, 2)
     with pytest.raises(SystemExit):
-        main(arguments(*TARGET, *back.split()))
+        main(arguments(*TARGET, f'--resume={copied}/checkpoint-0.pth.tar', '--override', '--momentum', '0.5'))
     main(told_command(capsys))
-    assert begun == [*range(1, stopped + 1), *range(stopped, 3)]
+    assert begun == [1, 2, 2]
     assert read(copied)['args'].momentum == 0.5
 
 
@@ -279,21 +258,6 @@ def test_a_damaged_checkpoint_falls_back_to_the_newest_good_one_and_says_so(argu
     damage(copied / 'last.pth.tar')
     with pytest.raises(ValueError, match=r'last\.pth\.tar'):
         main(arguments(*TARGET, '--resume', str(copied / 'last.pth.tar')))
-
-
-def test_a_flipped_bit_is_found_wherever_it_matters(trained, tmp_path):
-    good, expected = (trained / 'last.pth.tar').read_bytes(), read(trained)['state_dict']
-    last = tmp_path / 'last.pth.tar'
-    refused = 0
-    for index in range(24):
-        last.write_bytes(good)
-        damage(last, (index + 0.5) / 24)
-        try:
-            _, checkpoint = find_checkpoint(tmp_path, 'auto', False)
-            assert_same_bits(expected, checkpoint['state_dict'])
-        except ValueError:
-            refused += 1
-    assert refused >= 20
 
 
 def test_a_full_disk_is_named_and_keeps_the_old_checkpoint(arguments, copied):
