@@ -13,7 +13,7 @@ from ..names import ModelName
 from ..reporting import markdown_table
 from .arguments import SEARCH_DECAY
 from .interruption import InterruptedRunError
-from .parsing import parse_arguments
+from .parsing import make_parser, parse_arguments
 from .resolution import find_variant
 from .run import prepare_device, train
 from .run_folder import LAST_CHECKPOINT, REPORT_FILE, SCALES_FILE
@@ -36,9 +36,9 @@ def main(argv: Sequence[str], command: str = 'train') -> None:
     logging.getLogger('repopt_timm').setLevel(logging.INFO)
     program = ['python', 'train.py'] if Path(sys.argv[0]).name == 'train.py' else [PROGRAM, command]
     if command == 'quickstart':
-        args = parse_arguments(['-c', 'quickstart', *argv], ' '.join(program), _QUICKSTART)
+        args = parse_arguments(['-c', 'quickstart', *argv], make_parser(' '.join(program), _QUICKSTART))
     else:
-        args = parse_arguments(argv, ' '.join(program))
+        args = parse_arguments(argv, make_parser(' '.join(program)))
     prepare_device(args)
     try:
         if args.search_first:

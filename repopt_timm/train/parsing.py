@@ -65,11 +65,9 @@ def make_parser(program: str = f'{PROGRAM} train', description: str = _DESCRIPTI
     return parser
 
 
-def parse_arguments(
-    argv: Sequence[str] | None = None, program: str = f'{PROGRAM} train', description: str = _DESCRIPTION
-) -> argparse.Namespace:
+def parse_arguments(argv: Sequence[str] | None = None, parser: CommandParser | None = None) -> argparse.Namespace:
     """Parses the command line, of the process by default; values of the `-c` file replace the defaults."""
-    parser = make_parser(program, description)
+    parser = parser or make_parser()
     args = parser.parse_args(argv)
     if args.config is not None:
         parser.set_defaults(**read_config(args.config))

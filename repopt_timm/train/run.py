@@ -189,8 +189,8 @@ def _noting_ends(folder: Path, primary: bool) -> Iterator[None]:
         if primary:
             write_text(folder / DIVERGED_FILE, f'{error}\n')
         raise DivergedError(
-            f"{error} Try a lower --lr, more --warmup-epochs, or --clip-grad; add --resume and --override if '{folder}' has "
-            f'a checkpoint.'
+            f'{error} Try a lower --lr, more --warmup-epochs, or --clip-grad, with --resume and --override if an epoch '
+            f'was finished.'
         ) from None
 
 

@@ -1,4 +1,5 @@
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from repopt_timm.train import engine
 from repopt_timm.train.command import main
 
 from ..helpers import TINY
-from .runs import TARGET, short_run
+from .runs import short_run
 
 
 @pytest.fixture(autouse=True)
@@ -20,14 +21,20 @@ def no_pictures(monkeypatch):
 @pytest.fixture
 def arguments(images, tmp_path):
     """Makes arguments of a short run on these images."""
-    return lambda *extra, **kwargs: short_run(images, tmp_path, *extra, **kwargs)
+    return partial(short_run, images, tmp_path)
+
+
+@pytest.fixture
+def train(arguments):
+    """Trains with arguments beyond those of a short run."""
+    return lambda *args, **kwargs: main(arguments(*args, **kwargs))
 
 
 @pytest.fixture(scope='session')
 def trained(images, tmp_path_factory):
     """The folder of a target after three epochs, with pictures; to read only."""
     output = tmp_path_factory.mktemp('trained')
-    main(short_run(images, output, *TARGET, '--log-tensorboard'))
+    main(short_run(images, output, '--log-tensorboard'))
     return output / 'run'
 
 
@@ -35,14 +42,13 @@ def trained(images, tmp_path_factory):
 def searched(images, tmp_path_factory):
     """The folder of a search after three epochs, with pictures; to read only."""
     output = tmp_path_factory.mktemp('searched')
-    strides = ('--model-kwargs', 'strides=(2,1,2,2,2)')
-    main(short_run(images, output, *strides, '--mixup', '0.1', model=f'{TINY}_hs'))
+    main(short_run(images, output, '--model-kwargs strides=(2,1,2,2,2) --mixup 0.1', model=f'{TINY}_hs'))
     return output / 'run'
 
 
 @pytest.fixture
 def copied(trained, tmp_path):
-    """A copy of `trained`, as the run of `arguments(*TARGET)`."""
+    """A copy of `trained`, as the run of `arguments()`."""
     return shutil.copytree(trained, tmp_path / 'run')
 
 

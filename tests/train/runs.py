@@ -14,14 +14,12 @@ from ..helpers import TINY, python_path
 # The order of sums, and so the last bit, depends on the number of threads.
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': python_path()}
 
-TARGET = ['--scales', 'initial']
 
-
-def short_run(images, output, *extra, model=TINY, experiment='run'):
-    """Arguments of a short run on these images."""
+def short_run(images, output, extra='', model=TINY, experiment='run'):
+    """Arguments of a short run on these images; of these folders' names none has spaces."""
+    where = f'{images} --model {model} --output {output} --experiment {experiment}'
     defaults = '--input-size 3 32 32 --batch-size 8 --epochs 3 --warmup-epochs 1 --lr 0.02 --workers 0 --seed 1'
-    where = [str(images), '--model', model, '--output', str(output), '--experiment', experiment]
-    return [*where, *defaults.split(), *extra]
+    return f'{where} {defaults} {extra}'.split()
 
 
 def in_child(words, log=os.devnull, prepare=lambda: None, **environment):

@@ -109,7 +109,7 @@ CONFIGS = [
     ('opt_kwargs: ' + '[' * 3000, 'YAML'),
     ('model_ema: "false"', "'model_ema'"),
     ('epochs: true', '--epochs'),
-    ('lr: [1]\nscale: [0.1, 0.5, 1]', "'1'"),
+    ('lr: [1]\nscale: [0.1, 0.5, 1]', 'arguments: 1'),
     ('momentum: null', '--momentum'),
     ('sched: no', '--sched'),
     ('mean: {a: 1}', '--mean'),

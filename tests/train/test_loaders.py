@@ -23,7 +23,7 @@ def test_the_digits_are_written_once_as_an_image_folder(tmp_path):
 @pytest.fixture
 def selected(arguments):
     """Makes the data sets of a run."""
-    return lambda *extra: make_datasets(parse_arguments(arguments(*extra)))
+    return lambda extra='': make_datasets(parse_arguments(arguments(extra)))
 
 
 @pytest.fixture
@@ -40,13 +40,13 @@ def paths(dataset):
 
 
 def test_a_part_of_the_training_images_is_the_same_for_all_seeds_and_apart_from_what_is_held_out(selected):
-    few, validation = selected('--train-images', '20')
+    few, validation = selected('--train-images 20')
     assert len(few) == len(paths(few)) == 20 and len(validation) == 16
-    assert paths(few) == paths(selected('--train-images', '20', '--seed', '7')[0])
-    train, held_out = selected('--holdout', '0.25')
+    assert paths(few) == paths(selected('--train-images 20 --seed 7')[0])
+    train, held_out = selected('--holdout 0.25')
     assert (len(train), len(held_out)) == (36, 12) and len(paths(train) | paths(held_out)) == 48
     # There are enough beside a small part of the training images.
-    few, others = selected('--holdout', '0.25', '--train-images', '20')
+    few, others = selected('--holdout 0.25 --train-images 20')
     assert paths(others) == paths(held_out) and paths(few) <= paths(train) and len(few) == 20
 
 
@@ -57,12 +57,12 @@ def test_cached_images_are_decoded_once_and_stay_as_they_are(selected, monkeypat
         monkeypatch.setattr(cached, 'dataset', None)
 
 
-def test_archives_are_data_too(images, tmp_path, selected):
+def test_archives_are_data_too(images, tmp_path):
     for split in ('train', 'validation'):
         with tarfile.open(tmp_path / f'{split}.tar', 'w') as archive:
             archive.add(images / split, split)
-    words = [*f'--train-split train.tar --val-split validation.tar --data-dir {tmp_path}'.split()]
-    train, validation = make_datasets(parse_arguments(words))
+    splits = f'--train-split train.tar --val-split validation.tar --data-dir {tmp_path}'
+    train, validation = make_datasets(parse_arguments(splits.split()))
     assert (len(train), len(validation), train.class_to_idx) == (48, 16, {'dark': 0, 'light': 1})
 
 

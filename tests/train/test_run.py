@@ -15,7 +15,7 @@ from repopt_timm.train.command import main
 from repopt_timm.train.schedule import choose_schedule
 
 from ..helpers import TINY, tiny_model
-from .runs import TARGET, assert_same_bits, in_child, read
+from .runs import assert_same_bits, in_child, read
 
 
 class BrokenOffError(Exception):
@@ -38,7 +38,7 @@ def interrupt_after(monkeypatch, epochs):
 @pytest.mark.parametrize(
     ('model', 'extra'),
     [
-        (TINY, '--workers 2 --scales initial --model-ema --reprob 0.5 --drop 0.3 --clip-grad 1 --sampler balanced'),
+        (TINY, '--workers 1 --scales initial --model-ema --reprob 0.5 --drop 0.3 --clip-grad 1 --sampler balanced'),
         (TINY, '--scales initial --opt lookahead_repopt_adamw --mixup 0.5 --sched plateau --patience-epochs 0'),
         (
             f'{TINY}_hs',
@@ -47,13 +47,12 @@ def interrupt_after(monkeypatch, epochs):
     ],
     ids=['target', 'lookahead', 'search'],
 )
-def test_a_resumed_run_ends_with_the_same_bits(arguments, tmp_path, monkeypatch, model, extra):
-    extra = extra.split()
-    main(arguments(*extra, model=model, experiment='whole'))
+def test_a_resumed_run_ends_with_the_same_bits(train, tmp_path, monkeypatch, model, extra):
+    train(extra, model=model, experiment='whole')
     with monkeypatch.context() as patch, pytest.raises(BrokenOffError):
         interrupt_after(patch, 2)
-        main(arguments(*extra, model=model, experiment='cut'))
-    main(arguments(*extra, '--resume', model=model, experiment='cut'))
+        train(extra, model=model, experiment='cut')
+    train(f'{extra} --resume', model=model, experiment='cut')
     whole, cut = read(tmp_path / 'whole'), read(tmp_path / 'cut')
     assert_same_bits(whole['state_dict'], cut['state_dict'])
     assert_same_bits(whole.get('state_dict_ema', {}), cut.get('state_dict_ema', {}))
@@ -62,24 +61,24 @@ def test_a_resumed_run_ends_with_the_same_bits(arguments, tmp_path, monkeypatch,
 
 @pytest.mark.slow
 def test_two_processes_train_a_compiled_network_and_go_on_from_one_checkpoint_only(arguments, tmp_path):
-    def launch(*extra, **others):
+    def launch(extra, **others):
         with socket.socket() as free:
             free.bind(('127.0.0.1', 0))
             port = str(free.getsockname()[1])
         group = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
         processes = []
         for rank in '01':
-            words = arguments(*shared, *extra, experiment=others.get(rank, 'run'))
+            words = arguments(f'{shared} {extra}', experiment=others.get(rank, 'run'))
             processes.append(in_child(words, tmp_path / rank, RANK=rank, LOCAL_RANK=rank, **group))
         for process in processes:
             process.join()
         return [process.exitcode for process in processes], (tmp_path / '0').read_text()
 
-    shared = [*TARGET, '--torchcompile', 'aot_eager', '--grad-accum-steps', '2', '--aug-repeats', '2']
-    assert launch('--epochs', '1')[0] == [0, 0]
-    codes, told = launch('--epochs', '2', '--resume', **{'1': 'other'})
+    shared = '--torchcompile aot_eager --grad-accum-steps 2 --aug-repeats 2'
+    assert launch('--epochs 1')[0] == [0, 0]
+    codes, told = launch('--epochs 2 --resume', **{'1': 'other'})
     assert codes == [1, 1] and 'different epochs: 1, 0, by rank' in told
-    assert launch('--epochs', '2', '--resume')[0] == [0, 0]
+    assert launch('--epochs 2 --resume')[0] == [0, 0]
     checkpoint = read(tmp_path / 'run')
     assert 'stem.conv.weight' in checkpoint['state_dict'] and len(checkpoint['history']) == 2
 
@@ -91,8 +90,8 @@ def test_a_search_leaves_its_scales_with_their_provenance(searched):
     assert (scales.provenance['epochs'], scales.provenance['seed']) == (3, 1)
 
 
-def test_an_averaged_search_leaves_the_averaged_scales(arguments, tmp_path):
-    main(arguments('--model-ema', '--model-ema-decay', '0.5', model=f'{TINY}_hs'))
+def test_an_averaged_search_leaves_the_averaged_scales(train, tmp_path):
+    train('--model-ema --model-ema-decay 0.5', model=f'{TINY}_hs')
     assert read_scale_file(tmp_path / 'run/scales.safetensors') == read_scale_file(tmp_path / 'run/last.pth.tar')
 
 
@@ -118,8 +117,8 @@ def test_a_target_learns_writes_its_epochs_and_timm_reads_its_checkpoint(trained
         ('test_byobnet', '--drop-path 0.2 --warmup-prefix --momentum 0.8 --opt-kwargs nesterov=false'),
     ],
 )
-def test_other_networks_and_recipes_train_too(arguments, tmp_path, model, extra):
-    main(arguments('--epochs', '1', *extra.split(), model=model))
+def test_other_networks_and_recipes_train_too(train, tmp_path, model, extra):
+    train(f'--epochs 1 {extra}', model=model)
     groups = read(tmp_path / 'run')['optimizer']['param_groups']
     assert {(group['momentum'], group['nesterov']) for group in groups} == {(0.8, 'nesterov' not in extra)}
 
@@ -134,26 +133,26 @@ def test_adaptive_clipping_leaves_the_classifier_out(mode, classifier):
     assert all(conv.weight.grad.max() < 1 for conv in model.modules() if isinstance(conv, torch.nn.Conv2d))
 
 
-def test_the_whole_way_in_one_call(arguments, tmp_path, capsys):
-    extra = ['--search-first', '--weight-decay', '5e-4', '--epochs', '2']
-    main(arguments(*extra, '--opt-kwargs', 'grad_mults=None'))
+def test_the_whole_way_in_one_call(train, tmp_path, capsys):
+    extra = '--search-first --weight-decay 5e-4 --epochs 2'
+    train(f'{extra} --opt-kwargs grad_mults=None')
     search, target = read(tmp_path / 'run/search'), read(tmp_path / 'run/target')
     assert (search['args'].weight_decay, target['args'].weight_decay) == (4e-5, 5e-4)
     assert target['args'].scales == str(tmp_path / 'run/search/scales.safetensors')
     table = (tmp_path / 'run/report.md').read_text()
     assert f'| target | `{TINY}` | `repopt_sgd` | 2 |' in table
     assert table in capsys.readouterr().out
-    main(arguments(*extra, '--resume'))
+    train(f'{extra} --resume')
 
 
-def test_a_published_model_is_fine_tuned_with_its_own_scales_strides_and_images(arguments, tmp_path):
+def test_a_published_model_is_fine_tuned_with_its_own_scales_strides_and_images(train, tmp_path):
     strides = (1, 1, 2, 2, 2)
     scales = Scales.initial(tiny_model(strides=strides))
     published = timm.create_model(TINY, num_classes=7, scales=scales, strides=strides, global_pool='max')
     expected = {'mean': (0.3, 0.4, 0.5), 'std': (0.1, 0.2, 0.3), 'crop_pct': 0.9, 'interpolation': 'bilinear'}
     published.pretrained_cfg |= expected
     save_pretrained(published, tmp_path / 'published')
-    main(arguments('--pretrained', '--epochs', '1', model=f'local-dir:{tmp_path / "published"}'))
+    train('--pretrained --epochs 1', model=f'local-dir:{tmp_path / "published"}')
     checkpoint = read(tmp_path / 'run')
     assert (checkpoint['arch'], checkpoint['args'].opt) == (TINY, 'repopt_sgd')
     assert checkpoint['optimizer']['param_groups'][0]['scales_fingerprint'] == scales.fingerprint
@@ -163,15 +162,15 @@ def test_a_published_model_is_fine_tuned_with_its_own_scales_strides_and_images(
     assert loaded.head.global_pool.pool_type == 'max'
 
 
-def test_a_run_that_does_not_improve_stops_and_stays_stopped(arguments, tmp_path, tops):
+def test_a_run_that_does_not_improve_stops_and_stays_stopped(train, tmp_path, tops):
     tops += [50.0, 60.0, 40.0, 60.0, 55.0, 99.0]
     for _ in range(2):
-        main(arguments(*TARGET, '--epochs', '6', '--patience', '2', '--resume'))
+        train('--epochs 6 --patience 2 --resume')
         assert len(read(tmp_path / 'run')['history']) == 4
 
 
-@pytest.mark.parametrize('extra', [[], ['--no-prefetcher']])
-def test_mixup_ends_where_it_shall(arguments, monkeypatch, extra):
+@pytest.mark.parametrize('extra', ['', '--no-prefetcher'])
+def test_mixup_ends_where_it_shall(train, monkeypatch, extra):
     mixed = []
 
     def train_one_epoch(state, loaders, *args):
@@ -181,16 +180,16 @@ def test_mixup_ends_where_it_shall(arguments, monkeypatch, extra):
         return {'lr': 0.1, 'loss': 1.0}
 
     monkeypatch.setattr(run, 'train_one_epoch', train_one_epoch)
-    main(arguments(*TARGET, '--mixup', '1', '--mixup-off-epoch', '1', '--smoothing', '0', '--epochs', '2', *extra))
+    train(f'--mixup 1 --mixup-off-epoch 1 --smoothing 0 --epochs 2 {extra}')
     assert mixed == [True, False]
 
 
-def test_a_run_that_gets_fewer_epochs_than_it_was_to_have_is_evaluated(arguments, tmp_path, monkeypatch):
-    long = [*TARGET, '--epochs', '400', '--val-interval', '400']
+def test_a_run_that_gets_fewer_epochs_than_it_was_to_have_is_evaluated(train, tmp_path, monkeypatch):
+    long = '--epochs 400 --val-interval 400'
     with monkeypatch.context() as patch, pytest.raises(BrokenOffError):
         interrupt_after(patch, 2)
-        main(arguments(*long))
-    main(arguments(*long, '--epochs', '2', '--resume'))
+        train(long)
+    train(f'{long} --epochs 2 --resume')
     assert 'eval_top1' in read(tmp_path / 'run')['history'][-1]
     assert (tmp_path / 'run/report.md').exists()
 
@@ -212,7 +211,7 @@ def test_a_run_warms_up_for_a_tenth_of_its_epochs_and_by_updates_if_they_are_few
 
 
 def test_a_run_that_is_resumed_keeps_its_warm_up(arguments, tmp_path):
-    words = arguments('--scales', 'initial', '--sched', 'step', '--epochs', '4')
+    words = arguments('--scales initial --sched step --epochs 4')
     given = words.index('--warmup-epochs')
     del words[given : given + 2]
     main(words)
@@ -223,10 +222,10 @@ def test_a_run_that_is_resumed_keeps_its_warm_up(arguments, tmp_path):
 
 
 def test_a_schedule_that_timm_does_not_have_is_refused_and_a_warm_up_that_is_never_over_is_said(
-    arguments, monkeypatch, capsys
+    train, monkeypatch, capsys
 ):
     monkeypatch.setattr(schedule, 'create_scheduler_v2', lambda *args, **kwargs: (None, 5))
     with pytest.raises(ValueError, match="'cosine'"):
-        main(arguments(*TARGET, '--epochs', '1'))
+        train('--epochs 1')
     assert 'never reaches 0.02: lower --warmup-epochs' in capsys.readouterr().err
-    main(arguments(*TARGET, '--sched', 'none', '--epochs', '1'))
+    train('--sched none --epochs 1')

@@ -6,7 +6,7 @@ from repopt_timm.checkpoint_model import model_from_checkpoint
 from repopt_timm.train.command import main
 
 from ..helpers import TINY, random_scales, tiny_model
-from .runs import TARGET, assert_same_bits, read
+from .runs import assert_same_bits, read
 
 
 def fingerprint(folder):
@@ -15,15 +15,15 @@ def fingerprint(folder):
     return found
 
 
-def test_a_target_without_scales_starts_from_the_unsearched_values_and_says_so(arguments, tmp_path, capsys):
-    main(arguments('--epochs', '1'))
+def test_a_target_without_scales_starts_from_the_unsearched_values_and_says_so(train, tmp_path, capsys):
+    train('--epochs 1')
     assert read(tmp_path / 'run')['args'].scales == 'initial'
     assert fingerprint(tmp_path / 'run') == Scales.initial(tiny_model()).fingerprint
     assert 'uses the unsearched values, --scales initial' in ''.join(capsys.readouterr())
 
 
-def test_a_plain_network_gets_no_scales_and_may_start_from_identities(arguments, tmp_path):
-    main(arguments('--epochs', '1', '--opt', 'sgd', '--init', 'dirac', '--lr', '0', '--warmup-lr', '0'))
+def test_a_plain_network_gets_no_scales_and_may_start_from_identities(train, tmp_path):
+    train('--epochs 1 --opt sgd --init dirac --lr 0 --warmup-lr 0')
     assert read(tmp_path / 'run')['args'].scales is None
     state = read(tmp_path / 'run')['state_dict']
     for name, conv in tiny_model().named_modules():
@@ -35,7 +35,7 @@ def test_a_plain_network_gets_no_scales_and_may_start_from_identities(arguments,
 
 def test_csla_runs_and_searches_keep_their_scales_and_start_when_they_are_resumed(arguments, tmp_path):
     for kind in ('csla', 'hs'):
-        words = arguments('--opt', 'sgd', model=f'{TINY}_{kind}', experiment=kind)
+        words = arguments('--opt sgd', model=f'{TINY}_{kind}', experiment=kind)
         main([*words, '--epochs', '1', '--scales', 'identity'])
         main([*words, '--epochs', '2', '--resume', *(['--scales', 'identity'] if kind == 'hs' else [])])
         assert len(read(tmp_path / kind)['history']) == 2
@@ -44,29 +44,28 @@ def test_csla_runs_and_searches_keep_their_scales_and_start_when_they_are_resume
     assert load_scales(tmp_path / 'hs/scales.safetensors').start == 'identity'
 
 
-def test_an_initial_checkpoint_brings_the_scales_that_it_was_trained_with(arguments, tmp_path, capsys):
+def test_an_initial_checkpoint_brings_the_scales_that_it_was_trained_with(train, tmp_path, capsys):
     mine = random_scales()
     mine.save(tmp_path / 'mine.safetensors')
-    main(arguments('--epochs', '1', '--scales', str(tmp_path / 'mine.safetensors'), experiment='first'))
+    train(f'--epochs 1 --scales {tmp_path / "mine.safetensors"}', experiment='first')
     first = str(tmp_path / 'first/last.pth.tar')
     # A run that is resumed need not repeat what it started from.
-    for extra in (['--epochs', '1', '--initial-checkpoint', first], ['--epochs', '2', '--resume']):
-        main(arguments(*extra))
+    for extra in (f'--epochs 1 --initial-checkpoint {first}', '--epochs 2 --resume'):
+        train(extra)
         assert fingerprint(tmp_path / 'run') == fingerprint(tmp_path / 'first') == mine.fingerprint
-    main(arguments('--epochs', '1', '--initial-checkpoint', first, '--scales', 'initial', experiment='other'))
+    train(f'--epochs 1 --initial-checkpoint {first} --scales initial', experiment='other')
     assert 'this run multiplies with' in ''.join(capsys.readouterr())
 
 
-def test_an_initial_checkpoint_of_a_fine_tuned_model_brings_the_scales_of_its_repository(arguments, tmp_path):
+def test_an_initial_checkpoint_of_a_fine_tuned_model_brings_the_scales_of_its_repository(train, tmp_path):
     save_pretrained(tiny_model(scales=random_scales()), tmp_path / 'published')
-    main(arguments('--pretrained', '--epochs', '1', model=f'local-dir:{tmp_path / "published"}', experiment='tuned'))
-    main(arguments('--epochs', '1', '--initial-checkpoint', str(tmp_path / 'tuned/last.pth.tar')))
+    train('--pretrained --epochs 1', model=f'local-dir:{tmp_path / "published"}', experiment='tuned')
+    train(f'--epochs 1 --initial-checkpoint {tmp_path / "tuned/last.pth.tar"}')
     assert fingerprint(tmp_path / 'run') == fingerprint(tmp_path / 'tuned')
 
 
-def test_an_initial_checkpoint_of_other_classes_brings_all_but_the_classifier(arguments, trained, tmp_path, capsys):
-    start = ['--num-classes', '5', '--initial-checkpoint', str(trained / 'last.pth.tar')]
-    main(arguments(*TARGET, *start, '--epochs', '1', '--lr', '0', '--warmup-lr', '0'))
+def test_an_initial_checkpoint_of_other_classes_brings_all_but_the_classifier(train, trained, tmp_path, capsys):
+    train(f'--num-classes 5 --initial-checkpoint {trained / "last.pth.tar"} --epochs 1 --lr 0 --warmup-lr 0')
     told = 'other classes than the 5 of this run: all weights are loaded but head.fc.bias, head.fc.weight'
     assert told in capsys.readouterr().err
     before, after = (read(folder)['state_dict'] for folder in (trained, tmp_path / 'run'))

@@ -10,7 +10,7 @@ from repopt_timm.cli import main
 from repopt_timm.train.loggers import make_loggers
 
 from ..helpers import TINY
-from .runs import TARGET, read
+from .runs import read
 
 
 def commands_of(folder):
@@ -61,7 +61,7 @@ def test_the_classes_of_the_last_validation_are_in_the_report_of_a_finished_run_
         assert re.search(r'^\| (dark|light) \| 8 \| \d+\.\d \|', text, re.MULTILINE)
         assert (copied / 'confusion.csv').read_text().count('\n') == 3
         (copied / 'report.md').unlink()
-        assert main(['train', *arguments(*TARGET, '--resume')]) == 0
+        assert main(['train', *arguments('--resume')]) == 0
 
 
 def test_a_resumed_run_goes_on_with_its_run_of_wandb(tmp_path, monkeypatch):
