@@ -100,7 +100,7 @@ def _select_images(train: Any, validation: Any, args: argparse.Namespace) -> tup
     if args.holdout and not 0 < held_out < count:
         raise ValueError(f'--holdout is {args.holdout:g} of {count} training images, which leaves one part empty.')
     if args.train_images and args.train_images > left:
-        raise ValueError(f'--train-images is {args.train_images}, but there are {left} training images: lower it.')
+        raise ValueError(f'--train-images is {args.train_images}, but beside --holdout there are {left}: lower it.')
     chosen = sorted(order[: args.train_images or left])
     held = sorted(order[left:]) if args.holdout else range(len(validation))
     return (

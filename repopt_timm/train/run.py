@@ -35,7 +35,7 @@ from .run_folder import ARGUMENTS_FILE, DIVERGED_FILE, run_folder
 from .run_model import make_model, scales_of_run, wrap
 from .run_report import save_searched, write_report
 from .schedule import make_schedule, replay_schedule
-from .validation import check_device_name, check_images, check_layout, check_model
+from .validation import check_device_name, check_layout, check_model
 
 _logger = logging.getLogger(__name__)
 
@@ -91,10 +91,9 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
             f'smaller --batch-size.'
         )
     input_size = data_config['input_size']
-    check_images(datasets, input_size)
     if args.channels_last:
         check_layout(model, input_size, device)
-    check_model(model, input_size, device)
+    check_model(model, datasets, input_size, device)
     loss = _make_loss(args, datasets[0], unwrap_model(model).num_classes).to(device)
     updates = -(-len(loaders.train) // args.grad_accum_steps)
     scheduler, epochs = make_schedule(optimizer, args, updates)

@@ -53,6 +53,8 @@ def _check_images_read(args: argparse.Namespace) -> None:
     size = args.input_size
     if size and args.img_size and size[1:] != [args.img_size] * 2:
         raise ValueError(f'--img-size is {args.img_size} and --input-size {size}: give one of them.')
+    if size and args.in_chans not in (None, size[0]):
+        raise ValueError(f'--in-chans is {args.in_chans} and --input-size {size}, expected the same channels.')
     channels = args.in_chans or (size[0] if size else 3)
     color_mode(channels, args.input_img_mode)
     for name in ('mean', 'std'):
@@ -99,23 +101,17 @@ def check_device_name(name: str | None) -> None:
             torch.ones(1, dtype=torch.float64, device=name).item()
 
 
-def check_images(datasets: tuple[Any, Any], input_size: tuple[int, ...]) -> None:
-    """Prepares the first training and validation image, and compares its channels with the model's."""
-    for dataset, split in zip(datasets, ('training', 'validation')):
-        if isinstance(dataset, IterableDataset):
-            continue
-        with explaining(f'The first {split} image cannot be prepared'):
-            channels = len(dataset[0][0])
-        if channels != input_size[0]:
-            raise ValueError(f'The {split} images have {channels} channels: give --in-chans {channels}.')
-
-
 @torch.no_grad()
-def check_model(model: torch.nn.Module, input_size: tuple[int, ...], device: torch.device) -> None:
-    """Passes one empty image through a model."""
+def check_model(
+    model: torch.nn.Module, datasets: tuple[Any, Any], input_size: tuple[int, ...], device: torch.device
+) -> None:
+    """Passes the first training and the first validation image through a model, or empty ones of streamed data."""
     size = ' x '.join(map(str, input_size))
-    with explaining(f'The model does not run on an image of {size} (--input-size, --img-size)'):
-        model.eval()(torch.zeros(1, *input_size, device=device))
+    for dataset, split in zip(datasets, ('training', 'validation')):
+        with explaining(f'The model does not run on a {split} image of {size} (--in-chans, --input-size, --img-size)'):
+            streamed = isinstance(dataset, IterableDataset)
+            image = torch.zeros(input_size) if streamed else torch.as_tensor(dataset[0][0]).float()
+            model.eval()(image[None].to(device))
 
 
 def check_layout(model: torch.nn.Module, input_size: tuple[int, ...], device: torch.device) -> None:

@@ -81,7 +81,7 @@ ROWS = [
     ('--batch-size 998', 'do not fill one batch'),
     ('--mixup 0.2 -b 7', 'pairs'),
     ('--cutmix 1 -b 5', 'pairs'),
-    ('--train-images 40 --holdout 0.25', 'there are 36'),
+    ('--train-images 40 --holdout 0.25', '--holdout there are 36'),
     ('--holdout 0.001', '--holdout'),
     ('--train-split train/dark --val-split validation/dark', 'one class'),
     ('--in-chans 5', '--in-chans'),
