@@ -24,6 +24,7 @@ from ..files import write_text
 from ..optim import RepOptAdamW, RepOptSGD, clip_grad_norm_
 from ..reparam import kind_of, make_grad_mults
 from ..scales import Scales
+from ..trained_scales import arguments_of
 from .engine import DivergedError, TrainState, evaluate, ranked, train_one_epoch
 from .interruption import InterruptedRunError, postponed_signals, raise_if_interrupted
 from .loaders import Loaders, class_sizes, make_datasets, make_loaders
@@ -207,8 +208,8 @@ def _resume(folder: Path, args: argparse.Namespace, state: TrainState) -> Path |
     if found is None:
         return None
     path, checkpoint = found
-    saved = checkpoint.get('args')
-    changed = changed_arguments(saved, args)
+    saved = arguments_of(checkpoint)
+    changed = changed_arguments(saved, vars(args))
     changes = ', '.join(f'{name} {old!r} -> {new!r}' for name, (old, new) in changed.items())
     ours = scales_fingerprint(unwrap_model(state.model))
     theirs = checkpoint.get('scales_fingerprint', ours)
@@ -224,10 +225,9 @@ def _resume(folder: Path, args: argparse.Namespace, state: TrainState) -> Path |
             f'beside it holds, or apply the new ones from here on with --override, which --opt does not allow.'
         )
     restore(state, checkpoint, str(path), args.override)
-    epochs_before = getattr(saved, 'epochs', args.epochs)
-    if epochs_before != args.epochs:
-        _logger.warning(f'The schedule is now that of {args.epochs} epochs, not of {epochs_before}.')
-    state.overridden = list(getattr(saved, 'overridden', []))
+    if saved.get('epochs') != args.epochs:
+        _logger.warning(f'The schedule is now that of {args.epochs} epochs, not of {saved.get("epochs")}.')
+    state.overridden = list(saved.get('overridden', []))
     if changed:
         state.overridden.append(f'after epoch {len(state.history)}: {changes}')
         _logger.warning(f'The run goes on with other arguments {state.overridden[-1]}.')

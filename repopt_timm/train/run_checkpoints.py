@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -126,21 +127,18 @@ def _read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def changed_arguments(saved: Any, args: argparse.Namespace) -> dict[str, tuple[Any, Any]]:
+def changed_arguments(saved: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """Returns old and new values of the arguments that change the training, and differ from a checkpoint's, by name."""
+    before, after = map(_comparable, (saved, new))
     # One that is not there is of an older version.
-    names = [name for name in (*ARGUMENTS, 'world_size') if name not in _FREE and hasattr(saved, name)]
-    values = {name: (getattr(saved, name), vars(args)[name]) for name in names}
-    return {name: (a, b) for name, (a, b) in values.items() if _comparable(name, a) != _comparable(name, b)}
+    names = [name for name in (*ARGUMENTS, 'world_size') if name not in _FREE and name in saved]
+    return {name: (saved[name], new[name]) for name in names if before[name] != after[name]}
 
 
-def _comparable(name: str, value: Any) -> Any:
-    if name == 'data_dir' and value:
-        return os.path.abspath(value)
-    if isinstance(value, dict):
-        value = {key: item for key, item in value.items() if item is not None}
+def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
+    folder = values.get('data_dir')
     # A tuple is a list in the args.yaml of the run.
-    return json.loads(json.dumps(value, default=str))
+    return json.loads(json.dumps({**values, 'data_dir': folder and os.path.abspath(folder)}, default=str))
 
 
 def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:

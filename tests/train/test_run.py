@@ -142,7 +142,7 @@ def test_the_whole_way_in_one_call(train, tmp_path, capsys):
     table = (tmp_path / 'run/report.md').read_text()
     assert f'| target | `{TINY}` | `repopt_sgd` | 2 |' in table
     assert table in capsys.readouterr().out
-    train(f'{extra} --resume')
+    train(f'{extra} --opt-kwargs grad_mults=None --resume')
 
 
 def test_a_published_model_is_fine_tuned_with_its_own_scales_strides_and_images(train, tmp_path):
