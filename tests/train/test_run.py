@@ -59,6 +59,15 @@ def test_a_resumed_run_ends_with_the_same_bits(train, tmp_path, monkeypatch, mod
     assert whole['history'] == cut['history']
 
 
+def test_accumulated_gradients_are_those_of_a_larger_batch(train, tmp_path):
+    for name, batches in (('whole', '--batch-size 8'), ('parts', '--batch-size 4 --grad-accum-steps 2')):
+        extra = f'--no-aug --opt sgd --epochs 1 --lr 0.1 --clip-grad 0.5 --warmup-epochs 0 {batches}'
+        train(extra, model='test_convnext', experiment=name)
+    whole, parts = (read(tmp_path / name)['state_dict'] for name in ('whole', 'parts'))
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_two_processes_train_a_compiled_network_and_go_on_from_one_checkpoint_only(arguments, tmp_path):
     def launch(extra, **others):
