@@ -7,14 +7,14 @@ import timm
 import torch
 from timm.models import resume_checkpoint
 
-from repopt_timm import Scales, save_pretrained
+from repopt_timm import Scales, clip_grad_norm_, make_grad_mults, save_pretrained
 from repopt_timm.checkpoint_model import model_from_checkpoint
 from repopt_timm.scales import read_scale_file
 from repopt_timm.train import run, schedule
 from repopt_timm.train.command import main
 from repopt_timm.train.schedule import choose_schedule
 
-from ..helpers import TINY, tiny_model
+from ..helpers import TINY, random_scales, tiny_model
 from .runs import assert_same_bits, in_child, read
 
 
@@ -101,7 +101,8 @@ def test_a_search_leaves_its_scales_with_their_provenance(searched):
 
 def test_an_averaged_search_leaves_the_averaged_scales(train, tmp_path):
     train('--model-ema --model-ema-decay 0.5', model=f'{TINY}_hs')
-    assert read_scale_file(tmp_path / 'run/scales.safetensors') == read_scale_file(tmp_path / 'run/last.pth.tar')
+    scales = read_scale_file(tmp_path / 'run/scales.safetensors')
+    assert scales == read_scale_file(tmp_path / 'run/last.pth.tar') != Scales.initial(tiny_model())
 
 
 def test_a_target_learns_writes_its_epochs_and_timm_reads_its_checkpoint(trained):
@@ -140,6 +141,16 @@ def test_adaptive_clipping_leaves_the_classifier_out(mode, classifier):
     run._make_clip(Namespace(clip_grad=0.01, clip_mode=mode), model, torch.optim.SGD(model.parameters()))()
     assert model.get_classifier().weight.grad.max() == pytest.approx(classifier)
     assert all(conv.weight.grad.max() < 1 for conv in model.modules() if isinstance(conv, torch.nn.Conv2d))
+
+
+@pytest.mark.parametrize('name', ['repopt_sgd', 'repopt_adamw'])
+def test_repoptimizers_are_clipped_by_the_norm_of_the_csla_network(name):
+    model = tiny_model(scales=random_scales())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = timm.optim.create_optimizer_v2(model, name, lr=1.0)
+    norm = run._make_clip(Namespace(clip_grad=1e9, clip_mode='norm'), model, optimizer)()
+    assert norm == clip_grad_norm_(model.parameters(), 1e9, make_grad_mults(model))
 
 
 def test_the_whole_way_in_one_call(train, tmp_path, capsys):
