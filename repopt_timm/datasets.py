@@ -158,10 +158,7 @@ def open_split(
     """
     root = Path(root)
     if not root.exists():
-        where = '' if root.is_absolute() else f" in '{Path.cwd()}'"
-        raise FileNotFoundError(
-            f"There is no image folder '{root}'{where}, expected one with images in {split}/<class>/. Check the path."
-        )
+        raise FileNotFoundError(f"There is no image folder '{root}', expected one with images in {split}/<class>/.")
     synonyms = next((names for names in _SPLITS if split in names), ())
     place = next((root / name for name in (split, *synonyms) if (root / name).exists()), root)
     others = [name for names in _SPLITS for name in names if (root / name).is_dir()]

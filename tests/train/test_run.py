@@ -133,13 +133,12 @@ def test_other_networks_and_recipes_train_too(train, tmp_path, model, extra):
     assert {(group['momentum'], group['nesterov']) for group in groups} == {(0.8, 'nesterov' not in extra)}
 
 
-@pytest.mark.parametrize(('mode', 'classifier'), [('agc', 100.0), ('value', 0.01)])
-def test_adaptive_clipping_leaves_the_classifier_out(mode, classifier):
+def test_adaptive_clipping_leaves_the_classifier_out():
     model = timm.create_model('test_byobnet', num_classes=5)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 100.0)
-    run._make_clip(Namespace(clip_grad=0.01, clip_mode=mode), model, torch.optim.SGD(model.parameters()))()
-    assert model.get_classifier().weight.grad.max() == pytest.approx(classifier)
+    run._make_clip(Namespace(clip_grad=0.01, clip_mode='agc'), model, torch.optim.SGD(model.parameters()))()
+    assert model.get_classifier().weight.grad.max() == 100
     assert all(conv.weight.grad.max() < 1 for conv in model.modules() if isinstance(conv, torch.nn.Conv2d))
 
 
