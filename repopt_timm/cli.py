@@ -10,27 +10,18 @@ from . import __version__
 from .commands import COMMANDS, PROGRAM
 from .console import CommandParser, exit_code
 
-__all__ = ['main']
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs `repopt-timm`.
-
-    Args:
-        argv: Command-line arguments. Defaults to those of the process.
-
-    Returns:
-        The exit code: 0, or 1 after an error, which is reported in one line.
-    """
+    """Runs `repopt-timm` with the arguments of the process, or others; returns its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if argv[:1] == ['run']:
-        # What follows belongs to the script.
-        return exit_code(partial(_run, argv))
-    for stream in (sys.stdout, sys.stderr):
+    # What follows `run` belongs to the script.
+    ours = argv[:1] != ['run']
+    for stream in (sys.stdout, sys.stderr) if ours else ():
         # A name that cannot be shown must not undo the work before it.
         if isinstance(stream, TextIOWrapper) and stream.errors == 'strict':
             stream.reconfigure(errors='backslashreplace')
-    return exit_code(partial(_run, [word for word in argv if word != '--debug']), '--debug' in argv)
+    words = [word for word in argv if word != '--debug'] if ours else argv
+    return exit_code(partial(_run, words), ours and '--debug' in argv)
 
 
 def _run(argv: list[str]) -> None:

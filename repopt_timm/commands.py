@@ -1,12 +1,10 @@
 """The commands of `repopt-timm`: what each does in a line, and the module that it is in.
 
 A module is imported when its command runs, so that `--help` does not wait for what others need. It has a function
-`add_commands`, which gets what `ArgumentParser.add_subparsers` returned.
+`main`, which gets the arguments, or `add_commands`, which gets what `ArgumentParser.add_subparsers` returned.
 """
 
 from typing import NamedTuple
-
-__all__ = ['COMMANDS', 'PROGRAM', 'Command']
 
 PROGRAM = 'repopt-timm'
 
@@ -18,25 +16,21 @@ class Command(NamedTuple):
     module: str
 
 
+_TRAIN, _PUBLISH, _DEPLOY = '.train.command', '.publish_commands', '.deploy.deploy_commands'
+
 COMMANDS = {
-    'train': Command('search scales or train a model', '.train.command'),
-    'quickstart': Command('train on handwritten digits, in a minute', '.train.command'),
+    'train': Command('search scales or train a model', _TRAIN),
+    'quickstart': Command('train on handwritten digits, in a minute', _TRAIN),
     'trial': Command('train a network in several ways, and say whether they differ', '.trial.trial_command'),
     'scales': Command('list, show, convert, draw and share scales', '.scale_commands'),
-    'save': Command('write a checkpoint as a folder in the format of the Hub', '.publish_commands'),
-    'push': Command('publish a checkpoint as a model on the Hub, with its scales in the card', '.publish_commands'),
-    'convert-checkpoint': Command(
-        "convert the reference repository's weights, and merge trained branches", '.publish_commands'
-    ),
-    'export': Command('write a trained model as ONNX', '.deploy.deploy_commands'),
-    'quantize': Command('write a trained model as INT8 ONNX', '.deploy.deploy_commands'),
-    'evaluate': Command('measure accuracy, latency, throughput and size of a model', '.deploy.deploy_commands'),
-    'compare-int8': Command(
-        'measure models in float32 and in all kinds of INT8, in one table', '.deploy.deploy_commands'
-    ),
-    'predict': Command(
-        'classify images, with the names of the classes where they are known', '.deploy.deploy_commands'
-    ),
+    'save': Command('write a checkpoint as a folder in the format of the Hub', _PUBLISH),
+    'push': Command('publish a checkpoint as a model on the Hub, with its scales in the card', _PUBLISH),
+    'convert-checkpoint': Command("convert the reference repository's weights, and merge trained branches", _PUBLISH),
+    'export': Command('write a trained model as ONNX', _DEPLOY),
+    'quantize': Command('write a trained model as INT8 ONNX', _DEPLOY),
+    'evaluate': Command('measure accuracy, latency, throughput and size of a model', _DEPLOY),
+    'compare-int8': Command('measure models in float32 and in all kinds of INT8, in one table', _DEPLOY),
+    'predict': Command('classify images, with the names of the classes where they are known', _DEPLOY),
     'doctor': Command('check that this machine trains a model right', '.doctor.doctor_command'),
     'run': Command("run a script, such as timm's validate.py, that finds these models and optimizers", '.script'),
 }

@@ -7,16 +7,13 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from typing import Any, NoReturn
 
 import yaml
 
 from .errors import one_line
 
-__all__ = ['CommandParser', 'Pairs', 'did_you_mean', 'exit_code', 'number']
-
-# Flags of other programs that are close to one of ours, and what to do.
-_OF_OTHERS = {'--device-modules': " It is for timm's own train.py, and not needed here: leave it out."}
 _INVALID_CHOICE = re.compile(r"argument ([^:]+): invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
 
 
@@ -44,24 +41,15 @@ class CommandParser(argparse.ArgumentParser):
         super().__init__(**{'formatter_class': _HelpFormatter, **kwargs})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        """Parses; an argument that this parser does not have is an error here, where its own are known."""
-        words = list(sys.argv[1:] if args is None else args)
+        """Parses; a flag that this parser does not have is an error here, where its own are known."""
+        words, flags = list(sys.argv[1:] if args is None else args), self._option_string_actions
         # A parser of commands gets the flags of all of them.
-        if not self._subparsers:
-            # First of all: a required argument that is missing may be the mistyped one.
-            self._refuse([word for word in words if word.startswith('--') and not self._has(word.partition('=')[0])])
-        found, unknown = super().parse_known_args(words, namespace)
-        self._refuse(unknown)
-        return found, unknown
-
-    def _has(self, flag: str) -> bool:
-        return any(known.startswith(flag) for known in self._option_string_actions)
-
-    def _refuse(self, unknown: list[str]) -> None:
-        if unknown:
-            flag = unknown[0].partition('=')[0]
-            hint = _OF_OTHERS.get(flag) or did_you_mean(flag, self._option_string_actions)
-            self.error(f"unknown argument '{unknown[0]}'.{hint}")
+        for word in () if self._subparsers else words:
+            flag = word.partition('=')[0]
+            if flag.startswith('--') and not any(known.startswith(flag) for known in flags):
+                # First of all: a required argument that is missing may be the mistyped one.
+                self.error(f"unknown argument '{word}'.{did_you_mean(flag, flags)}")
+        return super().parse_known_args(words, namespace)
 
     def error(self, message: str) -> NoReturn:
         """Raises the error, with the nearest choice to one that does not exist."""
@@ -81,15 +69,7 @@ def number(
     above: float | None = None,
     below: float | None = None,
 ) -> Callable[[str], Any]:
-    """Makes the argparse type of a finite number.
-
-    Args:
-        kind: `int` or `float`.
-        low: Smallest value.
-        high: Largest value. Defaults to that of 32 bits for integers.
-        above: Value that it has to exceed.
-        below: Value that it has to stay below.
-    """
+    """Makes the argparse type of a finite number, `int` or `float`; integers have 32 bits unless `high` says more."""
     limits = {'at least': low, 'above': above, 'at most': high, 'below': below}
     expected = ' and '.join(f'{word} {limit:.10g}' for word, limit in limits.items() if limit is not None)
     largest = high if high is not None else 2**31 - 1 if kind is int else math.inf
@@ -115,20 +95,12 @@ class Pairs(argparse.Action):
             key, separator, text = word.partition('=')
             if not (key and separator):
                 raise argparse.ArgumentError(self, f"expected K=V, such as name=value, but got '{word}'")
-            if key in pairs:
-                raise argparse.ArgumentError(self, f"'{key}' is given twice")
-            try:
-                pairs[key] = ast.literal_eval(text)
-            except (ValueError, SyntaxError, MemoryError, RecursionError):
-                pairs[key] = _yaml_scalar(text)
+            pairs[key] = text
+            for read in (ast.literal_eval, yaml.safe_load):
+                with suppress(ValueError, SyntaxError, MemoryError, RecursionError, yaml.YAMLError):
+                    pairs[key] = read(text)
+                    break
         setattr(namespace, self.dest, pairs)
-
-
-def _yaml_scalar(text: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
-        return text
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -138,14 +110,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def exit_code(run: Callable[[], None], debug: bool = False) -> int:
-    """Runs a command, and prints an error as one line.
+    """Runs a command, and prints an error as one line unless it is debugged.
 
-    Args:
-        run: The command.
-        debug: Let errors through, for their traceback.
-
-    Returns:
-        The exit code: 0; 1 after an error; 130 after Ctrl-C; 141 if what read the output ended, as `head` does.
+    Returns 0; 1 after an error; 130 after Ctrl-C; 141 if what read the output ended, as `head` does.
     """
     try:
         try:

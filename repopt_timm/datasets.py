@@ -25,21 +25,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from .errors import explaining
 
-__all__ = [
-    'Images',
-    'check_same_classes',
-    'class_names',
-    'class_numbers',
-    'color_mode',
-    'core_count',
-    'count_classes',
-    'data_config_of',
-    'open_evaluation',
-    'open_files',
-    'open_split',
-    'read_class_map',
-]
-
 _logger = logging.getLogger(__name__)
 
 # Damaged images in a row that training passes over; as many as in timm.
@@ -58,22 +43,11 @@ _WORTH_WORKERS = 200
 
 
 class Images(Dataset):
-    """Images and the numbers of their classes.
+    """Images, files or members that an archive opens, and the numbers of their classes.
 
-    The EXIF orientation is applied, and 16 bits are scaled to 8.
-
-    Args:
-        files: Paths of the images, or names in the archive.
-        channels: Channels of an image: 1, 3 or 4.
-        labels: Class of each image. Defaults to 0.
-        class_to_idx: Numbers of the classes by name.
-        folder: Where the images are.
-        archive: Opens each image, if they are in a .tar file.
-
-    Attributes:
-        transform: What makes something else of an image of Pillow; timm's loaders set it.
-        skip_damaged: Go on with the next image if one cannot be read, as timm does. An evaluation would then be of
-            other images.
+    The EXIF orientation is applied, and 16 bits are scaled to 8. An image is one of Pillow unless there is a
+    `transform`, which timm's loaders set. With `skip_damaged` the next image is taken if one cannot be read, as timm
+    does; an evaluation would then be of other images.
     """
 
     def __init__(
@@ -98,7 +72,6 @@ class Images(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """Returns an image, an `Image` of Pillow unless there is a `transform`, and its class."""
         for place in range(index, index + _ATTEMPTS):
             place %= len(self)
             name = self.files[place]
@@ -132,11 +105,7 @@ class Images(Dataset):
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields images, float32 of shape (N, C, H, W), and classes, int64 of shape (N,), under a progress bar.
 
-        Args:
-            indices: Which images, in this order.
-            batch_size: Images in a batch; the last one may have fewer.
-            title: What the bar says.
-            whole: Fill the last batch, with the first images again.
+        The last batch may have fewer images; a `whole` one is filled with the first images again.
         """
         if whole:
             indices = [*indices, *islice(cycle(indices), -len(indices) % batch_size)]
@@ -158,15 +127,7 @@ def _of_bytes(image: Image.Image, name: str) -> Image.Image:
 
 
 def color_mode(channels: int, stated: str | None = None) -> str:
-    """Returns Pillow's mode of the images that a model takes.
-
-    Args:
-        channels: Channels that it takes.
-        stated: Mode that arguments, a checkpoint or a file state.
-
-    Raises:
-        ValueError: If images cannot have as many channels, or another mode is stated.
-    """
+    """Returns Pillow's mode of the images that a model takes; another one that is stated somewhere is an error."""
     mode = _MODES.get(channels)
     if mode is None or stated not in (None, mode):
         raise ValueError(
@@ -192,26 +153,12 @@ def open_split(
     """Opens a folder of images in folders, one for each class, or a .tar file of such folders.
 
     The class is the first folder below that of the split, whatever lies below it; in a .tar file it is the last one.
-
-    Args:
-        root: The folder, or one with a folder or .tar file for each split.
-        split: Split to look for, such as `train` or `validation`.
-        channels: Channels of an image: 1, 3 or 4.
-        class_map: File of the classes, a name per line. Defaults to the order of their names.
-        class_names: Names of a model's classes: they number the folders, if all folders are among them.
-        need_split: Refuse a folder or file without splits: two splits of it would be the same images.
-
-    Raises:
-        FileNotFoundError: If the folder or class map does not exist.
-        ValueError: If there are no images in it or in one of its classes, it does not have the split, or the class map
-            cannot be read.
+    Without a class map, a file with a name per line, folders are numbered in the order of a model's class names if all
+    are among them, or of their own. `need_split` refuses data without splits: two of them would be the same images.
     """
     root = Path(root)
     if not root.exists():
-        where = '' if root.is_absolute() else f" in '{Path.cwd()}'"
-        raise FileNotFoundError(
-            f"There is no image folder '{root}'{where}, expected one with images in {split}/<class>/. Check the path."
-        )
+        raise FileNotFoundError(f"There is no image folder '{root}', expected one with images in {split}/<class>/.")
     synonyms = next((names for names in _SPLITS if split in names), ())
     place = next((root / name for name in (split, *synonyms) if (root / name).exists()), root)
     others = [name for names in _SPLITS for name in names if (root / name).is_dir()]
@@ -244,31 +191,14 @@ def open_evaluation(
     class_map: str = '',
     class_names: Sequence[str] = (),
 ) -> Images:
-    """Opens a split whose images are prepared for a model.
-
-    Args:
-        root: See `open_split`.
-        split: See `open_split`.
-        config: Preprocessing, as `timm.data.resolve_data_config` gives it.
-        class_map: See `open_split`.
-        class_names: See `open_split`.
-    """
+    """Opens a split whose images are prepared as `timm.data.resolve_data_config` says, see `open_split`."""
     images = open_split(root, split, config['input_size'][0], class_map, class_names)
     images.transform = create_transform(**config)
     return images
 
 
 def open_files(paths: Iterable[str | os.PathLike], config: Mapping[str, Any]) -> Images:
-    """Opens image files, and all those in folders, prepared for a model.
-
-    Args:
-        paths: The files and folders.
-        config: See `open_evaluation`.
-
-    Raises:
-        FileNotFoundError: If there is no such file or folder.
-        ValueError: If there are no images in the folders.
-    """
+    """Opens image files, and all those in folders, prepared as `timm.data.resolve_data_config` says."""
     files: list[str] = []
     for path in map(Path, paths):
         if not path.exists():
@@ -360,19 +290,7 @@ def _number(classes: list[str], class_names: Sequence[str], place: Path) -> tupl
 
 
 def read_class_map(class_map: str | None, root: str | os.PathLike | None) -> dict[str, int] | None:
-    """Reads a class map, a text file with the name of a class on each line.
-
-    Args:
-        class_map: The file; also looked for in the folder of images.
-        root: That folder.
-
-    Returns:
-        The numbers of classes by name; None without a file.
-
-    Raises:
-        FileNotFoundError: If the file does not exist.
-        ValueError: If it is not a text file.
-    """
+    """Reads the numbers of classes by name from a text file, also looked for in the folder of images."""
     if not class_map:
         return None
     path = Path(class_map) if Path(class_map).is_file() else Path(root or '', class_map)
@@ -417,11 +335,7 @@ def check_same_classes(train: Any, validation: Any) -> None:
 def data_config_of(args: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """Returns what `timm.data.resolve_data_config` does, with a mean and a standard deviation for each channel.
 
-    Those of a model for three channels are averaged for another number of them, as timm's loader does.
-
-    Args:
-        args: Arguments of a run; they come before what the model says.
-        model: The model.
+    Those for three channels are averaged for another number of them, as timm's loader does.
     """
     channels = (args.get('input_size') or [args.get('in_chans') or 3])[0]
 

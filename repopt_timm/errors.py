@@ -44,10 +44,9 @@ def one_line(error: BaseException) -> str:
     line = scrub(' '.join(text.split()))
     if isinstance(error, ValueError | OSError | ImportError) and line:
         return line
-    log = getattr(error, 'repopt_log', None)
     return (
         f'{type(error).__name__}: {line or "no message"}. This was not foreseen: run the command with --debug for the '
-        f'traceback{"" if log is None else f"; the log of the run is {log}"}.'
+        f'traceback.'
     )
 
 

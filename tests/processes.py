@@ -7,12 +7,11 @@ import torch.multiprocessing as mp
 
 def in_processes(count, function, tmp_path, *args):
     """Runs a function of rank and arguments in processes that form a group, and returns what it returned on each."""
-    mp.spawn(_run, (count, tmp_path, function, args), nprocs=count)
+    mp.start_processes(_run, (count, tmp_path, function, args), nprocs=count, start_method='fork')
     return [torch.load(tmp_path / str(rank)) for rank in range(count)]
 
 
 def _run(rank, count, folder, function, args):
-    torch.set_num_threads(1)
     dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=count)
     torch.manual_seed(0)
     torch.save(function(rank, count, *args), folder / str(rank))

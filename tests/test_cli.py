@@ -16,15 +16,9 @@ from repopt_timm.commands import COMMANDS
 from .helpers import TINY, random_scales, save_unknown_twin, tiny_model
 
 
-@pytest.fixture
-def search(tmp_path):
-    """The checkpoint of a search."""
-    model = tiny_model('_hs', scales=random_scales())
-    torch.save({'state_dict': model.state_dict(), 'arch': f'{TINY}_hs'}, tmp_path / 'last.pth.tar')
-    return tmp_path / 'last.pth.tar'
-
-
-def test_scales_go_from_a_checkpoint_to_files_and_folders(search, tmp_path, capsys):
+def test_scales_go_from_a_checkpoint_to_files_and_folders(tmp_path, capsys):
+    search = tmp_path / 'last.pth.tar'
+    torch.save({'state_dict': tiny_model('_hs', scales=random_scales()).state_dict(), 'arch': f'{TINY}_hs'}, search)
     file, folder = tmp_path / 'scales.safetensors', tmp_path / 'folder'
     assert main(['scales', 'extract', str(search), str(file)]) == 0
     assert main(['scales', 'extract', str(file), str(folder)]) == 0
@@ -42,53 +36,58 @@ def test_scales_go_from_a_checkpoint_to_files_and_folders(search, tmp_path, caps
         ('scales show hf-hub:a/b@', 'revision'),
         ('scales show initial', '--arch'),
         ('convert-checkpoint x.pth', '--out'),
-        ('train --scales nowhere --dataset digits --output {tmp} --data-dir {tmp}', 'nowhere'),
         ('qantize x', "unknown command 'qantize'. Did you mean 'quantize'?"),
-        ('train --device-modules repopt_timm', "timm's own train.py"),
         ('scales lits', "unknown command 'lits'. Did you mean 'list'?"),
         ('export x --onx y', "unknown argument '--onx'. Did you mean '--onnx'?"),
         ('train --modle=x', "unknown argument '--modle=x'. Did you mean '--model'?"),
         ('save x y --precision int4', "unknown value of --precision 'int4'. Did you mean 'int8'?"),
         ('quantize', 'arguments are required: model, --data, --out'),
         ('run nowhere.py', "'nowhere.py'"),
-        ('run', 'No script is named'),
+        ('run', 'expected one as in repopt-timm run validate.py'),
+        ('scales plot {file} {tmp}/picture', "picture' does not end in the suffix of a picture"),
+        ('scales plot {file} {tmp}/picture.docx', 'does not end in the suffix of a picture'),
+        ('scales plot {file} {tmp}/pipe.png', "pipe.png' cannot be written: it is a device or a pipe"),
+        ('scales extract {file} {file}', 'it is the input itself'),
+        ('scales extract {file} {tmp}/device.safetensors', 'it is a device or a pipe'),
+        ('scales extract {file} {file}/folder', 'is not a folder'),
+        ('save nowhere.pth {file}', 'is not a folder'),
+        ('save {tmp}/model.safetensors {tmp}', "model.safetensors' cannot be written: it is the input itself"),
+        ('convert-checkpoint nowhere.pth --out {file}', 'is not a folder'),
     ],
 )
-def test_an_error_is_one_clear_line_with_a_hint(arguments, named, tmp_path, capsys):
-    assert main(arguments.format(tmp=tmp_path).split()) == 1
+def test_an_error_is_one_clear_line_before_the_work_and_leaves_no_file(arguments, named, tmp_path, capsys):
+    file = tmp_path / 'scales.safetensors'
+    random_scales().save(file)
+    os.mkfifo(tmp_path / 'pipe.png')
+    (tmp_path / 'device.safetensors').symlink_to(os.devnull)
+    (tmp_path / 'model.safetensors').touch()
+    before = sorted(tmp_path.iterdir())
+    assert main(arguments.format(tmp=tmp_path, file=file).split()) == 1
     error = capsys.readouterr().err
-    assert error.startswith('error: ')
-    assert named in error
-    assert error.count('\n') == 1
+    assert error.startswith('error: ') and named in error and error.count('\n') == 1
+    assert sorted(tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize('command', [*COMMANDS])
-def test_each_command_has_a_help_that_calls_it_by_its_name(command, capsys):
+# Parts of the help of a command.
+HELPS = {name: [] for name in COMMANDS} | {
+    'train': ['number of epochs [300]', 'weight decay [2e-05]', 'crop area [0.08 1]', 'model, else sgd]'],
+    'quickstart': ['digits of scikit-learn, in about a minute on a CPU'],
+    'quantize': ['images to calibrate on [512]', 'split to calibrate on [train]'],
+    'predict': ['classes to show [5]'],
+}
+
+
+@pytest.mark.parametrize(('command', 'parts'), HELPS.items())
+def test_each_command_has_a_help_that_calls_it_by_its_name_and_shows_defaults(command, parts, monkeypatch, capsys):
+    # Words with a hyphen are broken at the end of a line.
+    monkeypatch.setenv('COLUMNS', '1000')
     if command == 'run':
         assert main([command, '--help']) == 0
     else:
         with pytest.raises(SystemExit, match='0'):
             main([command, '--help'])
-    assert capsys.readouterr().out.startswith(f'usage: repopt-timm {command} ')
-
-
-@pytest.mark.parametrize(
-    ('command', 'parts'),
-    [
-        ('train', ['number of epochs [300]', 'weight decay [2e-05]', 'crop area [0.08 1]', 'model, else sgd]']),
-        ('quickstart', ['digits of scikit-learn, in about a minute on a CPU', 'number of epochs']),
-        ('quantize', ['images to calibrate on [512]', 'split to calibrate on [train]']),
-        ('evaluate', ['images at a time [32]']),
-        ('predict', ['classes to show [5]']),
-    ],
-)
-def test_a_help_shows_what_an_argument_is_and_its_default(command, parts, monkeypatch, capsys):
-    # Words with a hyphen are broken at the end of a line.
-    monkeypatch.setenv('COLUMNS', '1000')
-    with pytest.raises(SystemExit, match='0'):
-        main([command, '--help'])
     text = ' '.join(capsys.readouterr().out.split())
-    assert all(part in text for part in parts)
+    assert text.startswith(f'usage: repopt-timm {command} ') and all(part in text for part in parts)
     assert not any(word in text for word in ('(default', '[True]', '[False]'))
 
 
@@ -107,41 +106,43 @@ def test_the_version_is_that_of_the_package(capsys):
     assert capsys.readouterr().out == f'repopt-timm {repopt_timm.__version__}\n'
 
 
-def test_a_script_finds_models_optimizers_and_its_own_arguments(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    """Writes a script, and leaves this process its own arguments and paths."""
+    monkeypatch.setattr(sys, 'argv', [*sys.argv])
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    path = tmp_path / 'script.py'
+    return lambda text: path.write_text(text) and str(path)
+
+
+def test_a_script_finds_models_optimizers_and_its_own_arguments(script, tmp_path, capsys):
     (tmp_path / 'beside.py').write_text('FLAG = "--model"\n')
-    (tmp_path / 'script.py').write_text(
+    path = script(
         'import sys, timm, beside\n'
         'assert __name__ == "__main__" and sys.argv[1:] == [beside.FLAG, "repopt_resnet10t_hs", "--debug"]\n'
         'model = timm.create_model(sys.argv[2])\n'
         'print(timm.optim.get_optimizer_info("repoptsgd").name, hasattr(model, "scales_provenance"))\n'
         'sys.exit(3)\n'
     )
-    monkeypatch.setattr(sys, 'argv', [*sys.argv])
-    monkeypatch.setattr(sys, 'path', [*sys.path])
     with pytest.raises(SystemExit, match='3'):
-        main(['run', str(tmp_path / 'script.py'), '--model', 'repopt_resnet10t_hs', '--debug'])
+        main(['run', path, '--model', 'repopt_resnet10t_hs', '--debug'])
     assert capsys.readouterr().out == 'repoptsgd True\n'
 
 
-def test_a_script_finds_the_twin_in_a_folder(tmp_path, monkeypatch, capsys):
+def test_a_script_finds_the_twin_in_a_folder(script, tmp_path, capsys):
     save_unknown_twin('test_convnext', tmp_path / 'mine')
-    (tmp_path / 'script.py').write_text(
+    path = script(
         'import sys, timm\nprint(timm.create_model(sys.argv[2].partition("=")[2], pretrained=True).num_classes)\n'
     )
-    monkeypatch.setattr(sys, 'argv', [*sys.argv])
-    monkeypatch.setattr(sys, 'path', [*sys.path])
-    # Words that are no models are the script's.
     capsys.readouterr()
-    assert main(['run', str(tmp_path / 'script.py'), 'a/b', f'--model=local-dir:{tmp_path / "mine"}', 'x:y']) == 0
+    # Words that are no models are the script's.
+    assert main(['run', path, 'a/b', f'--model=local-dir:{tmp_path / "mine"}', 'x:y']) == 0
     assert capsys.readouterr().out == '3\n'
 
 
-def test_an_error_of_a_script_keeps_its_traceback(tmp_path, monkeypatch, capsys):
-    (tmp_path / 'script.py').write_text('raise ValueError("bad")\n')
-    monkeypatch.setattr(sys, 'argv', [*sys.argv])
-    monkeypatch.setattr(sys, 'path', [*sys.path])
+def test_an_error_of_a_script_keeps_its_traceback(script, capsys):
     with pytest.raises(SystemExit, match='1'):
-        main(['run', str(tmp_path / 'script.py')])
+        main(['run', script('raise ValueError("bad")\n')])
     assert re.search(r'script\.py", line 1.*ValueError: bad', capsys.readouterr().err, re.DOTALL)
 
 
@@ -156,31 +157,3 @@ def test_the_help_of_all_commands_waits_for_none_of_them():
     rooms = {name.split('.')[1] for name in loaded if name.startswith('repopt_timm.')}
     assert not rooms & {'deploy', 'train', 'trial', 'scale_commands', 'publish_commands'}
     assert not loaded & {'onnx', 'matplotlib', 'datasets', 'sklearn', 'pandas', 'scipy.stats'}
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        ('scales plot {file} {tmp}/picture', "picture' does not end in the suffix of a picture, such as picture.png"),
-        ('scales plot {file} {tmp}/picture.docx', 'does not end in the suffix of a picture'),
-        ('scales plot {file} {tmp}/pipe.png', "pipe.png' cannot be written: it is a device or a pipe"),
-        ('scales extract {file} {file}', 'it is the input itself'),
-        ('scales extract {file} {tmp}/device.safetensors', 'it is a device or a pipe'),
-        ('scales extract {file} {file}/folder', 'is not a folder'),
-        ('save nowhere.pth {file}', 'is not a folder'),
-        ('save {tmp}/model.safetensors {tmp}', "model.safetensors' cannot be written: it is the input itself"),
-        ('convert-checkpoint nowhere.pth --out {file}', 'is not a folder'),
-    ],
-)
-def test_what_cannot_be_written_is_said_before_the_work_and_leaves_no_file(arguments, message, tmp_path, capsys):
-    file = tmp_path / 'scales.safetensors'
-    random_scales().save(file)
-    os.mkfifo(tmp_path / 'pipe.png')
-    (tmp_path / 'device.safetensors').symlink_to(os.devnull)
-    (tmp_path / 'model.safetensors').touch()
-    before = sorted(tmp_path.iterdir())
-    assert main(arguments.format(tmp=tmp_path, file=file).split()) == 1
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count('\n') == 1
-    assert sorted(tmp_path.iterdir()) == before

@@ -5,11 +5,9 @@ from typing import Any
 
 from ..console import Pairs, number
 
-__all__ = ['INTERPOLATIONS', 'SEARCH_DEFAULTS', 'add_arguments']
-
-INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
-SEARCH_DEFAULTS = {'weight_decay': 4e-5}
-"""Of the search of `--search-first`: strongly decayed identities leave targets that learn slowly."""
+_INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
+SEARCH_DECAY = 4e-5
+"""Weight decay of the search of `--search-first`: strongly decayed identities leave targets that learn slowly."""
 
 _SCHEDULES = ('cosine', 'tanh', 'step', 'multistep', 'constant', 'plateau', 'poly', 'wsd', 'rsqrt', 'none')
 
@@ -25,7 +23,7 @@ _part = number(float, above=0, high=1)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of a run to a parser, by section."""
 
-    def add(flags: str, kind: Any, default: Any, text: str, **options: Any) -> None:
+    def add(flags: str, text: str, default: Any = None, kind: Any = None, **options: Any) -> None:
         """Adds an argument whose kind is a type or a tuple of choices."""
         options |= {'choices': kind} if isinstance(kind, tuple) else {'type': kind}
         group.add_argument(*flags.split(), default=default, help=text, **options)
@@ -34,188 +32,137 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(flag, action='store_true', help=text)
 
     group = parser.add_argument_group('Data')
-    add('--data-dir', None, None, 'path to dataset: image folders, or .tar files', metavar='DIR')
-    add(
-        '--dataset',
-        None,
-        '',
-        'dataset type, such as torch/cifar10, hfds/NAME, wds/NAME, digits; streamed data (wds/, hfids/) are not '
-        'repeated exactly when a run is resumed [image folder or .tar]',
-        metavar='NAME',
-    )
-    add('--train-split', None, 'train', 'dataset train split', metavar='NAME')
-    add('--val-split', None, 'validation', 'dataset validation split', metavar='NAME')
-    add('--train-num-samples', _count, None, 'number of training samples, for streamed data')
-    add('--val-num-samples', _count, None, 'number of validation samples, for streamed data')
-    add('--train-images', _count, None, 'train on N images, the same random ones for each seed')
-    add(
-        '--holdout',
-        _fraction,
-        0.0,
-        'validate on this share of the training images, on which the run then does not train',
-        metavar='SHARE',
-    )
-    switch('--cache-images', 'keep decoded images in memory, from the first epoch on; with --workers 0')
-    add('--sampler', ('balanced',), None, 'draw training images so that all classes come equally often')
+    add('--data-dir', 'path to dataset: image folders, or .tar files')
+    add('--dataset', 'dataset type, such as torch/cifar10, hfds/NAME, wds/NAME, digits [folder or .tar]', '')
+    add('--train-split', 'dataset train split', 'train')
+    add('--val-split', 'dataset validation split', 'validation')
+    add('--train-num-samples', 'number of training samples, for streamed data', None, _count)
+    add('--val-num-samples', 'number of validation samples, for streamed data', None, _count)
+    add('--train-images', 'train on N images, the same random ones for each seed', None, _count)
+    add('--holdout', 'validate on this share of the training images instead of training on it', 0.0, _fraction)
+    switch('--cache-images', 'keep decoded images in memory, without workers')
+    add('--sampler', 'draw training images so that all classes come equally often', None, ('balanced',))
     switch('--dataset-download', 'allow download for torch/ and others that support it')
-    add('--class-map', None, '', 'class map: a .txt file with the name of a class on each line', metavar='FILE')
-    add('--input-img-mode', ('L', 'RGB', 'RGBA'), None, 'image color mode [from the number of channels]')
-    add('--input-key', None, None, 'dataset key of the images', metavar='KEY')
-    add('--target-key', None, None, 'dataset key of the labels', metavar='KEY')
+    add('--class-map', 'class map: a .txt file with the name of a class on each line', '')
+    add('--input-img-mode', 'image color mode [from the number of channels]', None, ('L', 'RGB', 'RGBA'))
+    add('--input-key', 'dataset key of the images')
+    add('--target-key', 'dataset key of the labels')
 
     group = parser.add_argument_group('Model')
-    add('--model', None, 'repopt_vgg_a0', 'name of a timm model; _hs for a search, _csla for validation')
+    add('--model', 'name of a timm model; _hs for a search, _csla for validation', 'repopt_vgg_a0')
     add(
         '--scales',
-        None,
-        None,
-        "a file, a folder with a model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, 'published' "
-        "by the authors, 'implied' by the branches of pretrained weights, 'initial' for unsearched values, 'identity' "
-        'for these from convolutions that start as the identity [what pretrained or initial weights were trained '
-        'with, else initial]',
-        metavar='SOURCE',
+        "a file, a folder with a model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, 'published' by "
+        "the authors, 'implied' by the branches of pretrained weights, 'initial' for unsearched values, 'identity' for "
+        'these from convolutions that start as the identity [those of pretrained or initial weights, else initial]',
     )
-    add(
-        '--init',
-        ('', 'dirac'),
-        '',
-        "'dirac' makes each convolution of equal channels and stride 1 the identity, by torch.nn.init.dirac_",
-    )
+    add('--init', "'dirac' starts convolutions of equal channels and stride 1 as the identity", '', ('', 'dirac'))
     switch('--pretrained', 'start from pretrained weights')
-    add('--initial-checkpoint', None, '', 'start from the weights of a checkpoint', metavar='FILE')
-    add(
-        '--resume',
-        None,
-        None,
-        'continue from FILE [last.pth.tar in --output/--experiment, if there is one]',
-        nargs='?',
-        const='auto',
-        metavar='FILE',
-    )
+    add('--initial-checkpoint', 'start from the weights of a checkpoint', '')
+    add('--resume', 'continue from a file [last.pth.tar in --output/--experiment]', nargs='?', const='auto')
     switch('--override', 'resume with other arguments, or from an earlier checkpoint than the last')
-    add('--num-classes', _count, None, "number of classes [the dataset's]")
-    add('--gp', None, None, "global pool type, such as avg [the model's]", metavar='POOL')
-    add('--img-size', _count, None, 'image size, for square images')
-    add('--in-chans', (1, 3, 4), None, 'number of image channels', type=int)
-    add('--input-size', _count, None, 'image dimensions: channels height width', nargs=3)
-    add('--crop-pct', _part, None, 'center crop percent, for validation', metavar='SHARE')
-    add('--mean', number(float), None, 'mean pixel value', nargs='+')
-    add('--std', _positive, None, 'standard deviation of pixel values', nargs='+')
-    add('--interpolation', ('', *INTERPOLATIONS), '', "resize interpolation [the model's]")
-    add('-b --batch-size', _count, 128, 'batch size of each process')
-    add('-vb --validation-batch-size', _count, None, 'batch size for validation [--batch-size]')
+    add('--num-classes', "number of classes [the dataset's]", None, _count)
+    add('--gp', "global pool type, such as avg [the model's]")
+    add('--img-size', 'image size, for square images', None, _count)
+    add('--in-chans', 'number of image channels', None, (1, 3, 4), type=int)
+    add('--input-size', 'image dimensions: channels height width', None, _count, nargs=3)
+    add('--crop-pct', 'center crop percent, for validation', None, _part)
+    add('--mean', 'mean pixel value', None, number(float), nargs='+')
+    add('--std', 'standard deviation of pixel values', None, _positive, nargs='+')
+    add('--interpolation', "resize interpolation [the model's]", '', ('', *_INTERPOLATIONS))
+    add('-b --batch-size', 'batch size of each process', 128, _count)
+    add('-vb --validation-batch-size', 'batch size for validation [--batch-size]', None, _count)
     switch('--channels-last', 'channels_last memory layout')
-    add('--grad-accum-steps', _count, 1, 'batches to accumulate gradients of before a step')
+    add('--grad-accum-steps', 'batches to accumulate gradients of before a step', 1, _count)
     switch('--grad-checkpointing', 'recompute activations in the backward pass')
-    add('--model-kwargs', None, {}, 'further model arguments', nargs='*', action=Pairs, metavar='K=V')
-    add('--torchcompile', None, None, 'compile the model', nargs='?', const='inductor', metavar='BACKEND')
+    add('--model-kwargs', 'further model arguments', {}, nargs='*', action=Pairs, metavar='K=V')
+    add('--torchcompile', 'compile the model', nargs='?', const='inductor')
 
     group = parser.add_argument_group('Device')
-    add('--device', None, None, 'device to train on [cuda if available, else cpu]')
+    add('--device', 'device to train on [cuda if available, else cpu]')
     switch('--amp', 'mixed precision')
-    add('--amp-dtype', ('float16', 'bfloat16'), 'float16', 'lower precision of --amp')
+    add('--amp-dtype', 'lower precision of --amp', 'float16', ('float16', 'bfloat16'))
 
     group = parser.add_argument_group('Optimizer')
-    add('--opt', str.lower, None, 'optimizer [repopt_sgd for a plain repopt_* model, else sgd]', metavar='NAME')
-    add('--opt-eps', _nonnegative, None, 'epsilon of the optimizer')
-    add('--opt-betas', _share, None, 'betas of the optimizer', nargs='+')
-    add('--momentum', _fraction, 0.9, 'momentum')
-    add('--weight-decay', _nonnegative, 2e-5, 'weight decay')
-    add(
-        '--clip-grad',
-        _nonnegative,
-        None,
-        'clip gradients; RepOptimizers measure the equivalent CSLA norm',
-        metavar='NORM',
-    )
-    add('--clip-mode', ('norm', 'value', 'agc'), 'norm', 'how to clip; RepOptimizers: norm only')
-    add('--layer-decay', _part, None, 'layer-wise learning rate decay')
-    add('--opt-kwargs', None, {}, 'further optimizer arguments', nargs='*', action=Pairs, metavar='K=V')
+    add('--opt', 'optimizer [repopt_sgd for a plain repopt_* model, else sgd]', None, str.lower, metavar='NAME')
+    add('--opt-eps', 'epsilon of the optimizer', None, _nonnegative)
+    add('--opt-betas', 'betas of the optimizer', None, _share, nargs='+')
+    add('--momentum', 'momentum', 0.9, _fraction)
+    add('--weight-decay', 'weight decay', 2e-5, _nonnegative)
+    add('--clip-grad', 'clip gradients; RepOptimizers measure the equivalent CSLA norm', None, _nonnegative)
+    add('--clip-mode', 'how to clip; RepOptimizers: norm only', 'norm', ('norm', 'value', 'agc'))
+    add('--layer-decay', 'layer-wise learning rate decay', None, _part)
+    add('--opt-kwargs', 'further optimizer arguments', {}, nargs='*', action=Pairs, metavar='K=V')
 
     group = parser.add_argument_group('Learning rate schedule')
-    add('--sched', _SCHEDULES, 'cosine', 'schedule')
+    add('--sched', 'schedule', 'cosine', _SCHEDULES)
     switch('--sched-on-updates', 'step the schedule on updates; done anyway if --epochs is less than 50')
-    add('--lr', _nonnegative, None, 'learning rate; overrides --lr-base')
-    add(
-        '--lr-base',
-        _nonnegative,
-        0.1,
-        'learning rate at --lr-base-size: lr = lr_base * batch size / base size',
-        metavar='LR',
-    )
-    add('--lr-base-size', _count, 256, 'global batch size of --lr-base')
-    add('--lr-base-scale', ('', 'linear', 'sqrt'), '', 'how --lr-base scales [what suits --opt]')
-    add('--warmup-lr', _nonnegative, 1e-5, 'learning rate that the warm-up starts from', metavar='LR')
-    add('--min-lr', _nonnegative, 0.0, 'lower bound of the learning rate', metavar='LR')
-    add('--epochs', _count, 300, 'number of epochs')
-    add('--warmup-epochs', _nonnegative, None, 'epochs of warm-up [a tenth of --epochs, 5 at most]')
+    add('--lr', 'learning rate; overrides --lr-base', None, _nonnegative)
+    add('--lr-base', 'learning rate at --lr-base-size: lr = lr_base * batch size / base size', 0.1, _nonnegative)
+    add('--lr-base-size', 'global batch size of --lr-base', 256, _count)
+    add('--lr-base-scale', 'how --lr-base scales [what suits --opt]', '', ('', 'linear', 'sqrt'))
+    add('--warmup-lr', 'learning rate that the warm-up starts from', 1e-5, _nonnegative)
+    add('--min-lr', 'lower bound of the learning rate', 0.0, _nonnegative)
+    add('--epochs', 'number of epochs', 300, _count)
+    add('--warmup-epochs', 'epochs of warm-up [a tenth of --epochs, 5 at most]', None, _nonnegative)
     switch('--warmup-prefix', 'start the schedule after the warm-up, which then adds to --epochs')
-    add('--cooldown-epochs', _natural, 0, 'epochs at the lowest learning rate, after the schedule')
-    add('--decay-epochs', _positive, 90.0, 'interval of the step schedule')
-    add('--decay-milestones', _count, [90, 180, 270], 'epochs of the multistep schedule', nargs='+')
-    add('--decay-rate', _positive, 0.1, 'factor of the step schedules')
-    add('--patience-epochs', _natural, 10, 'patience of the plateau schedule')
-    add('--patience', _count, None, 'stop when the validation accuracy has not improved for N epochs')
+    add('--cooldown-epochs', 'epochs at the lowest learning rate, after the schedule', 0, _natural)
+    add('--decay-epochs', 'interval of the step schedule', 90.0, _positive)
+    add('--decay-milestones', 'epochs of the multistep schedule', [90, 180, 270], _count, nargs='+')
+    add('--decay-rate', 'factor of the step schedules', 0.1, _positive)
+    add('--patience-epochs', 'patience of the plateau schedule', 10, _natural)
+    add('--patience', 'stop when the validation accuracy has not improved for N epochs', None, _count)
 
     group = parser.add_argument_group('Augmentation and regularization')
     switch('--no-aug', 'no training augmentation')
-    add('--train-crop-mode', ('rrc', 'rkrc', 'rkrr'), None, 'crop mode in train')
-    add('--scale', _part, [0.08, 1.0], 'range of the random crop area', nargs=2)
-    add('--ratio', _positive, [3 / 4, 4 / 3], 'range of the random aspect ratio', nargs=2)
-    add('--hflip', _share, 0.5, 'probability of a horizontal flip')
-    add('--vflip', _share, 0.0, 'probability of a vertical flip')
-    add('--color-jitter', _nonnegative, 0.4, 'color jitter; null in a config for none')
-    add('--aa', None, None, 'AutoAugment policy, such as rand-m9-mstd0.5', metavar='POLICY')
-    add('--aug-repeats', _nonnegative, 0.0, 'repeats of an image, in a parallel run')
-    add('--reprob', _share, 0.0, 'probability of random erasing')
-    add('--remode', ('pixel', 'rand', 'const'), 'pixel', 'mode of random erasing')
-    add('--recount', _count, 1, 'count of random erasing')
-    add('--mixup', _nonnegative, 0.0, 'mixup alpha')
-    add('--cutmix', _nonnegative, 0.0, 'cutmix alpha')
-    add('--mixup-prob', _share, 1.0, 'probability of mixup or cutmix')
-    add('--mixup-switch-prob', _share, 0.5, 'probability of cutmix when both are on')
-    add('--mixup-mode', ('batch', 'pair', 'elem'), 'batch', 'mixup per batch, pair or elem')
-    add('--mixup-off-epoch', _natural, 0, 'turn mixup off after this epoch')
+    add('--train-crop-mode', 'crop mode in train', None, ('rrc', 'rkrc', 'rkrr'))
+    add('--scale', 'range of the random crop area', [0.08, 1.0], _part, nargs=2)
+    add('--ratio', 'range of the random aspect ratio', [3 / 4, 4 / 3], _positive, nargs=2)
+    add('--hflip', 'probability of a horizontal flip', 0.5, _share)
+    add('--vflip', 'probability of a vertical flip', 0.0, _share)
+    add('--color-jitter', 'color jitter; null in a config for none', 0.4, _nonnegative)
+    add('--aa', 'AutoAugment policy, such as rand-m9-mstd0.5')
+    add('--aug-repeats', 'repeats of an image, in a parallel run', 0.0, _nonnegative)
+    add('--reprob', 'probability of random erasing', 0.0, _share)
+    add('--remode', 'mode of random erasing', 'pixel', ('pixel', 'rand', 'const'))
+    add('--recount', 'count of random erasing', 1, _count)
+    add('--mixup', 'mixup alpha', 0.0, _nonnegative)
+    add('--cutmix', 'cutmix alpha', 0.0, _nonnegative)
+    add('--mixup-prob', 'probability of mixup or cutmix', 1.0, _share)
+    add('--mixup-switch-prob', 'probability of cutmix when both are on', 0.5, _share)
+    add('--mixup-mode', 'mixup per batch, pair or elem', 'batch', ('batch', 'pair', 'elem'))
+    add('--mixup-off-epoch', 'turn mixup off after this epoch', 0, _natural)
     switch('--bce-loss', 'binary cross entropy')
     switch('--bce-sum', 'sum it over the classes')
-    add('--bce-target-thresh', _share, None, 'make its targets 1 above this value, else 0')
-    add('--bce-pos-weight', _positive, None, 'weight of its positive targets')
-    add('--smoothing', _fraction, 0.1, 'label smoothing')
-    add('--class-weights', ('balanced',), None, 'weigh the loss of an image by the inverse size of its class')
-    add('--train-interpolation', ('random', *INTERPOLATIONS), 'random', 'interpolation of training images')
-    add('--drop', _fraction, 0.0, 'dropout rate of the classifier')
-    add('--drop-path', _fraction, None, 'rate of stochastic depth')
-    add('--drop-block', _fraction, None, 'rate of dropped blocks')
+    add('--bce-target-thresh', 'make its targets 1 above this value, else 0', None, _share)
+    add('--bce-pos-weight', 'weight of its positive targets', None, _positive)
+    add('--smoothing', 'label smoothing', 0.1, _fraction)
+    add('--class-weights', 'weigh the loss of an image by the inverse size of its class', None, ('balanced',))
+    add('--train-interpolation', 'interpolation of training images', 'random', ('random', *_INTERPOLATIONS))
+    add('--drop', 'dropout rate of the classifier', 0.0, _fraction)
+    add('--drop-path', 'rate of stochastic depth', None, _fraction)
+    add('--drop-block', 'rate of dropped blocks', None, _fraction)
 
     group = parser.add_argument_group('BatchNorm and weight averaging')
-    add('--bn-momentum', _share, None, "momentum of BatchNorm [the model's]")
-    add('--bn-eps', _positive, None, "epsilon of BatchNorm [the model's]")
+    add('--bn-momentum', "momentum of BatchNorm [the model's]", None, _share)
+    add('--bn-eps', "epsilon of BatchNorm [the model's]", None, _positive)
     switch('--sync-bn', 'synchronized BatchNorm, on GPUs')
-    add('--dist-bn', ('', 'broadcast', 'reduce'), 'reduce', 'BatchNorm statistics between processes')
+    add('--dist-bn', 'BatchNorm statistics between processes', 'reduce', ('', 'broadcast', 'reduce'))
     switch('--model-ema', 'keep an exponential moving average of the weights')
-    add('--model-ema-decay', _fraction, 0.9998, 'decay of the average')
+    add('--model-ema-decay', 'decay of the average', 0.9998, _fraction)
     switch('--model-ema-warmup', 'warm the decay up')
 
     group = parser.add_argument_group('Run')
-    add(
-        '--seed',
-        number(int, low=0, high=10**9),
-        42,
-        'random seed; epochs are seeded one by one, so that a resumed run repeats',
-    )
-    add('--log-interval', _count, 50, 'batches between lines of progress')
-    add('--val-interval', _count, 1, 'epochs between validations')
-    add('--checkpoint-hist', _count, 3, 'number of best checkpoints to keep')
-    add('-j --workers', _natural, 4, 'processes that load data, not more than there are cores')
+    add('--seed', 'random seed', 42, number(int, low=0, high=10**9))
+    add('--log-interval', 'batches between lines of progress', 50, _count)
+    add('--val-interval', 'epochs between validations', 1, _count)
+    add('--checkpoint-hist', 'number of best checkpoints to keep', 3, _count)
+    add('-j --workers', 'processes that load data, not more than there are cores', 4, _natural)
     switch('--pin-mem', 'pin memory, for GPUs')
     switch('--no-prefetcher', "load without timm's prefetcher")
-    add('--output', None, 'output', 'folder of runs', metavar='DIR')
-    add('--experiment', None, '', "folder of this run in --output [time and model's name]", metavar='NAME')
+    add('--output', 'folder of runs', 'output')
+    add('--experiment', "folder of this run in --output [time and model's name]", '')
     switch('--log-tensorboard', 'log to TensorBoard, if installed')
     switch('--log-wandb', 'log to Weights & Biases, if installed')
     switch('--debug', 'show the traceback of an error')
-    decay = SEARCH_DEFAULTS['weight_decay']
-    switch(
-        '--search-first',
-        f'search the scales with a weight decay of {decay:g}, then train --model with them, then report',
-    )
+    switch('--search-first', f'search scales with a weight decay of {SEARCH_DECAY:g}, then train --model with them')

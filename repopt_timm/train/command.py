@@ -10,19 +10,14 @@ from pathlib import Path
 from ..commands import PROGRAM
 from ..files import write_text
 from ..names import ModelName
-from ..plot import plot_curves
 from ..reporting import markdown_table
-from .arguments import SEARCH_DEFAULTS
+from .arguments import SEARCH_DECAY
 from .interruption import InterruptedRunError
-from .parsing import parse_arguments
+from .parsing import make_parser, parse_arguments
 from .resolution import find_variant
-from .run import Result, prepare_device, train
-from .run_folder import LAST_CHECKPOINT, SCALES_FILE
+from .run import prepare_device, train
+from .run_folder import LAST_CHECKPOINT, REPORT_FILE, SCALES_FILE
 from .validation import check_arguments
-
-__all__ = ['continuation', 'main', 'set_up_logging']
-
-_logger = logging.getLogger(__name__)
 
 _QUICKSTART = (
     'Train RepOpt-VGG-A0 from unsearched scales on the handwritten digits of scikit-learn, in about a minute on a CPU. '
@@ -31,26 +26,19 @@ _QUICKSTART = (
 )
 
 
-def main(argv: Sequence[str] | None = None, command: str = 'train') -> None:
-    """Runs the training command.
-
-    Args:
-        argv: Command-line arguments. Defaults to those of the process.
-        command: `train`, or `quickstart` for training with the config of this name.
+def main(argv: Sequence[str], command: str = 'train') -> None:
+    """Runs `train`, or `quickstart`, which is `train` with the config of this name.
 
     Raises:
-        ValueError: If arguments do not go together, or the training diverges.
-        FileNotFoundError: If a file that they name does not exist.
-        ImportError: If they need a package that is not installed.
-        OSError: If a checkpoint cannot be written.
         SystemExit: With 128 plus the signal's number if Ctrl-C or SIGTERM ended the run.
     """
-    set_up_logging()
-    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(level=logging.WARNING, format='%(message)s', force=True)
+    logging.getLogger('repopt_timm').setLevel(logging.INFO)
     program = ['python', 'train.py'] if Path(sys.argv[0]).name == 'train.py' else [PROGRAM, command]
-    quickstart = command == 'quickstart'
-    words = ['-c', 'quickstart', *argv] if quickstart else argv
-    args = parse_arguments(words, ' '.join(program), _QUICKSTART if quickstart else None)
+    if command == 'quickstart':
+        args = parse_arguments(['-c', 'quickstart', *argv], make_parser(' '.join(program), _QUICKSTART))
+    else:
+        args = parse_arguments(argv, make_parser(' '.join(program)))
     prepare_device(args)
     try:
         if args.search_first:
@@ -60,25 +48,12 @@ def main(argv: Sequence[str] | None = None, command: str = 'train') -> None:
     except InterruptedRunError as error:
         if args.rank == 0:
             folder = error.folder.parent if args.search_first else error.folder
-            print(f'{error}: {continuation(program, argv, folder)}', file=sys.stderr)
+            print(f'{error}: {_continuation([*program, *argv], folder)}', file=sys.stderr)
         raise SystemExit(128 + error.signum) from None
 
 
-def set_up_logging() -> None:
-    """Shows what a run logs."""
-    logging.basicConfig(level=logging.WARNING, format='%(message)s', force=True)
-    logging.getLogger('repopt_timm').setLevel(logging.INFO)
-
-
-def continuation(program: Sequence[str], argv: Sequence[str], folder: Path) -> str:
-    """Says how a run that was interrupted goes on.
-
-    Args:
-        program: The command's own words.
-        argv: Arguments that it was given.
-        folder: Folder of the run.
-    """
-    words = [*program, *argv]
+def _continuation(words: list[str], folder: Path) -> str:
+    """Says how a run that was interrupted goes on."""
     if not any(folder.glob(f'**/{LAST_CHECKPOINT}')):
         return f'no epoch was finished; start again with  {shlex.join(words)}'
     # Later flags replace those before them: not from where this call began.
@@ -95,40 +70,26 @@ def _search_and_train(args: argparse.Namespace) -> None:
     check_arguments(args)
     folder = Path(args.output) / (args.experiment or args.model)
     both = {**vars(args), 'output': str(folder), 'search_first': False}
-    # These are for the target.
-    ours = {
-        'opt': 'sgd',
-        'opt_kwargs': {},
-        'pretrained': False,
-        'initial_checkpoint': '',
-        'init': '',
-        **SEARCH_DEFAULTS,
-    }
     model = ModelName.parse(args.model).of_kind('hs')
+    # What else is given is for the target.
+    ours = {'opt': 'sgd', 'opt_kwargs': {}, 'weight_decay': SEARCH_DECAY}
+    ours |= {'pretrained': False, 'initial_checkpoint': '', 'init': ''}
     search = train(argparse.Namespace(**{**both, **ours, 'model': model, 'experiment': 'search'}))
     scales = str(search.folder / SCALES_FILE)
     target = train(argparse.Namespace(**{**both, 'scales': scales, 'experiment': 'target'}))
-    if args.rank == 0:
-        _report(folder, {'search': search, 'target': target})
-
-
-def _report(folder: Path, results: dict[str, Result]) -> None:
+    if args.rank > 0:
+        return
     cells = [
         [
-            name,
-            f'`{result.args.model}`',
-            f'`{result.args.opt}`',
-            str(len(result.history)),
-            f'{result.history[-1]["eval_top1"]:.2f} %',
-            f'{result.seconds:.0f} s',
+            run.folder.name,
+            f'`{run.args.model}`',
+            f'`{run.args.opt}`',
+            str(len(run.history)),
+            f'{run.history[-1]["eval_top1"]:.2f} %',
+            f'{run.seconds:.0f} s',
         ]
-        for name, result in results.items()
+        for run in (search, target)
     ]
     table = markdown_table(['run', 'model', 'optimizer', 'epochs', 'top-1', 'time'], cells)
-    write_text(folder / 'report.md', table + '\n')
-    print(f'\n{table}\n')
-    try:
-        plot_curves({name: result.history for name, result in results.items()}, folder / 'curves.png')
-    except ImportError as error:
-        _logger.warning(f'No pictures: {error}')
-    print(f'Both runs, with a report of each, are in {folder}')
+    write_text(folder / REPORT_FILE, table + '\n')
+    print(f'\n{table}\n\nBoth runs, with a report of each, are in {folder}')

@@ -21,8 +21,6 @@ from tqdm import tqdm
 from .interruption import raise_if_interrupted
 from .loaders import Loaders
 
-__all__ = ['DivergedError', 'TrainState', 'evaluate', 'ranked', 'train_one_epoch', 'validate']
-
 _logger = logging.getLogger(__name__)
 
 
@@ -34,19 +32,9 @@ class DivergedError(ValueError):
 class TrainState:
     """What changes while a run goes on, and a checkpoint holds.
 
-    Attributes:
-        model: The model, wrapped for DDP or compiled if so.
-        optimizer: Its optimizer.
-        scheduler: timm scheduler of the learning rate; a function of epoch and history.
-        ema: Moving average of the weights.
-        scaler: Scaler of float16 gradients.
-        history: A row for each finished epoch: `epoch`, `lr`, `train_loss`, `train_accuracy` of unmixed labels; if it
-            was validated `eval_loss`, `eval_top1`, `eval_top5`, and with a moving average the model's own `eval_raw_*`.
-        times: Seconds that the training of each epoch took; apart from the history, which is the same in each run.
-        overridden: Arguments that the run was resumed with in place of its own, and after which epoch.
-        predictions: Labels and predictions of the last validation in this process, of the shape (2, images).
-        start: When this process began to train, by `time.perf_counter`.
-        first_epoch: Index of the epoch that it began with.
+    A row of the history has `epoch`, `lr`, `train_loss`, `train_accuracy` of unmixed labels; if it was validated
+    `eval_loss`, `eval_top1`, `eval_top5`, and with a moving average the model's own `eval_raw_*`. Times are apart from
+    it, as it is the same in each run. Predictions are labels and predictions of the last validation, (2, images).
     """
 
     model: nn.Module
@@ -62,12 +50,7 @@ class TrainState:
     first_epoch: int = 0
 
     def remaining(self, done: float, total: int) -> float:
-        """Returns the seconds that the run goes on for, validation included, if it keeps its pace.
-
-        Args:
-            done: Epochs that the run has done, the fraction of the present one included.
-            total: Epochs that it has.
-        """
+        """Returns the seconds that the run goes on for, validation included, after `done` of its `total` epochs."""
         return (time.perf_counter() - self.start) / (done - self.first_epoch) * (total - done)
 
 
@@ -123,21 +106,8 @@ def train_one_epoch(
 ) -> dict[str, float]:
     """Trains for one epoch.
 
-    Args:
-        state: State to advance.
-        loaders: Where batches come from.
-        loss_fn: Training loss.
-        clip: Clips the gradients of the model in place.
-        autocast: Makes the context of the forward pass.
-        epoch: Index of the epoch.
-        args: Arguments of the run.
-
-    Raises:
-        DivergedError: If the loss is not finite; looked for at each line of progress.
-        InterruptedRunError: If a signal asked the run to end; after a whole batch.
-
-    Returns:
-        `loss`, the mean over the images, `accuracy` in percent over those whose label is unmixed, and `lr`.
+    Returns `loss`, the mean over the images, `accuracy` in percent over those whose label is unmixed, and `lr`. Raises
+    a DivergedError if the loss is not finite, looked for at each line of progress.
     """
     model: Any = state.model
     optimizer, scaler = state.optimizer, state.scaler
@@ -209,19 +179,8 @@ def validate(
 ) -> tuple[dict[str, float], Tensor]:
     """Evaluates a model.
 
-    Args:
-        model: The model.
-        loader: Where batches of images and labels come from.
-        autocast: Makes the context of the forward pass.
-        title: What the progress is called.
-        args: Arguments of the run.
-
-    Returns:
-        `loss` (cross entropy), `top1` and `top5` in percent, `top5` over as many classes as there are if fewer; and
-        labels and predictions of this process, of the shape (2, images).
-
-    Raises:
-        InterruptedRunError: If a signal asked the run to end; after a whole batch.
+    Returns `loss` (cross entropy), `top1` and `top5` in percent, `top5` over as many classes as there are if fewer; and
+    labels and predictions of this process, of the shape (2, images).
     """
     model.eval()
     progress = _Progress(title, len(loader), args)
@@ -282,22 +241,10 @@ def _reduce(sums: Tensor, args: argparse.Namespace) -> Tensor:
 def evaluate(
     state: TrainState, loader: Any, autocast: Callable, epoch: int, updates: int, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Evaluates the model of a run after an epoch.
+    """Evaluates the model of a run after an epoch, and keeps the predictions in the state.
 
-    Args:
-        state: State of the run.
-        loader: Where batches of images and labels come from.
-        autocast: Makes the context of the forward pass.
-        epoch: Index of the epoch.
-        updates: Steps of the optimizer in an epoch.
-        args: Arguments of the run.
-
-    Returns:
-        What `validate` measures, as `eval_*`: of the average of the weights if the run keeps one, and then of the model
-        itself as `eval_raw_*`. The predictions are kept in the state.
-
-    Raises:
-        InterruptedRunError: If a signal asked the run to end; after a whole batch.
+    Returns what `validate` measures, as `eval_*`: of the average of the weights if the run keeps one, and then of the
+    model itself as `eval_raw_*`.
     """
     title = f'epoch {epoch + 1}/{args.total_epochs} validation'
     if args.distributed and args.dist_bn:

@@ -1,26 +1,17 @@
 """Ctrl-C and SIGTERM end a run between two batches."""
 
-import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
-
-__all__ = ['InterruptedRunError', 'postponed_signals', 'raise_if_interrupted']
+from typing import Any
 
 _received: list[int] = []
 
 
 class InterruptedRunError(Exception):
-    """A signal asked the run to end.
-
-    Attributes:
-        signum: The signal.
-        folder: Folder of the run.
-    """
+    """A signal asked the run in `folder` to end."""
 
     folder = Path()
 
@@ -41,15 +32,8 @@ def postponed_signals() -> Iterator[None]:
 
     An exception out of a signal handler can be lost while loaders fork, and would hit a half-written state elsewhere.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    owner = os.getpid()
 
-    def note(signum: int, frame: FrameType | None) -> None:
-        # Ctrl-C reaches the workers of loaders too; the run that they belong to ends them.
-        if os.getpid() != owner:
-            return
+    def note(signum: int, frame: Any) -> None:
         if _received:
             raise KeyboardInterrupt
         _received.append(signum)

@@ -1,16 +1,21 @@
-"""Datasets and loaders, from timm's factories, and the quickstart's data."""
+"""Datasets and loaders, from timm's factories, parts of the training images, and the quickstart's data."""
 
 import argparse
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 
 from ..datasets import (
+    Images,
     check_same_classes,
+    class_numbers,
     color_mode,
     count_classes,
     open_split,
@@ -18,24 +23,18 @@ from ..datasets import (
 )
 from ..errors import explaining
 from ..files import replacing
-from .selection import select_images
-
-__all__ = ['Loaders', 'image_folder', 'make_datasets', 'make_loaders', 'write_digits']
 
 _DIGITS = 'digits'
 _DIGITS_FOLDER = 'output/digits'
 _DONE = 'complete'
 
+# The same images for each --seed: only then are runs of several seeds, and of several models, of one task.
+_SEED = 0
+
 
 @dataclass
 class Loaders:
-    """What an epoch reads from.
-
-    Attributes:
-        train: Batches of training images and labels.
-        validation: Batches of validation images and labels.
-        mixup: Mixes a batch on the device, if the training loader does not do it.
-    """
+    """Batches of images and labels, and what mixes them on the device if the training loader does not do it."""
 
     train: Any
     validation: Any
@@ -50,29 +49,21 @@ def image_folder(args: argparse.Namespace) -> str | None:
 
 
 def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
-    """Makes training and validation set.
-
-    Raises:
-        FileNotFoundError: If the folder or class map does not exist.
-        ValueError: If the folder has no images or not both splits, they have different classes, one class only, or
-            more than `--num-classes`.
-    """
-    root = args.data_dir
+    """Makes training and validation set, and compares their classes with each other and with `--num-classes`."""
     if args.dataset == _DIGITS:
-        root = root or _DIGITS_FOLDER
-        write_digits(root)
+        write_digits(args.data_dir or _DIGITS_FOLDER)
     channels = args.in_chans or (args.input_size[0] if args.input_size else 3)
     # With --holdout, the validation is on a part of the training split.
     splits = (args.train_split, args.train_split if args.holdout else args.val_split)
-    if args.dataset in ('', _DIGITS):
+    if root := image_folder(args):
         train, validation = (
             open_split(root, split, channels, args.class_map, need_split=not args.holdout) for split in splits
         )
         train.skip_damaged = True
     else:
         common = {
-            'root': root,
-            'class_map': read_class_map(args.class_map, root) or '',
+            'root': args.data_dir,
+            'class_map': read_class_map(args.class_map, args.data_dir) or '',
             'download': args.dataset_download,
             'batch_size': args.batch_size,
             'seed': args.seed,
@@ -93,7 +84,88 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
         raise ValueError('The data do not state their number of classes: give it with --num-classes.')
     if asked is not None and found is not None and asked < found:
         raise ValueError(f'--num-classes is {asked}, but the data have {found} classes: raise it, or omit it.')
-    return select_images(train, validation, args)
+    return _select_images(train, validation, args)
+
+
+def _select_images(train: Any, validation: Any, args: argparse.Namespace) -> tuple[Any, Any]:
+    """Applies `--train-images`, `--holdout`, `--sampler` and `--cache-images`."""
+    if not (args.train_images or args.holdout or args.cache_images or args.sampler):
+        return train, validation
+    if isinstance(train, IterableDataset):
+        raise ValueError('--train-images, --holdout, --sampler and --cache-images do not go with streamed images.')
+    count = len(train)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED)).tolist()
+    held_out = round(args.holdout * count)
+    left = count - held_out
+    if args.holdout and not 0 < held_out < count:
+        raise ValueError(f'--holdout is {args.holdout:g} of {count} training images, which leaves one part empty.')
+    if args.train_images and args.train_images > left:
+        raise ValueError(f'--train-images is {args.train_images}, but beside --holdout there are {left}: lower it.')
+    chosen = sorted(order[: args.train_images or left])
+    held = sorted(order[left:]) if args.holdout else range(len(validation))
+    return (
+        SelectedImages(train, chosen, args.cache_images, args.sampler == 'balanced'),
+        SelectedImages(validation, held, args.cache_images),
+    )
+
+
+class SelectedImages(Dataset):
+    """Some images of a dataset without a transform, decoded once if they are to be kept.
+
+    If it is balanced they are drawn anew for each epoch, with replacement, so that all classes come equally often.
+    `labels` are without drawing; None if the dataset has no list of them.
+    """
+
+    def __init__(self, dataset: Any, indices: Sequence[int], keep: bool, balanced: bool = False):
+        self.dataset = dataset
+        self.indices = self.order = indices
+        self.balanced = balanced
+        # Set by timm's loaders.
+        self.transform: Any = None
+        self.class_to_idx = class_numbers(dataset)
+        found = _labels(dataset)
+        self.labels = None if found is None else [found[index] for index in indices]
+        self._kept: dict[int, tuple[Any, int]] | None = {} if keep else None
+        if balanced and found is None:
+            raise ValueError('--sampler needs data that list their labels, such as a folder of images.')
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draws the images of an epoch; its random numbers are those of the epoch."""
+        if self.balanced:
+            labels = torch.tensor(self.labels)
+            weights = 1 / labels.bincount()[labels].double()
+            # The same on all ranks, whose samplers share the images out.
+            generator = torch.Generator().manual_seed(epoch)
+            drawn = torch.multinomial(weights, len(self), replacement=True, generator=generator)
+            self.order = [self.indices[index] for index in drawn.tolist()]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        index = self.order[index]
+        if self._kept is None:
+            image, label = self.dataset[index]
+        else:
+            if index not in self._kept:
+                self._kept[index] = self.dataset[index]
+            image, label = self._kept[index]
+        return (image if self.transform is None else self.transform(image)), label
+
+
+def class_sizes(dataset: Any, num_classes: int) -> Tensor | None:
+    """Returns the number of images of each class; None if the dataset does not list its labels."""
+    labels = _labels(dataset)
+    return None if labels is None else torch.tensor(labels).bincount(minlength=num_classes).float()
+
+
+def _labels(dataset: Any) -> list[int] | None:
+    """Returns the labels of folders and archives, of timm's data sets, and of torchvision's."""
+    labels = getattr(dataset, 'labels' if isinstance(dataset, SelectedImages | Images) else 'targets', None)
+    samples = getattr(getattr(dataset, 'reader', None), 'samples', None)
+    if labels is None and isinstance(samples, Sequence):
+        labels = [sample[1] for sample in samples]
+    return None if labels is None else [int(label) for label in labels]
 
 
 def make_loaders(
@@ -130,11 +202,10 @@ def make_loaders(
         persistent_workers=False,
         worker_seeding=_seed_worker,
     )
-    same = ('no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter')
+    same = ('batch_size', 'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter')
     train = create_loader(
         datasets[0],
         **common,
-        batch_size=args.batch_size,
         is_training=True,
         **{name: getattr(args, name) for name in same},
         re_prob=args.reprob,
@@ -163,14 +234,7 @@ def _seed_worker(worker: Any) -> int:
 
 
 def write_digits(root: str | Path) -> None:
-    """Writes the images as `train/<digit>/<index>.png` and `validation/...`, every fourth image for validation.
-
-    Args:
-        root: Folder to write to; nothing happens if the images are there already.
-
-    Raises:
-        ImportError: If scikit-learn is not installed.
-    """
+    """Writes `train/<digit>/<index>.png` and `validation/...`, every fourth image for validation, if not there yet."""
     from PIL import Image
 
     root = Path(root)

@@ -6,8 +6,6 @@ from pathlib import Path
 
 from ..files import write_text
 
-__all__ = ['make_loggers']
-
 # The id of the run there, for a resumed run to go on with.
 _WANDB_FILE = 'wandb_id.txt'
 
@@ -15,11 +13,7 @@ Logger = Callable[[Mapping[str, float]], None]
 
 
 def make_loggers(args: argparse.Namespace, folder: Path) -> list[Logger]:
-    """Makes the loggers that the arguments ask for.
-
-    Raises:
-        ImportError: If one is asked for and not installed.
-    """
+    """Makes the loggers that the arguments ask for."""
     loggers = []
     if args.log_tensorboard:
         loggers.append(_tensorboard(folder))
@@ -34,9 +28,8 @@ def _tensorboard(folder: Path) -> Logger:
     writer = SummaryWriter(str(folder))
 
     def log(row: Mapping[str, float]) -> None:
-        for name, value in row.items():
-            if name != 'epoch':
-                writer.add_scalar(name, value, row['epoch'])
+        for name in row.keys() - {'epoch'}:
+            writer.add_scalar(name, row[name], row['epoch'])
         writer.flush()
 
     return log
@@ -45,9 +38,8 @@ def _tensorboard(folder: Path) -> Logger:
 def _wandb(args: argparse.Namespace, folder: Path) -> Logger:
     import wandb
 
-    if wandb.run is not None:
-        # Of a search before this training, into which its numbers would go.
-        wandb.finish()
+    # Of a search before this training, into which its numbers would go.
+    wandb.finish()
     path = folder / _WANDB_FILE
     known = path.read_text(encoding='utf-8').strip() if path.is_file() else None
     run = wandb.init(

@@ -24,23 +24,19 @@ from ..files import write_text
 from ..optim import RepOptAdamW, RepOptSGD, clip_grad_norm_
 from ..reparam import kind_of, make_grad_mults
 from ..scales import Scales
-from ..sources import UNSEARCHED
+from ..trained_scales import arguments_of
 from .engine import DivergedError, TrainState, evaluate, ranked, train_one_epoch
 from .interruption import InterruptedRunError, postponed_signals, raise_if_interrupted
-from .loaders import Loaders, make_datasets, make_loaders
+from .loaders import Loaders, class_sizes, make_datasets, make_loaders
 from .loggers import make_loggers
 from .parsing import write_config
-from .resolution import RunArguments, folder_of, resolve
-from .run_checkpoints import CheckpointSaver, changed_arguments, find_checkpoint, restore, scales_fingerprint
-from .run_folder import ARGUMENTS_FILE, DIVERGED_FILE, LAST_CHECKPOINT, run_folder
+from .resolution import folder_of, resolve
+from .run_checkpoints import changed_arguments, find_checkpoint, rebuild, restore, save, scales_fingerprint
+from .run_folder import ARGUMENTS_FILE, DIVERGED_FILE, run_folder
 from .run_model import make_model, scales_of_run, wrap
-from .run_report import write_report
+from .run_report import save_searched, write_report
 from .schedule import make_schedule, replay_schedule
-from .searched_scales import note_movement, save_searched
-from .selection import class_sizes
-from .validation import check_device_name, check_images, check_layout, check_model
-
-__all__ = ['MakeModel', 'Result', 'prepare_device', 'train']
+from .validation import check_device_name, check_layout, check_model
 
 _logger = logging.getLogger(__name__)
 
@@ -50,21 +46,13 @@ MakeModel = Callable[[argparse.Namespace, Any, torch.device], tuple[nn.Module, d
 
 @dataclass
 class Result:
-    """What a run leaves behind.
-
-    Attributes:
-        folder: Folder of the run.
-        model: The trained model, or its moving average if the run keeps one.
-        history: A row for each epoch, see `TrainState`.
-        seconds: Time that this call took.
-        args: Arguments of the run, resolved.
-    """
+    """What a run leaves behind: the model is its moving average if it keeps one, the seconds are of this call."""
 
     folder: Path
     model: nn.Module
     history: list[dict[str, Any]]
     seconds: float
-    args: RunArguments
+    args: argparse.Namespace
 
 
 def prepare_device(args: argparse.Namespace) -> None:
@@ -75,21 +63,9 @@ def prepare_device(args: argparse.Namespace) -> None:
 
 
 def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
-    """Runs a training: builds everything from the arguments, trains, evaluates and saves each epoch.
+    """Builds everything from the arguments, trains, evaluates and saves each epoch.
 
-    Args:
-        args: What `parse_arguments` returned, after `prepare_device`.
-        make: Makes the model, on the device. Defaults to timm's `create_model` with what the arguments say.
-
-    Returns:
-        Where the run is, and what came out.
-
-    Raises:
-        ValueError: If arguments do not go together.
-        FileNotFoundError: If a file that they name does not exist.
-        ImportError: If they need a package that is not installed.
-        OSError: If a checkpoint cannot be written.
-        InterruptedRunError: If Ctrl-C or SIGTERM ended it.
+    The arguments are what `parse_arguments` returned, after `prepare_device`; `make` defaults to timm's `create_model`.
     """
     start = time.perf_counter()
     args = resolve(args, choose_scales=make is None)
@@ -104,8 +80,6 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
         else:
             model, more = make(args, datasets[0], device)
     started = Scales.from_model(model) if kind_of(model) == 'hs' else None
-    if primary and args.scales not in (None, *UNSEARCHED):
-        note_movement(model)
     with explaining(f'timm cannot make the optimizer {args.opt}'):
         optimizer: Any = create_optimizer_v2(model, **optimizer_kwargs(args), **{**args.opt_kwargs, **more})
     clip = _make_clip(args, model, optimizer)
@@ -118,24 +92,23 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
             f'smaller --batch-size.'
         )
     input_size = data_config['input_size']
-    check_images(datasets, input_size)
     if args.channels_last:
         check_layout(model, input_size, device)
-    check_model(model, input_size, device)
+    check_model(model, datasets, input_size, device)
     loss = _make_loss(args, datasets[0], unwrap_model(model).num_classes).to(device)
     updates = -(-len(loaders.train) // args.grad_accum_steps)
     scheduler, epochs = make_schedule(optimizer, args, updates)
     # Where the weights come from is not in the checkpoint, but what they expect is.
-    args = RunArguments(**{**vars(args), **data_config, 'total_epochs': epochs})
+    args = argparse.Namespace(**{**vars(args), **data_config, 'total_epochs': epochs})
     ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
     scaler = torch.amp.GradScaler(device.type) if args.amp and args.amp_dtype == 'float16' else None
     state = TrainState(wrap(model, args, device), optimizer, scheduler, ema, scaler)
     with run_folder(folder) if primary else nullcontext():
         _train_in(folder, args, state, loaders, loss, clip, updates)
     result = Result(folder, unwrap_model(ema or model), state.history, time.perf_counter() - start, args)
-    if primary and started is not None:
-        save_searched(result.model, started, folder, args, state.history)
     if primary:
+        if started is not None:
+            save_searched(result.model, started, folder, args, state.history)
         write_report(folder, result.model, args, state, result.seconds, datasets[0])
     if args.distributed:
         # What follows on other ranks may read the files of this run.
@@ -145,7 +118,7 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Result:
 
 def _train_in(
     folder: Path,
-    args: RunArguments,
+    args: argparse.Namespace,
     state: TrainState,
     loaders: Loaders,
     loss: nn.Module,
@@ -153,21 +126,20 @@ def _train_in(
     updates: int,
 ) -> None:
     """Resumes a run in its folder, if asked to, and trains its epochs."""
-    source = _resume(folder, args, state)
+    source, primary = _resume(folder, args, state), args.rank == 0
     replay_schedule(state, updates)
     autocast: Callable[[], AbstractContextManager] = nullcontext
     if args.amp:
         autocast = partial(torch.autocast, torch.device(args.device).type, dtype=getattr(torch, args.amp_dtype))
-    saver, primary = CheckpointSaver(folder, args), args.rank == 0
     if primary:
         notes = ''.join(f'# {line}\n' for line in state.overridden)
         write_text(folder / ARGUMENTS_FILE, notes + write_config(args))
         (folder / DIVERGED_FILE).unlink(missing_ok=True)
         if source is not None:
-            saver.rebuild(state, source)
+            rebuild(folder, source, state, args)
     loggers = make_loggers(args, folder) if primary else []
     state.start, state.first_epoch = time.perf_counter(), len(state.history)
-    with _explaining_ends(folder, args, state), postponed_signals():
+    with _noting_ends(folder, primary), postponed_signals():
         for epoch in range(len(state.history), args.total_epochs):
             if _has_stopped_improving(state.history, args.patience):
                 break
@@ -181,46 +153,48 @@ def _train_in(
                 row |= evaluate(state, loaders.validation, autocast, epoch, updates, args)
             state.history.append(row)
             if primary:
-                saver.save(state)
-                _log(row, loggers, args)
+                save(folder, state, args)
+                for log in loggers:
+                    log({**row, 'epoch': epoch + 1})
+                values = ', '.join(f'{key} {value:.4g}' for key, value in row.items() if key != 'epoch')
+                _logger.info(f'epoch {epoch + 1}/{args.total_epochs}: {values}')
             if state.scheduler is not None:
                 state.scheduler.step(epoch + 1, row.get('eval_top1'))
             raise_if_interrupted()
-        if state.predictions is None or 'eval_top1' not in state.history[-1]:
+        last = state.history[-1]
+        if state.predictions is None or 'eval_top1' not in last:
             # The run was finished before, or is now that it has fewer epochs than were asked for.
-            epoch = len(state.history) - 1
-            found = evaluate(state, loaders.validation, autocast, epoch, updates, args)
-            if 'eval_top1' not in state.history[-1]:
-                state.history[-1] |= found
+            found = evaluate(state, loaders.validation, autocast, last['epoch'], updates, args)
+            if 'eval_top1' not in last:
+                last |= found
                 if primary:
-                    saver.save(state)
+                    save(folder, state, args)
 
 
 def _has_stopped_improving(history: list[dict[str, Any]], patience: int | None) -> bool:
     validated = [row['epoch'] for row in history if 'eval_top1' in row]
     best = ranked(history)
-    return bool(patience and validated and best) and validated[-1] - best[0]['epoch'] >= (patience or 0)
+    return bool(patience and best) and validated[-1] - best[0]['epoch'] >= (patience or 0)
 
 
 @contextmanager
-def _explaining_ends(folder: Path, args: argparse.Namespace, state: TrainState) -> Iterator[None]:
-    """Adds to an early end of a run what it leaves."""
+def _noting_ends(folder: Path, primary: bool) -> Iterator[None]:
+    """Adds to an early end of a run where it was, and what to try."""
     try:
         yield
-    except (DivergedError, InterruptedRunError) as error:
-        done = len(state.history)
-        saved = f"The checkpoint of epoch {done} is '{folder / LAST_CHECKPOINT}'." if done else 'Nothing is kept of it.'
-        if isinstance(error, InterruptedRunError):
-            error.folder = folder
-            _logger.info(f'Stopped in epoch {min(done + 1, args.total_epochs)} of {args.total_epochs}. {saved}')
-            raise
-        if args.rank == 0:
+    except InterruptedRunError as error:
+        error.folder = folder
+        raise
+    except DivergedError as error:
+        if primary:
             write_text(folder / DIVERGED_FILE, f'{error}\n')
-        advice = 'Try a lower --lr, more --warmup-epochs, or --clip-grad'
-        raise DivergedError(f'{error} {saved} {advice}{" and --resume with --override" if done else ""}.') from None
+        raise DivergedError(
+            f'{error} Try a lower --lr, more --warmup-epochs, or --clip-grad, with --resume and --override if an epoch '
+            f'was finished.'
+        ) from None
 
 
-def _resume(folder: Path, args: RunArguments, state: TrainState) -> Path | None:
+def _resume(folder: Path, args: argparse.Namespace, state: TrainState) -> Path | None:
     """Brings the state to where the run stopped; returns the checkpoint, if there is one."""
     found = find_checkpoint(folder, args.resume, args.override) if args.resume else None
     if args.distributed:
@@ -234,31 +208,26 @@ def _resume(folder: Path, args: RunArguments, state: TrainState) -> Path | None:
     if found is None:
         return None
     path, checkpoint = found
-    saved = checkpoint.get('args')
-    changed = changed_arguments(saved, args)
+    saved = arguments_of(checkpoint)
+    changed = changed_arguments(saved, vars(args))
     changes = ', '.join(f'{name} {old!r} -> {new!r}' for name, (old, new) in changed.items())
     ours = scales_fingerprint(unwrap_model(state.model))
     theirs = checkpoint.get('scales_fingerprint', ours)
     if theirs != ours:
         raise ValueError(
             f"'{path}' was saved with the scales {(theirs or 'none')[:12]}, not {(ours or 'none')[:12]}. Resume with "
-            f'the --scales of the run, or start a new one.' + (f' Other differences: {changes}.' if changes else '')
+            f'the --scales of the run, or start a new one. Other differences: {changes or "none"}.'
         )
-    if 'opt' in changed:
-        raise ValueError(
-            f"'{path}' is of a run with the optimizer {changed['opt'][0]}, whose state {args.opt} cannot go on from "
-            f'({changes}). Resume with --opt {changed["opt"][0]}, or start a new run with --initial-checkpoint.'
-        )
-    if changed and not args.override:
+    # No optimizer goes on from the state of another.
+    if changed and not (args.override and 'opt' not in changed):
         raise ValueError(
             f"'{path}' is of a run with other arguments: {changes}. Resume with its own, which {ARGUMENTS_FILE} "
-            f'beside it holds, or apply the new ones from here on with --override.'
+            f'beside it holds, or apply the new ones from here on with --override, which --opt does not allow.'
         )
     restore(state, checkpoint, str(path), args.override)
-    epochs_before = getattr(saved, 'epochs', args.epochs)
-    if epochs_before != args.epochs:
-        _logger.warning(f'The schedule is now that of {args.epochs} epochs, not of {epochs_before}.')
-    state.overridden = list(getattr(saved, 'overridden', []))
+    if saved.get('epochs') != args.epochs:
+        _logger.warning(f'The schedule is now that of {args.epochs} epochs, not of {saved.get("epochs")}.')
+    state.overridden = list(saved.get('overridden', []))
     if changed:
         state.overridden.append(f'after epoch {len(state.history)}: {changes}')
         _logger.warning(f'The run goes on with other arguments {state.overridden[-1]}.')
@@ -276,14 +245,6 @@ def _check_weights(model: nn.Module, epoch: int, args: argparse.Namespace) -> No
             )
 
 
-def _log(row: dict[str, Any], loggers: list[Callable], args: argparse.Namespace) -> None:
-    shown = {**row, 'epoch': row['epoch'] + 1}
-    for log in loggers:
-        log(shown)
-    values = ', '.join(f'{key} {value:.4g}' for key, value in row.items() if key != 'epoch')
-    _logger.info(f'epoch {shown["epoch"]}/{args.total_epochs}: {values}')
-
-
 def _make_clip(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable | None:
     if args.clip_grad is None:
         return None
@@ -299,8 +260,7 @@ def _make_clip(args: argparse.Namespace, model: nn.Module, optimizer: torch.opti
 
 def _make_loss(args: argparse.Namespace, dataset: Any, num_classes: int) -> nn.Module:
     # Mixed targets are smoothed where they are mixed.
-    mixed = args.mixup > 0 or args.cutmix > 0
-    smoothing = 0.0 if mixed else args.smoothing
+    smoothing = 0.0 if args.mixup > 0 or args.cutmix > 0 else args.smoothing
     sizes = class_sizes(dataset, num_classes)
     weight: Tensor | None = None
     if args.class_weights:

@@ -2,13 +2,11 @@
 
 import csv
 import io
-import os
 import shutil
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 try:
     import fcntl
@@ -17,22 +15,10 @@ except ImportError:  # Windows
 
 from ..files import remove_temporaries, write_text
 
-__all__ = [
-    'ARGUMENTS_FILE',
-    'BEST_CHECKPOINT',
-    'DIVERGED_FILE',
-    'LAST_CHECKPOINT',
-    'SCALES_FILE',
-    'SUMMARY_FILE',
-    'TIMES_FILE',
-    'is_busy',
-    'run_folder',
-    'write_epochs',
-]
-
 ARGUMENTS_FILE = 'args.yaml'
 BEST_CHECKPOINT = 'model_best.pth.tar'
 LAST_CHECKPOINT = 'last.pth.tar'
+REPORT_FILE = 'report.md'
 SCALES_FILE = 'scales.safetensors'
 SUMMARY_FILE = 'summary.csv'
 TIMES_FILE = 'times.csv'
@@ -42,27 +28,30 @@ _LOCK_FILE = '.lock'
 
 @contextmanager
 def run_folder(folder: Path) -> Iterator[None]:
-    """Makes and locks a run's folder, and removes it again if it is new and an error leaves no checkpoint in it.
-
-    Raises:
-        ValueError: If another process trains in it.
-    """
+    """Makes and locks a run's folder, and removes it again if it is new and an error leaves no checkpoint in it."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / _LOCK_FILE, 'a+') as lock:
-        _acquire(lock, folder)
+        try:
+            if fcntl is not None:
+                # Of this process alone, unlike flock's, which the workers of loaders would hold after its death.
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise ValueError(
+                f"Another process trains in '{folder}' already: wait for its end, or choose another --experiment."
+            ) from None
+        except OSError:
+            # A file system without locks.
+            pass
         remove_temporaries(folder)
         try:
             yield
-        except BaseException as error:
+        except BaseException:
             if missing and not (folder / LAST_CHECKPOINT).exists():
                 shutil.rmtree(folder, ignore_errors=True)
                 with suppress(OSError):
                     for parent in missing[1:]:
                         parent.rmdir()
-            if (folder / SUMMARY_FILE).exists():
-                # For the last resort of the command line.
-                error.repopt_log = folder / SUMMARY_FILE  # type: ignore[attr-defined]
             raise
 
 
@@ -87,23 +76,3 @@ def write_epochs(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer.writeheader()
     writer.writerows({**row, 'epoch': row['epoch'] + 1} for row in rows)
     write_text(path, buffer.getvalue())
-
-
-def _acquire(lock: IO[str], folder: Path) -> None:
-    if fcntl is None:
-        return
-    try:
-        # Of this process alone, unlike flock's, which the workers of loaders would go on holding after its death.
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        lock.seek(0)
-        raise ValueError(
-            f"Another process trains in '{folder}' already ({lock.read().strip()}): wait for its end, or "
-            f'choose another --experiment.'
-        ) from None
-    except OSError:
-        # A file system without locks.
-        return
-    lock.truncate(0)
-    lock.write(f'process {os.getpid()} on {socket.gethostname()}\n')
-    lock.flush()

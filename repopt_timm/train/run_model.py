@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-from collections.abc import Mapping
 from typing import Any
 
 import timm
@@ -15,51 +14,27 @@ from ..checkpoints.read import read_checkpoint, select_state_dict
 from ..datasets import class_names, count_classes
 from ..errors import explaining
 from ..model_size import count_parameters
-from ..names import ModelName
 from ..reparam import kind_of, multi_branch_blocks
 from ..sources import ScalesSource, default_scales
 from ..trained_scales import trained_with
 from ..weights_origin import forget_origin, merged_from, restore_origin
 from .resolution import is_target
 
-__all__ = ['make_model', 'scales_of_run', 'wrap']
-
 _logger = logging.getLogger(__name__)
 
 
 def scales_of_run(args: argparse.Namespace) -> ScalesSource | None:
-    """Returns the scales that a run creates its model with: `--scales`, or the shipped ones of its pretrained weights.
-
-    Raises:
-        ValueError: If a CSLA model has none, or a target with a RepOptimizer that starts from weights.
-    """
+    """Returns the scales that a run creates its model with: `--scales`, or those of its pretrained weights."""
     if args.scales:
         return args.scales
     # The model of a repository brings the scales of its card.
-    own = parse_model_name(args.model)[0] is not None
-    name = ModelName.parse(args.variant)
-    if name.kind == 'csla' and not own and not args.initial_checkpoint and not args.resume:
-        raise ValueError(
-            f"{args.variant} needs --scales: a file, 'hf-hub:user/repo' or 'initial'. Search some with "
-            f'{name.of_kind("hs")}.'
-        )
-    if is_target(args.variant) and not own and 'repopt' in args.opt:
+    if is_target(args.variant) and parse_model_name(args.model)[0] is None and 'repopt' in args.opt:
         return default_scales(args.model)
     return None
 
 
 def make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: Any, device: torch.device) -> nn.Module:
-    """Creates the model of a run on its device, with its initial weights.
-
-    Args:
-        args: Arguments of the run.
-        scales: Scales of the model.
-        dataset: The training images, which may name their classes.
-        device: Where to.
-
-    Raises:
-        ValueError: If `--initial-checkpoint` does not hold weights of the model.
-    """
+    """Creates the model of a run on its device, with its initial weights and the names of the dataset's classes."""
     names = class_names(dataset)
     model: Any = timm.create_model(
         args.model,
@@ -89,10 +64,7 @@ def make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: A
                 nn.init.dirac_(conv.weight, conv.groups)
     if args.initial_checkpoint:
         with explaining(f"'{args.initial_checkpoint}' does not hold the weights of this model"):
-            checkpoint = read_checkpoint(args.initial_checkpoint)
-            _load_weights(model, select_state_dict(checkpoint), args)
-            restore_origin(model, checkpoint.get('origin'))
-            _note_other_scales(model, checkpoint, args)
+            _load_weights(model, args.initial_checkpoint, args.rank == 0)
     # Not those of the data that pretrained weights come from.
     model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names if len(names) == model.num_classes else None}
     if args.grad_checkpointing:
@@ -103,46 +75,39 @@ def make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: A
     if args.sync_bn and args.distributed:
         model = timm.layers.convert_sync_batchnorm(model)
     if args.rank == 0:
-        carried = getattr(model, 'scales', None)
-        suffix = f', scales {carried.fingerprint[:12]}' if carried is not None else ''
         count = count_parameters(model) / 1e6
-        _logger.info(f'{args.model}: {count:.1f} M parameters, {model.num_classes} classes, {args.opt}{suffix}')
+        _logger.info(f'{args.model}: {count:.1f} M parameters, {model.num_classes} classes, {args.opt}')
     return model
 
 
-def _load_weights(model: Any, weights: Mapping[str, Any], args: argparse.Namespace) -> None:
+def _load_weights(model: Any, path: str, primary: bool) -> None:
     """Loads weights; a classifier of other classes stays as it is, as with timm's `--pretrained`."""
-    own = model.state_dict()
+    checkpoint = read_checkpoint(path)
+    weights, own = select_state_dict(checkpoint), model.state_dict()
     classifiers = model.pretrained_cfg.get('classifier') or ()
     heads = tuple(f'{name}.' for name in ([classifiers] if isinstance(classifiers, str) else classifiers))
     others = {
-        name
-        for name in weights
-        if heads and name.startswith(heads) and name in own and weights[name].shape != own[name].shape
+        name: own[name]
+        for name in weights.keys() & own
+        if name.startswith(heads) and weights[name].shape != own[name].shape
     }
-    model.load_state_dict({**weights, **{name: own[name] for name in others}})
-    if others and args.rank == 0:
+    model.load_state_dict({**weights, **others})
+    restore_origin(model, checkpoint.get('origin'))
+    if others and primary:
         _logger.info(
-            f"'{args.initial_checkpoint}' has other classes than the {model.num_classes} of this run: all weights are "
-            f'loaded but {", ".join(sorted(others))}.'
+            f"'{path}' has other classes than the {model.num_classes} of this run: all weights are loaded but "
+            f'{", ".join(sorted(others))}.'
         )
-
-
-def _note_other_scales(model: Any, checkpoint: Mapping[str, Any], args: argparse.Namespace) -> None:
     before, carried = trained_with(checkpoint), getattr(model, 'scales', None)
-    if args.rank == 0 and before and carried is not None and carried.fingerprint not in before:
+    if primary and before and carried is not None and carried.fingerprint not in before:
         _logger.warning(
-            f"'{args.initial_checkpoint}' was trained with the scales {min(before)[:12]}, this run multiplies with "
+            f"'{path}' was trained with the scales {min(before)[:12]}, this run multiplies with "
             f'{carried.fingerprint[:12]}.'
         )
 
 
 def wrap(model: nn.Module, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """Puts a model into DistributedDataParallel and compiles it, in this order, if the run does so.
-
-    Raises:
-        ValueError: If torch has no such compiler.
-    """
+    """Puts a model into DistributedDataParallel and compiles it, in this order, if the run does so."""
     if args.distributed:
         model = DistributedDataParallel(model, device_ids=[device] if device.type == 'cuda' else None)
     if args.torchcompile:

@@ -1,9 +1,10 @@
-"""`report.md` in the folder of a finished run: what it was, what came out, and what to do with it."""
+"""What a finished run tells: `report.md` with pictures and the next commands, and the scales of a search."""
 
 import argparse
 import logging
 import shlex
 from collections.abc import Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -23,60 +24,73 @@ from ..scales.summary import movement
 from .engine import TrainState, ranked
 from .loaders import image_folder
 from .run_checkpoints import versions
-from .run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, SCALES_FILE, SUMMARY_FILE
-
-__all__ = ['write_report']
+from .run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, REPORT_FILE, SCALES_FILE
 
 _logger = logging.getLogger(__name__)
 
-_REPORT_FILE = 'report.md'
 _MOST_EPOCHS = 20
 _MOST_CLASSES = 50
+
+
+def save_searched(
+    model: nn.Module, started: Scales, folder: Path, args: argparse.Namespace, history: Sequence[dict[str, Any]]
+) -> None:
+    """Writes the scales of a search with their provenance, and says how far they moved."""
+    provenance = {
+        'method': 'hyper-search',
+        'dataset': _data_of(args),
+        'epochs': len(history),
+        'top1': round(history[-1]['eval_top1'], 3),
+        'top5': round(history[-1]['eval_top5'], 3),
+        'seed': args.seed,
+        'input_size': list(args.input_size),
+        'batch_size': args.batch_size * args.world_size * args.grad_accum_steps,
+        'lr': args.lr,
+        'weight_decay': args.weight_decay,
+        'optimizer': args.opt,
+        'versions': versions(),
+        'date': f'{datetime.now(timezone.utc):%Y-%m-%d}',
+    }
+    provenance |= {name: getattr(args, name) for name in ('clip_grad', 'train_images') if getattr(args, name)}
+    scales = Scales.from_model(model, provenance)
+    scales.save(folder / SCALES_FILE)
+    _logger.info(f'Scales {scales.fingerprint[:12]} are in {folder / SCALES_FILE}')
+    _logger.info(movement([scales], started).sentence())
+
+
+def _data_of(args: argparse.Namespace) -> str:
+    return args.dataset or Path(args.data_dir).name
 
 
 def write_report(
     folder: Path, model: nn.Module, args: argparse.Namespace, state: TrainState, seconds: float, dataset: Any
 ) -> None:
-    """Writes `report.md` and its pictures, and tells the result and the next command.
-
-    Args:
-        folder: Folder of the run.
-        model: What was trained.
-        args: Arguments of the run.
-        state: Its state, with the history and the predictions of the last validation.
-        seconds: Time that the last call of the run took.
-        dataset: Training images, which may name their classes.
-    """
-    history, (scales, started) = state.history, _scales_of(model)
+    """Writes `report.md` and its pictures, and tells the result and the next command."""
+    history, search = state.history, kind_of(model) == 'hs'
     top1 = f'top-1 {history[-1]["eval_top1"]:.2f} % after {len(history)} epochs'
     for row in ranked(history)[:1]:
         top1 += f', at best {row["eval_top1"]:.2f} % after epoch {row["epoch"] + 1}'
-    files = [ARGUMENTS_FILE, SUMMARY_FILE, LAST_CHECKPOINT, BEST_CHECKPOINT]
-    files += [SCALES_FILE] if kind_of(model) == 'hs' else []
-    missing = [name for name in files if not (folder / name).is_file()]
-    again = f'{PROGRAM} train -c {shlex.quote(str(folder / ARGUMENTS_FILE))} --experiment again'
     sections = [
         f'# {folder.name}',
-        f'`{args.model}` with `{args.opt}` on {args.dataset or Path(args.data_dir).name}: {top1}; the last call took '
-        f'{seconds:.0f} s.',
-        *([f'Missing: {", ".join(missing)}.'] if missing else []),
+        f'`{args.model}` with `{args.opt}` on {_data_of(args)}: {top1}; the last call took {seconds:.0f} s.',
         '## Command',
-        _shell(again),
+        _shell(f'{PROGRAM} train -c {shlex.quote(str(folder / ARGUMENTS_FILE))} --experiment again'),
         f'`{ARGUMENTS_FILE}` holds all arguments. Versions: {", ".join(f"{k} {v}" for k, v in versions().items())}.',
         '## Curves',
         '![Training loss and accuracy against epochs](curves.png)',
         _rows(history),
     ]
     pictures = {'curves.png': lambda path: plot_curves({args.model: history}, path)}
+    scales, started = _scales_of(model)
     if scales is not None:
-        moved = [movement([scales], started).sentence()] if kind_of(model) == 'hs' and started is not None else []
+        moved = [movement([scales], started).sentence()] if search and started is not None else []
         sections += ['## Scales', f'Fingerprint `{scales.fingerprint}`.', *moved, _compared(scales, started)]
         sections += ['![Scales against depth, and what they start from](scales.png)']
         pictures['scales.png'] = lambda path: plot_scales(scales, path, scales.title, started)
     names = class_names(dataset)
     if state.predictions is not None and names:
         sections += _classes(folder, state.predictions, names)
-    lines = _next(folder, args, kind_of(model))
+    lines = _next(folder, args, search)
     sections += ['## Next', _shell(*lines)]
     try:
         for name, draw in pictures.items():
@@ -84,28 +98,26 @@ def write_report(
     except ImportError as error:
         _logger.warning(f'The report has no pictures: {error}')
         sections = [section for section in sections if not section.startswith('![')]
-    write_text(folder / _REPORT_FILE, '\n\n'.join(sections) + '\n')
-    _logger.info(f'{folder / _REPORT_FILE}: {top1}. Next:  {lines[0]}')
+    write_text(folder / REPORT_FILE, '\n\n'.join(sections) + '\n')
+    _logger.info(f'{folder / REPORT_FILE}: {top1}. Next:  {lines[0]}')
 
 
 def _scales_of(model: nn.Module) -> tuple[Scales | None, Scales | None]:
+    """Returns the scales of a model and what a search of its network starts from, as far as they are known."""
+    scales = None
     try:
         scales = Scales.from_model(model)
-    except ValueError:
-        return None, None
-    try:
         return scales, initial_values(scales)
     except ValueError:
-        # Of a network with arguments of its own.
         return scales, None
 
 
 def _rows(history: Sequence[dict[str, Any]]) -> str:
     names = ('epoch', 'lr', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5')
     columns = [name for name in names if name in history[-1]]
-    step = -(-len(history) // _MOST_EPOCHS)
     # The last one, and as many before it as a reader looks at.
-    shown = list(history)[::-step][::-1]
+    step = -(-len(history) // _MOST_EPOCHS)
+    shown = history[::-step][::-1]
     cells = [
         [str(row['epoch'] + 1), *(f'{row[name]:.4g}' if name in row else '' for name in columns[1:])] for row in shown
     ]
@@ -113,12 +125,16 @@ def _rows(history: Sequence[dict[str, Any]]) -> str:
 
 
 def _compared(scales: Scales, started: Scales | None) -> str:
-    first = {(row['stage'], row['branch']): row['mean'] for row in scales_table(started)} if started else {}
-    cells = []
-    for row in scales_table(scales):
-        before = first.get((row['stage'], row['branch']))
-        numbers = [f'{row[name]:.4f}' for name in ('mean', 'min', 'max')]
-        cells.append([row['stage'], row['branch'], 'unknown' if before is None else f'{before:.4f}', *numbers])
+    first = {(row['stage'], row['branch']): f'{row["mean"]:.4f}' for row in scales_table(started or {})}
+    cells = [
+        [
+            row['stage'],
+            row['branch'],
+            first.get((row['stage'], row['branch']), 'unknown'),
+            *(f'{row[name]:.4f}' for name in ('mean', 'min', 'max')),
+        ]
+        for row in scales_table(scales)
+    ]
     return markdown_table(['stage', 'branch', 'mean at the start of a search', 'mean', 'min', 'max'], cells)
 
 
@@ -152,12 +168,11 @@ def _classes(folder: Path, found: Tensor, names: Sequence[str]) -> list[str]:
     ]
 
 
-def _next(folder: Path, args: argparse.Namespace, kind: str) -> list[str]:
+def _next(folder: Path, args: argparse.Namespace, search: bool) -> list[str]:
     """Returns the commands that go on from here, with the settings of this run."""
-    if kind == 'hs':
+    if search:
         settings, scales = (shlex.quote(str(folder / name)) for name in (ARGUMENTS_FILE, SCALES_FILE))
-        target = ModelName.parse(args.model).of_kind('target')
-        experiment = shlex.quote(f'{args.experiment}-target')
+        target, experiment = ModelName.parse(args.model).of_kind('target'), shlex.quote(f'{args.experiment}-target')
         return [
             f'{PROGRAM} train -c {settings} --model {target} --opt repopt_sgd --scales {scales} '
             f'--experiment {experiment}',

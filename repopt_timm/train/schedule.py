@@ -11,24 +11,16 @@ from timm.scheduler.scheduler import Scheduler
 from ..errors import explaining
 from .engine import TrainState
 
-__all__ = ['choose_schedule', 'make_schedule', 'replay_schedule']
-
 _FEW_EPOCHS = 50
 
 
 def choose_schedule(
     epochs: int, sched: str = 'cosine', warmup: float | None = None, on_updates: bool = False
 ) -> tuple[float, bool]:
-    """Returns the epochs of warm-up and whether the schedule is stepped on updates: the one rule of all commands.
+    """Returns the epochs of warm-up and whether the schedule is stepped on updates.
 
-    A schedule that is stepped on epochs spends the first one at the learning rate that the warm-up starts from. Of few
-    epochs that would be a large part, so a run of fewer than 50 is stepped on updates, whatever it was asked for.
-
-    Args:
-        epochs: Epochs of the run.
-        sched: timm's name of the schedule.
-        warmup: Epochs of warm-up that were asked for. Defaults to a tenth of the epochs, 5 at most.
-        on_updates: Whether steps on updates were asked for.
+    A schedule that is stepped on epochs spends the first one at the learning rate that the warm-up starts from. That
+    would be a large part of few epochs, so a run of fewer than 50 is stepped on updates.
     """
     on_updates = on_updates or (epochs < _FEW_EPOCHS and sched not in ('plateau', 'none'))
     if warmup is None:
@@ -40,19 +32,7 @@ def choose_schedule(
 def make_schedule(
     optimizer: torch.optim.Optimizer, args: argparse.Namespace, updates: int
 ) -> tuple[Scheduler | None, int]:
-    """Makes timm's schedule of a run's learning rate.
-
-    Args:
-        optimizer: Whose learning rate it sets.
-        args: Arguments of the run.
-        updates: Steps of an epoch.
-
-    Returns:
-        The schedule, None for `--sched none`, and the number of epochs with warm-up prefix and cool-down.
-
-    Raises:
-        ValueError: If the installed timm does not have the schedule, or its arguments do not go together.
-    """
+    """Returns timm's schedule, None for `--sched none`, and the epochs with warm-up prefix and cool-down."""
     with explaining(f'timm cannot make the schedule {args.sched}'):
         scheduler, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=updates)
     if scheduler is None and args.sched != 'none':

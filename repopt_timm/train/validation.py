@@ -12,56 +12,36 @@ from torch.utils.data import IterableDataset
 from ..console import did_you_mean
 from ..datasets import color_mode
 from ..errors import explaining
-from ..files import check_output_folder
 from ..names import PREFIX, ModelName
 from ..reparam.modules import pair
-from ..sources import UNSEARCHED
 
-__all__ = ['check_arguments', 'check_device_name', 'check_images', 'check_layout', 'check_model']
-
-_REPOPT = ('repopt_sgd', 'repopt_adamw')
+_REPOPT = {'repopt_sgd', 'repopt_adamw'}
 _PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Checks all that can be known without data, model or network.
-
-    Raises:
-        ValueError: If arguments do not go together, or name what does not exist.
-        FileNotFoundError: If a file or folder does not exist.
-    """
-    _check_paths(args)
+    """Checks all that can be known without data, model or network."""
+    if not args.data_dir and not args.dataset:
+        raise ValueError('No data: give the path of an image folder, or --dataset, or try -c quickstart.')
+    if args.resume not in (None, 'auto') and not Path(args.resume).is_file():
+        raise FileNotFoundError(f"There is no checkpoint file '{args.resume}'.")
     _check_images_read(args)
-    _check_scales(args)
     _check_optimizer(args)
     if args.search_first:
         _check_search(args)
+    if 'scales' in args.model_kwargs:
+        raise ValueError('Give scales with --scales instead of --model-kwargs.')
     if args.init and (args.pretrained or args.initial_checkpoint):
         raise ValueError(f'--init {args.init} is a start for networks without weights of their own: remove it.')
     if args.lr is not None and args.min_lr > args.lr:
         raise ValueError(f'--min-lr is {args.min_lr} and --lr {args.lr}, expected a lower bound: lower --min-lr.')
     if args.decay_milestones != sorted(set(args.decay_milestones)):
         raise ValueError(f'--decay-milestones are {args.decay_milestones}, expected rising epochs.')
-    if args.sync_bn and args.device and not args.device.startswith('cuda'):
-        raise ValueError(f'--sync-bn works on GPUs, not on {args.device}. Remove it; --dist-bn averages statistics.')
     if (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2:
         raise ValueError(f'--mixup and --cutmix mix pairs of images: --batch-size {args.batch_size} is odd.')
     # timm passes over an option without a number.
-    if args.aa and not all(any(char.isdigit() for char in option) for option in args.aa.split('-')[1:]):
+    if args.aa and not all(any(map(str.isdigit, option)) for option in args.aa.split('-')[1:]):
         raise ValueError(f"--aa is '{args.aa}', expected a number in each option, such as rand-m9-mstd0.5.")
-
-
-def _check_paths(args: argparse.Namespace) -> None:
-    if not args.data_dir and not args.dataset:
-        raise ValueError('No data: give the path of an image folder, or --dataset, or try -c quickstart.')
-    for path in (args.initial_checkpoint, args.resume):
-        if path and path != 'auto' and not Path(path).is_file():
-            raise FileNotFoundError(f"There is no checkpoint file '{path}'.")
-    if not args.output:
-        raise ValueError("--output is '', expected the name of a folder, such as output.")
-    if Path(args.experiment).is_absolute() or '..' in Path(args.experiment).parts:
-        raise ValueError(f"--experiment is '{args.experiment}', expected a name inside of --output.")
-    check_output_folder(Path(args.output, args.experiment))
 
 
 def _check_images_read(args: argparse.Namespace) -> None:
@@ -70,30 +50,16 @@ def _check_images_read(args: argparse.Namespace) -> None:
         # timm would read a folder of images.
         names = ', '.join(f'{each}/NAME' for each in _PREFIXES)
         raise ValueError(f"--dataset is '{args.dataset}', expected digits, {names}, or none for a folder of images.")
-    if args.cache_images and args.workers:
-        raise ValueError('--cache-images needs --workers 0: what a worker decodes is lost with it after each epoch.')
-    size, channels = args.input_size, args.in_chans
-    if size and channels and size[0] != channels:
-        raise ValueError(f'--in-chans is {channels} and --input-size has {size[0]} channels, expected the same.')
+    size = args.input_size
     if size and args.img_size and size[1:] != [args.img_size] * 2:
         raise ValueError(f'--img-size is {args.img_size} and --input-size {size}: give one of them.')
-    channels = channels or (size[0] if size else 3)
+    if size and args.in_chans not in (None, size[0]):
+        raise ValueError(f'--in-chans is {args.in_chans} and --input-size {size}, expected the same channels.')
+    channels = args.in_chans or (size[0] if size else 3)
     color_mode(channels, args.input_img_mode)
     for name in ('mean', 'std'):
-        if getattr(args, name) and len(getattr(args, name)) not in (1, channels):
-            raise ValueError(f'--{name} has {len(getattr(args, name))} values, expected 1 or {channels}.')
-
-
-def _check_scales(args: argparse.Namespace) -> None:
-    if 'scales' in args.model_kwargs:
-        raise ValueError('Give scales with --scales instead of --model-kwargs.')
-    source, name = parse_model_name(args.model)
-    kind = ModelName.parse(name).kind
-    if source is None and args.scales and (kind == 'branches' or (kind == 'hs' and args.scales not in UNSEARCHED)):
-        raise ValueError(
-            f'--model {args.model} does not take --scales {args.scales}: it has branches instead, or searches scales '
-            f"from 'initial' or 'identity'."
-        )
+        if len(vars(args)[name] or [0]) not in (1, channels):
+            raise ValueError(f'--{name} has {len(vars(args)[name])} values, expected 1 or {channels}.')
 
 
 def _check_optimizer(args: argparse.Namespace) -> None:
@@ -118,10 +84,7 @@ def _check_search(args: argparse.Namespace) -> None:
         raise ValueError('--search-first searches the scales itself, so it does not go with --scales.')
     name = ModelName.parse(args.model)
     if parse_model_name(args.model)[0] is not None or name.kind != 'target' or PREFIX not in name.architecture:
-        raise ValueError(
-            f"--model is '{args.model}', which --search-first has no search for, expected the name of a target, such "
-            f'as repopt_vgg_a0 or repopt_resnet18.'
-        )
+        raise ValueError(f"--search-first needs the name of a target, such as repopt_vgg_a0, not '{args.model}'.")
     if args.resume and args.resume != 'auto':
         raise ValueError('--search-first is continued with --resume alone: it finds out itself how far it got.')
     if not any(each in (args.opt or 'sgd') for each in ('sgd', 'momentum', 'nesterov')):
@@ -132,60 +95,30 @@ def _check_search(args: argparse.Namespace) -> None:
 
 
 def check_device_name(name: str | None) -> None:
-    """Checks that a device exists and has float64.
-
-    Raises:
-        ValueError: If not.
-    """
-    if name is None:
-        return
-    with explaining(f"--device is '{name}'"):
-        device = torch.device(name)
-    count = 1 if device.type == 'cpu' else getattr(torch, device.type, torch.cuda).device_count()
-    if device.type == 'mps':
-        raise ValueError(f"--device is '{name}', which has no float64 to sum in. Try --device cpu.")
-    if device.type == 'meta' or (device.index or 0) >= count:
-        raise ValueError(f"--device is '{name}', which this machine does not have. Try --device cpu.")
-
-
-def check_images(datasets: tuple[Any, Any], input_size: tuple[int, ...]) -> None:
-    """Loads the first image of each data set, and checks what the model would get.
-
-    Raises:
-        ValueError: If it cannot be loaded or does not have the channels of the model.
-    """
-    for dataset, split in zip(datasets, ('training', 'validation')):
-        if isinstance(dataset, IterableDataset):
-            continue
-        with explaining(f'The first {split} image cannot be prepared'):
-            image = dataset[0][0]
-        if len(image) != input_size[0]:
-            raise ValueError(
-                f'The {split} images have {len(image)} channels and the model {input_size[0]}: give --in-chans '
-                f'{len(image)}.'
-            )
+    """Checks that a device exists and has the float64 that the loop sums in."""
+    if name is not None:
+        with explaining(f"--device is '{name}', which has no float64 here. Try --device cpu"):
+            torch.ones(1, dtype=torch.float64, device=name).item()
 
 
 @torch.no_grad()
-def check_model(model: torch.nn.Module, input_size: tuple[int, ...], device: torch.device) -> None:
-    """Passes one empty image through a model.
-
-    Raises:
-        ValueError: If it does not take images of this size.
-    """
-    size = ' x '.join(str(length) for length in input_size)
-    with explaining(f'The model does not take images of {size}, --input-size or --img-size'):
-        model.eval()(torch.zeros(1, *input_size, device=device))
+def check_model(
+    model: torch.nn.Module, datasets: tuple[Any, Any], input_size: tuple[int, ...], device: torch.device
+) -> None:
+    """Passes the first training and the first validation image through a model, or empty ones of streamed data."""
+    size = ' x '.join(map(str, input_size))
+    for dataset, split in zip(datasets, ('training', 'validation')):
+        with explaining(f'The model does not run on a {split} image of {size} (--in-chans, --input-size, --img-size)'):
+            streamed = isinstance(dataset, IterableDataset)
+            image = torch.zeros(input_size) if streamed else torch.as_tensor(dataset[0][0]).float()
+            model.eval()(image[None].to(device))
 
 
 def check_layout(model: torch.nn.Module, input_size: tuple[int, ...], device: torch.device) -> None:
-    """Checks that a model can be trained in channels_last.
+    """Refuses channels_last where torch 2.14 writes past its memory.
 
-    On CPUs torch 2.14 writes past its memory in the backward pass of a strided 1x1 convolution of 2 to 15 channels, the
-    stem of many multi-branch networks, on images of more than 64 px.
-
-    Raises:
-        ValueError: If it cannot; names the convolution.
+    It does on CPUs, in the backward pass of a strided 1x1 convolution of 2 to 15 channels, the stem of many
+    multi-branch networks, on images of more than 64 px.
     """
     if device.type != 'cpu' or max(input_size[1:]) <= 64:
         return
@@ -195,6 +128,5 @@ def check_layout(model: torch.nn.Module, input_size: tuple[int, ...], device: to
         if 2 <= conv.in_channels < 16 and max(pair(conv.stride)) > 1:
             raise ValueError(
                 f"--channels-last: torch corrupts memory on a CPU as it trains '{name}', a strided 1x1 convolution of "
-                f'{conv.in_channels} channels, on images of {max(input_size[1:])} px, expected at most 64. Remove the '
-                f'flag, or train on a GPU.'
+                f'{conv.in_channels} channels, on images of more than 64 px. Remove the flag, or train on a GPU.'
             )

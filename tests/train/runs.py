@@ -1,16 +1,41 @@
-"""What a run left behind."""
+"""Short runs of the training command, and what they left behind."""
 
+import contextlib
+import multiprocessing
 import os
+import sys
 
 import torch
 
-from ..helpers import python_path
+from repopt_timm.cli import main as command
+
+from ..helpers import TINY, python_path
 
 # The order of sums, and so the last bit, depends on the number of threads.
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': python_path()}
 
 
-TARGET = ['--scales', 'initial']
+def short_run(images, output, extra='', model=TINY, experiment='run'):
+    """Arguments of a short run on these images; of these folders' names none has spaces."""
+    where = f'{images} --model {model} --output {output} --experiment {experiment}'
+    defaults = '--input-size 3 32 32 --batch-size 8 --epochs 3 --warmup-epochs 1 --lr 0.02 --workers 0 --seed 1'
+    return f'{where} {defaults} {extra}'.split()
+
+
+def in_child(words, log=os.devnull, prepare=lambda: None, **environment):
+    """Starts a run in a forked process and group; an interpreter would take longer to start than to train."""
+
+    def run():
+        os.setsid()
+        os.environ.update(environment)
+        prepare()
+        with open(log, 'w') as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            code = command(['train', *words])
+        sys.exit(code)
+
+    process = multiprocessing.get_context('fork').Process(target=run)
+    process.start()
+    return process
 
 
 def read(folder, name='last.pth.tar'):

@@ -19,63 +19,41 @@ from ..helpers import TINY
 ROWS = [
     # Numbers and choices.
     ('--epochs 0', '--epochs'),
-    ('--epochs 1.5', '--epochs'),
     ('--epochs 99999999999', '--epochs'),
-    ('--workers -1', '--workers'),
-    ('--seed 4294967296', '--seed'),
-    ('--decay-milestones 5 0', '--decay-milestones'),
     ('--decay-milestones 9 1', 'rising epochs'),
     ('--lr nan', '--lr'),
-    ('--lr inf', '--lr'),
-    ('--lr=-0.1', '--lr'),
     ('--lr 0.1 --min-lr 0.2', '--min-lr'),
-    ('--momentum 1', '--momentum'),
     ('--momentum 0', 'Nesterov'),
     ('--init dirac --pretrained', '--init'),
-    ('--crop-pct 1.5', '--crop-pct'),
-    ('--scale 0.5', '--scale'),
-    ('--scale 0 1', '--scale'),
-    ('--input-size 3 0 32', '--input-size'),
     ('--mean 0.5 0.5', '--mean has 2 values'),
-    ('--std 0', '--std'),
-    ('--gp bogus', 'bogus'),
     ('--aa bogus', 'bogus'),
     ('--aa rand-mhigh', "'rand-mhigh'"),
-    ('--interpolation bogus', '--interpolation'),
     ('--sched plateau --sched-on-updates', 'plateau'),
     ('--torchcompile bogus', "'bogus'"),
     ('--opt bogus_sgd', "'bogus_sgd'"),
     ('--opt repopt_sdg', "Did you mean 'repopt_sgd'"),
     ('--opt adamw --opt-betas 0.9', 'adamw'),
-    ('--opt sgd --opt-kwargs lr=0.3', "'lr'"),
     ('--opt-kwargs bogus=1', "'bogus'"),
     ('--opt-kwargs =1', 'expected K=V'),
     ('--model-kwargs bogus=1', "'bogus'"),
-    ('--model-kwargs bogus', 'expected K=V'),
-    ('--model-kwargs a=1 a=2', "'a' is given twice"),
     ('--model-kwargs num_classes=3', "'num_classes'"),
     ('--model-kwargs scales=initial', '--scales'),
     ('--device bogus', '--device'),
-    ('--device cpu:1', '--device'),
     ('--device meta', '--device'),
-    ('--device mps', 'float64'),
     ('--device cuda:99', '--device'),
-    ('--sync-bn --device cpu', '--sync-bn'),
     ('--aug-repeats 3', 'non-distributed'),
     # Words.
-    ('--bogus', "unknown argument '--bogus'"),
     ('--wieght-decay 1', "Did you mean '--weight-decay'?"),
-    ('more', "unknown argument 'more'"),
-    ('--model', '--model: expected one argument'),
-    ('--mod x', 'ambiguous option'),
-    ('--amp=yes', "'yes'"),
+    ('more', 'arguments: more'),
     # Models and scales.
     ('--model repopt_vgg_a00', "Did you mean 'repopt_vgg_a0'"),
     ('--model=', '--model'),
-    ('--model local-dir:nowhere', "'nowhere'"),
+    ('--model local-dir:nowhere', 'nowhere'),
     ('--model vit_tiny_patch16_224 --scales=', '3 x 32 x 32'),
-    (f'--model {TINY}_hs --scales published', '--scales'),
-    (f'--model {TINY}_branches', '--scales'),
+    (f'--model {TINY}_hs --scales published', 'published'),
+    (f'--model {TINY}_branches', 'scales'),
+    (f'--model {TINY}_csla --scales= --opt sgd', 'no scales'),
+    (f'--model {TINY}_branches --scales= --opt sgd --init dirac', '--init'),
     ('--scales nowhere.safetensors', 'nowhere.safetensors'),
     ('--scales= --pretrained', 'has no scales'),
     ('--clip-grad 1 --clip-mode agc', 'breaks the equivalence'),
@@ -84,21 +62,17 @@ ROWS = [
     ('--search-first --model resnet18 --scales=', "'resnet18'"),
     ('--search-first --opt repopt_adamw --scales=', 'repopt_adamw'),
     # Data.
-    ('--dataset bogus/x', "'bogus/x'"),
     ('--dataset imagenet', "'imagenet'"),
     ('--dataset torch/cifar11', 'cifar11'),
     ('--data-dir=', 'No data'),
-    ('--data-dir nowhere', "'nowhere'"),
     ('--data-dir TMP', "the split 'train'"),
+    ('--data-dir photos_\udce9', 'UTF-8'),
     ('--val-split test', "'test'"),
     ('--class-map nowhere.txt', 'nowhere.txt'),
     ('--num-classes 1', 'the data have 2 classes'),
     ('--batch-size 998', 'do not fill one batch'),
     ('--mixup 0.2 -b 7', 'pairs'),
-    ('--cutmix 1 -b 5', 'pairs'),
-    ('--cache-images --workers 2', '--workers 0'),
-    ('--train-images 99', '48 training images'),
-    ('--train-images 40 --holdout 0.25', 'beside the 12 of --holdout'),
+    ('--train-images 40 --holdout 0.25', '--holdout there are 36'),
     ('--holdout 0.001', '--holdout'),
     ('--train-split train/dark --val-split validation/dark', 'one class'),
     ('--in-chans 5', '--in-chans'),
@@ -109,43 +83,29 @@ ROWS = [
     ('--resume --experiment=', '--experiment'),
     ('--resume nowhere.pth.tar', "'nowhere.pth.tar'"),
     ('--initial-checkpoint DATA/train/dark/0.png', '0.png'),
-    ('--output=', '--output'),
     ('--output DATA/train/dark/0.png/x', '0.png'),
-    ('--experiment ../x', "'../x'"),
-    ('--experiment /x', "'/x'"),
     ('-c bogus', "'bogus'"),
-    ('-c TMP', 'There is no config'),
     ('-c DATA/train/dark/0.png', 'YAML'),
 ]
 
 # Text of a config, and what the error names.
 CONFIGS = [
     ('epoch: 1', "Did you mean 'epochs'?"),
-    ('weight-decay: 1', "Did you mean 'weight_decay'?"),
     ('scale: [1, 2', 'YAML'),
-    ('lr: 1\n---\nlr: 2', 'YAML'),
     ('1: 2', "'1'"),
     ('[1]: 2', 'YAML'),
-    ('lr: 1\nlr: 2', "'lr' is given twice"),
-    ('opt_kwargs: {a: 1, a: 2}', "'a' is given twice"),
     ('lr: !!python/object/apply:os.getcwd []', 'YAML'),
-    ('lr: !!int "_"', 'YAML'),
     ('- 1', 'holds a list'),
     ('', 'holds a NoneType'),
     ('opt_kwargs: ' + '[' * 3000, 'YAML'),
     ('model_ema: "false"', "'model_ema'"),
-    ('amp: 1', "'amp'"),
     ('epochs: true', '--epochs'),
-    ('epochs: 2.0', '--epochs'),
-    ('lr: [1]\nscale: [0.1, 0.5, 1]', "'1'"),
-    ('lr: .inf', '--lr'),
+    ('lr: [1]\nscale: [0.1, 0.5, 1]', 'arguments: 1'),
     ('momentum: null', '--momentum'),
     ('sched: no', '--sched'),
-    ('amp_dtype: bf16', "'bfloat16'"),
     ('mean: {a: 1}', '--mean'),
     ('opt_kwargs: [a]', 'expected K=V'),
     ('resume: x', '--resume'),
-    ('data: a\ndata_dir: b', 'two folders'),
 ]
 
 
@@ -165,7 +125,7 @@ def words(images):
     return [str(images), *settings.split()]
 
 
-@pytest.mark.parametrize(('text', 'named'), ROWS, ids=[row[0] for row in ROWS])
+@pytest.mark.parametrize(('text', 'named'), ROWS, ids=[ascii(row[0]) for row in ROWS])
 def test_a_bad_argument_is_refused(words, images, tmp_path, capsys, text, named):
     (tmp_path / 'empty').mkdir()
     extra = text.replace('DATA', str(images)).replace('TMP', str(tmp_path / 'empty')).split()
@@ -180,17 +140,13 @@ def test_a_bad_config_is_refused(tmp_path, capsys, text, named):
 
 
 CHECKPOINTS = [
-    b'',
     b'noise' * 99,
     {},
     [1, 2],
-    torch.zeros(3),
     {'state_dict': {'stem.conv.weight': 1}},
     {'state_dict': {'stem.conv.weight': torch.zeros(2, 2).to_sparse()}},
-    {'state_dict': {1: torch.zeros(2)}},
     {'history': 'long', 'state_dict': {}},
     {'history': [{'epoch': 3}], 'state_dict': {}},
-    {'history': [{'epoch': 0}], 'state_dict': {}, 'optimizer': 3},
     {'history': [{'epoch': 0}], 'state_dict': {'x': 2}, 'optimizer': {}, 'args': 'none'},
 ]
 
@@ -210,15 +166,19 @@ NASTY = ['', '0', '-1', 'nan', 'inf', '1e999', 'bogus', '3', '0.5', '9' * 30, 'N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seed', range(40))
+@pytest.mark.parametrize('seed', range(8))
 def test_no_value_of_any_argument_comes_unforeseen(words, tmp_path, capsys, monkeypatch, seed):
     def train_one_epoch(*args):
         raise ValueError('accepted')
 
     monkeypatch.setattr(run, 'train_one_epoch', train_one_epoch)
+    monkeypatch.chdir(tmp_path)
     generator = random.Random(seed)
-    actions = [action for action in ARGUMENTS.values() if action.nargs != 0]
-    for _ in range(10):
+    # Where a run is may be anywhere.
+    actions = [
+        action for action in ARGUMENTS.values() if action.nargs != 0 and action.dest not in ('output', 'experiment')
+    ]
+    for _ in range(16):
         action = generator.choice(actions)
         count = action.nargs if isinstance(action.nargs, int) else 1
         extra = [action.option_strings[-1], *(generator.choice(NASTY) for _ in range(count))]

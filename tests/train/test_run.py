@@ -1,8 +1,5 @@
 import csv
-import shutil
-import subprocess
-import sys
-import tarfile
+import socket
 from argparse import Namespace
 
 import pytest
@@ -10,15 +7,15 @@ import timm
 import torch
 from timm.models import resume_checkpoint
 
-from repopt_timm import Scales, save_pretrained
+from repopt_timm import Scales, clip_grad_norm_, make_grad_mults, save_pretrained
 from repopt_timm.checkpoint_model import model_from_checkpoint
-from repopt_timm.datasets import core_count
 from repopt_timm.scales import read_scale_file
-from repopt_timm.train import run
+from repopt_timm.train import run, schedule
 from repopt_timm.train.command import main
+from repopt_timm.train.schedule import choose_schedule
 
-from ..helpers import TINY, tiny_model
-from .runs import ENVIRONMENT, TARGET, assert_same_bits, read
+from ..helpers import TINY, random_scales, tiny_model
+from .runs import assert_same_bits, in_child, read
 
 
 class BrokenOffError(Exception):
@@ -41,46 +38,58 @@ def interrupt_after(monkeypatch, epochs):
 @pytest.mark.parametrize(
     ('model', 'extra'),
     [
-        (TINY, '--workers 2 --scales initial --model-ema --reprob 0.5 --drop 0.3 --clip-grad 1 --sampler balanced'),
-        (TINY, '--scales initial --opt lookahead_repopt_adamw --mixup 0.5 --sched plateau --class-weights balanced'),
-        (f'{TINY}_hs', '--workers 2 --grad-accum-steps 4 --aa rand-m9 --no-prefetcher --patience 9'),
+        (TINY, '--workers 1 --scales initial --model-ema --reprob 0.5 --drop 0.3 --clip-grad 1 --sampler balanced'),
+        (TINY, '--scales initial --opt lookahead_repopt_adamw --mixup 0.5 --sched plateau --patience-epochs 0'),
+        (
+            f'{TINY}_hs',
+            '--grad-accum-steps 4 --aa rand-m9 --no-prefetcher --cache-images --model-kwargs strides=(2,1,2,2,2)',
+        ),
     ],
     ids=['target', 'lookahead', 'search'],
 )
-def test_a_resumed_run_ends_with_the_same_bits(arguments, tmp_path, monkeypatch, model, extra):
-    extra = extra.split()
-    main(arguments(*extra, model=model, experiment='whole'))
+def test_a_resumed_run_ends_with_the_same_bits(train, tmp_path, monkeypatch, model, extra):
+    train(extra, model=model, experiment='whole')
     with monkeypatch.context() as patch, pytest.raises(BrokenOffError):
         interrupt_after(patch, 2)
-        main(arguments(*extra, model=model, experiment='cut'))
-    main(arguments(*extra, '--resume', model=model, experiment='cut'))
+        train(extra, model=model, experiment='cut')
+    train(f'{extra} --resume', model=model, experiment='cut')
     whole, cut = read(tmp_path / 'whole'), read(tmp_path / 'cut')
     assert_same_bits(whole['state_dict'], cut['state_dict'])
     assert_same_bits(whole.get('state_dict_ema', {}), cut.get('state_dict_ema', {}))
     assert whole['history'] == cut['history']
-    assert (tmp_path / 'whole/summary.csv').read_text() == (tmp_path / 'cut/summary.csv').read_text()
+
+
+def test_accumulated_gradients_are_those_of_a_larger_batch(train, tmp_path):
+    for name, batches in (('whole', '--batch-size 8'), ('parts', '--batch-size 4 --grad-accum-steps 2')):
+        extra = f'--no-aug --opt sgd --epochs 1 --lr 0.1 --clip-grad 0.5 --warmup-epochs 0 {batches}'
+        train(extra, model='test_convnext', experiment=name)
+    whole, parts = (read(tmp_path / name)['state_dict'] for name in ('whole', 'parts'))
+    for name in whole:
+        torch.testing.assert_close(parts[name], whole[name], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
-def test_processes_that_find_different_checkpoints_do_not_go_on(arguments, tmp_path):
-    main(arguments(*TARGET, '--epochs', '1'))
-    (tmp_path / 'train.py').write_text(
-        'import os, sys\nfrom repopt_timm.cli import main\n'
-        "sys.exit(main(['train', *sys.argv[1:], *(['--experiment', 'other'] if os.environ['RANK'] == '1' else [])]))"
-    )
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2']
-    command = [*launch, str(tmp_path / 'train.py'), *arguments(*TARGET, '--resume')]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    assert done.returncode
-    assert 'different epochs: 1, 0, by rank' in done.stderr
+def test_two_processes_train_a_compiled_network_and_go_on_from_one_checkpoint_only(arguments, tmp_path):
+    def launch(extra, **others):
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = str(free.getsockname()[1])
+        group = {'WORLD_SIZE': '2', 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+        processes = []
+        for rank in '01':
+            words = arguments(f'{shared} {extra}', experiment=others.get(rank, 'run'))
+            processes.append(in_child(words, tmp_path / rank, RANK=rank, LOCAL_RANK=rank, **group))
+        for process in processes:
+            process.join()
+        return [process.exitcode for process in processes], (tmp_path / '0').read_text()
 
-
-@pytest.mark.slow
-def test_two_processes_train_a_compiled_network_together(arguments, tmp_path):
-    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', '-m', 'repopt_timm.cli', 'train']
-    extra = [*TARGET, '--epochs', '1', '--torchcompile', 'aot_eager', '--grad-accum-steps', '2', '--aug-repeats', '2']
-    subprocess.run([sys.executable, *launch, *arguments(*extra)], env=ENVIRONMENT, check=True)
-    assert 'stem.conv.weight' in read(tmp_path / 'run')['state_dict']
+    shared = '--torchcompile aot_eager --grad-accum-steps 2 --aug-repeats 2'
+    assert launch('--epochs 1')[0] == [0, 0]
+    codes, told = launch('--epochs 2 --resume', **{'1': 'other'})
+    assert codes == [1, 1] and 'different epochs: 1, 0, by rank' in told
+    assert launch('--epochs 2 --resume')[0] == [0, 0]
+    checkpoint = read(tmp_path / 'run')
+    assert 'stem.conv.weight' in checkpoint['state_dict'] and len(checkpoint['history']) == 2
 
 
 def test_a_search_leaves_its_scales_with_their_provenance(searched):
@@ -90,112 +99,79 @@ def test_a_search_leaves_its_scales_with_their_provenance(searched):
     assert (scales.provenance['epochs'], scales.provenance['seed']) == (3, 1)
 
 
-def test_the_names_of_the_classes_go_into_the_checkpoint_and_from_there_into_a_repository(trained, tmp_path):
-    assert read(trained)['label_names'] == ['dark', 'light']
-    save_pretrained(trained / 'last.pth.tar', tmp_path / 'saved', scales=Scales.initial(tiny_model()))
-    loaded = timm.create_model(f'local-dir:{tmp_path / "saved"}', pretrained=True)
-    assert list(loaded.pretrained_cfg['label_names']) == ['dark', 'light']
+def test_an_averaged_search_leaves_the_averaged_scales(train, tmp_path):
+    train('--model-ema --model-ema-decay 0.5', model=f'{TINY}_hs')
+    scales = read_scale_file(tmp_path / 'run/scales.safetensors')
+    assert scales == read_scale_file(tmp_path / 'run/last.pth.tar') != Scales.initial(tiny_model())
 
 
-def test_the_numbers_of_a_network_are_those_of_the_run_of_its_checkpoint_and_of_what_is_resumed(arguments, tmp_path):
-    numbers = ['--model-kwargs', 'depths=(1,1)', 'widths=(8,8,16)', 'strides=(1,2,2)', '--warmup-epochs', '0']
-    for epochs in ('1', '2'):
-        main(arguments(*numbers, '--epochs', epochs, '--resume', model=f'{TINY}_branches'))
-    model = model_from_checkpoint(tmp_path / 'run/last.pth.tar')
-    assert (model.depths, model.widths, model.strides) == ((1, 1), (8, 8, 16), (1, 2, 2))
+def test_a_target_learns_writes_its_epochs_and_timm_reads_its_checkpoint(trained):
+    checkpoint, last = read(trained), str(trained / 'last.pth.tar')
+    assert (checkpoint['args'].opt, checkpoint['label_names']) == ('repopt_sgd', ['dark', 'light'])
+    rows, times = (list(csv.DictReader((trained / name).open())) for name in ('summary.csv', 'times.csv'))
+    assert [row['epoch'] for row in rows] == [row['epoch'] for row in times] == ['1', '2', '3']
+    assert float(rows[-1]['eval_top1']) >= 50
+    assert list(trained.glob('events*'))
+    model = timm.create_model(TINY, num_classes=2, scales='initial', checkpoint_path=last)
+    assert_same_bits(model.state_dict(), checkpoint['state_dict'])
+    optimizer = timm.optim.create_optimizer_v2(model, 'repopt_sgd', lr=1.0, weight_decay=2e-5)
+    assert resume_checkpoint(model, last, optimizer) == 3
 
 
 @pytest.mark.parametrize(
     ('model', 'extra'),
     [
-        (f'{TINY}_csla', '--scales initial'),
-        ('test_byobnet', ''),
-        (TINY, '--amp --amp-dtype bfloat16 --channels-last --log-tensorboard'),
-        (TINY, '--amp --amp-dtype float16'),
-        (f'{TINY}_hs', '--in-chans 1 --input-size 1 32 32 --mean 0.5 --std 0.25'),
-        ('test_byobnet', '--bce-loss --bce-sum --bce-target-thresh 0.2 --bce-pos-weight 2 --class-weights balanced'),
-        ('test_byobnet', '--drop-path 0.2 --warmup-prefix'),
+        (TINY, '--scales initial --amp --amp-dtype bfloat16 --channels-last --momentum 0.8'),
+        (f'{TINY}_hs', '--amp --in-chans 1 --input-size 1 32 32 --mean 0.5 --momentum 0.8'),
+        ('test_byobnet', '--bce-loss --bce-sum --bce-target-thresh 0.2 --class-weights balanced --momentum 0.8'),
+        ('test_byobnet', '--drop-path 0.2 --warmup-prefix --momentum 0.8 --opt-kwargs nesterov=false'),
     ],
 )
-def test_other_networks_and_recipes_train_too(arguments, tmp_path, model, extra):
-    main(arguments('--epochs', '1', *extra.split(), model=model))
-    assert read(tmp_path / 'run')['epoch'] >= 0
+def test_other_networks_and_recipes_train_too(train, tmp_path, model, extra):
+    train(f'--epochs 1 {extra}', model=model)
+    groups = read(tmp_path / 'run')['optimizer']['param_groups']
+    assert {(group['momentum'], group['nesterov']) for group in groups} == {(0.8, 'nesterov' not in extra)}
 
 
-@pytest.mark.parametrize(('mode', 'classifier'), [('agc', 100.0), ('value', 0.01)])
-def test_adaptive_clipping_leaves_the_classifier_out(mode, classifier):
+def test_adaptive_clipping_leaves_the_classifier_out():
     model = timm.create_model('test_byobnet', num_classes=5)
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, 100.0)
-    run._make_clip(Namespace(clip_grad=0.01, clip_mode=mode), model, torch.optim.SGD(model.parameters()))()
-    assert model.get_classifier().weight.grad.max() == pytest.approx(classifier)
+    run._make_clip(Namespace(clip_grad=0.01, clip_mode='agc'), model, torch.optim.SGD(model.parameters()))()
+    assert model.get_classifier().weight.grad.max() == 100
     assert all(conv.weight.grad.max() < 1 for conv in model.modules() if isinstance(conv, torch.nn.Conv2d))
 
 
-def test_a_compiled_run_resumes_like_any_other(arguments, tmp_path):
-    extra = [*TARGET, '--torchcompile', 'aot_eager', '--momentum', '0.8', '--opt-kwargs', 'nesterov=false']
-    main(arguments(*extra, '--epochs', '1'))
-    main(arguments(*extra, '--epochs', '2', '--resume'))
-    checkpoint = read(tmp_path / 'run')
-    assert 'stem.conv.weight' in checkpoint['state_dict']
-    groups = checkpoint['optimizer']['param_groups']
-    assert {(group['momentum'], group['nesterov']) for group in groups} == {(0.8, False)}
+@pytest.mark.parametrize('name', ['repopt_sgd', 'repopt_adamw'])
+def test_repoptimizers_are_clipped_by_the_norm_of_the_csla_network(name):
+    model = tiny_model(scales=random_scales())
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = timm.optim.create_optimizer_v2(model, name, lr=1.0)
+    norm = run._make_clip(Namespace(clip_grad=1e9, clip_mode='norm'), model, optimizer)()
+    assert norm == clip_grad_norm_(model.parameters(), 1e9, make_grad_mults(model))
 
 
-def test_archives_are_data_too(arguments, images, tmp_path):
-    for split in ('train', 'validation'):
-        with tarfile.open(tmp_path / f'{split}.tar', 'w') as archive:
-            archive.add(images / split, split)
-    extra = ['--train-split', 'train.tar', '--val-split', 'validation.tar', '--data-dir', str(tmp_path)]
-    main([*arguments(*TARGET, '--epochs', '1', *extra)[1:]])
-    assert len(read(tmp_path / 'run')['state_dict']['head.fc.bias']) == 2
-
-
-def test_a_target_learns_and_writes_its_epochs(trained):
-    assert read(trained)['args'].opt == 'repopt_sgd'
-    rows, times = (list(csv.DictReader((trained / name).open())) for name in ('summary.csv', 'times.csv'))
-    assert [row['epoch'] for row in rows] == [row['epoch'] for row in times] == ['1', '2', '3']
-    assert float(rows[-1]['eval_top1']) >= 50
-
-
-def test_timm_reads_the_checkpoints(trained):
-    last = trained / 'last.pth.tar'
-    model = timm.create_model(TINY, num_classes=2, scales='initial', checkpoint_path=last)
-    assert_same_bits(model.state_dict(), read(trained)['state_dict'])
-    optimizer = timm.optim.create_optimizer_v2(model, 'repopt_sgd', lr=1.0, weight_decay=2e-5)
-    assert resume_checkpoint(model, str(last), optimizer) == 3
-
-
-def test_only_the_best_checkpoints_are_kept(arguments, tmp_path, copied):
-    main(arguments(*TARGET, '--epochs', '5', '--checkpoint-hist', '2', '--resume'))
-    kept = sorted(path.name for path in (tmp_path / 'run').glob('*.pth.tar'))
-    history = read(tmp_path / 'run')['history']
-    best = sorted(history, key=lambda row: (-row['eval_top1'], row['epoch']))[:2]
-    numbered = {f'checkpoint-{row["epoch"]}.pth.tar' for row in best}
-    assert set(kept) == numbered | {'last.pth.tar', 'model_best.pth.tar'}
-    assert read(tmp_path / 'run', 'model_best.pth.tar')['epoch'] == best[0]['epoch']
-
-
-def test_the_whole_way_in_one_call(arguments, tmp_path, capsys):
-    extra = ['--search-first', '--weight-decay', '5e-4', '--epochs', '2']
-    main(arguments(*extra, '--opt-kwargs', 'grad_mults=None'))
+def test_the_whole_way_in_one_call(train, tmp_path, capsys):
+    extra = '--search-first --weight-decay 5e-4 --epochs 2'
+    train(f'{extra} --opt-kwargs grad_mults=None')
     search, target = read(tmp_path / 'run/search'), read(tmp_path / 'run/target')
     assert (search['args'].weight_decay, target['args'].weight_decay) == (4e-5, 5e-4)
     assert target['args'].scales == str(tmp_path / 'run/search/scales.safetensors')
     table = (tmp_path / 'run/report.md').read_text()
     assert f'| target | `{TINY}` | `repopt_sgd` | 2 |' in table
     assert table in capsys.readouterr().out
-    main(arguments(*extra, '--resume'))
+    train(f'{extra} --opt-kwargs grad_mults=None --resume')
 
 
-def test_a_published_model_is_fine_tuned_with_its_own_scales_strides_and_images(arguments, tmp_path):
+def test_a_published_model_is_fine_tuned_with_its_own_scales_strides_and_images(train, tmp_path):
     strides = (1, 1, 2, 2, 2)
     scales = Scales.initial(tiny_model(strides=strides))
     published = timm.create_model(TINY, num_classes=7, scales=scales, strides=strides, global_pool='max')
     expected = {'mean': (0.3, 0.4, 0.5), 'std': (0.1, 0.2, 0.3), 'crop_pct': 0.9, 'interpolation': 'bilinear'}
     published.pretrained_cfg |= expected
     save_pretrained(published, tmp_path / 'published')
-    main(arguments('--pretrained', '--epochs', '1', model=f'local-dir:{tmp_path / "published"}'))
+    train('--pretrained --epochs 1', model=f'local-dir:{tmp_path / "published"}')
     checkpoint = read(tmp_path / 'run')
     assert (checkpoint['arch'], checkpoint['args'].opt) == (TINY, 'repopt_sgd')
     assert checkpoint['optimizer']['param_groups'][0]['scales_fingerprint'] == scales.fingerprint
@@ -205,77 +181,15 @@ def test_a_published_model_is_fine_tuned_with_its_own_scales_strides_and_images(
     assert loaded.head.global_pool.pool_type == 'max'
 
 
-def test_an_averaged_search_leaves_the_averaged_scales(arguments, tmp_path):
-    main(arguments('--model-ema', '--model-ema-decay', '0.5', model=f'{TINY}_hs'))
-    assert read_scale_file(tmp_path / 'run/scales.safetensors') == read_scale_file(tmp_path / 'run/last.pth.tar')
-
-
-def test_a_folder_whose_splits_number_their_classes_differently_is_refused(images, arguments, tmp_path):
-    shutil.copytree(images, tmp_path / 'images')
-    shutil.rmtree(tmp_path / 'images/train/dark')
-    with pytest.raises(ValueError, match='dark'):
-        main([str(tmp_path / 'images'), *arguments(*TARGET)[1:]])
-
-
-def test_resuming_with_other_scales_is_refused(arguments, copied):
-    with pytest.raises(ValueError, match='saved with the scales'):
-        main(arguments(*TARGET, '--model-kwargs', 'strides=(2,2,2,2,1)', '--resume'))
-
-
-def test_there_are_not_more_workers_than_cores(arguments, tmp_path, recwarn):
-    main(arguments(*TARGET, '--epochs', '1', '--workers', '64'))
-    assert not any('worker' in str(warning.message) for warning in recwarn)
-    assert read(tmp_path / 'run')['args'].workers == core_count()
-
-
-@pytest.fixture
-def unequal(images, tmp_path):
-    """One class has 24 images and the other two."""
-    shutil.copytree(images, tmp_path / 'unequal')
-    for path in sorted((tmp_path / 'unequal/train/dark').iterdir())[2:]:
-        path.unlink()
-    return str(tmp_path / 'unequal')
-
-
-def test_classes_of_unequal_size_are_told_and_weighed_on_request(unequal, arguments, tmp_path, capsys, monkeypatch):
-    words = [unequal, *arguments(*TARGET, '--epochs', '1')[1:]]
-    main(words)
-    assert 'largest class has 24 images, the smallest 2' in capsys.readouterr().err
-    losses = []
-    original = run._make_loss
-    monkeypatch.setattr(run, '_make_loss', lambda *args: losses.append(original(*args)) or losses[0])
-    main([*words, '--experiment', 'weighted', '--class-weights', 'balanced'])
-    assert losses[0].weight.tolist() == pytest.approx([26 / 4, 26 / 48])
-    assert 'largest class' not in capsys.readouterr().err
-
-
-def test_a_balanced_sampler_draws_all_classes_alike_and_others_each_epoch(unequal, arguments):
-    from repopt_timm.train.loaders import make_datasets
-    from repopt_timm.train.parsing import parse_arguments
-
-    train, validation = make_datasets(parse_arguments([unequal, *arguments('--sampler', 'balanced')[1:]]))
-    drawn = []
-    for epoch in range(40):
-        train.set_epoch(epoch)
-        drawn.append([label for _, label in train])
-    assert len(train) == 26 and len(set(map(tuple, drawn))) > 30
-    assert sum(map(sum, drawn)) / (40 * 26) == pytest.approx(0.5, abs=0.05)
-    assert len(validation) == 16
-
-
-def test_a_run_that_does_not_improve_stops_and_stays_stopped(arguments, tmp_path, monkeypatch):
-    tops = [50.0, 60.0, 40.0, 60.0, 55.0, 99.0]
-    found = torch.zeros(2, 16, dtype=torch.int64)
-    monkeypatch.setattr(
-        'repopt_timm.train.engine.validate', lambda *args: ({'loss': 1.0, 'top1': tops.pop(0), 'top5': 100.0}, found)
-    )
+def test_a_run_that_does_not_improve_stops_and_stays_stopped(train, tmp_path, tops):
+    tops += [50.0, 60.0, 40.0, 60.0, 55.0, 99.0]
     for _ in range(2):
-        main(arguments(*TARGET, '--epochs', '6', '--patience', '2', '--resume'))
+        train('--epochs 6 --patience 2 --resume')
         assert len(read(tmp_path / 'run')['history']) == 4
 
 
-@pytest.mark.parametrize('extra', [[], ['--no-prefetcher']])
-def test_mixup_ends_where_it_shall(arguments, monkeypatch, extra):
+@pytest.mark.parametrize('extra', ['', '--no-prefetcher'])
+def test_mixup_ends_where_it_shall(train, monkeypatch, extra):
     mixed = []
 
     def train_one_epoch(state, loaders, *args):
@@ -285,15 +199,52 @@ def test_mixup_ends_where_it_shall(arguments, monkeypatch, extra):
         return {'lr': 0.1, 'loss': 1.0}
 
     monkeypatch.setattr(run, 'train_one_epoch', train_one_epoch)
-    main(arguments(*TARGET, '--mixup', '1', '--mixup-off-epoch', '1', '--smoothing', '0', '--epochs', '2', *extra))
+    train(f'--mixup 1 --mixup-off-epoch 1 --smoothing 0 --epochs 2 {extra}')
     assert mixed == [True, False]
 
 
-def test_a_run_that_gets_fewer_epochs_than_it_was_to_have_is_evaluated(arguments, tmp_path, monkeypatch):
-    long = [*TARGET, '--epochs', '400', '--val-interval', '400']
+def test_a_run_that_gets_fewer_epochs_than_it_was_to_have_is_evaluated(train, tmp_path, monkeypatch):
+    long = '--epochs 400 --val-interval 400'
     with monkeypatch.context() as patch, pytest.raises(BrokenOffError):
         interrupt_after(patch, 2)
-        main(arguments(*long))
-    main(arguments(*long, '--epochs', '2', '--resume'))
+        train(long)
+    train(f'{long} --epochs 2 --resume')
     assert 'eval_top1' in read(tmp_path / 'run')['history'][-1]
     assert (tmp_path / 'run/report.md').exists()
+
+
+@pytest.mark.parametrize(
+    ('given', 'chosen'),
+    [
+        ((5,), (0.5, True)),
+        ((49,), (4.9, True)),
+        ((50,), (5, False)),
+        ((300, 'cosine', None, True), (5.0, True)),
+        ((5, 'cosine', 3), (3, True)),
+        # It waits for the accuracy after an epoch.
+        ((25, 'plateau'), (2, False)),
+    ],
+)
+def test_a_run_warms_up_for_a_tenth_of_its_epochs_and_by_updates_if_they_are_few(given, chosen):
+    assert choose_schedule(*given) == chosen
+
+
+def test_a_run_that_is_resumed_keeps_its_warm_up(arguments, tmp_path):
+    words = arguments('--scales initial --sched step --epochs 4')
+    given = words.index('--warmup-epochs')
+    del words[given : given + 2]
+    main(words)
+    main([*words, '--epochs', '5', '--resume'])
+    args, history = read(tmp_path / 'run')['args'], read(tmp_path / 'run')['history']
+    assert [row['lr'] for row in history] == [1e-5, *[0.02] * 4]
+    assert (args.warmup_epochs, args.sched_on_updates) == (0.4, True)
+
+
+def test_a_schedule_that_timm_does_not_have_is_refused_and_a_warm_up_that_is_never_over_is_said(
+    train, monkeypatch, capsys
+):
+    monkeypatch.setattr(schedule, 'create_scheduler_v2', lambda *args, **kwargs: (None, 5))
+    with pytest.raises(ValueError, match="'cosine'"):
+        train('--epochs 1')
+    assert 'never reaches 0.02: lower --warmup-epochs' in capsys.readouterr().err
+    train('--sched none --epochs 1')

@@ -1,12 +1,16 @@
 import re
 import shlex
+import sys
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 
 from repopt_timm.cli import main
+from repopt_timm.train.loggers import make_loggers
 
 from ..helpers import TINY
-from .runs import TARGET, read
+from .runs import read
 
 
 def commands_of(folder):
@@ -22,7 +26,6 @@ def test_a_run_ends_with_a_report_of_what_it_was(kind, trained, searched):
     lines = ['# run', f'`{TINY}{kind}` with', '## Command', '| epoch | lr | train_loss |', '## Scales', '## Next']
     assert all(line in text for line in lines)
     assert ('The search ' in text) == bool(kind)
-    assert 'Missing' not in text
     # Initial values beside what the run has: the same where nothing was searched.
     [(started, found)] = re.findall(r'^\| stem \| kxk \| (\S+) \| (\S+) \|', text, re.MULTILINE)
     assert started == '1.0000' and (kind or found == started)
@@ -50,12 +53,27 @@ def test_the_next_commands_of_a_target_work(trained, images):
     assert commands['push'][-1] == 'USER/REPO'
 
 
-def test_the_classes_of_the_last_validation_are_in_the_report(arguments, copied):
+def test_the_classes_of_the_last_validation_are_in_the_report_of_a_finished_run_too(arguments, copied):
     pytest.importorskip('sklearn')
     for _ in range(2):
         text = (copied / 'report.md').read_text()
         assert re.search(r'^\| (dark|light) \| 8 \| \d+\.\d \|', text, re.MULTILINE)
         assert (copied / 'confusion.csv').read_text().count('\n') == 3
-        # As after a run that was finished before.
         (copied / 'report.md').unlink()
-        assert main(['train', *arguments(*TARGET, '--resume')]) == 0
+        assert main(['train', *arguments('--resume')]) == 0
+
+
+def test_a_resumed_run_goes_on_with_its_run_of_wandb(tmp_path, monkeypatch):
+    ids = iter(['first', 'second'])
+
+    def init(id=None, **kwargs):
+        return SimpleNamespace(id=id or next(ids))
+
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(finish=lambda: None, init=init))
+    args = Namespace(log_tensorboard=False, log_wandb=True)
+    known = []
+    for name in ('run', 'run', 'other'):
+        (tmp_path / name).mkdir(exist_ok=True)
+        make_loggers(args, tmp_path / name)
+        known.append((tmp_path / name / 'wandb_id.txt').read_text())
+    assert known == ['first\n', 'first\n', 'second\n']
