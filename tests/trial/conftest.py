@@ -6,20 +6,28 @@ from repopt_timm.trial.trial_settings import read_arguments, read_settings, read
 from ..helpers import TINY
 
 
-def trial_of(folder, *words):
-    """The trial of a command line; a model of six convolutions on images that nobody reads."""
-    args, rest = read_arguments([TINY, '--data', 'images', *words])
-    shared = read_shared(TINY, args.config, args.data, rest)
-    return Trial(folder, read_settings(args, TINY, shared['epochs']), shared), args.reference
+@pytest.fixture
+def trial(tmp_path):
+    """Makes a trial of a model of six convolutions on images that nobody reads, and writes its folder."""
+
+    def make(*words, folder='trial'):
+        args, rest = read_arguments([TINY, '--data', 'images', *words])
+        shared = read_shared(TINY, args.config, args.data, rest)
+        made = Trial(tmp_path / folder, read_settings(args, TINY, shared['epochs']), shared)
+        made.joined(args.reference).write()
+        return made
+
+    return make
 
 
 @pytest.fixture
-def trial(tmp_path):
-    """Makes a trial, and writes its folder as the command does."""
+def trained(trial):
+    """Makes a trial at one learning rate, with a run of each arm that has trained."""
 
-    def make(*words, folder='trial'):
-        made, reference = trial_of(tmp_path / folder, *words)
-        made.joined(reference).write()
+    def make(*words):
+        made = trial('--lr', '0.1', *words)
+        for arm in made.settings.arms:
+            fake_run(made.training(arm, 0, 0.1), 50)
         return made
 
     return make

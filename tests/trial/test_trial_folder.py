@@ -14,34 +14,18 @@ from .conftest import fake_run, run_trial
 ARMS = ['--arms', 'sgd', 'repopt']
 
 
-@pytest.fixture
-def trained(trial):
-    """Makes a trial with a run of each arm that has trained."""
-
-    def make(*words):
-        made = trial(*words)
-        for arm in made.settings.arms:
-            fake_run(made.training(arm, 0, 0.1), 50)
-        return made
-
-    return make
-
-
 def best_at(lr):
     return lambda run: 50 - abs(run.arguments['lr'] - lr)
 
 
 def test_learning_rates_come_first_and_then_seed_after_seed(trial):
-    order = run_trial(trial(*ARMS, '--seeds', '2'), best_at(0.1))
-    tuning = [f'tuning/{arm}/lr-{lr}' for arm in ('sgd', 'repopt') for lr in (0.05, 0.1, 0.2)]
-    assert order == tuning + [f'runs/{arm}/seed-{seed}' for seed in (0, 1) for arm in ('sgd', 'repopt')]
-
-
-def test_each_arm_trains_with_the_learning_rate_that_was_best_on_held_out_images(trial):
-    made = trial(*ARMS, '--seeds', '1')
-    run_trial(made, lambda run: best_at(0.1 if run.arguments['opt'] == 'sgd' else 0.4)(run))
-    assert {arm: made.choice(arm).best for arm in made.settings.arms} == {'sgd': 0.1, 'repopt': 0.4}
-    assert all(made.tuning(arm, 0.1).arguments['holdout'] == 0.1 for arm in made.settings.arms)
+    made = trial(*ARMS, '--seeds', '2')
+    order = run_trial(made, lambda run: best_at(0.1 if run.arguments['opt'] == 'sgd' else 0.2)(run))
+    tuning = [f'tuning/sgd/lr-{lr}' for lr in (0.05, 0.1, 0.2)] + [f'tuning/repopt/lr-{lr}' for lr in (0.05, 0.1, 0.2)]
+    assert order[:6] == tuning and order[6] == 'tuning/repopt/lr-0.4'
+    assert order[7:] == [f'runs/{arm}/seed-{seed}' for seed in (0, 1) for arm in ('sgd', 'repopt')]
+    assert {arm: made.choice(arm).best for arm in made.settings.arms} == {'sgd': 0.1, 'repopt': 0.2}
+    assert made.tuning('sgd', 0.1).arguments['holdout'] == 0.1
     assert 'holdout' not in made.training('sgd', 0, 0.1).arguments
 
 
@@ -52,13 +36,11 @@ def test_a_trial_goes_on_where_it_was_and_takes_more_seeds(trial):
     assert order == ['runs/repopt/seed-0', 'runs/sgd/seed-1', 'runs/repopt/seed-1']
 
 
-def test_half_a_run_is_not_finished(trial):
-    made = trial('--arms', 'sgd', '--seeds', '1', '--lr', '0.1', '--epochs', '4')
-    run = made.training('sgd', 0, 0.1)
-    fake_run(run, 50)
-    path = run.folder / 'summary.csv'
+def test_half_a_run_is_not_finished(trained):
+    made = trained('--arms', 'sgd', '--seeds', '1', '--epochs', '4')
+    path = made.training('sgd', 0, 0.1).folder / 'summary.csv'
     path.write_text('\n'.join(path.read_text().splitlines()[:3]) + '\n')
-    assert [each.folder for each in made.open_runs()] == [run.folder]
+    assert [each.folder for each in made.open_runs()] == [path.parent]
 
 
 def test_runs_that_diverge_are_never_the_best_nor_tried_again(trial):
@@ -72,58 +54,45 @@ def test_a_search_precedes_what_trains_with_its_scales_and_does_not_see_held_out
     assert order[0] == 'searches/tuning' and order[-2:] == ['searches/seed-0', 'runs/search/seed-0']
     tuned = made.tuning('search', 0.2)
     assert tuned.arguments['scales'].endswith('searches/tuning/scales.safetensors')
-    assert tuned.after.arguments['holdout'] == tuned.arguments['holdout']
-    assert tuned.after.arguments['weight_decay'] == 4e-5 and 'lr' not in tuned.after.arguments
+    assert tuned.search.arguments['holdout'] == tuned.arguments['holdout']
+    assert tuned.search.arguments['weight_decay'] == 4e-5 and 'lr' not in tuned.search.arguments
     assert made.training('search', 0, 0.2).arguments['scales'].endswith('searches/seed-0/scales.safetensors')
-
-
-OTHER_PROTOCOLS = [
-    '--lr 0.2',
-    '--epochs 9',
-    '--crop-pct 0.5',
-    '--interpolation bicubic',
-    '--val-split test',
-    '--val-interval 2',
-    '--cooldown-epochs 1',
-    '--channels-last',
-    '--grad-checkpointing',
-    '--batch-size 64',
-    '--train-images 9',
-]
-
-
-@pytest.mark.parametrize('words', OTHER_PROTOCOLS)
-def test_seeds_of_two_protocols_are_not_pooled(trial, trained, words):
-    trained('--lr', '0.1', '--arms', 'sgd')
-    with pytest.raises(ValueError, match=f'with other arguments: {words.split()[0][2:].replace("-", "_")} '):
-        trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5', *words.split())
 
 
 @pytest.mark.parametrize(
     'words',
     [
-        '--workers 2 --pin-mem',
-        '--cache-images',
-        '--device cpu',
-        '--jobs 2 --threads 1',
-        '--validation-batch-size 9',
-        '--checkpoint-hist 9',
-        '--log-interval 9 --log-tensorboard',
+        '--epochs 9',
+        '--crop-pct 0.5',
+        '--val-split test',
+        '--val-interval 2',
+        '--cooldown-epochs 1',
+        '--channels-last',
+        '--batch-size 64',
+        '--train-images 9',
     ],
 )
-def test_where_a_trial_is_computed_may_change(trial, trained, words):
-    trained('--lr', '0.1', '--arms', 'sgd')
-    trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5', *words.split())
+def test_seeds_of_two_protocols_are_not_pooled(trial, trained, words):
+    trained('--arms', 'sgd')
+    with pytest.raises(ValueError, match=f'with other arguments: {words.split()[0][2:].replace("-", "_")} '):
+        trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5', *words.split())
+
+
+def test_where_a_trial_is_computed_may_change(trial, trained):
+    trained('--arms', 'sgd')
+    words = '--workers 2 --pin-mem --device cpu --jobs 2 --threads 1 --validation-batch-size 9 --checkpoint-hist 9'
+    trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5', '--log-interval', '9', '--log-tensorboard', *words.split())
+    with pytest.raises(ValueError, match=r'lr 0\.1 -> 0\.2'):
+        trial('--lr', '0.2', '--arms', 'sgd')
 
 
 def test_an_argument_that_an_older_folder_lacks_had_its_default(trial, trained):
-    words = ['--lr', '0.1', '--arms', 'sgd']
-    path = trained(*words).folder / 'shared.yaml'
+    words = ['--lr', '0.1', '--arms', 'sgd', '--seeds', '5']
+    path = trained('--arms', 'sgd').folder / 'shared.yaml'
     path.write_text(''.join(line for line in path.open() if not line.startswith('smoothing')))
-    trial(*words, '--seeds', '5')
     with pytest.raises(ValueError, match=r'smoothing 0\.1 -> 0\.3'):
-        path.write_text(''.join(line for line in path.open() if not line.startswith('smoothing')))
-        trial(*words, '--seeds', '5', '--smoothing', '0.3')
+        trial(*words, '--smoothing', '0.3')
+    trial(*words)
 
 
 def test_a_folder_in_which_nothing_has_trained_takes_other_arguments(trial):
@@ -133,28 +102,29 @@ def test_a_folder_in_which_nothing_has_trained_takes_other_arguments(trial):
 
 
 def test_a_network_that_cannot_be_made_changes_nothing(images, trained, tmp_path, capsys):
-    words = ['--data', str(images), '--device', 'cpu', '--lr', '0.1', '--channels-last', '--img-size', '96']
+    words = ['--data', str(images), '--device', 'cpu', '--channels-last', '--img-size', '96']
     folder = trained(*words, '--arms', 'sgd').folder
     before = (folder / 'trial.yaml').read_text()
-    assert main(['trial', TINY, *words, '--output', str(folder), '--arms', 'branches']) == 1
+    words = ['trial', TINY, *words, '--lr', '0.1', '--output']
+    assert main([*words, str(folder), '--arms', 'branches']) == 1
     assert 'corrupts memory' in capsys.readouterr().err
     assert (folder / 'trial.yaml').read_text() == before
-    assert main(['trial', TINY, *words, '--output', str(tmp_path / 'fresh'), '--model-kwargs', 'nonsense=1']) == 1
+    assert main([*words, str(tmp_path / 'fresh'), '--model-kwargs', 'nonsense=1']) == 1
     assert 'nonsense' in capsys.readouterr().err
     assert not (tmp_path / 'fresh/trial.yaml').exists()
 
 
 def test_a_reference_stays_until_another_is_named(trial, trained):
-    words = ['--lr', '0.1', '--arms', 'sgd', 'init', 'repopt']
-    folder = trained(*words, '--reference', 'init').folder
-    trial(*words, '--seeds', '5')
+    words = ['--lr', '0.1', '--arms', 'sgd', 'init', 'repopt', '--seeds', '5']
+    folder = trained('--arms', 'sgd', 'init', 'repopt', '--reference', 'init').folder
+    trial(*words)
     assert open_trial(folder).settings.reference == 'init'
-    trial(*words, '--seeds', '5', '--reference', 'repopt')
+    trial(*words, '--reference', 'repopt')
     assert open_trial(folder).settings.reference == 'repopt'
 
 
 def test_arms_without_a_search_leave_what_the_search_was(trial, trained):
-    folder = trained('--lr', '0.1', '--arms', 'sgd', 'search', '--search', '3').folder
+    folder = trained('--arms', 'sgd', 'search', '--search', '3').folder
     trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5')
     found = open_trial(folder).settings
     assert (found.arms, found.search, len(found.seeds)) == (['sgd', 'search'], 3, 5)
@@ -163,8 +133,8 @@ def test_arms_without_a_search_leave_what_the_search_was(trial, trained):
 
 
 def test_given_scales_have_an_arm_each(trial, trained):
-    words = ['--lr', '0.1', '--scales', 'mine.safetensors', 'published=b1.csv', '--arms']
-    made = trained(*words, 'published', 'scales', 'sgd', '--reference', 'published')
+    words = ['--scales', 'mine.safetensors', 'published=b1.csv', '--arms', 'published', 'scales', 'sgd']
+    made = trained(*words)
     given = {arm: made.training(arm, 0, 0.1).arguments.get('scales') for arm in made.settings.arms}
     assert given == {'sgd': None, 'scales': 'mine.safetensors', 'published': 'b1.csv'}
     trial('--lr', '0.1', '--scales', 'third=c.csv')
@@ -187,9 +157,7 @@ def test_given_scales_are_known_by_their_fingerprint(trial, tmp_path):
         call(1)
     initial = Scales.initial(make_network(trial()))
     initial.save(path)
-    made = call(1)
-    assert made.settings.fingerprints == {'mine': initial.fingerprint}
-    fake_run(made.training('mine', 0, 0.1), 50)
+    fake_run(call(1).training('mine', 0, 0.1), 50)
     spread(initial).save(path)
     with pytest.raises(ValueError, match=rf"fingerprints of mine '{initial.fingerprint}' -> "):
         call(2)
