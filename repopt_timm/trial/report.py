@@ -15,12 +15,15 @@ from ..files import write_text
 from ..reporting import markdown_table
 from .arms import arm_of, in_order
 from .pictures import draw_trial, draw_trials
-from .results import SAME_TIME, ArmResult, TrialResult
+from .results import ArmResult, TrialResult
 from .statistics import Interval, is_guessing, seeds_to_show
 from .trial_folder import protocol
 
 # Smaller differences in time are noise on a busy machine.
 _FASTER = 1.15
+
+# Times that differ by this factor at most count as equal: they vary from run to run.
+_SAME_TIME = 1.05
 
 # A difference that a trial should be able to show, in points.
 _POINTS = 2.0
@@ -31,8 +34,8 @@ _logger = logging.getLogger(__name__)
 def report_trial(result: TrialResult) -> str:
     """Writes `report.md`, `report.json`, `epochs.csv` and `report.png` into a trial's folder; returns the first."""
     settings, shared = result.trial.settings, result.trial.shared
-    what = [f'{shared["epochs"]} epochs', f'batch {shared["batch_size"]}']
-    what.append(f'seeds {", ".join(map(str, settings.seeds))}')
+    seeds = ', '.join(map(str, settings.seeds))
+    what = [f'{shared["epochs"]} epochs', f'batch {shared["batch_size"]}', f'seeds {seeds}']
     if shared['train_images']:
         what.append(f'{shared["train_images"]} training images')
     if shared['model_kwargs']:
@@ -65,20 +68,18 @@ def report_trial(result: TrialResult) -> str:
 def report_trials(results: Sequence[TrialResult], folder: Path) -> str:
     """Writes one report of several trials, with budgets compared at equal wall time if the trials share all else."""
     in_turn = sorted(results, key=lambda result: (result.convolutions, result.length))
-    names = {
-        result: [result.trial.folder.name, str(result.convolutions or '-'), str(result.length)] for result in in_turn
-    }
     arms = in_order(arm for result in in_turn for arm in result.arms)
     searched = any(arm.search_seconds for result in in_turn for arm in result.arms.values())
-    beside = [
-        [*names[result], *(_accuracy(result.arms[arm]) if arm in result.arms else '-' for arm in arms)]
-        for result in in_turn
-    ]
-    rows = [
-        [*names[result], arm.name, *_scores(result, arm), _number(arm.seconds, '.0f', ' s')]
-        for result in in_turn
-        for arm in result.arms.values()
-    ]
+    beside, rows, sections = [], [], []
+    for result in in_turn:
+        name, each = result.trial.folder.name, result.arms
+        cells = [name, str(result.convolutions or '-'), str(result.length)]
+        beside.append([*cells, *(_accuracy(each[arm]) if arm in each else '-' for arm in arms)])
+        for arm in each.values():
+            rows.append([*cells, arm.name, *_scores(result, arm), _number(arm.seconds, '.0f', ' s')])
+        sections += [f'## {name}', _bullets(_verdict(result))]
+    if equal := list(_equal_times(in_turn)):
+        sections += ['## Equal wall time', _bullets(equal)]
     head = ['trial', 'convolutions', 'epochs', 'arm', 'lr', 'seeds', 'top-1, 95 %', 'difference, 95 %', 'wall time']
     parts = [
         f'# {len(results)} trials',
@@ -87,13 +88,11 @@ def report_trials(results: Sequence[TrialResult], folder: Path) -> str:
         f'training time of one run{" and of its search" if searched else ""}.',
         markdown_table([*head[:3], *arms], beside, align=True),
         markdown_table(head, rows, align=True),
+        *sections,
     ]
-    for result in in_turn:
-        parts += [f'## {result.trial.folder.name}', _bullets(_verdict(result))]
-    if equal := list(_equal_times(in_turn)):
-        parts += ['## Equal wall time', _bullets(equal)]
-    alike = len({result.trial.folder.name for result in results}) < len(results)
-    values = {str(each.trial.folder) if alike else each.trial.folder.name: _values(each) for each in results}
+    folders = [result.trial.folder for result in results]
+    alike = len({each.name for each in folders}) < len(folders)
+    values = {str(each) if alike else each.name: _values(result) for each, result in zip(folders, results)}
     return _write(folder, parts, values, results, partial(draw_trials, results))
 
 
@@ -204,8 +203,9 @@ def _against(reference: ArmResult, arm: ArmResult) -> str:
     seeds = f'{found.count} seeds'
     numbers = f'{found.mean:+.2f} points, 95 % interval {found.lower:+.2f} to {found.upper:+.2f}'
     if found.excludes_zero:
-        verb = f'{arm.name} is {"better" if found.mean > 0 else "worse"} than {reference.name}'
-        return f'{verb} by {abs(found.mean):.2f} points{among} ({numbers}, {seeds}).'
+        better = 'better' if found.mean > 0 else 'worse'
+        points = f'{abs(found.mean):.2f} points{among}'
+        return f'{arm.name} is {better} than {reference.name} by {points} ({numbers}, {seeds}).'
     text = f'{pair}{among}: no difference that {seeds} can show ({numbers}).'
     if found.half > _POINTS:
         few, many = seeds_to_show(_POINTS, found)
@@ -244,49 +244,41 @@ def _troubles(result: TrialResult, arm: ArmResult) -> list[str]:
 
 def _time_table(result: TrialResult) -> str:
     """Returns accuracies at the wall time of the fastest arm's runs; nothing if all arms take about as long."""
-    arms = [arm for arm in result.arms.values() if arm.mean.count and not math.isnan(arm.seconds)]
-    times = [arm.seconds for arm in arms]
-    if not arms or max(times) < _FASTER * min(times):
+    times = [arm.seconds for arm in result.timed]
+    if not times or max(times) < _FASTER * min(times):
         return ''
     rows, evaluated = [], result.epochs.dropna(subset='eval_top1')
-    for arm in arms:
+    for arm in result.timed:
         own = evaluated[(evaluated['arm'] == arm.name) & evaluated['seed'].isin(arm.top1.dropna().index)]
-        reached = own[arm.seconds_of(own['epoch']) <= min(times) * SAME_TIME].groupby('seed').last()
+        reached = own[arm.seconds_of(own['epoch']) <= min(times) * _SAME_TIME].groupby('seed').last()
         done = 0 if reached.empty else reached['epoch'].max()
         accuracy = _accuracy(arm, Interval.of(reached['eval_top1']))
         rows.append([arm.name, f'{arm.seconds:.0f} s', f'{done} of {result.length}', accuracy])
-    fastest = ', '.join(arm.name for arm in arms if arm.seconds == min(times))
+    fastest = ', '.join(arm.name for arm in result.timed if arm.seconds == min(times))
     title = f'epochs in {min(times):.0f} s ({fastest})'
     return markdown_table(['arm', 'wall time of a run', title, 'top-1 by then, 95 %'], rows, align=True)
 
 
 def _equal_times(results: Sequence[TrialResult]) -> Iterator[str]:
     """Compares the slowest arm of each trial with the longest runs of other arms that take no more time."""
-    runs = [
-        (result, arm)
-        for result in results
-        for arm in result.arms.values()
-        if arm.mean.count and not math.isnan(arm.seconds)
-    ]
-    for result in dict.fromkeys(result for result, _ in runs):
-        slowest = max((arm for owner, arm in runs if owner is result), key=lambda arm: arm.seconds)
-        for name in result.arms:
-            rivals = [
-                (other, arm)
-                for other, arm in runs
-                if name == arm.name != slowest.name
-                and other.length > result.length
-                and arm.seconds <= slowest.seconds * SAME_TIME
-                and _task(other) == _task(result)
-            ]
-            if not rivals:
-                continue
-            longer, rival = max(rivals, key=lambda run: run[1].seconds)
+    for result in results:
+        if not result.timed:
+            continue
+        slowest = max(result.timed, key=lambda arm: arm.seconds)
+        rivals = [
+            arm
+            for other in results
+            if other.length > result.length and _task(other) == _task(result)
+            for arm in other.timed
+            if arm.name != slowest.name and arm.seconds <= slowest.seconds * _SAME_TIME
+        ]
+        longest = {arm.name: arm for arm in sorted(rivals, key=lambda arm: arm.seconds)}
+        for rival in [longest[name] for name in result.arms if name in longest]:
             difference = Interval.of(rival.top1 - slowest.top1)
             known = difference.count < 2 or difference.excludes_zero
+            runs = [f'{arm.name} in {arm.length} epochs ({arm.seconds:.0f} s)' for arm in (rival, slowest)]
             yield (
-                f'{name} in {longer.length} epochs ({rival.seconds:.0f} s) and {slowest.name} in {result.length} '
-                f'epochs ({slowest.seconds:.0f} s){_among(rival, slowest)}: '
+                f'{" and ".join(runs)}{_among(rival, slowest)}: '
                 f'{"" if known else "no difference that the seeds can show, "}{difference.text()} points, '
                 f'{difference.count} seeds.'
             )

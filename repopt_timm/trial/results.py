@@ -16,26 +16,20 @@ from .networks import make_network, read_networks
 from .statistics import Choice, Interval
 from .trial_folder import Trial, open_trial
 
-# Times that differ by this factor at most count as equal: they vary from run to run.
-SAME_TIME = 1.05
-
 
 @dataclass(frozen=True, eq=False)
 class ArmResult:
     """What has come out of an arm so far. Accuracies are in percent, NaN of runs that diverged or are not finished.
 
     Attributes:
-        name: Its name.
-        choice: Its learning rate.
         tuning: Learning rate to accuracy on held-out images.
         top1: Seed to accuracy after the last epoch.
         difference: Mean difference to the reference arm over the seeds that both finished.
         failures: Seeds whose run, or the search before it, diverged, and what with.
         search_failures: Folders of the searches that diverged, and what with.
         costs: What its network costs, see `measure_networks`; nothing if unknown.
-        epoch_seconds: Median time of an epoch over all arms of its network, as only the machine's other work sets them
-            apart; NaN if unknown.
-        search_seconds: Time of the search before a run, 0 without one; NaN if unknown.
+        epoch_seconds: Median over all arms of its network, as only the machine's other work sets them apart.
+        search_seconds: Time of the search before a run, 0 without one; as all times NaN if unknown.
         length: Epochs of a run.
     """
 
@@ -74,14 +68,8 @@ class ArmResult:
 class TrialResult:
     """What has come out of a trial so far.
 
-    Attributes:
-        trial: The trial.
-        reference: Arm that the others are compared with.
-        arms: Its arms by name.
-        epochs: A row for each epoch of each run: `arm`, `seed`, `epoch`, the columns of `summary.csv`, `train_seconds`.
-        length: Epochs of a run.
-        convolutions: Number of convolutions of the plain network, 0 if unknown.
-        search: What the searches did; None without any.
+    `epochs` has a row for each epoch of each run: `arm`, `seed`, `epoch`, the columns of `summary.csv`,
+    `train_seconds`. `length` are the epochs of a run; `convolutions`, of the plain network, are 0 if unknown.
     """
 
     trial: Trial
@@ -91,6 +79,11 @@ class TrialResult:
     length: int
     convolutions: int
     search: Movement | None
+
+    @property
+    def timed(self) -> list[ArmResult]:
+        """The arms with finished runs and known times."""
+        return [arm for arm in self.arms.values() if arm.mean.count and not math.isnan(arm.seconds)]
 
 
 def read_results(folder: Path, reference: str | None = None) -> TrialResult:

@@ -92,10 +92,9 @@ def seeds_to_show(points: float, interval: Interval) -> tuple[int, int]:
     largest = deviation * math.sqrt(degrees / chi2.ppf(0.2, degrees))
 
     def needed(spread: float) -> int:
-        for seeds in range(2, _MOST_SEEDS):
-            if nct.sf(t.ppf(0.975, seeds - 1), seeds - 1, points * math.sqrt(seeds) / spread) >= 0.8:
-                return seeds
-        return _MOST_SEEDS
+        counts = np.arange(2, _MOST_SEEDS)
+        power = nct.sf(t.ppf(0.975, counts - 1), counts - 1, points * np.sqrt(counts) / spread)
+        return int(counts[power >= 0.8].min(initial=_MOST_SEEDS))
 
     return needed(deviation), needed(largest)
 

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -54,17 +54,16 @@ def main(argv: Sequence[str]) -> None:
     trial, device = _check(Trial(folder, read_settings(args, model, shared['epochs']), shared))
     trial = replace(trial, settings=replace(trial.settings, fingerprints=read_fingerprints(trial)))
     joined = trial.joined(args.reference)
-    of_machine = int(os.environ.get('OMP_NUM_THREADS') or max(1, torch.get_num_threads() // args.jobs))
-    threads = args.threads or of_machine
+    threads = args.threads or int(os.environ.get('OMP_NUM_THREADS') or max(1, torch.get_num_threads() // args.jobs))
     torch.set_num_threads(threads)
     measure_networks(trial, trial.settings.classes, device)
     # Only now: a network that cannot be made leaves the folder to the command that is right.
     joined.write()
     try:
         failed = run_all(trial, args.jobs, threads)
-    except KeyboardInterrupt:
+    except InterruptedRunError:
         print('Stopped. The same command continues the trial.', file=sys.stderr)
-        raise
+        raise KeyboardInterrupt from None
     print(report_trial(read_results(trial.folder)))
     print(f'Report, picture, JSON and the CSV of all epochs are in {trial.folder}')
     if failed:
@@ -112,22 +111,18 @@ def run_all(
     """Runs what there is to run until nothing is left, in so many processes of so many threads.
 
     Returns the runs that ended with an error other than that they diverged. On Ctrl-C or SIGTERM the processes end
-    after their batch, and a KeyboardInterrupt is raised.
+    after their batch, and an InterruptedRunError is raised.
     """
-    running: dict[Path, tuple[Run, subprocess.Popen]] = {}
-    failed: dict[Path, Run] = {}
+    running: dict[subprocess.Popen, Run] = {}
+    failed: list[Run] = []
     environment = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
     with postponed_signals():
         try:
             while True:
-                for folder, (run, process) in list(running.items()):
-                    if process.poll() is not None:
-                        del running[folder]
-                        if not _has_outcome(run, process.returncode):
-                            failed[folder] = run
-                ready = [run for run in trial.open_runs() if run.folder not in running | failed]
+                taken = [run.folder for run in (*running.values(), *failed)]
+                ready = [run for run in trial.open_runs() if run.folder not in taken]
                 if not running and not ready:
-                    return list(failed.values())
+                    return failed
                 # A process of a trial that was killed may still be at it.
                 for run in [run for run in ready if not is_busy(run.folder)][: jobs - len(running)]:
                     run.folder.mkdir(parents=True, exist_ok=True)
@@ -135,23 +130,23 @@ def run_all(
                     with open(run.folder / LOG_FILE, 'a', encoding='utf-8') as log:
                         # In a session of its own, as Ctrl-C would reach it twice.
                         streams: Any = {'stdin': subprocess.DEVNULL, 'stdout': log, 'stderr': log}
-                        process = subprocess.Popen(
-                            command(run, trial), env=environment, start_new_session=True, **streams
-                        )
-                    running[run.folder] = run, process
-                raise_if_interrupted()
-                time.sleep(0.2)
-                while running and all(process.poll() is None for _, process in running.values()):
+                        words = command(run, trial)
+                        process = subprocess.Popen(words, env=environment, start_new_session=True, **streams)
+                    running[process] = run
+                ended: list[subprocess.Popen] = []
+                while not ended:
                     raise_if_interrupted()
                     time.sleep(0.2)
-        except InterruptedRunError:
-            raise KeyboardInterrupt from None
+                    ended = [process for process in running if process.poll() is not None]
+                    if not running:
+                        break
+                failed += [run for run in map(running.pop, ended) if not _has_outcome(run)]
         finally:
-            _stop([process for _, process in running.values()])
+            _stop(running)
 
 
-def _has_outcome(run: Run, code: int) -> bool:
-    """Notes the end of a run's process, and returns whether the run has an outcome."""
+def _has_outcome(run: Run) -> bool:
+    """Notes the end of a run's process, and returns whether it finished or diverged."""
     if not math.isnan(run.top1):
         for path in run.folder.glob('*.pth.tar') if run.kind == 'tuning' else ():
             path.unlink()
@@ -159,11 +154,11 @@ def _has_outcome(run: Run, code: int) -> bool:
     elif run.failure:
         _logger.warning(f'{run.folder} diverged: {run.failure}')
     else:
-        _logger.warning(f"{run.folder} ended with exit code {code}: see '{run.folder / LOG_FILE}'.")
+        _logger.warning(f"{run.folder} ended with an error: see '{run.folder / LOG_FILE}'.")
     return not run.is_open
 
 
-def _stop(processes: list[subprocess.Popen]) -> None:
+def _stop(processes: Iterable[subprocess.Popen]) -> None:
     """Lets processes end after their batch; a second Ctrl-C ends them at once."""
     for process in processes:
         process.terminate()

@@ -1,9 +1,4 @@
-"""The folder of a trial, which takes runs of one protocol only.
-
-    trial.yaml, shared.yaml                what the trial is of, and what its runs share
-    tuning/<arm>/lr-<lr>/                  one run for each learning rate, on a part of the training images
-    searches/tuning/, searches/seed-<n>/   hyper-searches
-    runs/<arm>/seed-<n>/                   what the trial is for
+"""The folder of a trial, which takes runs of one protocol only; docs/trial.md shows what is in it.
 
 Each run is an ordinary one of the training command, with `config.yaml` and `train.log` beside its files. All that a
 trial knows of its progress is read from there.
@@ -46,12 +41,8 @@ _FREE = {
 class Run:
     """A run of the training command.
 
-    Attributes:
-        folder: Its folder.
-        kind: `tuning`, `searches` or `runs`.
-        arguments: What it does not share with the other runs.
-        epochs: Epochs that it has in the end.
-        search: A search that it needs the result of.
+    It is one of the `tuning`, `searches` or `runs`, has `epochs` in the end, and needs the result of `search`, if any.
+    Its `arguments` are those that it does not share with the other runs.
     """
 
     folder: Path

@@ -11,8 +11,7 @@ import yaml
 from timm.data import resolve_data_config
 from timm.models import resolve_pretrained_cfg
 
-from ..console import CommandParser
-from ..reporting import positive
+from ..console import CommandParser, number
 from ..tables import read_mapping
 from ..train.parsing import make_parser, parse_arguments, read_config, write_config
 from .arms import ARMS, EXTRA, arms_of
@@ -27,6 +26,7 @@ _NOT_SHARED = (
 # A training of 300 epochs has other needs than a trial of ten.
 _DEFAULTS = {'epochs': 10, 'sched_on_updates': True, 'workers': 0, 'checkpoint_hist': 1}
 
+# Of runs that a learning rate is chosen by.
 _TUNING_SEED = 1000
 
 
@@ -34,21 +34,8 @@ _TUNING_SEED = 1000
 class TrialSettings:
     """What a trial is of: the content of `trial.yaml`.
 
-    Attributes:
-        model: Name of the plain network.
-        arms: Names of the arms.
-        seeds: Seeds.
-        lrs: Learning rates to choose from.
-        lr: Learning rate of all arms, if it is not chosen.
-        holdout: Share of the training images to choose on.
-        tuning_epochs: Epochs of the runs that a choice is made by.
-        tuning_seed: Their seed.
-        scales: Name of an arm to its given scales.
-        search: Epochs of a search.
-        reference: Arm that the others are compared with.
-        fingerprints: Name of an arm to the fingerprint of its given scales, as far as they have been read.
-        classes: Number of classes; None if unknown.
-        held_out: Number of images that learning rates are compared on; None if unknown.
+    `lr` and `search` are None without them, `classes` and `held_out` (images that learning rates are compared on) if
+    unknown. `scales` and `fingerprints` are by arm.
     """
 
     model: str
@@ -97,7 +84,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         '--batch-size or --model-kwargs, but for those that make an arm or a run, such as --opt or --seed.',
         allow_abbrev=False,
     )
-    number, rate = positive(int), positive(float)
+    count, rate = number(int, low=1), number(float, above=0)
     add = parser.add_argument
     add('model', nargs='?', help='plain network, such as repopt_vgg_a0, or any timm model')
     add('-c', '--config', metavar='FILE', help='YAML file of training arguments, or the name of a shipped one')
@@ -108,7 +95,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar='ARM',
         help=f'ways to train: {", ".join(ARMS)}, or NAMEs of --scales [all possible but {" and ".join(EXTRA)}]',
     )
-    add('--seeds', type=number, default=3, metavar='N', help='number of seeds of each arm')
+    add('--seeds', type=count, default=3, metavar='N', help='number of seeds of each arm')
     add('--first-seed', type=int, default=0, metavar='N', help='the first of them')
     add(
         '--lrs',
@@ -116,12 +103,13 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         type=rate,
         default=[0.05, 0.1, 0.2],
         metavar='LR',
-        help='learning rates to choose from, for each arm, in a run on a part of the training images. If the best is '
-        'the lowest or highest, another one beyond it is tried, up to three times',
+        help='learning rates to choose from, for each arm; beyond the lowest and highest if those are the best',
     )
     add('--lr', type=rate, help='learning rate of all arms, instead of choosing')
-    add('--holdout', type=rate, default=0.1, metavar='SHARE', help='share of the training images to choose on')
-    add('--tuning-epochs', type=number, metavar='N', help='epochs of these runs [--epochs]')
+    add(
+        '--holdout', type=number(float, above=0, below=1), default=0.1, help='share of the training images to choose on'
+    )
+    add('--tuning-epochs', type=count, metavar='N', help='epochs of these runs [--epochs]')
     add(
         '--scales',
         nargs='+',
@@ -129,20 +117,18 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar='[NAME=]SOURCE',
         help="scales for the arm 'scales', or for an arm of that NAME: all that `repopt-timm train --scales` takes",
     )
-    add('--search', type=number, metavar='N', help="epochs of the search before each run of the arm 'search'")
+    add('--search', type=count, metavar='N', help="epochs of the search before each run of the arm 'search'")
     add('--reference', metavar='ARM', help='arm that the others are compared with [sgd, or the first]')
-    add('--jobs', type=number, default=1, metavar='N', help='number of runs side by side')
-    add('--threads', type=number, metavar='N', help='threads of each run [OMP_NUM_THREADS, or cores / --jobs]')
+    add('--jobs', type=count, default=1, metavar='N', help='number of runs side by side')
+    add('--threads', type=count, metavar='N', help='threads of each run [OMP_NUM_THREADS, or cores / --jobs]')
     add('--report', nargs='+', metavar='FOLDER', help='only make the report of trials; of several, in --output')
     add('--output', metavar='DIR', help='folder of the trial [output/MODEL-trial]')
     # Its own method is for parsers that know all arguments.
     args, rest = argparse.ArgumentParser.parse_known_args(parser, argv)
-    if args.report and (args.model or rest):
-        raise ValueError('--report goes with --output and --reference alone: nothing trains.')
+    if bool(args.report) == bool(args.model) or (args.report and rest):
+        raise ValueError('Name the MODEL of a trial before all flags, or else give --report the folders of trials.')
     if len(args.report or ()) > 1 and not args.output:
         raise ValueError('--report of several trials needs --output, the folder of their report.')
-    if not args.report and not args.model:
-        raise ValueError('Name the MODEL of a trial before all flags, or give --report the folders of trials.')
     return args, rest
 
 
@@ -153,24 +139,21 @@ def read_settings(args: argparse.Namespace, model: str, epochs: int) -> TrialSet
         name, _, source = word.partition('=')
         if not source or Path(word).exists() or re.search(r'[/\\.:]', name):
             name, source = 'scales', word
-        if not re.fullmatch('[a-z][a-z0-9_]*', name):
-            raise ValueError(f"--scales has '{word}', expected NAME=SOURCE, where a NAME is of a to z, 0 to 9 and _.")
-        if name in scales or (name in ARMS and name != 'scales'):
-            raise ValueError(f"--scales has '{word}', but there is an arm '{name}' already: name it NAME=SOURCE.")
+        if not re.fullmatch('[a-z][a-z0-9_]*', name) or name in scales or (name in ARMS and name != 'scales'):
+            raise ValueError(
+                f"--scales has '{word}', expected NAME=SOURCE, where a NAME is of a to z, 0 to 9 and _ and no arm's."
+            )
         scales[name] = source
     arms = arms_of(model, args.arms, scales, args.search)
-    seeds = list(range(args.first_seed, args.first_seed + args.seeds))
-    reference = args.reference or ('sgd' if 'sgd' in arms else arms[0])
-    if args.lr is None and _TUNING_SEED in seeds:
+    if args.lr is None and args.first_seed <= _TUNING_SEED < args.first_seed + args.seeds:
         raise ValueError(f'--first-seed: learning rates are chosen with the seed {_TUNING_SEED}; take other seeds.')
-    if args.holdout >= 1:
-        raise ValueError(f'--holdout is {args.holdout}, expected a share below 1.')
+    reference = args.reference or ('sgd' if 'sgd' in arms else arms[0])
     if reference not in arms:
         raise ValueError(f"--reference is '{reference}', expected one of the arms: {', '.join(arms)}.")
     return TrialSettings(
         model=model,
         arms=arms,
-        seeds=seeds,
+        seeds=list(range(args.first_seed, args.first_seed + args.seeds)),
         lrs=sorted(set(args.lrs)),
         lr=args.lr,
         holdout=args.holdout,

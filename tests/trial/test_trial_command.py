@@ -8,6 +8,7 @@ import time
 import pytest
 
 from repopt_timm.cli import main
+from repopt_timm.train.interruption import InterruptedRunError
 from repopt_timm.train.run_folder import is_busy
 from repopt_timm.trial.trial_command import run_all
 from repopt_timm.trial.trial_folder import open_trial
@@ -61,7 +62,7 @@ def test_an_interrupted_trial_ends_its_runs(trial, ending):
 
     thread = threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(InterruptedRunError):
         run_all(made, 2, 1, child(SLEEPER))
     thread.join()
     assert ['asked to end' in log.read_text() for log in logs] == [True, True]
