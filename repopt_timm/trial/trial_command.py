@@ -30,7 +30,7 @@ from ..train.validation import check_arguments
 from .arms import target_name
 from .networks import make_network, measure_networks
 from .report import report_trial, report_trials
-from .results import read_results
+from .results import TrialResult
 from .trial_folder import Run, Trial
 from .trial_settings import read_arguments, read_settings, read_shared
 
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     logging.getLogger('repopt_timm').setLevel(logging.INFO)
     args, words = read_arguments(argv)
     if args.report:
-        results = [read_results(Path(folder), args.reference) for folder in args.report]
+        results = [TrialResult(Path(folder), args.reference) for folder in args.report]
         print(report_trials(results, Path(args.output)) if args.output else report_trial(results[0]))
         return
     model = target_name(args.model)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     except InterruptedRunError:
         print('Stopped. The same command continues the trial.', file=sys.stderr)
         raise KeyboardInterrupt from None
-    print(report_trial(read_results(trial.folder)))
+    print(report_trial(TrialResult(trial.folder)))
     print(f'Report, picture, JSON and the CSV of all epochs are in {trial.folder}')
     if failed:
         logs = ', '.join(f"'{run.folder / LOG_FILE}'" for run in failed)

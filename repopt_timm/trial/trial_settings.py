@@ -92,24 +92,22 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add(
         '--arms',
         nargs='+',
-        metavar='ARM',
         help=f'ways to train: {", ".join(ARMS)}, or NAMEs of --scales [all possible but {" and ".join(EXTRA)}]',
     )
-    add('--seeds', type=count, default=3, metavar='N', help='number of seeds of each arm')
-    add('--first-seed', type=int, default=0, metavar='N', help='the first of them')
+    add('--seeds', type=count, default=3, help='number of seeds of each arm')
+    add('--first-seed', type=int, default=0, help='the first of them')
     add(
         '--lrs',
         nargs='+',
         type=rate,
         default=[0.05, 0.1, 0.2],
-        metavar='LR',
         help='learning rates to choose from, for each arm; beyond the lowest and highest if those are the best',
     )
     add('--lr', type=rate, help='learning rate of all arms, instead of choosing')
     add(
         '--holdout', type=number(float, above=0, below=1), default=0.1, help='share of the training images to choose on'
     )
-    add('--tuning-epochs', type=count, metavar='N', help='epochs of these runs [--epochs]')
+    add('--tuning-epochs', type=count, help='epochs of these runs [--epochs]')
     add(
         '--scales',
         nargs='+',
@@ -117,10 +115,10 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar='[NAME=]SOURCE',
         help="scales for the arm 'scales', or for an arm of that NAME: all that `repopt-timm train --scales` takes",
     )
-    add('--search', type=count, metavar='N', help="epochs of the search before each run of the arm 'search'")
-    add('--reference', metavar='ARM', help='arm that the others are compared with [sgd, or the first]')
-    add('--jobs', type=count, default=1, metavar='N', help='number of runs side by side')
-    add('--threads', type=count, metavar='N', help='threads of each run [OMP_NUM_THREADS, or cores / --jobs]')
+    add('--search', type=count, help="epochs of the search before each run of the arm 'search'")
+    add('--reference', help='arm that the others are compared with [sgd, or the first]')
+    add('--jobs', type=count, default=1, help='number of runs side by side')
+    add('--threads', type=count, help='threads of each run [OMP_NUM_THREADS, or cores / --jobs]')
     add('--report', nargs='+', metavar='FOLDER', help='only make the report of trials; of several, in --output')
     add('--output', metavar='DIR', help='folder of the trial [output/MODEL-trial]')
     # Its own method is for parsers that know all arguments.

@@ -9,7 +9,7 @@ from repopt_timm.trial.arms import ARMS as ALL
 from repopt_timm.trial.networks import make_network
 from repopt_timm.trial.pictures import draw_trials
 from repopt_timm.trial.report import report_trial, report_trials
-from repopt_timm.trial.results import read_results
+from repopt_timm.trial.results import TrialResult
 
 from .conftest import fake_run, run_trial
 
@@ -17,11 +17,11 @@ COSTS = {'parameters': 1e6, 'activations': 2e6, 'convolutions': 6, 'step_seconds
 
 
 def report(made):
-    return report_trial(read_results(made.folder))
+    return report_trial(TrialResult(made.folder))
 
 
 def reports(*trials):
-    return report_trials([read_results(each.folder) for each in trials], trials[0].folder / 'report')
+    return report_trials([TrialResult(each.folder) for each in trials], trials[0].folder / 'report')
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_arms_of_one_network_take_one_time_and_a_search_counts_among_its_arms(tr
     (made.training('search', 0, 0.1).search.folder / 'scales.safetensors').unlink()
     for arm, seconds in (('branches', 4), ('init', 3), ('repopt', 1), ('search', 2)):
         fake_run(made.training(arm, 0, 0.1), 40, seconds=seconds)
-    arms = read_results(made.folder).arms
+    arms = TrialResult(made.folder).arms
     assert {name: arm.epoch_seconds for name, arm in arms.items()} == {
         'branches': 4,
         'init': 2,
@@ -158,7 +158,7 @@ def test_trials_of_several_depths_have_one_report(finished, tmp_path):
     assert cells[-1][:4] == ['deep', '20', '4', 'repopt'] and cells[-1][7].startswith('+2.10 (')
     assert len((tmp_path / 'both/epochs.csv').read_text().splitlines()) == 1 + 2 * 16
     for results, panels in ([deep, shallow], ['convolutions', 'seconds']), ([deep, deep], ['seconds']):
-        figure = draw_trials([read_results(each.folder) for each in results], tmp_path / 'picture.png')
+        figure = draw_trials([TrialResult(each.folder) for each in results], tmp_path / 'picture.png')
         assert [axes.get_xlabel().split()[0] for axes in figure.axes] == panels
 
 
@@ -168,7 +168,7 @@ def test_all_arms_and_given_scales_look_different(trial, tmp_path):
     made = trial(*words)
     for arm in made.settings.arms:
         fake_run(made.training(arm, 0, 0.1), 50)
-    lines = draw_trials([read_results(made.folder)], tmp_path / 'picture.png').legends[0].legend_handles
+    lines = draw_trials([TrialResult(made.folder)], tmp_path / 'picture.png').legends[0].legend_handles
     looks = {(line.get_color(), line.get_marker()) for line in lines}
     assert len({color for color, _ in looks}) == len(looks) == len(made.settings.arms) + 1
 
