@@ -9,7 +9,6 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import __version__
@@ -23,8 +22,6 @@ from ..train.validation import check_device_name
 
 # Larger than what float64 rounds in a short training, smaller than what a wrong Grad Mult does in two steps.
 _TOLERANCE = 1e-8
-
-_BATCH_SIZE = 8
 
 
 def add_commands(commands: Any) -> None:
@@ -92,7 +89,7 @@ def check_equivalence(
     found = load_scales(scales or _default(model_name), timm.create_model(name.of_kind('target'), **kwargs))
     csla: Any = timm.create_model(name.of_kind('csla'), scales=found, **kwargs).to(device, torch.float64)
     channels = kwargs.get('in_chans') or csla.pretrained_cfg['input_size'][0]
-    shape = (_BATCH_SIZE, channels, img_size, img_size)
+    shape = (8, channels, img_size, img_size)
     for module in csla.modules():
         if isinstance(module, _BatchNorm):
             module.momentum = 1.0
@@ -116,7 +113,10 @@ def check_equivalence(
                 f'{model_name} diverges in step {step + 1} of {steps} on random images of {img_size} px, which shows '
                 f'nothing. Try a larger --img-size.'
             )
-    deviation = _deviation(to_plain(csla), plain)
+    merged, other = to_plain(csla).state_dict(), plain.state_dict()
+    tensors = [(a.double(), other[key].double()) for key, a in merged.items() if a.is_floating_point()]
+    # Of a tensor, as Python's own would pass over a NaN.
+    deviation = torch.stack([(a - b).norm() / b.norm().clamp_min(1e-300) for a, b in tensors]).max().item()
     return {'model': model_name, 'scales': found.fingerprint, 'deviation': deviation, 'right': deviation <= _TOLERANCE}
 
 
@@ -125,10 +125,3 @@ def _default(model_name: str) -> ScalesSource:
         return default_scales(model_name)
     except ValueError:
         return 'initial'
-
-
-def _deviation(first: nn.Module, second: nn.Module) -> float:
-    other = second.state_dict()
-    tensors = [(a.double(), other[name].double()) for name, a in first.state_dict().items() if a.is_floating_point()]
-    # Of a tensor, as Python's own would pass over a NaN.
-    return torch.stack([(a - b).norm() / b.norm().clamp_min(1e-300) for a, b in tensors]).max().item()
