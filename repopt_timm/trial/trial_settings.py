@@ -123,7 +123,8 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add('--output', metavar='DIR', help='folder of the trial [output/MODEL-trial]')
     # Its own method is for parsers that know all arguments.
     args, rest = argparse.ArgumentParser.parse_known_args(parser, argv)
-    if bool(args.report) == bool(args.model) or (args.report and rest):
+    is_named = bool(argv) and argv[0] == args.model
+    if bool(args.report) == is_named or (args.report and rest):
         raise ValueError('Name the MODEL of a trial before all flags, or else give --report the folders of trials.')
     if len(args.report or ()) > 1 and not args.output:
         raise ValueError('--report of several trials needs --output, the folder of their report.')
@@ -167,7 +168,8 @@ def read_shared(model: str, config: str | None, data: str | None, words: Sequenc
     """Returns the arguments that all runs share: those of a config, replaced by words of the training command."""
     given, default = vars(parse_arguments(words)), vars(parse_arguments([]))
     if refused := [name for name in _NOT_SHARED if given.get(name) != default.get(name)]:
-        raise ValueError(f'A trial sets {", ".join(refused)} itself: remove --{refused[0].replace("_", "-")}.')
+        flag = '--' + refused[0].replace('_', '-')
+        raise ValueError(f'{flag} is not for the runs of a trial. `repopt-timm trial --help` shows its own arguments.')
     values: dict[str, Any] = read_config(config) if config else {}
     folder = data or values.get('data_dir')
     if folder and Path(folder).name in ('', '..'):

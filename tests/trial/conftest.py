@@ -34,18 +34,18 @@ def trained(trial):
 
 
 def fake_run(run, top1, seconds=1.0):
-    """Leaves what a training with this accuracy leaves in the end, or one that diverged if it is None."""
+    """Leaves what a training with this accuracy leaves in the end, or one that diverged at last if it is None."""
     run.folder.mkdir(parents=True, exist_ok=True)
     if top1 is None:
         (run.folder / 'diverged.txt').write_text('The training loss of epoch 2 is not finite.\n')
-        return
+    elif run.kind == 'searches':
+        (run.folder / 'scales.safetensors').touch()
+    top1 = top1 or 10
     epochs = range(1, run.epochs + 1)
     lines = [f'{epoch},0.1,{3 - epoch / 10},2,{top1 * epoch / run.epochs},99' for epoch in epochs]
     head = 'epoch,lr,train_loss,eval_loss,eval_top1,eval_top5'
     (run.folder / 'summary.csv').write_text('\n'.join([head, *lines, '']))
     (run.folder / 'times.csv').write_text(''.join(['epoch,train_seconds\n', *(f'{n},{seconds}\n' for n in epochs)]))
-    if run.kind == 'searches':
-        (run.folder / 'scales.safetensors').touch()
 
 
 def run_trial(trial, top1):
