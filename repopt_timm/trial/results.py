@@ -33,6 +33,7 @@ class ArmResult:
         length: Epochs of a run.
     """
 
+    # Known once all arms are.
     difference: Interval
     epoch_seconds: float
 
@@ -49,7 +50,7 @@ class ArmResult:
             for seed, run in runs.items()
             for row in run.history()
         ]
-        rates = sorted(float(path.name[3:]) for path in (trial.folder / 'tuning' / name).glob('lr-*'))
+        rates = sorted(float(path.name.removeprefix('lr-')) for path in (trial.folder / 'tuning' / name).glob('lr-*'))
         self.tuning = {lr: trial.tuning(name, lr).top1 for lr in rates}
         searches = trial.searches(name)
         self.search_failures = {run.folder.name: run.failure for run in searches if run.failure}
