@@ -23,7 +23,7 @@ RULES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 
 def main() -> None:
-    args = parse(__doc__, 'repopt_vgg_b1')
+    args = parse(__doc__)
     for name in args.model:
         model = timm.create_model(name).to(args.device)
         parameters = list(model.parameters())

@@ -12,7 +12,7 @@ from repopt_timm.trial.networks import activation_bytes, training_step
 
 
 def main() -> None:
-    args = parse(__doc__, 'repopt_vgg_b1')
+    args = parse(__doc__)
     images, labels = images_and_labels(args)
     for name in args.model:
         branches = ModelName.parse(name).of_kind('branches')

@@ -14,12 +14,12 @@ import repopt_timm
 from repopt_timm.reporting import cpu_name, markdown_table, take_turns
 
 
-def parse(description: str | None, *models: str, img_size: int = 224, batch_size: int = 8) -> argparse.Namespace:
+def parse(description: str | None) -> argparse.Namespace:
     """Parses the command line of a benchmark, and makes torch work on its threads."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--model', nargs='+', default=list(models), help='plain networks')
-    parser.add_argument('--img-size', type=int, default=img_size)
-    parser.add_argument('--batch-size', type=int, default=batch_size, help='at least 3')
+    parser.add_argument('--model', nargs='+', default=['repopt_vgg_b1'], help='plain networks')
+    parser.add_argument('--img-size', type=int, default=224)
+    parser.add_argument('--batch-size', type=int, default=8, help='at least 3')
     parser.add_argument('--amp-dtype', choices=('bfloat16', 'float16'), help='lower precision of the forward pass')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads())
@@ -61,19 +61,10 @@ def time_table(
     before: Callable[[], Any] = lambda: None,
     columns: Mapping[str, Mapping[str, str]] | None = None,
 ) -> str:
-    """Times calls, and compares them with the first.
+    """Times calls by name, and compares them with the first, in a table of medians and quartiles.
 
-    Contenders take turns in one process, in rounds whose order rotates, so that all of them meet the same machine.
-
-    Args:
-        title: What is timed.
-        calls: Name to what is timed.
-        args: From `parse`.
-        before: Called before each call, and not timed.
-        columns: Title of a further column to its cells by name.
-
-    Returns:
-        A table of median times, and medians of the ratios within a round with their quartiles.
+    Contenders take turns in one process, in rounds whose order rotates, so that all of them meet the same machine. What
+    is done `before` each call is not timed. Further `columns` have cells by name.
     """
 
     def timer(call: Callable[[], Any]) -> Callable[[], float]:

@@ -1,11 +1,10 @@
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
 from .helpers import TINY
-from .train.runs import ENVIRONMENT
 
 FOLDER = Path(__file__).parents[1] / 'benchmarks'
 
@@ -18,11 +17,13 @@ FOLDER = Path(__file__).parents[1] / 'benchmarks'
         ('search', [TINY, f'{TINY}_hs']),
     ],
 )
-def test_a_benchmark_compares_its_contenders(script, contenders):
+def test_a_benchmark_compares_its_contenders(script, contenders, monkeypatch, capsys):
     words = ['--model', TINY, '--img-size', '32', '--batch-size', '3', '--rounds', '2', '--device', 'cpu']
-    command = [sys.executable, str(FOLDER / f'{script}.py'), *words]
-    found = subprocess.run(command, env=ENVIRONMENT, check=True, capture_output=True, text=True, timeout=300).stdout
-    rows = {cells[1].strip(): cells[2:] for line in found.splitlines() if len(cells := line.split('|')) > 3}
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setattr(sys, 'argv', [script, *words, '--threads', '1'])
+    runpy.run_path(str(FOLDER / f'{script}.py'), run_name='__main__')
+    lines = capsys.readouterr().out.splitlines()
+    rows = {cells[1].strip(): cells[2:] for line in lines if len(cells := line.split('|')) > 3}
     assert set(contenders) <= set(rows)
     first, last = rows[contenders[0]], rows[contenders[-1]]
     assert first[0].strip().endswith('ms') and not first[1].strip() and ' to ' in last[1]

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from repopt_timm.deploy import QuantizationOptions, compare_int8
 from repopt_timm.reporting import markdown_table
-from repopt_timm.trial.intervals import Interval
-from repopt_timm.trial.report import interval_text
+from repopt_timm.trial.statistics import Interval
 
 COLUMNS = ['arm', 'seed', 'weights', 'equalized', 'float32', 'int8', 'drop', 'dead channels removed']
 
@@ -49,7 +48,7 @@ def table(rows: list[dict[str, str]]) -> str:
     for (arm, equalized, weights), members in found.items():
         drops = [-float(row['drop']) for row in members]
         mean = Interval.of([float(row['float32']) for row in members]).mean
-        loss = interval_text(Interval.of(drops))
+        loss = Interval.of(drops).text()
         form = 'yes' if equalized == '1' else ''
         cells.append([arm, form, weights, str(len(drops)), f'{mean:.2f}', loss, f'{min(drops):+.2f}'])
     return markdown_table(['arm', 'equalized', 'weights', 'seeds', 'float32', 'INT8, 95 %', 'worst'], cells, align=True)

@@ -1,27 +1,31 @@
-"""The `repopt-timm doctor` command."""
+"""`repopt-timm doctor`: trains a CSLA network with SGD and its plain twin with RepOptSGD, and compares them."""
 
 import argparse
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import __version__
+from ..models import ensure_registered
+from ..names import ModelName
+from ..reparam import to_plain
 from ..reporting import add_command, cpu_name, package_versions, positive, print_result
+from ..sources import ScalesSource, default_scales, load_scales
 from ..train.parsing import parse_arguments
 from ..train.validation import check_device_name
-from .equivalence_check import check_equivalence
 
-__all__ = ['add_commands']
+# Larger than what float64 rounds in a short training, smaller than what a wrong Grad Mult does in two steps.
+_TOLERANCE = 1e-8
 
 
 def add_commands(commands: Any) -> None:
-    """Adds `doctor` to the commands of `repopt-timm`.
-
-    Args:
-        commands: What `ArgumentParser.add_subparsers` returned.
-    """
+    """Adds `doctor` to the commands of `repopt-timm`."""
     parser = add_command(commands, 'doctor', _doctor)
     parser.add_argument('--model', default='repopt_vgg_a0', help='target to train on this machine')
     parser.add_argument('--model-kwargs', nargs='*', default=[], metavar='K=V', help='further model arguments')
@@ -58,3 +62,66 @@ def _doctor(args: argparse.Namespace) -> None:
             f'{args.model} does not train right on this machine: {found["deviation"]:.1e} off, expected rounding '
             f'errors. Please report it with the lines above.'
         )
+
+
+def check_equivalence(
+    model_name: str,
+    scales: ScalesSource | None = None,
+    steps: int = 20,
+    img_size: int = 64,
+    device: str = 'cpu',
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Trains both networks side by side from the same start, in float64, on the same random images.
+
+    BatchNorm keeps the statistics of the first batch and dropout is off: both networks are then the same function.
+    Returns `model`, `scales` (their fingerprint), `deviation` (largest relative difference of a tensor), and `right`.
+    """
+    ensure_registered(model_name)
+    name = ModelName.parse(model_name)
+    if not timm.is_model(name.of_kind('csla')):
+        raise ValueError(
+            f"There is no CSLA network of '{model_name}', expected a target such as repopt_vgg_a0, or "
+            f"repopt_resnet18 for timm's resnet18."
+        )
+    kwargs = {'num_classes': 10, **(model_kwargs or {})}
+    torch.manual_seed(0)
+    found = load_scales(scales or _default(model_name), timm.create_model(name.of_kind('target'), **kwargs))
+    csla: Any = timm.create_model(name.of_kind('csla'), scales=found, **kwargs).to(device, torch.float64)
+    channels = kwargs.get('in_chans') or csla.pretrained_cfg['input_size'][0]
+    shape = (8, channels, img_size, img_size)
+    for module in csla.modules():
+        if isinstance(module, _BatchNorm):
+            module.momentum = 1.0
+    with torch.no_grad():
+        csla.train()(torch.randn(shape, dtype=torch.float64).to(device))
+    plain = to_plain(csla.eval())
+    pairs = [
+        (net, create_optimizer_v2(net, rule, lr=0.01, momentum=0.9, weight_decay=1e-4))
+        for net, rule in ((csla, 'sgd'), (plain, 'repopt_sgd'))
+    ]
+    for step in range(steps):
+        images = torch.randn(shape, dtype=torch.float64).to(device)
+        labels = torch.randint(kwargs['num_classes'], shape[:1]).to(device)
+        for net, optimizer in pairs:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(images), labels)
+            loss.backward()
+            optimizer.step()
+        if not loss.isfinite():
+            raise ValueError(
+                f'{model_name} diverges in step {step + 1} of {steps} on random images of {img_size} px, which shows '
+                f'nothing. Try a larger --img-size.'
+            )
+    merged, other = to_plain(csla).state_dict(), plain.state_dict()
+    tensors = [(a.double(), other[key].double()) for key, a in merged.items() if a.is_floating_point()]
+    # Of a tensor, as Python's own would pass over a NaN.
+    deviation = torch.stack([(a - b).norm() / b.norm().clamp_min(1e-300) for a, b in tensors]).max().item()
+    return {'model': model_name, 'scales': found.fingerprint, 'deviation': deviation, 'right': deviation <= _TOLERANCE}
+
+
+def _default(model_name: str) -> ScalesSource:
+    try:
+        return default_scales(model_name)
+    except ValueError:
+        return 'initial'

@@ -6,14 +6,11 @@ from typing import Any
 
 import timm
 
-from ..architectures import ARCHITECTURES
 from ..models import ensure_registered
 from ..names import PREFIX, ModelName
 
-__all__ = ['ARMS', 'EXTRA', 'GIVEN', 'SEARCHED', 'Arm', 'arm_of', 'arms_of', 'in_order', 'target_name']
-
+# Scales of an arm: those of the command line, and those of a search that precedes each run.
 GIVEN, SEARCHED = 'given', 'searched'
-"""Scales of an arm: those of the command line, and those of a search that precedes each run."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +19,7 @@ class Arm:
 
     Attributes:
         title: What it is, in words.
-        arguments: Arguments of the training command that make the arm; `model_kwargs` are added to those that all runs
-            share, and `scales` may be `GIVEN` or `SEARCHED`.
+        arguments: Arguments of the training command that make the arm.
         kind: Kind of the model.
         rate: What the learning rates of the command line are multiplied with.
     """
@@ -39,6 +35,7 @@ class Arm:
         return f'{self.kind} {self.arguments.get("model_kwargs", "")}'
 
 
+# In the order of reports. Scales that were given a name make further arms.
 ARMS: dict[str, Arm] = {
     'branches': Arm("timm's multi-branch network, SGD", {'opt': 'sgd'}, 'branches'),
     'unit_branches': Arm(
@@ -55,10 +52,9 @@ ARMS: dict[str, Arm] = {
     'scales': Arm('RepOptSGD, given scales', {'opt': 'repopt_sgd', 'scales': GIVEN}),
     'search': Arm('RepOptSGD, searched scales', {'opt': 'repopt_sgd', 'scales': SEARCHED}),
 }
-"""Name of an arm to what it is, in the order of reports. Scales that were given a name make further arms."""
 
+# Arms that a trial has only if it is asked for them.
 EXTRA = ('unit_branches', 'adamw')
-"""Arms that a trial has only if it is asked for them."""
 
 
 def arm_of(name: str) -> Arm:
@@ -73,11 +69,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def target_name(model: str) -> str:
-    """Returns the name of the plain network that a trial is of; `resnet18` means `repopt_resnet18`.
-
-    Raises:
-        ValueError: If timm does not know it, or it is a search or CSLA model, or has a tag or repository.
-    """
+    """Returns the name of the plain network that a trial is of; `resnet18` means `repopt_resnet18`."""
     if ModelName.parse(model).kind != 'target' or any(mark in model for mark in '.:/'):
         raise ValueError(f"The model is '{model}', expected the name of a plain network, such as repopt_vgg_a0.")
     full = model if PREFIX in model else PREFIX + model
@@ -88,31 +80,19 @@ def target_name(model: str) -> str:
 
 
 def arms_of(model: str, names: Sequence[str] | None, scales: Iterable[str], search: int | None) -> list[str]:
-    """Returns the arms of a trial, in the order of reports.
-
-    Args:
-        model: Name of the plain network.
-        names: Arms that were asked for. Defaults to all that there can be, but `EXTRA`.
-        scales: Names of given scales.
-        search: Epochs of a search.
-
-    Raises:
-        ValueError: If an arm cannot be.
-    """
+    """Returns the arms of a trial: those of `names`, or all that there can be but `EXTRA`."""
     possible = in_order([*ARMS, *scales])
-    reasons = {}
     branches = ModelName.parse(model).of_kind('branches')
+    lacking = {}
     if not timm.is_model(branches):
-        reasons['branches'] = reasons['unit_branches'] = f'timm has no {branches}. Choose other arms.'
-    elif model not in ARCHITECTURES:
-        reasons['unit_branches'] = f'the BatchNorms of {branches} start at 1 anyway. Choose branches.'
+        lacking['branches'] = lacking['unit_branches'] = f'a {branches} in timm'
     if 'scales' not in scales:
-        reasons['scales'] = 'it needs scales. Give them with --scales SOURCE.'
+        lacking['scales'] = 'scales: give them with --scales SOURCE'
     if not search:
-        reasons['search'] = 'it needs a search. Give its epochs with --search N.'
+        lacking['search'] = 'a search: give its epochs with --search N'
     for name in names or ():
         if name not in possible:
             raise ValueError(f"--arms has '{name}', expected one of {', '.join(possible)}, or a name of --scales.")
-        if name in reasons:
-            raise ValueError(f"--arms has '{name}', but {reasons[name]}")
-    return [name for name in possible if name in (names or set(possible) - {*reasons, *EXTRA})]
+        if name in lacking:
+            raise ValueError(f"--arms has '{name}', which needs {lacking[name]}.")
+    return [name for name in possible if name in (names or set(possible) - {*lacking, *EXTRA})]

@@ -22,8 +22,6 @@ from ..train.validation import check_layout
 from .arms import arm_of
 from .trial_folder import Trial
 
-__all__ = ['activation_bytes', 'make_network', 'measure_networks', 'read_networks', 'training_step']
-
 _FILE = 'networks.json'
 _COSTS = ('parameters', 'convolutions', 'activations', 'step_seconds')
 _ROUNDS = 5
@@ -32,11 +30,7 @@ _logger = logging.getLogger(__name__)
 
 
 def read_networks(trial: Trial) -> dict[str, dict[str, float]]:
-    """Reads what `measure_networks` wrote; nothing if it did not.
-
-    Raises:
-        ValueError: If the file is damaged; names it.
-    """
+    """Reads what `measure_networks` wrote; nothing if it did not."""
     path = trial.folder / _FILE
     found = read_mapping(path) if path.exists() else {}
     try:
@@ -49,16 +43,7 @@ def measure_networks(trial: Trial, num_classes: int | None, device: torch.device
     """Measures the network of each arm, and writes `networks.json`: arm to numbers.
 
     `parameters` in training, `convolutions`, `activations` (bytes that a forward pass saves for each image, in the
-    precision of the trial), and `step_seconds` (median of a training step; the networks take turns, so that ratios hold
-    on a busy machine).
-
-    Args:
-        trial: The trial.
-        num_classes: Number of classes.
-        device: Device of the runs.
-
-    Raises:
-        ValueError: If a network cannot be made, or does not take images of this size.
+    precision of the trial), and `step_seconds` (median of a training step, in turns).
     """
     # Until something has trained they may be of other arguments.
     known = read_networks(trial) if trial.has_trained() else {}
@@ -111,15 +96,7 @@ def make_network(trial: Trial, arm: str = 'sgd', num_classes: int | None = 1000)
 def training_step(
     model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype | None = None, opt: str = 'sgd'
 ) -> Callable[[], None]:
-    """Returns a training step of a model on a batch, which waits until the device has finished it.
-
-    Args:
-        model: The model.
-        images: Images.
-        labels: Their classes.
-        dtype: Lower precision of the forward pass, if any.
-        opt: Optimizer.
-    """
+    """Returns a training step, which waits until the device has finished it; its forward pass is in `dtype`, if any."""
     optimizer = create_optimizer_v2(model.train(), opt, lr=1e-3, momentum=0.9, weight_decay=4e-5)
 
     def step() -> None:
@@ -133,16 +110,9 @@ def training_step(
 
 
 def activation_bytes(model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype | None = None) -> int:
-    """Returns the memory that a forward pass saves for the backward pass for each image.
+    """Returns the memory that a forward pass saves for the backward pass for each image, of three images or more.
 
-    Tensors that share their memory count once. What is saved for the kernels alone does not depend on the number of
-    images, and does not count.
-
-    Args:
-        model: The model.
-        images: Three images or more.
-        labels: Their classes.
-        dtype: Lower precision of the forward pass, if any.
+    Tensors that share their memory count once; what is saved for the kernels alone does not count.
     """
     saved = []
     for count in (2, 3):

@@ -1,65 +1,49 @@
 """Pictures of trials: accuracy against epochs, wall time and depth, and differences with their intervals."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from ..plot import save_figure, subplots
 from .arms import ARMS, in_order
 from .results import TrialResult
 
-__all__ = ['draw_trial', 'draw_trials']
-
 # The first are those of `ARMS`, the others those of given scales.
 _COLORS = (*(f'C{place}' for place in range(10)), 'k', 'gold', 'navy', 'lime', 'maroon', 'teal')
 _MARKERS = 'os^DvPX<>p*hd'
 
-# Lines and fillings of markers, for each number of epochs.
-_BUDGETS: list[tuple[Any, str]] = [
-    ('-', 'full'),
-    ('--', 'none'),
-    (':', 'left'),
-    ('-.', 'bottom'),
-    ((0, (5, 1, 1, 1, 1, 1)), 'top'),
-]
+# For each number of epochs.
+_LINES, _FILLS = ('-', '--', ':', '-.'), ('full', 'none', 'left', 'bottom')
 
 
-def _styles(arms: Iterable[str]) -> dict[str, dict[str, Any]]:
+def _styles(arms: Collection[str]) -> dict[str, dict[str, Any]]:
     """Returns arm to color and marker; those of `ARMS` look alike in all pictures."""
-    arms = in_order(arms)
-    places = {arm: place for place, arm in enumerate([*ARMS, *(arm for arm in arms if arm not in ARMS)])}
     return {
-        arm: {'color': _COLORS[places[arm] % len(_COLORS)], 'marker': _MARKERS[places[arm] % len(_MARKERS)]}
-        for arm in arms
+        arm: {'color': _COLORS[place % len(_COLORS)], 'marker': _MARKERS[place % len(_MARKERS)]}
+        for place, arm in enumerate(dict.fromkeys([*ARMS, *arms]))
+        if arm in arms
     }
 
 
 def draw_trial(result: TrialResult, path: Path) -> None:
-    """Draws mean accuracy and range over seeds against epochs and against wall time, and differences with intervals.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
+    """Draws mean accuracy and range over seeds against epochs and wall time, and differences with intervals."""
     figure, (epochs, times, differences) = subplots(1, 3, (14, 4), layout='constrained')
-    styles = _styles(result.choices)
-    for arm, rows in result.epochs.dropna(subset='eval_top1').groupby('arm', sort=False):
+    styles = _styles(result.arms)
+    for name, rows in result.epochs.dropna(subset='eval_top1').groupby('arm', sort=False):
         curve = rows.groupby('epoch')['eval_top1'].agg(['mean', 'min', 'max'])
-        for axes, x in ((epochs, curve.index), (times, result.seconds(arm, curve.index))):
-            if not np.isnan(x).any():
-                axes.plot(x, curve['mean'], **styles[arm], ms=5, markevery=max(1, len(curve) // 8), label=arm)
-                axes.fill_between(x, curve['min'], curve['max'], color=styles[arm]['color'], alpha=0.12)
+        for axes, x in ((epochs, curve.index), (times, result.arms[name].seconds_of(curve.index))):
+            axes.plot(x, curve['mean'], **styles[name], ms=5, markevery=max(1, len(curve) // 8), label=name)
+            axes.fill_between(x, curve['min'], curve['max'], color=styles[name]['color'], alpha=0.12)
     epochs.set(xlabel='epoch', ylabel='top-1 accuracy on validation images (%)', title='mean and range over seeds')
     epochs.xaxis.get_major_locator().set_params(integer=True)
-    if epochs.lines:
-        figure.legend(*epochs.get_legend_handles_labels(), loc='outside right upper', frameon=False)
+    figure.legend(*epochs.get_legend_handles_labels(), loc='outside right upper', frameon=False)
     times.set(xlabel='seconds of training', title='the same against wall time')
-    others = [arm for arm in result.choices if arm != result.reference]
-    for place, arm in enumerate(others):
-        interval = result.difference(arm)
-        half = interval.half if interval.count > 1 else 0
-        differences.errorbar(interval.mean, -place, xerr=half, **styles[arm], capsize=4)
+    others = [name for name in result.arms if name != result.reference]
+    for place, name in enumerate(others):
+        interval = result.arms[name].difference
+        differences.errorbar(interval.mean, -place, xerr=interval.bar, **styles[name], capsize=4)
     differences.set(
         yticks=[-place for place in range(len(others))],
         yticklabels=others,
@@ -73,47 +57,40 @@ def draw_trial(result: TrialResult, path: Path) -> None:
 def draw_trials(results: Sequence[TrialResult], path: Path) -> Any:
     """Draws accuracy with 95 % intervals against the wall time of a run, and the number of convolutions if that varies.
 
-    Returns:
-        The figure.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
+    Returns the figure.
     """
-    lines: dict[tuple[str, int], list[TrialResult]] = {}
-    for result in sorted(results, key=lambda result: result.convolutions):
-        for arm in result.choices:
-            if result.mean(arm).count:
-                lines.setdefault((arm, result.length), []).append(result)
-    depths = sorted({result.convolutions for members in lines.values() for result in members})
+    table = pd.DataFrame(
+        [
+            (result.convolutions, arm.name, arm.length, arm.seconds, arm.mean.mean, arm.mean.bar)
+            for result in results
+            for arm in result.arms.values()
+            if arm.mean.count
+        ],
+        columns=['depth', 'arm', 'epochs', 'seconds', 'mean', 'bar'],
+    ).sort_values('depth', kind='stable')
+    depths, budgets = sorted(table['depth'].unique()), sorted(table['epochs'].unique())
+    styles = _styles(in_order(table['arm']))
     panels = 2 if len(depths) > 1 else 1
     figure, axes = subplots(1, panels, (1.5 + 5.25 * panels, 4.5), layout='constrained', squeeze=False)
     times, deep = axes[0, -1], axes[0, 0]
-    budgets, styles = sorted({epochs for _, epochs in lines}), _styles(arm for arm, _ in lines)
-    looks = {budget: _BUDGETS[place % len(_BUDGETS)] for place, budget in enumerate(budgets)}
-    seconds = [result.seconds(arm) for (arm, _), members in lines.items() for result in members]
-    for (arm, epochs), members in lines.items():
-        line, fill = looks[epochs]
-        means = [result.mean(arm) for result in members]
-        bars = {'yerr': [mean.half if mean.count > 1 else 0 for mean in means], 'fillstyle': fill, 'capsize': 3}
-        bars |= {'y': [mean.mean for mean in means], **styles[arm]}
+    for (name, epochs), rows in table.groupby(['arm', 'epochs'], sort=False):
+        budget, place = budgets.index(epochs) % 4, list(styles).index(name) - (len(styles) - 1) / 2
+        bars = {'y': rows['mean'], 'yerr': rows['bar'], 'capsize': 3, 'fillstyle': _FILLS[budget], **styles[name]}
         # Beside each other, so that no error bar hides another.
-        place = list(styles).index(arm) - (len(styles) - 1) / 2
-        aside = (max(seconds) / min(seconds)) ** (0.012 * place)
-        times.errorbar([aside * result.seconds(arm) for result in members], ls='', **bars)
+        aside = (table['seconds'].max() / table['seconds'].min()) ** (0.012 * place)
+        times.errorbar(aside * rows['seconds'], ls='', **bars)
         if panels > 1:
-            aside = 0.008 * depths[-1] * place
-            deep.errorbar([result.convolutions + aside for result in members], ls=line, **bars)
+            deep.errorbar(rows['depth'] + 0.008 * depths[-1] * place, ls=_LINES[budget], **bars)
     deep.set(ylabel='top-1 accuracy on validation images (%)', title='mean, 95 % interval')
     times.set(xlabel='seconds of training of a run (arms beside each other)', xscale='log')
     if panels > 1:
         deep.set(xlabel='convolutions', xticks=depths)
     for axis in (times.xaxis.set_major_formatter, times.xaxis.set_minor_formatter):
         axis(lambda value, _: f'{value:g}' if f'{value:g}'[0] in '1235' else '')
-    for arm, style in styles.items():
-        times.plot([], [], ls='', **style, label=arm)
-    for budget, (line, fill) in looks.items():
-        times.plot([], [], 'o', ls=line if panels > 1 else '', fillstyle=fill, color='0.3', label=f'{budget} epochs')
-    if lines:
-        figure.legend(loc='outside right upper', frameon=False)
+    for name, style in styles.items():
+        times.plot([], [], ls='', **style, label=name)
+    for epochs, line, fill in zip(budgets, _LINES * 9, _FILLS * 9):
+        times.plot([], [], 'o', ls=line if panels > 1 else '', fillstyle=fill, color='0.3', label=f'{epochs} epochs')
+    figure.legend(*times.get_legend_handles_labels(), loc='outside right upper', frameon=False)
     save_figure(figure, path)
     return figure

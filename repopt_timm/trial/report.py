@@ -14,16 +14,16 @@ import pandas as pd
 from ..files import write_text
 from ..reporting import markdown_table
 from .arms import arm_of, in_order
-from .intervals import Interval, seeds_to_show
 from .pictures import draw_trial, draw_trials
-from .results import SAME_TIME, TrialResult
+from .results import ArmResult, TrialResult
+from .statistics import Interval, is_guessing, seeds_to_show
 from .trial_folder import protocol
-from .tuning import is_guessing
-
-__all__ = ['interval_text', 'report_trial', 'report_trials']
 
 # Smaller differences in time are noise on a busy machine.
 _FASTER = 1.15
+
+# Times that differ by this factor at most count as equal: they vary from run to run.
+_SAME_TIME = 1.05
 
 # A difference that a trial should be able to show, in points.
 _POINTS = 2.0
@@ -32,14 +32,10 @@ _logger = logging.getLogger(__name__)
 
 
 def report_trial(result: TrialResult) -> str:
-    """Writes `report.md`, `report.json`, `epochs.csv` and `report.png` into a trial's folder.
-
-    Returns:
-        The report as Markdown.
-    """
-    trial, settings, shared = result.trial, result.trial.settings, result.trial.shared
-    what = [f'{shared["epochs"]} epochs', f'batch {shared["batch_size"]}']
-    what.append(f'seeds {", ".join(map(str, settings.seeds))}')
+    """Writes `report.md`, `report.json`, `epochs.csv` and `report.png` into a trial's folder; returns the first."""
+    settings, shared = result.trial.settings, result.trial.shared
+    seeds = ', '.join(map(str, settings.seeds))
+    what = [f'{shared["epochs"]} epochs', f'batch {shared["batch_size"]}', f'seeds {seeds}']
     if shared['train_images']:
         what.append(f'{shared["train_images"]} training images')
     if shared['model_kwargs']:
@@ -57,7 +53,7 @@ def report_trial(result: TrialResult) -> str:
     parts = [
         f'# {settings.model} on {Path(shared["data_dir"] or shared["dataset"]).name}',
         f'{"; ".join(what)}. {how} Top-1 accuracy in percent on the validation images after the last epoch.',
-        markdown_table(head, [_row(result, arm) for arm in result.choices], align=True),
+        markdown_table(head, [_row(result, arm) for arm in result.arms.values()], align=True),
         _bullets(_verdict(result)),
     ]
     if times := _time_table(result):
@@ -66,33 +62,25 @@ def report_trial(result: TrialResult) -> str:
             'learning rate, so that a run planned for that time would do better:',
             times,
         ]
-    return _write(trial.folder, parts, _values(result), [result], partial(draw_trial, result))
+    return _write(result.trial.folder, parts, _values(result), [result], partial(draw_trial, result))
 
 
 def report_trials(results: Sequence[TrialResult], folder: Path) -> str:
-    """Writes one report of several trials: `report.md`, `report.json`, `epochs.csv` and `report.png`.
-
-    It compares budgets at equal wall time if the trials share all else.
-
-    Returns:
-        The report as Markdown.
-    """
+    """Writes one report of several trials, with budgets compared at equal wall time if the trials share all else."""
     in_turn = sorted(results, key=lambda result: (result.convolutions, result.length))
-    names = {
-        result: [result.trial.folder.name, str(result.convolutions or '-'), str(result.length)] for result in in_turn
-    }
-    arms = in_order(arm for result in in_turn for arm in result.choices)
-    searched = any(result.search_seconds(arm) for result in in_turn for arm in result.choices)
+    arms = in_order(arm for result in in_turn for arm in result.arms)
+    searched = any(arm.search_seconds for result in in_turn for arm in result.arms.values())
+    beside, rows, sections = [], [], []
+    for result in in_turn:
+        name, each = result.trial.folder.name, result.arms
+        cells = [name, str(result.convolutions or '-'), str(result.length)]
+        beside.append([*cells, *(_accuracy(each[arm]) if arm in each else '-' for arm in arms)])
+        for arm in each.values():
+            rows.append([*cells, arm.name, *_scores(result, arm), _number(arm.seconds, '.0f', ' s')])
+        sections += [f'## {name}', _bullets(_verdict(result))]
+    if equal := list(_equal_times(in_turn)):
+        sections += ['## Equal wall time', _bullets(equal)]
     head = ['trial', 'convolutions', 'epochs', 'arm', 'lr', 'seeds', 'top-1, 95 %', 'difference, 95 %', 'wall time']
-    beside = [
-        [*names[result], *(_accuracy(result, arm) if arm in result.choices else '-' for arm in arms)]
-        for result in in_turn
-    ]
-    rows = [
-        [*names[result], arm, *_scores(result, arm), _number(result.seconds(arm), '.0f', ' s')]
-        for result in in_turn
-        for arm in result.choices
-    ]
     parts = [
         f'# {len(results)} trials',
         'Top-1 accuracy in percent on the validation images after the last epoch. Differences are from '
@@ -100,13 +88,11 @@ def report_trials(results: Sequence[TrialResult], folder: Path) -> str:
         f'training time of one run{" and of its search" if searched else ""}.',
         markdown_table([*head[:3], *arms], beside, align=True),
         markdown_table(head, rows, align=True),
+        *sections,
     ]
-    for result in in_turn:
-        parts += [f'## {result.trial.folder.name}', _bullets(_verdict(result))]
-    if equal := list(_equal_times(in_turn)):
-        parts += ['## Equal wall time', _bullets(equal)]
-    alike = len({result.trial.folder.name for result in results}) < len(results)
-    values = {str(each.trial.folder) if alike else each.trial.folder.name: _values(each) for each in results}
+    folders = [result.trial.folder for result in results]
+    alike = len({each.name for each in folders}) < len(folders)
+    values = {str(each) if alike else each.name: _values(result) for each, result in zip(folders, results)}
     return _write(folder, parts, values, results, partial(draw_trials, results))
 
 
@@ -117,10 +103,11 @@ def _write(
     results: Sequence[TrialResult],
     draw: Callable[[Path], Any],
 ) -> str:
-    """Writes the files of a report, and returns its text."""
     text = '\n\n'.join(parts) + '\n'
     write_text(folder / 'report.md', text)
-    write_text(folder / 'report.json', json.dumps(_finite(values), indent=2) + '\n')
+    # JSON has neither NaN nor infinity.
+    finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
+    write_text(folder / 'report.json', json.dumps(finite, indent=2) + '\n')
     tables = [result.epochs.assign(trial=result.trial.folder.name) for result in results]
     epochs = pd.concat([table for table in tables if len(table)] or tables[:1])
     write_text(folder / 'epochs.csv', epochs[['trial', *epochs.columns.drop('trial')]].to_csv(index=False))
@@ -135,31 +122,23 @@ def _bullets(sentences: Sequence[str]) -> str:
     return '\n'.join(f'* {sentence}' for sentence in sentences)
 
 
-def _finite(value: Any) -> Any:
-    """Replaces what JSON does not have by null."""
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _values(result: TrialResult) -> dict[str, Any]:
-    arms = {}
-    for arm, choice in result.choices.items():
-        difference = result.difference(arm)
-        arms[arm] = {
-            'lr': choice.best,
-            'lr_at_edge': choice.at_edge,
-            'tuning': result.tuning(arm),
-            'top1': result.top1[arm].dropna().to_dict(),
-            'mean': asdict(result.mean(arm)),
-            'difference': {**asdict(difference), 'lower': difference.lower, 'upper': difference.upper},
-            'diverged': result.failures[arm],
-            'epoch_seconds': result.epoch_seconds(arm),
-            'search_seconds': result.search_seconds(arm),
-            **result.networks.get(arm, {}),
+    """Returns what `report.json` holds of a trial."""
+    arms = {
+        name: {
+            'lr': arm.choice.best,
+            'lr_at_edge': arm.choice.at_edge,
+            'tuning': arm.tuning,
+            'top1': arm.top1.dropna().to_dict(),
+            'mean': asdict(arm.mean),
+            'difference': {**asdict(arm.difference), 'lower': arm.difference.lower, 'upper': arm.difference.upper},
+            'diverged': arm.failures,
+            'epoch_seconds': arm.epoch_seconds,
+            'search_seconds': arm.search_seconds,
+            **arm.costs,
         }
+        for name, arm in result.arms.items()
+    }
     return {
         'settings': {**asdict(result.trial.settings), 'reference': result.reference},
         'epochs': result.trial.shared['epochs'],
@@ -170,20 +149,12 @@ def _values(result: TrialResult) -> dict[str, Any]:
     }
 
 
-def interval_text(interval: Interval, sign: bool = True) -> str:
-    """Formats a mean with its interval, such as `+1.20 (0.30 to 2.10)`; `-` without a value."""
-    if not interval.count:
-        return '-'
-    mean = f'{interval.mean:+.2f}' if sign else f'{interval.mean:.2f}'
-    return mean if interval.count == 1 else f'{mean} ({interval.lower:.2f} to {interval.upper:.2f})'
-
-
-def _accuracy(result: TrialResult, arm: str, mean: Interval | None = None) -> str:
-    """Formats the mean accuracy of an arm, and how many of its runs diverged; `-` if none has ended."""
-    mean, diverged = mean or result.mean(arm), len(result.failures[arm])
-    if result.is_hopeless(arm) or diverged == len(result.top1):
+def _accuracy(arm: ArmResult, mean: Interval | None = None) -> str:
+    """Formats a mean accuracy, by default that of all finished runs, and how many runs diverged."""
+    mean, diverged = mean or arm.mean, len(arm.failures)
+    if arm.is_hopeless or diverged == len(arm.top1):
         return 'all diverged'
-    text = [interval_text(mean, sign=False)] if mean.count or not diverged else []
+    text = [mean.text(sign='')] if mean.count or not diverged else []
     return ', '.join(text + [f'diverged: {diverged}'] * bool(diverged))
 
 
@@ -191,130 +162,125 @@ def _number(value: float | None, form: str, unit: str = '') -> str:
     return '-' if value is None or math.isnan(value) else f'{value:{form}}{unit}'
 
 
-def _scores(result: TrialResult, arm: str) -> list[str]:
+def _scores(result: TrialResult, arm: ArmResult) -> list[str]:
     """Returns what all tables show of an arm: learning rate, seeds, accuracy and difference."""
-    difference = '' if arm == result.reference else interval_text(result.difference(arm))
-    return [_number(result.choices[arm].best, 'g'), str(result.mean(arm).count), _accuracy(result, arm), difference]
+    difference = '' if arm.name == result.reference else arm.difference.text()
+    return [_number(arm.choice.best, 'g'), str(arm.mean.count), _accuracy(arm), difference]
 
 
-def _among(*failures: Any) -> str:
-    return ', among the seeds that did not diverge' if any(failures) else ''
+def _row(result: TrialResult, arm: ArmResult) -> list[str]:
+    costs, base = arm.costs, result.arms[result.reference].costs
+    return [
+        f'{arm.name}: {arm_of(arm.name).title}',
+        *_scores(result, arm),
+        _number(arm.epoch_seconds, '.1f'),
+        f'{costs["step_seconds"] / base["step_seconds"]:.2f} x' if costs and base else '-',
+        f'{costs["activations"] / 1e6:.2f} MB' if costs else '-',
+        f'{costs["parameters"] / 1e6:.2f} M' if costs else '-',
+    ]
+
+
+def _among(*arms: ArmResult) -> str:
+    return ', among the seeds that did not diverge' if any(arm.failures for arm in arms) else ''
 
 
 def _verdict(result: TrialResult) -> list[str]:
     """Returns sentences: each arm against the reference, what failed, what a search did."""
-    sentences = [_against(result, arm) for arm in result.choices if arm != result.reference]
-    for arm in result.choices:
+    reference = result.arms[result.reference]
+    sentences = [_against(reference, arm) for arm in result.arms.values() if arm is not reference]
+    for arm in result.arms.values():
         sentences += _troubles(result, arm)
     return sentences if result.search is None else [*sentences, result.search.sentence()]
 
 
-def _against(result: TrialResult, arm: str) -> str:
-    difference, reference = result.difference(arm), result.reference
-    pair = f'{arm} and {reference}{(among := _among(result.failures[arm], result.failures[reference]))}'
-    if not difference.count:
-        return f'{arm} and {reference}: no seed with which both are finished.'
-    if difference.count == 1:
-        return f'{pair}: one seed, {difference.mean:+.2f} points. One seed cannot say how much of that is chance.'
-    seeds = f'{difference.count} seeds'
-    numbers = f'{difference.mean:+.2f} points, 95 % interval {difference.lower:+.2f} to {difference.upper:+.2f}'
-    if difference.excludes_zero:
-        better = 'better' if difference.mean > 0 else 'worse'
-        return f'{arm} is {better} than {reference} by {abs(difference.mean):.2f} points{among} ({numbers}, {seeds}).'
-    text = f'{pair}: no difference that {seeds} can show ({numbers}).'
-    if difference.half > _POINTS:
-        few, many = seeds_to_show(_POINTS, difference)
+def _against(reference: ArmResult, arm: ArmResult) -> str:
+    found, among = arm.difference, _among(arm, reference)
+    pair = f'{arm.name} and {reference.name}'
+    if not found.count:
+        return f'{pair}: no seed with which both are finished.'
+    if found.count == 1:
+        return f'{pair}{among}: one seed, {found.mean:+.2f} points. One seed cannot say how much of that is chance.'
+    seeds = f'{found.count} seeds'
+    numbers = f'{found.mean:+.2f} points, 95 % interval {found.lower:+.2f} to {found.upper:+.2f}'
+    if found.excludes_zero:
+        better = 'better' if found.mean > 0 else 'worse'
+        points = f'{abs(found.mean):.2f} points{among}'
+        return f'{arm.name} is {better} than {reference.name} by {points} ({numbers}, {seeds}).'
+    text = f'{pair}{among}: no difference that {seeds} can show ({numbers}).'
+    if found.half > _POINTS:
+        few, many = seeds_to_show(_POINTS, found)
         text += f' About {few} seeds would show {_POINTS:g} points, or {many} if the spread is underestimated.'
     return text
 
 
-def _troubles(result: TrialResult, arm: str) -> list[str]:
-    settings, choice = result.trial.settings, result.choices[arm]
+def _troubles(result: TrialResult, arm: ArmResult) -> list[str]:
+    settings, name, best = result.trial.settings, arm.name, arm.choice.best
     found = [
         f'The search in searches/{folder} diverged, and what needs its scales does not train: {failure} Repeat the '
         f'trial in another --output with gradients clipped, --clip-grad 5, or search beforehand at a lower learning '
         f'rate and give the result, --scales NAME=FILE.'
-        for folder, failure in result.search_failures[arm].items()
+        for folder, failure in arm.search_failures.items()
     ]
-    if result.is_hopeless(arm):
-        return found or [f'{arm} diverged at every learning rate that was tried.']
-    top1 = math.nan if choice.best is None else result.tuning(arm).get(choice.best, math.nan)
+    if arm.is_hopeless:
+        return found or [f'{name} diverged at every learning rate that was tried.']
+    top1 = math.nan if best is None else arm.tuning.get(best, math.nan)
     if settings.classes and settings.held_out and is_guessing(top1, settings.classes, settings.held_out):
         found.append(
-            f'No learning rate that was tried is known to train {arm}: {top1:.2f} % of {settings.classes} classes at '
-            f'{choice.best:g}, the best, does not exceed what guessing may reach on {settings.held_out} held-out '
-            f'images.'
+            f'No learning rate that was tried is known to train {name}: {top1:.2f} % of {settings.classes} classes at '
+            f'{best:g}, the best, does not exceed what guessing may reach on {settings.held_out} held-out images.'
         )
-    elif choice.at_edge:
+    elif arm.choice.at_edge:
         found.append(
-            f'The learning rate of {arm}, {choice.best:g}, is at the edge of what was tried: a better one may lie '
-            f'beyond.'
+            f'The learning rate of {name}, {best:g}, is at the edge of what was tried: a better one may lie beyond.'
         )
-    count, diverged, finished = len(result.top1), len(result.failures[arm]), result.mean(arm).count
+    count, diverged, finished = len(arm.top1), len(arm.failures), arm.mean.count
     if diverged:
         others = '; its mean is that of the others' if finished else ''
-        found.append(f'{diverged} of {count} runs of {arm} diverged{others}.')
+        found.append(f'{diverged} of {count} runs of {name} diverged{others}.')
     if missing := count - finished - diverged:
-        found.append(f'{missing} of {count} runs of {arm} are not finished.')
+        found.append(f'{missing} of {count} runs of {name} are not finished.')
     return found
-
-
-def _row(result: TrialResult, arm: str) -> list[str]:
-    row = [f'{arm}: {arm_of(arm).title}', *_scores(result, arm), _number(result.epoch_seconds(arm), '.1f')]
-    costs, base = result.networks.get(arm), result.networks.get(result.reference)
-    return [
-        *row,
-        _number(costs['step_seconds'] / base['step_seconds'], '.2f', ' x') if costs and base else '-',
-        _number(costs['activations'] / 1e6, '.2f', ' MB') if costs else '-',
-        _number(costs['parameters'] / 1e6, '.2f', ' M') if costs else '-',
-    ]
 
 
 def _time_table(result: TrialResult) -> str:
     """Returns accuracies at the wall time of the fastest arm's runs; nothing if all arms take about as long."""
-    times = {arm: result.seconds(arm) for arm in result.choices if result.mean(arm).count}
-    times = {arm: seconds for arm, seconds in times.items() if not math.isnan(seconds)}
-    if not times or max(times.values()) < _FASTER * min(times.values()):
+    times = [arm.seconds for arm in result.timed]
+    if not times or max(times) < _FASTER * min(times):
         return ''
-    seconds = min(times.values())
-    rows = []
-    for arm, whole in times.items():
-        reached = result.within(arm, seconds)
+    rows, evaluated = [], result.epochs.dropna(subset='eval_top1')
+    for arm in result.timed:
+        own = evaluated[(evaluated['arm'] == arm.name) & evaluated['seed'].isin(arm.top1.dropna().index)]
+        reached = own[arm.seconds_of(own['epoch']) <= min(times) * _SAME_TIME].groupby('seed').last()
         done = 0 if reached.empty else reached['epoch'].max()
-        accuracy = _accuracy(result, arm, Interval.of(reached['eval_top1']))
-        rows.append([arm, f'{whole:.0f} s', f'{done} of {result.length}', accuracy])
-    fastest = ', '.join(arm for arm, each in times.items() if each == seconds)
-    title = f'epochs in {seconds:.0f} s ({fastest})'
+        accuracy = _accuracy(arm, Interval.of(reached['eval_top1']))
+        rows.append([arm.name, f'{arm.seconds:.0f} s', f'{done} of {result.length}', accuracy])
+    fastest = ', '.join(arm.name for arm in result.timed if arm.seconds == min(times))
+    title = f'epochs in {min(times):.0f} s ({fastest})'
     return markdown_table(['arm', 'wall time of a run', title, 'top-1 by then, 95 %'], rows, align=True)
 
 
 def _equal_times(results: Sequence[TrialResult]) -> Iterator[str]:
     """Compares the slowest arm of each trial with the longest runs of other arms that take no more time."""
-    seconds = {
-        (result, arm): result.seconds(arm) for result in results for arm in result.choices if result.mean(arm).count
-    }
-    seconds = {run: each for run, each in seconds.items() if not math.isnan(each)}
-    for result in dict.fromkeys(result for result, _ in seconds):
-        slowest = max((run for run in seconds if run[0] is result), key=lambda run: seconds[run])
-        for arm in result.choices:
-            rivals = [
-                (other, name)
-                for other, name in seconds
-                if name == arm != slowest[1]
-                and other.length > result.length
-                and seconds[other, name] <= seconds[slowest] * SAME_TIME
-                and _task(other) == _task(result)
-            ]
-            if not rivals:
-                continue
-            rival = max(rivals, key=lambda run: seconds[run])
-            difference = Interval.of(rival[0].top1[arm] - result.top1[slowest[1]])
-            runs = [f'{name} in {each.length} epochs ({seconds[each, name]:.0f} s)' for each, name in (rival, slowest)]
-            among = _among(rival[0].failures[arm], result.failures[slowest[1]])
+    for result in results:
+        if not result.timed:
+            continue
+        slowest = max(result.timed, key=lambda arm: arm.seconds)
+        rivals = [
+            arm
+            for other in results
+            if other.length > result.length and _task(other) == _task(result)
+            for arm in other.timed
+            if arm.name != slowest.name and arm.seconds <= slowest.seconds * _SAME_TIME
+        ]
+        longest = {arm.name: arm for arm in sorted(rivals, key=lambda arm: arm.seconds)}
+        for rival in [longest[name] for name in result.arms if name in longest]:
+            difference = Interval.of(rival.top1 - slowest.top1)
             known = difference.count < 2 or difference.excludes_zero
+            runs = [f'{arm.name} in {arm.length} epochs ({arm.seconds:.0f} s)' for arm in (rival, slowest)]
             yield (
-                f'{" and ".join(runs)}{among}: {"" if known else "no difference that the seeds can show, "}'
-                f'{interval_text(difference)} points, {difference.count} seeds.'
+                f'{" and ".join(runs)}{_among(rival, slowest)}: '
+                f'{"" if known else "no difference that the seeds can show, "}{difference.text()} points, '
+                f'{difference.count} seeds.'
             )
 
 

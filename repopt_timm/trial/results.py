@@ -1,136 +1,120 @@
 """The results of a trial, from the folders of its runs."""
 
 import math
-from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from ..reparam import Scales
 from ..scales import read_scale_file
-from ..scales.summary import Movement, movement
+from ..scales.summary import movement
 from ..train.run_folder import SCALES_FILE
 from .arms import arm_of
-from .intervals import Interval
 from .networks import make_network, read_networks
-from .trial_folder import open_trial
+from .statistics import Interval
+from .trial_folder import Trial, open_trial
 
-__all__ = ['SAME_TIME', 'TrialResult']
 
-SAME_TIME = 1.05
-"""Times that differ by this factor at most count as equal: they vary from run to run."""
+class ArmResult:
+    """What has come out of an arm so far. Accuracies are in percent, NaN of runs that diverged or are not finished.
+
+    Attributes:
+        choice: Its learning rate.
+        tuning: Learning rate to accuracy on held-out images.
+        top1: Seed to accuracy after the last epoch.
+        difference: Mean difference to the reference arm over the seeds that both finished.
+        failures: Seeds whose run, or the search before it, diverged, and what with.
+        search_failures: Folders of the searches that diverged, and what with.
+        costs: What its network costs, see `measure_networks`; nothing if unknown.
+        epochs: A row for each epoch of each run.
+        epoch_seconds: Median over all arms of its network, as only the machine's other work sets them apart.
+        search_seconds: Time of the search before a run, 0 without one; as all times NaN if unknown.
+        length: Epochs of a run.
+    """
+
+    # Known once all arms are.
+    difference: Interval
+    epoch_seconds: float
+
+    def __init__(self, trial: Trial, name: str, costs: dict[str, float]):
+        self.name, self.costs = name, costs
+        self.choice = trial.choice(name)
+        self.length: int = trial.shared['epochs'] + trial.shared['cooldown_epochs']
+        seeds, best = trial.settings.seeds, self.choice.best
+        runs = {seed: trial.training(name, seed, best) for seed in seeds} if best else {}
+        self.top1 = pd.Series({seed: run.top1 for seed, run in runs.items()}, seeds, float)
+        self.failures = {seed: run.failure for seed, run in runs.items() if run.failure}
+        self.epochs = [
+            {'arm': name, 'seed': seed, **row, 'epoch': int(row['epoch'])}
+            for seed, run in runs.items()
+            for row in run.history()
+        ]
+        rates = sorted(float(path.name.removeprefix('lr-')) for path in (trial.folder / 'tuning' / name).glob('lr-*'))
+        self.tuning = {lr: trial.tuning(name, lr).top1 for lr in rates}
+        searches = trial.searches(name)
+        self.search_failures = {run.folder.name: run.failure for run in searches if run.failure}
+        searches = [run for run in searches if run.folder.name != 'tuning']
+        seconds = [row.get('train_seconds', math.nan) for run in searches for row in run.history()]
+        self.search_seconds = searches[0].epochs * float(pd.Series(seconds, dtype=float).median()) if searches else 0.0
+
+    @property
+    def mean(self) -> Interval:
+        return Interval.of(self.top1)
+
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether every learning rate diverged, or the search before all of them."""
+        return self.choice.best is None and not self.choice.missing
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of a run."""
+        return self.seconds_of(self.length)
+
+    def seconds_of(self, epochs: Any) -> Any:
+        """Wall time of so many epochs of a run, and of the search before it."""
+        return self.search_seconds + epochs * self.epoch_seconds
 
 
 class TrialResult:
     """What has come out of a trial so far.
 
-    Args:
-        folder: Folder of the trial.
-        reference: Arm that the others are compared with. Defaults to that of the trial.
-
     Attributes:
         trial: The trial.
-        reference: The reference arm.
-        choices: Arm to its learning rate.
+        reference: Arm that the others are compared with; by default that of the trial.
+        arms: Its arms by name.
         epochs: A row for each epoch of each run: `arm`, `seed`, `epoch`, the columns of `summary.csv`, `train_seconds`.
-        top1: Accuracy after the last epoch in percent, seeds by arms; NaN if a run diverged or is not finished.
-        failures: Arm to the seeds whose run, or the search before it, diverged, and what with.
-        search_failures: Arm to the folders of the searches that diverged, and what with.
-        networks: Arm to what its network costs, see `measure_networks`.
-
-    Raises:
-        FileNotFoundError: If it is not the folder of a trial.
-        ValueError: If the trial does not have the reference arm, or a file in it is damaged.
+        length: Epochs of a run.
+        convolutions: Number of convolutions of the plain network, 0 if unknown.
+        search: What the searches did; None without any.
     """
 
     def __init__(self, folder: Path, reference: str | None = None):
-        self.trial = trial = open_trial(folder)
-        arms, seeds = trial.settings.arms, trial.settings.seeds
-        self.reference = reference or trial.settings.reference
-        if self.reference not in arms:
-            raise ValueError(f"'{folder}' has no arm {self.reference}, expected one of {', '.join(arms)}.")
-        self.choices = {arm: trial.choice(arm) for arm in arms}
-        self.networks = read_networks(trial)
-        self.top1 = pd.DataFrame(index=list(seeds), columns=list(arms), dtype=float)
-        self.failures: dict[str, dict[int, str]] = {arm: {} for arm in arms}
-        self.search_failures = {
-            arm: {run.folder.name: run.failure for run in reversed(trial.searches(arm)) if run.failure} for arm in arms
-        }
-        rows = []
-        for arm, choice in self.choices.items():
-            for seed in seeds if choice.best is not None else ():
-                run = trial.training(arm, seed, choice.best or 0.0)
-                rows += [{'arm': arm, 'seed': seed, **row, 'epoch': int(row['epoch'])} for row in run.history()]
-                self.top1.loc[seed, arm] = math.nan if run.top1 is None else run.top1
-                if run.after is not None and run.after.failure:
-                    self.failures[arm][seed] = f'Its search diverged: {run.after.failure}'
-                elif run.failure:
-                    self.failures[arm][seed] = run.failure
-        found = pd.DataFrame(rows)
+        self.trial = open_trial(folder)
+        settings, networks = self.trial.settings, read_networks(self.trial)
+        self.reference = reference or settings.reference
+        if self.reference not in settings.arms:
+            raise ValueError(f"'{folder}' has no arm {reference}, expected one of {', '.join(settings.arms)}.")
+        self.arms = {name: ArmResult(self.trial, name, networks.get(name, {})) for name in settings.arms}
+        epochs = pd.DataFrame(row for arm in self.arms.values() for row in arm.epochs)
         needed = ('arm', 'seed', 'epoch', 'train_seconds', 'eval_top1')
-        self.epochs = found.reindex(columns=list(dict.fromkeys([*found.columns, *needed])))
+        self.epochs = epochs.reindex(columns=list(dict.fromkeys([*epochs.columns, *needed])))
+        keys = {name: arm_of(name).network_key for name in self.arms}
+        seconds = self.epochs['train_seconds'].groupby(self.epochs['arm'].map(keys)).median()
+        for name, arm in self.arms.items():
+            arm.difference = Interval.of(arm.top1 - self.arms[self.reference].top1)
+            arm.epoch_seconds = float(seconds.get(keys[name], math.nan))
+        self.length = self.arms[self.reference].length
+        plain = [int(costs['convolutions']) for arm, costs in networks.items() if arm_of(arm).kind == 'target']
+        self.convolutions = plain[0] if plain else 0
+        found = sorted((folder / 'searches').glob(f'seed-*/{SCALES_FILE}')) if settings.search else []
+        self.search = None
+        if found:
+            initial = Scales.initial(make_network(self.trial))
+            self.search = movement([read_scale_file(path) for path in found], initial)
 
     @property
-    def length(self) -> int:
-        """Epochs of a run."""
-        epochs: int = self.trial.shared['epochs'] + self.trial.shared['cooldown_epochs']
-        return epochs
-
-    @property
-    def convolutions(self) -> int:
-        """Number of convolutions of the plain network, 0 if unknown."""
-        plain = [costs for arm, costs in self.networks.items() if arm_of(arm).kind == 'target']
-        return int(plain[0]['convolutions']) if plain else 0
-
-    def mean(self, arm: str) -> Interval:
-        """Returns the mean accuracy of the runs of an arm that finished."""
-        return Interval.of(self.top1[arm])
-
-    def difference(self, arm: str) -> Interval:
-        """Returns the mean difference of an arm to the reference over the seeds that both finished."""
-        return Interval.of(self.top1[arm] - self.top1[self.reference])
-
-    def is_hopeless(self, arm: str) -> bool:
-        """Returns whether every learning rate of an arm diverged, or the search before all of them."""
-        choice = self.choices[arm]
-        return choice.best is None and (not choice.missing or 'tuning' in self.search_failures[arm])
-
-    def epoch_seconds(self, arm: str) -> float:
-        """Returns the median time of an epoch's training over all arms of a network; NaN if unknown.
-
-        What sets those apart is what else the machine did meanwhile.
-        """
-        alike = [name for name in self.choices if arm_of(name).network_key == arm_of(arm).network_key]
-        return float(self.epochs.loc[self.epochs['arm'].isin(alike), 'train_seconds'].median())
-
-    def search_seconds(self, arm: str) -> float:
-        """Returns the time of the search that precedes a run, 0 without one; NaN if unknown."""
-        searches = [run for run in self.trial.searches(arm) if run.folder.name != 'tuning']
-        seconds = [row.get('train_seconds', math.nan) for run in searches for row in run.history()]
-        return searches[0].epochs * float(pd.Series(seconds, dtype=float).median()) if searches else 0.0
-
-    def seconds(self, arm: str, epochs: float | None = None) -> float:
-        """Returns the time in which a run trains so many epochs, or all, its search included; NaN if unknown."""
-        return self.search_seconds(arm) + (self.length if epochs is None else epochs) * self.epoch_seconds(arm)
-
-    def within(self, arm: str, seconds: float) -> pd.DataFrame:
-        """Returns the last evaluated epoch of each finished run that ended within so many seconds."""
-        rows = self.epochs[self.epochs['arm'] == arm].dropna(subset='eval_top1')
-        rows = rows[rows['seed'].isin(self.top1[arm].dropna().index)]
-        return rows[self.seconds(arm, rows['epoch']) <= seconds * SAME_TIME].groupby('seed').last()
-
-    def tuning(self, arm: str) -> dict[float, float]:
-        """Returns learning rate to accuracy on held-out images; NaN if the run diverged or is not finished."""
-        folders = (self.trial.folder / 'tuning' / arm).glob('lr-*')
-        rates = sorted(float(folder.name.removeprefix('lr-')) for folder in folders)
-        found = {lr: self.trial.tuning(arm, lr).top1 for lr in rates}
-        return {lr: math.nan if top1 is None else top1 for lr, top1 in found.items()}
-
-    @cached_property
-    def search(self) -> Movement | None:
-        """What the searches did; None without any."""
-        trial = self.trial
-        found = sorted((trial.folder / 'searches').glob(f'seed-*/{SCALES_FILE}')) if trial.settings.search else []
-        if not found:
-            return None
-        return movement([read_scale_file(path) for path in found], Scales.initial(make_network(trial)))
+    def timed(self) -> list[ArmResult]:
+        """The arms with finished runs and known times."""
+        return [arm for arm in self.arms.values() if arm.mean.count and not math.isnan(arm.seconds)]

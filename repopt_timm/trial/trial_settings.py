@@ -2,7 +2,7 @@
 
 import argparse
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -11,59 +11,31 @@ import yaml
 from timm.data import resolve_data_config
 from timm.models import resolve_pretrained_cfg
 
-from ..console import CommandParser
-from ..reporting import positive
+from ..console import CommandParser, number
 from ..tables import read_mapping
 from ..train.parsing import make_parser, parse_arguments, read_config, write_config
 from .arms import ARMS, EXTRA, arms_of
 
-__all__ = ['TrialSettings', 'read_arguments', 'read_settings', 'read_shared']
-
 # What the trial sets itself, or what would not be the same start for each arm.
 _NOT_SHARED = (
     *('data', 'data_dir', 'model', 'scales', 'pretrained', 'initial_checkpoint', 'resume', 'override', 'opt', 'lr'),
-    'init',
-    *('lr_base', 'lr_base_size', 'lr_base_scale', 'seed', 'output', 'experiment', 'search_first', 'search_kwargs'),
-    *('holdout', 'log_wandb', 'debug'),
+    *('init', 'lr_base', 'lr_base_size', 'lr_base_scale', 'seed', 'output', 'experiment', 'search_first'),
+    *('search_kwargs', 'holdout', 'log_wandb', 'debug'),
 )
 
 # A training of 300 epochs has other needs than a trial of ten.
 _DEFAULTS = {'epochs': 10, 'sched_on_updates': True, 'workers': 0, 'checkpoint_hist': 1}
 
+# Of runs that a learning rate is chosen by.
 _TUNING_SEED = 1000
-
-# What `trial.yaml` holds in numbers, whatever YAML takes an edited line for.
-_READERS: dict[str, Callable[[Any], Any]] = {
-    'arms': list,
-    'seeds': lambda values: list(map(int, values)),
-    'lrs': lambda values: list(map(float, values)),
-    'lr': lambda value: None if value is None else float(value),
-    'holdout': float,
-    'tuning_epochs': int,
-    'tuning_seed': int,
-    'search': lambda value: None if value is None else int(value),
-}
 
 
 @dataclass(frozen=True)
 class TrialSettings:
     """What a trial is of: the content of `trial.yaml`.
 
-    Attributes:
-        model: Name of the plain network.
-        arms: Names of the arms.
-        seeds: Seeds.
-        lrs: Learning rates to choose from.
-        lr: Learning rate of all arms, if it is not chosen.
-        holdout: Share of the training images to choose on.
-        tuning_epochs: Epochs of the runs that a choice is made by.
-        tuning_seed: Their seed.
-        scales: Name of an arm to its given scales.
-        search: Epochs of a search.
-        reference: Arm that the others are compared with.
-        fingerprints: Name of an arm to the fingerprint of its given scales, as far as they have been read.
-        classes: Number of classes; None if unknown.
-        held_out: Number of images that learning rates are compared on; None if unknown.
+    `lr` and `search` are None without them, `classes` and `held_out` (images that learning rates are compared on) if
+    unknown. `scales` and `fingerprints` are by arm.
     """
 
     model: str
@@ -84,35 +56,27 @@ class TrialSettings:
     @classmethod
     def read(cls, path: Path) -> 'TrialSettings':
         """Reads `trial.yaml`; a ValueError names the file if it is not as a trial writes it."""
-        older: dict[str, Any] = {'fingerprints': {}, 'classes': None, 'held_out': None}
         names = [each.name for each in fields(cls)]
-        saved = older | read_mapping(path, [name for name in names if name not in older])
+        saved = read_mapping(path, names[: names.index('fingerprints')])
         if not isinstance(saved['scales'], dict):
             # Folders of older trials: one source of scales, or none.
             saved['scales'] = {'scales': saved['scales']} if saved['scales'] else {}
         try:
-            found = cls(**{name: _READERS.get(name, lambda value: value)(saved[name]) for name in names})
-            if unknown := {*found.arms, found.reference} - {*ARMS, *found.scales}:
+            for name, kind in {'arms': str, 'seeds': int, 'lrs': float}.items():
+                saved[name] = [kind(value) for value in saved[name]]
+            for name, kind in {'lr': float, 'holdout': float, 'tuning_epochs': int, 'search': int}.items():
+                saved[name] = None if saved[name] is None else kind(saved[name])
+            if unknown := {*saved['arms'], saved['reference']} - {*ARMS, *saved['scales']}:
                 raise ValueError(f'it has the arms {", ".join(map(str, unknown))}, which are none')
+            if taken := set(saved['scales']) & set(ARMS) - {'scales'}:
+                raise ValueError(f"'{min(taken)}' is the name of an arm: rename these scales, here and in all folders")
         except (TypeError, ValueError) as error:
             raise ValueError(f"'{path}' is damaged: {error}.") from None
-        if taken := set(found.scales) & set(ARMS) - {'scales'}:
-            raise ValueError(
-                f"'{path}' calls given scales '{min(taken)}', which is the name of an arm: rename them in this file, "
-                f'and their folders in runs/ and tuning/.'
-            )
-        return found
+        return cls(**{name: saved[name] for name in names if name in saved})
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Parses the command line of `repopt-timm trial`.
-
-    Returns:
-        The trial's own arguments, and the words that are left for the training command.
-
-    Raises:
-        ValueError: If a value is not one that the argument can have, or arguments do not go together.
-    """
+    """Parses the command line, and returns the trial's own arguments and the words for the training command."""
     parser = CommandParser(
         prog='repopt-timm trial',
         description='Train a network in several ways, with paired seeds, and report whether they differ.',
@@ -120,99 +84,75 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         '--batch-size or --model-kwargs, but for those that make an arm or a run, such as --opt or --seed.',
         allow_abbrev=False,
     )
-    number, rate = positive(int), positive(float)
+    count, rate = number(int, low=1), number(float, above=0)
     add = parser.add_argument
-    own = [
-        add('model', nargs='?', help='plain network, such as repopt_vgg_a0, or any timm model'),
-        add('-c', '--config', metavar='FILE', help='YAML file of training arguments, or the name of a shipped one'),
-        add('--data', metavar='DIR', help='path to dataset: image folders, or .tar files'),
-        add(
-            '--arms',
-            nargs='+',
-            metavar='ARM',
-            help=f'ways to train: {", ".join(ARMS)}, or NAMEs of --scales [all that there can be but '
-            f'{" and ".join(EXTRA)}]',
-        ),
-        add('--seeds', type=number, default=3, metavar='N', help='number of seeds of each arm'),
-        add('--first-seed', type=int, default=0, metavar='N', help='the first of them'),
-        add(
-            '--lrs',
-            nargs='+',
-            type=rate,
-            default=[0.05, 0.1, 0.2],
-            metavar='LR',
-            help='learning rates to choose from, for each arm, in a run on a part of the training images. If the best '
-            'is the lowest or highest, another one beyond it is tried, up to three times',
-        ),
-        add('--lr', type=rate, help='learning rate of all arms, instead of choosing'),
-        add('--holdout', type=rate, default=0.1, metavar='SHARE', help='share of the training images to choose on'),
-        add('--tuning-epochs', type=number, metavar='N', help='epochs of these runs [--epochs]'),
-        add(
-            '--scales',
-            nargs='+',
-            default=[],
-            metavar='[NAME=]SOURCE',
-            help="scales for the arm 'scales', or for an arm of that NAME: all that `repopt-timm train --scales` takes",
-        ),
-        add('--search', type=number, metavar='N', help="epochs of the search before each run of the arm 'search'"),
-        add('--reference', metavar='ARM', help='arm that the others are compared with [sgd, or the first]'),
-        add('--jobs', type=number, default=1, metavar='N', help='number of runs side by side'),
-        add('--threads', type=number, metavar='N', help='threads of each run [OMP_NUM_THREADS, or cores / --jobs]'),
-        add('--report', nargs='+', metavar='FOLDER', help='only make the report of trials; of several, in --output'),
-        add('--output', metavar='DIR', help='folder of the trial [output/MODEL-trial]'),
-    ]
-    flags = {'-h', '--help', *(flag for action in own for flag in action.option_strings)}
-    words: dict[bool, list[str]] = {True: [], False: []}
-    is_own = True
-    for word in argv:
-        is_own = word.partition('=')[0] in flags if word.startswith('-') else is_own
-        words[is_own].append(word)
-    args, rest = parser.parse_args(words[True]), words[False]
-    if args.report:
-        given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-        if others := [*sorted(given - {'report', 'output', 'reference'}), *rest]:
-            raise ValueError(f'--report goes with --output and --reference alone, not with {", ".join(others)}.')
-        if len(args.report) > 1 and not args.output:
-            raise ValueError('--report of several trials needs --output, the folder of their report.')
-    elif not args.model:
-        raise ValueError('Name the MODEL of a trial before all flags, or give --report the folders of trials.')
+    add('model', nargs='?', help='plain network, such as repopt_vgg_a0, or any timm model')
+    add('-c', '--config', metavar='FILE', help='YAML file of training arguments, or the name of a shipped one')
+    add('--data', metavar='DIR', help='path to dataset: image folders, or .tar files')
+    add(
+        '--arms',
+        nargs='+',
+        help=f'ways to train: {", ".join(ARMS)}, or NAMEs of --scales [all possible but {" and ".join(EXTRA)}]',
+    )
+    add('--seeds', type=count, default=3, help='number of seeds of each arm')
+    add('--first-seed', type=int, default=0, help='the first of them')
+    add(
+        '--lrs',
+        nargs='+',
+        type=rate,
+        default=[0.05, 0.1, 0.2],
+        help='learning rates to choose from, for each arm; beyond the lowest and highest if those are the best',
+    )
+    add('--lr', type=rate, help='learning rate of all arms, instead of choosing')
+    add(
+        '--holdout', type=number(float, above=0, below=1), default=0.1, help='share of the training images to choose on'
+    )
+    add('--tuning-epochs', type=count, help='epochs of these runs [--epochs]')
+    add(
+        '--scales',
+        nargs='+',
+        default=[],
+        metavar='[NAME=]SOURCE',
+        help="scales for the arm 'scales', or for an arm of that NAME: all that `repopt-timm train --scales` takes",
+    )
+    add('--search', type=count, help="epochs of the search before each run of the arm 'search'")
+    add('--reference', help='arm that the others are compared with [sgd, or the first]')
+    add('--jobs', type=count, default=1, help='number of runs side by side')
+    add('--threads', type=count, help='threads of each run [OMP_NUM_THREADS, or cores / --jobs]')
+    add('--report', nargs='+', metavar='FOLDER', help='only make the report of trials; of several, in --output')
+    add('--output', metavar='DIR', help='folder of the trial [output/MODEL-trial]')
+    # Its own method is for parsers that know all arguments.
+    args, rest = argparse.ArgumentParser.parse_known_args(parser, argv)
+    is_named = bool(argv) and argv[0] == args.model
+    if bool(args.report) == is_named or (args.report and rest):
+        raise ValueError('Name the MODEL of a trial before all flags, or else give --report the folders of trials.')
+    if len(args.report or ()) > 1 and not args.output:
+        raise ValueError('--report of several trials needs --output, the folder of their report.')
     return args, rest
 
 
 def read_settings(args: argparse.Namespace, model: str, epochs: int) -> TrialSettings:
-    """Returns what a trial is of.
-
-    Args:
-        args: The trial's own arguments, from `read_arguments`.
-        model: Name of the plain network.
-        epochs: Epochs of its runs.
-
-    Raises:
-        ValueError: If an arm cannot be, or arguments do not go together.
-    """
+    """Returns what a trial of runs of so many epochs is of."""
     scales: dict[str, str] = {}
     for word in args.scales:
         name, _, source = word.partition('=')
         if not source or Path(word).exists() or re.search(r'[/\\.:]', name):
             name, source = 'scales', word
-        if not re.fullmatch('[a-z][a-z0-9_]*', name):
-            raise ValueError(f"--scales has '{word}', expected NAME=SOURCE, where a NAME is of a to z, 0 to 9 and _.")
-        if name in scales or (name in ARMS and name != 'scales'):
-            raise ValueError(f"--scales has '{word}', but there is an arm '{name}' already: name it NAME=SOURCE.")
+        if not re.fullmatch('[a-z][a-z0-9_]*', name) or name in scales or (name in ARMS and name != 'scales'):
+            raise ValueError(
+                f"--scales has '{word}', expected NAME=SOURCE, where a NAME is of a to z, 0 to 9 and _ and no arm's."
+            )
         scales[name] = source
     arms = arms_of(model, args.arms, scales, args.search)
-    seeds = list(range(args.first_seed, args.first_seed + args.seeds))
-    reference = args.reference or ('sgd' if 'sgd' in arms else arms[0])
-    if args.lr is None and _TUNING_SEED in seeds:
+    if args.lr is None and args.first_seed <= _TUNING_SEED < args.first_seed + args.seeds:
         raise ValueError(f'--first-seed: learning rates are chosen with the seed {_TUNING_SEED}; take other seeds.')
-    if args.holdout >= 1:
-        raise ValueError(f'--holdout is {args.holdout}, expected a share below 1.')
+    reference = args.reference or ('sgd' if 'sgd' in arms else arms[0])
     if reference not in arms:
         raise ValueError(f"--reference is '{reference}', expected one of the arms: {', '.join(arms)}.")
     return TrialSettings(
         model=model,
         arms=arms,
-        seeds=seeds,
+        seeds=list(range(args.first_seed, args.first_seed + args.seeds)),
         lrs=sorted(set(args.lrs)),
         lr=args.lr,
         holdout=args.holdout,
@@ -225,31 +165,19 @@ def read_settings(args: argparse.Namespace, model: str, epochs: int) -> TrialSet
 
 
 def read_shared(model: str, config: str | None, data: str | None, words: Sequence[str]) -> dict[str, Any]:
-    """Returns the arguments that all runs of a trial share.
-
-    Args:
-        model: Name of the plain network.
-        config: YAML file of training arguments, or a shipped name.
-        data: Path to the dataset, if it is given.
-        words: Further words of the training command.
-
-    Raises:
-        FileNotFoundError: If the config does not exist.
-        ValueError: If an argument is unknown, has a value that it cannot have, or is not shared.
-    """
+    """Returns the arguments that all runs share: those of a config, replaced by words of the training command."""
     given, default = vars(parse_arguments(words)), vars(parse_arguments([]))
     if refused := [name for name in _NOT_SHARED if given.get(name) != default.get(name)]:
-        raise ValueError(f'A trial sets {", ".join(refused)} itself: remove --{refused[0].replace("_", "-")}.')
-    values: dict[str, Any] = dict(_DEFAULTS)
-    if config is not None:
-        values |= {name: value for name, value in read_config(config).items() if name not in _NOT_SHARED[2:]}
-    if data is not None:
-        values = {name: value for name, value in values.items() if name not in _NOT_SHARED} | {'data_dir': data}
-    if (folder := values.get('data_dir')) and Path(folder).name in ('', '..'):
+        flag = '--' + refused[0].replace('_', '-')
+        raise ValueError(f'{flag} is not for the runs of a trial. `repopt-timm trial --help` shows its own arguments.')
+    values: dict[str, Any] = read_config(config) if config else {}
+    folder = data or values.get('data_dir')
+    if folder and Path(folder).name in ('', '..'):
         # It has a name in the report.
-        values['data_dir'] = str(Path(folder).resolve())
+        folder = str(Path(folder).resolve())
+    values = {name: value for name, value in values.items() if name not in _NOT_SHARED}
     parser = make_parser()
-    parser.set_defaults(**{**values, 'model': model})
+    parser.set_defaults(**{**_DEFAULTS, **values, 'model': model, 'data_dir': folder})
     args = parser.parse_args(words)
     # Images are prepared alike for all arms, whose models may state different defaults.
     found = resolve_data_config(vars(args), pretrained_cfg=resolve_pretrained_cfg(model).to_dict())

@@ -6,38 +6,46 @@ from repopt_timm.trial.trial_settings import read_arguments, read_settings, read
 from ..helpers import TINY
 
 
-def trial_of(folder, *words):
-    """The trial of a command line; a model of six convolutions on images that nobody reads."""
-    args, rest = read_arguments([TINY, '--data', 'images', *words])
-    shared = read_shared(TINY, args.config, args.data, rest)
-    return Trial(folder, read_settings(args, TINY, shared['epochs']), shared), args.reference
+@pytest.fixture
+def trial(tmp_path):
+    """Makes a trial of a model of six convolutions on images that nobody reads, and writes its folder."""
+
+    def make(*words, folder='trial'):
+        args, rest = read_arguments([TINY, '--data', 'images', *words])
+        shared = read_shared(TINY, args.config, args.data, rest)
+        made = Trial(tmp_path / folder, read_settings(args, TINY, shared['epochs']), shared)
+        made.joined(args.reference).write()
+        return made
+
+    return make
 
 
 @pytest.fixture
-def trial(tmp_path):
-    """Makes a trial, and writes its folder as the command does."""
+def trained(trial):
+    """Makes a trial at one learning rate, with a run of each arm that has trained."""
 
-    def make(*words, folder='trial'):
-        made, reference = trial_of(tmp_path / folder, *words)
-        made.joined(reference).write()
+    def make(*words):
+        made = trial('--lr', '0.1', *words)
+        for arm in made.settings.arms:
+            fake_run(made.training(arm, 0, 0.1), 50)
         return made
 
     return make
 
 
 def fake_run(run, top1, seconds=1.0):
-    """Leaves what a training with this accuracy leaves in the end, or one that diverged if it is None."""
+    """Leaves what a training with this accuracy leaves in the end, or one that diverged at last if it is None."""
     run.folder.mkdir(parents=True, exist_ok=True)
     if top1 is None:
         (run.folder / 'diverged.txt').write_text('The training loss of epoch 2 is not finite.\n')
-        return
+    elif run.kind == 'searches':
+        (run.folder / 'scales.safetensors').touch()
+    top1 = top1 or 10
     epochs = range(1, run.epochs + 1)
     lines = [f'{epoch},0.1,{3 - epoch / 10},2,{top1 * epoch / run.epochs},99' for epoch in epochs]
     head = 'epoch,lr,train_loss,eval_loss,eval_top1,eval_top5'
     (run.folder / 'summary.csv').write_text('\n'.join([head, *lines, '']))
     (run.folder / 'times.csv').write_text(''.join(['epoch,train_seconds\n', *(f'{n},{seconds}\n' for n in epochs)]))
-    if run.kind == 'searches':
-        (run.folder / 'scales.safetensors').touch()
 
 
 def run_trial(trial, top1):

