@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from repopt_timm import make_grad_mults
-from repopt_timm.deploy import export_onnx, quantize_onnx, save_onnx
-from repopt_timm.deploy.quantization import QuantizationOptions
+from repopt_timm.deploy import QuantizationOptions, export_onnx, quantize_onnx, save_onnx
 
 DOCS = Path(__file__).parents[2] / 'docs'
 PAGE = (DOCS / 'deployment.md').read_text(encoding='utf-8')
@@ -26,16 +25,17 @@ def run(word):
     return names
 
 
-@pytest.mark.parametrize('int8', [False, True])
-def test_onnx_runtime_alone_classifies_a_photograph(int8, named, images, tmp_path, monkeypatch, capsys):
+def test_onnx_runtime_alone_classifies_a_photograph(named, images, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     export_onnx(named, 'a0.onnx', batch=1)
-    if int8:
-        save_onnx(quantize_onnx('a0.onnx', images, QuantizationOptions(images=12)).quantized, 'a0.onnx')
-    for name in ('dark', 'light'):
-        Image.open(images / 'validation' / name / '0.png').resize((50, 40)).save('photo.jpg')
-        run('photo.jpg')
-        assert capsys.readouterr().out == f'{name}\n'
+    quantized = quantize_onnx('a0.onnx', images, QuantizationOptions(images=12)).quantized
+    for int8 in (False, True):
+        if int8:
+            save_onnx(quantized, 'a0.onnx')
+        for name in ('dark', 'light'):
+            Image.open(images / 'validation' / name / '0.png').resize((50, 40)).save('photo.jpg')
+            run('photo.jpg')
+            assert capsys.readouterr().out == f'{name}\n'
 
 
 @pytest.mark.slow

@@ -3,13 +3,11 @@ import copy
 import numpy as np
 import onnx_ir
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from repopt_timm.deploy import QuantizationOptions, equalize, quantize_onnx
-from repopt_timm.deploy.channel_health import kernel_outliers
 from repopt_timm.deploy.onnx_export import to_onnx
 from repopt_timm.deploy.onnx_graph import Graph
 
@@ -64,8 +62,7 @@ def network():
         model.stem.bias[1] = -1000
         model.depthwise.weight[2], model.depthwise.bias[2] = 0, 2
         model.gated.weight[3], model.gated.bias[3] = 0, 3
-    proto, _ = to_onnx(model, {'input_size': (3, 16, 16)})
-    return proto
+    return to_onnx(model, {'input_size': (3, 16, 16)})[0]
 
 
 @pytest.fixture(scope='module')
@@ -73,13 +70,8 @@ def equalized(network):
     return equalize(network, Images(), range(16))
 
 
-def test_the_logits_stay(network, equalized):
-    assert equalized.difference < 1e-5
-    assert equalized.images == 16
-    assert network.SerializeToString() != equalized.model.SerializeToString()
-
-
-def test_dead_channels_are_removed_where_that_changes_nothing(network, equalized):
+def test_dead_channels_are_removed_where_that_changes_no_logit(equalized):
+    assert equalized.difference < 1e-5 and equalized.images == 16
     assert equalized.removed == {'depthwise': 1, 'grouped': 2}
     # Zeros around the image end what is constant within.
     assert equalized.kept == {'padded': 1}
@@ -138,15 +130,12 @@ def test_a_product_whose_bias_is_not_one_for_each_output_stays(network, broken):
     assert found.pairs.keys() == {'stem', 'depthwise'}
 
 
-@pytest.mark.parametrize('zero', [True, False])
-def test_a_layer_that_nothing_reads_is_not_equalized(zero):
-    model = timm.create_model('resnet10t', num_classes=3, zero_init_last=zero)
-    proto, _ = to_onnx(model.eval(), {'input_size': (3, 16, 16)})
-    found = equalize(proto, Images(), range(4))
-    blocks = {f'layer{stage}.0.conv1' for stage in range(1, 5)}
-    assert blocks & found.pairs.keys() == (set() if zero else blocks)
-    assert {layer for layer in blocks if found.left.get(layer) == 'unread'} == (blocks if zero else set())
-    assert (sum(found.unread.values()) == 960) is zero
+def test_a_layer_that_nothing_reads_is_set_to_0_and_not_equalized(network):
+    graph = Graph(network)
+    graph.kernels['second_fc'][:] = 0
+    found = equalize(graph.model, Images(), range(4))
+    assert found.left['first_fc'] == 'unread' and found.unread['first_fc'] == 8
+    assert not Graph(found.model).kernels['first_fc'].any()
 
 
 def test_a_rewrite_that_changes_logits_is_refused(network):
@@ -164,4 +153,3 @@ def test_int8_survives_one_scale_for_all_weights_after_it(damaged, broken_by_int
     assert broken_by_int8.agreement < 70 < 90 < done.agreement
     assert broken_by_int8.warnings() and not done.warnings()
     assert done.equalization.removed['stages.1.1.conv'] >= 1
-    assert not kernel_outliers(done.model)
