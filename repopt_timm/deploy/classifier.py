@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..datasets import Images, core_count
 from ..errors import explaining
 from .onnx_graph import image_input
-from .runtime import explained, load_onnx, open_session
+from .runtime import load_onnx, open_session
 from .trained_model import load_model
 
 
@@ -40,12 +40,9 @@ class Classifier:
     fixed_batch: int = 0
 
     def ranked(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the logits of images, the largest first, and their classes; of equal ones the lower class is first.
-
-        Raises:
-            ValueError: If they are not numbers, which would count as the first class.
-        """
+        """Returns logits, the largest first, and their classes; of equal ones the lower class is first."""
         logits = self.run(images).float()
+        # Those that are not numbers would count as the first class.
         if not logits.isfinite().all():
             raise ValueError(
                 'The model gives logits that are not finite, as after a training that diverged: it classifies nothing. '
@@ -79,7 +76,7 @@ def torch_classifier(
         torch.set_num_threads(min(threads, core_count()))
 
     def run(images: Tensor) -> Tensor:
-        with explaining(f'The model cannot run on {tuple(images.shape)} images'), torch.inference_mode():
+        with torch.inference_mode():
             return model(images)
 
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -108,8 +105,7 @@ def onnx_classifier(
         # A model whose batch size is fixed gets that many at once; repeat the last image to fill the last part.
         missing = -len(images) % batch if batch else 0
         filled = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
-        with explained(f'ONNX Runtime cannot run the model on {tuple(images.shape)} images'):
-            parts = [session.run(None, {images_name: part.numpy()})[0] for part in filled.split(batch or len(filled))]
+        parts = [session.run(None, {images_name: part.numpy()})[0] for part in filled.split(batch or len(filled))]
         return torch.cat([*map(torch.from_numpy, parts)])[: len(images)]
 
     config = preprocessing(overrides, pretrained_cfg=metadata)

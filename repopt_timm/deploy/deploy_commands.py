@@ -3,10 +3,12 @@
 import argparse
 import json
 import logging
+from dataclasses import fields
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ..console import number
 from ..files import check_output, check_output_folder, write_text
 from ..reporting import add_command, markdown_table, positive, print_result
 from .channel_health import health_warnings, kernel_outliers
@@ -40,7 +42,7 @@ def add_commands(commands: Any) -> None:
 
     add = export.add_argument
     add('--onnx', metavar='FILE', type=_onnx_file, required=True, help='file to write')
-    add('--opset', type=positive(int), default=OPSET, help=f"version of ONNX's operators, {OPSET} or later")
+    add('--opset', type=number(int, low=OPSET), default=OPSET, help=f"version of ONNX's operators, {OPSET} or later")
     add('--fixed-batch', type=positive(int), default=0, help='take N images at a time, no other number')
     add('--fp16', action='store_true', help='weights and computation in float16')
 
@@ -117,12 +119,8 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _options(args: argparse.Namespace, **chosen: Any) -> QuantizationOptions:
-    same = {name: getattr(args, name) for name in ('images', 'seed', 'reduce_range')}
-    return QuantizationOptions(exclude=tuple(args.exclude), **same, **chosen)
-
-
-def _short(source: str) -> str:
-    return '/'.join(Path(source).parts[-2:])
+    given = {field.name: getattr(args, field.name) for field in fields(QuantizationOptions) if field.name in args}
+    return QuantizationOptions(**{**given, 'exclude': tuple(args.exclude), **chosen})
 
 
 def _export(args: argparse.Namespace) -> None:
@@ -133,7 +131,7 @@ def _export(args: argparse.Namespace) -> None:
         _logger.warning(line)
     left = f', {result["batchnorms"]} BatchNorms without a convolution before them' if result['batchnorms'] else ''
     text = (
-        f'{args.model} -> {args.onnx}: {result["bytes"] / 1e6:.1f} MB, opset {args.opset}{left}; logits within '
+        f'{args.model} -> {args.onnx}: {result["bytes"] / 1e6:.1f} MB, opset {result["opset"]}{left}; logits within '
         f'{result["difference"]:.1e} of PyTorch, relative to the largest'
     )
     print_result(args, result, text)
@@ -146,8 +144,7 @@ def _quantize(args: argparse.Namespace) -> None:
     check_output(args.out, *filter(None, (args.model, args.versus)))
     for folder in folders.values():
         check_output_folder(folder)
-    chosen = {name: getattr(args, name) for name in ('weights', 'calibration', 'target', 'equalize')}
-    how = args.data, _options(args, **chosen), args.split, _overrides(args), args.class_map
+    how = args.data, _options(args), args.split, _overrides(args), args.class_map
     done = quantize_onnx(args.model, *how)
     for line in done.warnings():
         _logger.warning(line)
@@ -172,9 +169,9 @@ def _quantize(args: argparse.Namespace) -> None:
         result['equalization'] = done.equalization.counts
         lines.append(describe(done.equalization.counts))
     if args.report:
-        reports = {_short(args.model): layer_report(done)}
+        reports = {args.model: layer_report(done)}
         if args.versus:
-            reports[_short(args.versus)] = layer_report(quantize_onnx(args.versus, *how))
+            reports[args.versus] = layer_report(quantize_onnx(args.versus, *how))
         write_reports(reports, args.report)
         lines.append(f'report in {args.report}')
     if args.sensitivity:
@@ -192,17 +189,15 @@ def _compare(args: argparse.Namespace) -> None:
     for text in args.models:
         label, separator, source = text.partition('=')
         if not separator or Path(text).exists():
-            label, source = _short(text), text
+            label, source = '/'.join(Path(text).parts[-2:]), text
         models[label] = source
     if len(models) < len(args.models):
         raise ValueError('Two models have the same label: name them as LABEL=MODEL.')
     if args.out:
         check_output_folder(args.out)
-    kinds = product((False, True) if args.equalize else (False,), args.calibrations, args.targets, WEIGHTS)
-    ways = [
-        _options(args, equalize=equalize, calibration=calibration, target=target, weights=weights)
-        for equalize, calibration, target, weights in kinds
-    ]
+    names = ('equalize', 'calibration', 'target', 'weights')
+    kinds = product(dict.fromkeys((False, args.equalize)), args.calibrations, args.targets, WEIGHTS)
+    ways = [_options(args, **dict(zip(names, kind))) for kind in kinds]
     results = compare_int8(models, args.data, ways, args.latency_batches, args.threads, args.class_map)
     table = comparison_table(results)
     if args.out:

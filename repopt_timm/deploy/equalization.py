@@ -107,15 +107,12 @@ def equalize(
 
 
 def _remove_dead_channels(graph: Graph, constants: Mapping[str, np.ndarray]) -> list[dict[str, int]]:
-    """Zeroes dead weights; counts input channels removed, output channels that nothing reads, and dead inputs kept.
-
-    A constant other than 0 moves to the bias. It stays where a convolution pads with zeros: its border then sees less
-    of it than its middle.
-    """
+    """Zeroes dead weights; counts input channels removed, output channels that nothing reads, and dead inputs kept."""
     removed, unread, kept = {}, {}, {}
     for layer, kernel in graph.kernels.items():
         groups, _, width, _ = kernel.shape
         values, attributes = constants[layer].reshape(groups, 1, width), graph.layers[layer].attributes
+        # A constant other than 0 moves to the bias, unless zeros around the image interrupt it.
         padded = any(attributes.get_ints('pads', ())) or attributes.get_string('auto_pad', '').startswith('SAME')
         dead = (values == 0) | ~(np.isnan(values) | padded)
         graph.biases[layer] += (kernel.sum(3) * np.where(dead, values, 0)).sum(2).reshape(-1)

