@@ -32,17 +32,20 @@ def test_from_a_checkpoint_to_a_measured_int8_file(checkpoint, damaged, images, 
     assert json.loads(capsys.readouterr().out)['top1'] > 80
 
 
-def test_what_breaks_int8_is_a_warning_and_equalizing_reports_what_it_removed(
-    damaged, images, tmp_path, capsys, caplog
-):
-    common = f'quantize {damaged} --data {images} --out {tmp_path}/out.onnx --weights per-tensor --images 12 --json'
+def test_what_breaks_int8_is_a_warning_and_equalizing_mends_it(damaged, images, tmp_path, capsys, caplog):
+    common = f'quantize {damaged} --data {images} --out {tmp_path}/out.onnx --weights per-tensor --json'
     assert main(common.split()) == 0
-    assert 'stages.1.1.conv 1' in caplog.text and 'INT8 changes this model' in caplog.text
-    assert json.loads(capsys.readouterr().out)['outliers']
-    assert main([*common.split(), '--equalize', '--target', 'tensorrt']) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found['equalization']['removed']['stages.1.1.conv'] >= 1
-    assert not found['outliers'] and not found['dead_channels']
+    broken = json.loads(capsys.readouterr().out)
+    assert broken['agreement'] < 70 and broken['outliers'] == {'stages.1.1.conv': 1}
+    assert broken['dead_channels']['stages.1.1.conv'] >= 1
+    steps = ('--calibration auto', '--equalize', 'per-channel', '--sensitivity', 'stages.1.1.conv 1')
+    assert all(step in caplog.text for step in steps)
+    caplog.clear()
+    assert main([*common.split(), '--equalize']) == 0
+    mended = json.loads(capsys.readouterr().out)
+    assert mended['agreement'] > 90
+    assert mended['equalization']['removed']['stages.1.1.conv'] >= 1
+    assert not mended['outliers'] and not mended['dead_channels'] and not caplog.text
 
 
 def test_a_saved_card_has_the_accuracy_of_the_weights_beside_it(checkpoint, images, tmp_path, capsys):
@@ -132,7 +135,6 @@ def test_a_quantized_file_is_refused_before_the_calibration(quantization, images
     ('missing', 'command'),
     [
         ('onnxscript', 'export {checkpoint} --onnx {tmp}/new.onnx'),
-        ('onnxruntime', 'evaluate {model} --data {images}'),
         ('matplotlib', 'quantize {model} --data {images} --out {tmp}/new.onnx --report {tmp}/report'),
         ('sklearn', 'evaluate {model} --data {images} --out {tmp}/new'),
     ],

@@ -49,7 +49,7 @@ def test_onnx_files_predict_the_same_and_preprocessing_can_differ(checkpoint, on
         assert probabilities(checkpoint, **overrides) != pytest.approx(found, rel=1e-2)
 
 
-@pytest.mark.parametrize(('tag', 'named'), [('a1_in1k', True), ('in1k', True), ('cifar10', False), ('mine1k', False)])
+@pytest.mark.parametrize(('tag', 'named'), [('a1_in1k', True), ('cifar10', False), ('mine1k', False)])
 def test_imagenets_names_are_for_weights_of_imagenet(tag, named):
     model = timm.create_model('test_resnet')
     model.pretrained_cfg = {**model.pretrained_cfg, 'tag': tag}
@@ -57,10 +57,7 @@ def test_imagenets_names_are_for_weights_of_imagenet(tag, named):
     assert names[281] == 'n02123045' if named else not names
 
 
-@pytest.mark.parametrize(
-    ('image', 'message'),
-    [('none.png', 'There is no image'), ('', 'There are no images in'), ('broken.png', r"broken\.png' is damaged")],
-)
+@pytest.mark.parametrize(('image', 'message'), [('none.png', 'no image'), ('', 'no images'), ('broken.png', 'damaged')])
 def test_what_is_missing_or_broken_is_named(image, message, checkpoint, tmp_path):
     (tmp_path / 'folder').mkdir()
     (tmp_path / 'broken.png').write_bytes(b'no picture')
