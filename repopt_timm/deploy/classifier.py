@@ -21,15 +21,8 @@ from .trained_model import load_model
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model that classifies images.
-
-    Attributes:
-        backend: `pytorch` or `onnxruntime`.
-        run: Images, float32 of shape (N, C, H, W), to logits of shape (N, classes).
-        config: Preprocessing, as `timm.data.resolve_data_config` gives it.
-        size: Bytes on disk: of the ONNX file, or of the parameters and buffers of a PyTorch model.
-        class_names: Names of the classes in the order of the logits, if known.
-        fixed_batch: Images that the model takes at a time; 0 if any number.
+    """A model from images, float32 of shape (N, C, H, W), to logits. `config` is its preprocessing in timm's names,
+    `size` its bytes on disk, `fixed_batch` the number of images that it takes at a time, 0 if any.
     """
 
     backend: str
@@ -64,7 +57,7 @@ def load_classifier(
 ) -> Classifier:
     """Loads an `.onnx` file, or what `load_model` takes; `threads` are no more than there are cores."""
     if is_onnx(source):
-        return onnx_classifier(load_onnx(source), threads, overrides, f"'{source}'")
+        return onnx_classifier(load_onnx(source), threads, overrides)
     return torch_classifier(load_model(source), threads, overrides)
 
 
@@ -83,23 +76,18 @@ def torch_classifier(
     return Classifier('pytorch', run, preprocessing(overrides, model=model), size, label_names(model))
 
 
-def onnx_classifier(
-    model: Any, threads: int | None = None, overrides: Mapping[str, Any] | None = None, name: str = 'the model'
-) -> Classifier:
-    """Wraps an `onnx.ModelProto` from images to logits; `name` is what errors call it."""
+def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[str, Any] | None = None) -> Classifier:
+    """Wraps an `onnx.ModelProto` from images to logits."""
     # timm requires an architecture.
     metadata: dict[str, Any] = {'architecture': '', 'label_names': []}
     for entry in model.metadata_props:
         # Other exporters write other text.
         with suppress(ValueError):
             metadata[entry.key] = json.loads(entry.value)
-    images_name, sizes = image_input(model)
-    if len(sizes) != 4:
-        raise ValueError(f"The ONNX model's input '{images_name}' has {len(sizes)} dimensions, expected (N, C, H, W).")
-    batch, *size = sizes
+    images_name, (batch, *size) = image_input(model)
     if all(size):
         metadata['input_size'] = size
-    session = open_session(model, threads, name=name)
+    session = open_session(model, threads)
 
     def run(images: Tensor) -> Tensor:
         # A model whose batch size is fixed gets that many at once; repeat the last image to fill the last part.

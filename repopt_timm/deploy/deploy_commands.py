@@ -138,11 +138,10 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    folders = {name: getattr(args, name) for name in ('report', 'sensitivity') if getattr(args, name)}
     if args.report:
         require('matplotlib')
     check_output(args.out, *filter(None, (args.model, args.versus)))
-    for folder in folders.values():
+    for folder in filter(None, (args.report, args.sensitivity)):
         check_output_folder(folder)
     how = args.data, _options(args), args.split, _overrides(args), args.class_map
     done = quantize_onnx(args.model, *how)
@@ -165,6 +164,7 @@ def _quantize(args: argparse.Namespace) -> None:
         f'calibrated on {result["images"]} images of {result["folder"]} ({result["calibration"]}); of '
         f'{len(done.judged)} {judged} {done.agreement:.1f} % are classified as before',
     ]
+    result |= {name: str(getattr(args, name)) for name in ('out', 'report', 'sensitivity') if getattr(args, name)}
     if done.equalization:
         result['equalization'] = done.equalization.counts
         lines.append(describe(done.equalization.counts))
@@ -180,7 +180,6 @@ def _quantize(args: argparse.Namespace) -> None:
         write_text(args.sensitivity / 'sensitivity.md', sensitivity_table(ranking) + '\n')
         lines.append(f'sensitivity in {args.sensitivity}, most sensitive:\n{sensitivity_table(ranking, 5)}')
     save_onnx(done.quantized, args.out)
-    result |= {'out': args.out, **{name: str(folder) for name, folder in folders.items()}}
     print_result(args, result, '; '.join(lines))
 
 

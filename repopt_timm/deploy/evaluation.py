@@ -257,12 +257,12 @@ def random_images(config: Mapping[str, Any], batch_size: int) -> Tensor:
     return torch.randn(batch_size, *config['input_size'], generator=torch.Generator().manual_seed(0))
 
 
-def time_runs(run: Callable[[], Any], seconds: float = 1.0, least: int = 20) -> list[float]:
-    """Returns the seconds of single runs: after three to warm up, at least `least`, and for some seconds."""
+def time_runs(run: Callable[[], Any], seconds: float = 1.0) -> list[float]:
+    """Returns the seconds of single runs: after three to warm up, at least 20, and for some seconds."""
     for _ in range(3):
         run()
     times: list[float] = []
-    while len(times) < least or sum(times) < seconds:
+    while len(times) < 20 or sum(times) < seconds:
         times.append(time_call(run))
     return times
 

@@ -48,8 +48,7 @@ def layer_report(done: Quantization, images: int = 16) -> dict[str, Any]:
     for name, node in layers.items():
         weight = node.inputs[1].const_value.numpy()
         row = {'layer': name, 'operator': node.op_type, 'std': weight.std(dtype=float).item()}
-        # Undefined for equal weights.
-        row['kurtosis'] = float(kurtosis(weight.astype(float), None, fisher=False)) if row['std'] > 0 else 0.0
+        row['kurtosis'] = float(kurtosis(weight.astype(float), None, fisher=False))
         read, kernel = inputs[node.name][:2]
         if read in restored:
             expected = [batch[node.inputs[0].name] for batch in exact]

@@ -74,15 +74,9 @@ def layers_of(model: Any) -> dict[str, Any]:
 
 
 class Graph:
-    """A copy of a float model whose kernels and biases can be changed in place.
-
-    Attributes:
-        layers: See `layers_of`.
-        kernels: Layer to a view of its kernel, of shape (groups, outputs of a group, inputs of a group, taps).
-        biases: The same layers to their biases, of their own; zeros where there was none.
-        readers: Layer to the layers that read its output through nothing but positively homogeneous operators, if only
-            these read it, and all of them have kernels.
-        left: Other layers to why they are not among these: an operator, `output`, `shared kernel` or `unread`.
+    """A copy of a float model whose `kernels`, of shape (groups, outputs of a group, inputs of a group, taps), and
+    `biases` can be changed in place. `readers` are the layers that alone read a layer, through nothing but positively
+    homogeneous operators; `left` is why other layers have none.
     """
 
     def __init__(self, model: Any):

@@ -223,8 +223,7 @@ def quantize(
 
 
 class _Reader:
-    """Gives ONNX Runtime one batch after another: its calibrators keep all activations until a call ends.
-
+    """Gives ONNX Runtime one batch a call: its calibrators keep all activations until a call ends, and
     `CalibMaxIntermediateOutputs` of ONNX Runtime 1.32 drops the batches instead of merging them.
     """
 

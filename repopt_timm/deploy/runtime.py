@@ -33,13 +33,10 @@ def load_onnx(path: str | os.PathLike) -> Any:
     # Names of nodes are optional in ONNX, but are what ONNX Runtime quantizes by.
     for number, node in enumerate(graph.node):
         node.name = node.name or f'{node.op_type}.{number}'
-    constants = {tensor.name for tensor in graph.initializer}
-    inputs = [value.name for value in graph.input if value.name not in constants]
-    outputs = [value.name for value in graph.output]
-    if len(inputs) != 1 or len(outputs) != 1:
+    inputs = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
+    if len(inputs) != 1 or len(graph.output) != 1:
         raise ValueError(
-            f"'{path}' has the inputs {', '.join(inputs)} and the outputs {', '.join(outputs)}; expected images in and "
-            f'logits out.'
+            f"'{path}' has {len(inputs)} inputs and {len(graph.output)} outputs; expected images in and logits out."
         )
     return model
 
@@ -54,7 +51,7 @@ def save_onnx(model: Any, path: str | os.PathLike) -> None:
         temporary.write_bytes(model.SerializeToString())
 
 
-def open_session(model: Any, threads: int | None = None, optimize: bool = True, name: str = 'the model') -> Any:
+def open_session(model: Any, threads: int | None = None, optimize: bool = True) -> Any:
     """Opens an `onnx.ModelProto` on the CPU; without `optimize` no node is fused, so that all tensors have values."""
     onnxruntime = require('onnxruntime')
     options = onnxruntime.SessionOptions()
@@ -64,7 +61,7 @@ def open_session(model: Any, threads: int | None = None, optimize: bool = True, 
     options.log_severity_level = 4
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    with explained(f'ONNX Runtime {onnxruntime.__version__} cannot run {name}'):
+    with explained(f'ONNX Runtime {onnxruntime.__version__} cannot run the model'):
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
 
 

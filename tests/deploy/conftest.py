@@ -1,5 +1,4 @@
 from argparse import Namespace
-from functools import partial
 
 import pytest
 import timm
@@ -23,9 +22,9 @@ ARGS = Namespace(
 def short_times():
     """Times are taken, but not until they are exact."""
     with pytest.MonkeyPatch.context() as patch:
-        short = partial(evaluation.time_runs, least=3)
-        patch.setattr(evaluation, 'time_runs', lambda run: short(run, 0))
-        patch.setattr(int8_table, 'time_runs', lambda run, seconds: short(run, 0))
+        short = evaluation.time_runs
+        for module in (evaluation, int8_table):
+            patch.setattr(module, 'time_runs', lambda run, seconds=0: short(run, 0))
         yield
 
 
