@@ -79,8 +79,10 @@ def add_commands(commands: Any) -> None:
 
     for parser in (quantized, compared):
         add = parser.add_argument
-        also = 'measure each model a second time' if parser is compared else 'first'
-        add('--equalize', action='store_true', help=f'{also}: without dead channels, layers equalized; same logits')
+        when = 'for a second row of each model' if parser is compared else 'first'
+        add(
+            '--equalize', action='store_true', help=f'remove dead channels and equalize layers {when}; no logit changes'
+        )
         add('--images', type=positive(int), default=512, help='images to calibrate on')
         add('--seed', type=int, default=0, help='seed for choosing calibration images')
         add('--reduce-range', action='store_true', help='7-bit weights, for x86 without VNNI')

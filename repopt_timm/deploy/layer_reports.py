@@ -39,8 +39,7 @@ def layer_report(done: Quantization, images: int = 16) -> dict[str, Any]:
     """
     ratio = require('onnxruntime.quantization.qdq_loss_debug').compute_signal_to_quantization_noice_ratio
     layers = layers_of(done.model)
-    inputs = {node.name: node.input for node in done.quantized.graph.node}
-    restored = {node.output[0] for node in done.quantized.graph.node if node.op_type == 'DequantizeLinear'}
+    inputs, restored = _inputs(done.quantized)
     batches = [*feeds(done.model, done.images, done.indices[:images], 'report', images)]
     exact = [*tensor_values(done.model, (node.inputs[0].name for node in layers.values()), batches)]
     rounded = [*tensor_values(done.quantized, restored, batches)]
@@ -121,8 +120,7 @@ def layer_sensitivity(done: Quantization) -> dict[str, Any]:
         return {**({'drop': 100 * lost.item()} if labelled else {}), 'kl': distance.item()}
 
     expected = logits(done.model)
-    inputs = {node.name: node.input for node in done.quantized.graph.node}
-    restored = {node.output[0] for node in done.quantized.graph.node if node.op_type == 'DequantizeLinear'}
+    inputs, restored = _inputs(done.quantized)
     rows = []
     for name, node in tqdm(layers_of(done.model).items(), 'sensitivity', unit='layer', disable=None):
         if inputs[node.name][1] in restored:
@@ -134,6 +132,12 @@ def layer_sensitivity(done: Quantization) -> dict[str, Any]:
             rows.append({'layer': name, 'operator': node.op_type, **found})
     rows.sort(key=lambda row: (row.get('drop', 0), row['kl']), reverse=True)
     return {'images': len(labels), 'labelled': labelled, 'int8': compare(done.quantized), 'layers': rows}
+
+
+def _inputs(quantized: Any) -> tuple[dict[str, Any], set[str]]:
+    """Returns the inputs of each node, and the tensors that were in INT8."""
+    inputs = {node.name: node.input for node in quantized.graph.node}
+    return inputs, {node.output[0] for node in quantized.graph.node if node.op_type == 'DequantizeLinear'}
 
 
 def sensitivity_table(ranking: Mapping[str, Any], most: int | None = None) -> str:
