@@ -22,14 +22,12 @@ COLUMNS = ['arm', 'seed', 'weights', 'equalized', 'float32', 'int8', 'drop', 'de
 
 def losses(run: Path, images: str) -> Iterator[list[object]]:
     """Quantizes a run's last checkpoint in four ways."""
-    found = compare_int8(
-        {'network': run / 'last.pth.tar'},
-        images,
-        calibrations=['minmax'],
-        options=QuantizationOptions(equalize=True),
-        latency_batches=(),
-        threads=1,
-    )
+    ways = [
+        QuantizationOptions(equalize=equalize, weights=weights)
+        for equalize in (False, True)
+        for weights in ('per-channel', 'per-tensor')
+    ]
+    found = compare_int8({'network': run / 'last.pth.tar'}, images, ways, latency_batches=(), threads=1)
     rows = found['accuracy']
     float32 = next(row['top1'] for row in rows if row['weights'] == 'float32')
     removed = sum(found['equalization']['network']['removed'].values())

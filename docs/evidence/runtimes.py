@@ -15,11 +15,11 @@ import openvino
 import torch
 
 from repopt_timm.datasets import open_evaluation
-from repopt_timm.deploy import Classifier, QuantizationOptions, calibrate, quantize
-from repopt_timm.deploy.classifier import onnx_classifier
+from repopt_timm.deploy import QuantizationOptions
+from repopt_timm.deploy.classifier import Classifier, onnx_classifier
 from repopt_timm.deploy.evaluation import classify
 from repopt_timm.deploy.onnx_export import float_onnx
-from repopt_timm.deploy.quantization import draw
+from repopt_timm.deploy.quantization import quantize_in
 from repopt_timm.reporting import markdown_table
 
 
@@ -41,12 +41,11 @@ def main() -> None:
     classifiers = {('float32', '', 'ONNX Runtime'): onnx_classifier(model, 1)}
     config, names = next((each.config, each.class_names) for each in classifiers.values())
     train, validation = (open_evaluation(sys.argv[1], split, config, '', names) for split in ('train', 'validation'))
-    ranges = calibrate(model, train, draw(train, QuantizationOptions())[0], QuantizationOptions())
     ways = list(product(('per-channel', 'per-tensor'), ('ort', 'tensorrt')))
-    for weights, target in ways:
-        int8 = quantize(model, ranges, QuantizationOptions(weights=weights, target=target))
-        classifiers[weights, target, 'ONNX Runtime'] = onnx_classifier(int8, 1)
-        classifiers[weights, target, 'OpenVINO'] = in_openvino(int8)
+    options = [QuantizationOptions(weights=weights, target=target) for weights, target in ways]
+    for way, done in zip(ways, quantize_in(options, model, train)):
+        classifiers[(*way, 'ONNX Runtime')] = onnx_classifier(done.quantized, 1)
+        classifiers[(*way, 'OpenVINO')] = in_openvino(done.quantized)
     found = classify(classifiers, validation)
     print(f'float32: {found["float32", "", "ONNX Runtime"].accuracy():.2f} % of {len(validation)} images')
     rows = []

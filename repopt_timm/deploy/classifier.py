@@ -10,40 +10,19 @@ from typing import Any
 
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
-from timm.data.transforms import str_to_interp_mode
 from torch import Tensor, nn
 
 from ..datasets import Images, core_count
 from ..errors import explaining
-from .runtime import explained, load_onnx, open_session
+from .onnx_graph import image_input
+from .runtime import load_onnx, open_session
 from .trained_model import load_model
-
-__all__ = [
-    'Classifier',
-    'data_config',
-    'image_input',
-    'is_onnx',
-    'label_names',
-    'largest_difference',
-    'load_classifier',
-    'logits_of',
-    'onnx_classifier',
-    'preprocessing',
-    'torch_classifier',
-]
 
 
 @dataclass(frozen=True)
 class Classifier:
-    """A model that classifies images.
-
-    Attributes:
-        backend: `pytorch` or `onnxruntime`.
-        run: Images, float32 of shape (N, C, H, W), to logits of shape (N, classes).
-        config: Preprocessing, as `preprocessing` gives it.
-        size: Bytes on disk: of the ONNX file, or of the parameters and buffers of a PyTorch model.
-        class_names: Names of the classes in the order of the logits, if known.
-        fixed_batch: Images that the model takes at a time; 0 if any number.
+    """A model from images, float32 of shape (N, C, H, W), to logits. `config` is its preprocessing in timm's names,
+    `size` its bytes on disk, `fixed_batch` the number of images that it takes at a time, 0 if any.
     """
 
     backend: str
@@ -54,12 +33,9 @@ class Classifier:
     fixed_batch: int = 0
 
     def ranked(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the logits of images, the largest first, and their classes; of equal ones the lower class is first.
-
-        Raises:
-            ValueError: If they are not numbers, which would count as the first class.
-        """
+        """Returns logits, the largest first, and their classes; of equal ones the lower class is first."""
         logits = self.run(images).float()
+        # Those that are not numbers would count as the first class.
         if not logits.isfinite().all():
             raise ValueError(
                 'The model gives logits that are not finite, as after a training that diverged: it classifies nothing. '
@@ -73,26 +49,15 @@ class Classifier:
 
 
 def is_onnx(source: str | os.PathLike) -> bool:
-    """Returns whether a source is an ONNX file, by its name."""
     return Path(source).suffix == '.onnx'
 
 
 def load_classifier(
     source: str | os.PathLike, threads: int | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Classifier:
-    """Loads what is to be evaluated.
-
-    Args:
-        source: An `.onnx` file, or what `load_model` takes.
-        threads: Number of threads, no more than there are cores. Defaults to all cores.
-        overrides: Preprocessing that differs from the model's own, by timm's names.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it cannot be loaded.
-    """
+    """Loads an `.onnx` file, or what `load_model` takes; `threads` are no more than there are cores."""
     if is_onnx(source):
-        return onnx_classifier(load_onnx(source), threads, overrides, f"'{source}'")
+        return onnx_classifier(load_onnx(source), threads, overrides)
     return torch_classifier(load_model(source), threads, overrides)
 
 
@@ -104,31 +69,35 @@ def torch_classifier(
         torch.set_num_threads(min(threads, core_count()))
 
     def run(images: Tensor) -> Tensor:
-        with explaining(f'The model cannot run on {tuple(images.shape)} images'), torch.inference_mode():
+        with torch.inference_mode():
             return model(images)
 
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     return Classifier('pytorch', run, preprocessing(overrides, model=model), size, label_names(model))
 
 
-def onnx_classifier(
-    model: Any, threads: int | None = None, overrides: Mapping[str, Any] | None = None, name: str = 'the model'
-) -> Classifier:
-    """Wraps an `onnx.ModelProto` from images to logits; `name` is what errors call it."""
-    config = data_config(model, overrides)
-    # ONNX Runtime ends in a segmentation fault if it cannot start as many.
-    session = open_session(model, threads and min(threads, core_count()), name=name)
-    images_name, (batch, *_) = image_input(model)
+def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[str, Any] | None = None) -> Classifier:
+    """Wraps an `onnx.ModelProto` from images to logits."""
+    # timm requires an architecture.
+    metadata: dict[str, Any] = {'architecture': '', 'label_names': []}
+    for entry in model.metadata_props:
+        # Other exporters write other text.
+        with suppress(ValueError):
+            metadata[entry.key] = json.loads(entry.value)
+    images_name, (batch, *size) = image_input(model)
+    if all(size):
+        metadata['input_size'] = size
+    session = open_session(model, threads)
 
     def run(images: Tensor) -> Tensor:
         # A model whose batch size is fixed gets that many at once; repeat the last image to fill the last part.
         missing = -len(images) % batch if batch else 0
         filled = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
-        with explained(f'ONNX Runtime cannot run the model on {tuple(images.shape)} images'):
-            parts = [session.run(None, {images_name: part.numpy()})[0] for part in filled.split(batch or len(filled))]
+        parts = [session.run(None, {images_name: part.numpy()})[0] for part in filled.split(batch or len(filled))]
         return torch.cat([*map(torch.from_numpy, parts)])[: len(images)]
 
-    return Classifier('onnxruntime', run, config, model.ByteSize(), _metadata(model)['label_names'], batch)
+    config = preprocessing(overrides, pretrained_cfg=metadata)
+    return Classifier('onnxruntime', run, config, model.ByteSize(), metadata['label_names'], batch)
 
 
 def logits_of(models: Iterable[Any], images: Images, indices: Sequence[int], title: str) -> list[Tensor]:
@@ -144,18 +113,9 @@ def largest_difference(found: Tensor, expected: Tensor) -> float:
 
 
 def preprocessing(overrides: Mapping[str, Any] | None = None, **model: Any) -> dict[str, Any]:
-    """Returns what `timm.data.resolve_data_config` makes of the overrides and a model.
-
-    Raises:
-        ValueError: If a value is not one that images can be prepared with.
-    """
+    """Returns what `timm.data.resolve_data_config` makes of the overrides and a model."""
     with explaining(f'Images cannot be prepared with {dict(overrides or {}) or "what the model states"}'):
-        config = resolve_data_config(dict(overrides or {}), **model)
-        str_to_interp_mode(config['interpolation'])
-        # Less would enlarge an image a hundred times.
-        if not 0.1 <= config['crop_pct'] <= 1:
-            raise ValueError(f'Images cannot be prepared with crop_pct {config["crop_pct"]}, expected 0.1 to 1.')
-    return config
+        return resolve_data_config(dict(overrides or {}), **model)
 
 
 def label_names(model: nn.Module) -> list[str]:
@@ -168,40 +128,3 @@ def label_names(model: nn.Module) -> list[str]:
     # timm allows a dict from number to name, for classes with gaps between them.
     complete = isinstance(names, list | tuple) and len(names) == getattr(model, 'num_classes', None)
     return list(names) if complete else []
-
-
-def _metadata(model: Any) -> dict[str, Any]:
-    metadata: dict[str, Any] = {'label_names': []}
-    for entry in model.metadata_props:
-        # Other exporters write other text.
-        with suppress(ValueError):
-            metadata[entry.key] = json.loads(entry.value)
-    return metadata
-
-
-def image_input(model: Any) -> tuple[str, list[int]]:
-    """Returns name and sizes of an `onnx.ModelProto`'s input; sizes that are not fixed, as batches should be, are 0."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    images = next(value for value in model.graph.input if value.name not in constants)
-    return images.name, [size.dim_value for size in images.type.tensor_type.shape.dim]
-
-
-def data_config(model: Any, overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns the preprocessing in the metadata of an `onnx.ModelProto`, completed by timm's defaults.
-
-    Args:
-        model: An exported model, or any from images to logits.
-        overrides: Values that differ, by timm's names.
-
-    Raises:
-        ValueError: If the input is not a batch of images.
-    """
-    metadata = _metadata(model)
-    name, sizes = image_input(model)
-    if len(sizes) != 4:
-        raise ValueError(f"The ONNX model's input '{name}' has {len(sizes)} dimensions, expected 4: (N, C, H, W).")
-    if all(sizes[1:]):
-        metadata['input_size'] = sizes[1:]
-    # timm requires an architecture.
-    config = preprocessing(overrides, pretrained_cfg={'architecture': '', **metadata})
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}

@@ -3,37 +3,31 @@
 import argparse
 import json
 import logging
+from dataclasses import fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ..console import number
 from ..files import check_output, check_output_folder, write_text
 from ..reporting import add_command, markdown_table, positive, print_result
 from .channel_health import health_warnings, kernel_outliers
 from .equalization import describe
 from .evaluation import UNSTEADY, evaluate, predict, write_csv
 from .int8_table import compare_int8, comparison_table
-from .layer_reports import layer_report, layer_sensitivity, plot_layers, plot_sensitivity, sensitivity_table
+from .layer_reports import layer_report, layer_sensitivity, sensitivity_table, write_reports
 from .onnx_export import OPSET, export_onnx
 from .quantization import CALIBRATIONS, TARGETS, WEIGHTS, QuantizationOptions, quantize_onnx
 from .runtime import require, save_onnx
 
-__all__ = ['add_class_map', 'add_commands']
-
 _logger = logging.getLogger(__name__)
 
 _MODEL = 'checkpoint or folder of a run, folder in the format of timm, or name for timm.create_model'
-_DATA = 'folder of images, <class>/..., or one with a folder for each split'
-_EQUALIZE = 'remove dead channels and equalize layers, which changes no logit'
 _MOST_CLASSES = 20
-_PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the five commands to those of `repopt-timm`.
-
-    Args:
-        commands: What `ArgumentParser.add_subparsers` returned.
-    """
+    """Adds the five commands to those of `repopt-timm`."""
     export = add_command(commands, 'export', _export)
     quantized = add_command(commands, 'quantize', _quantize)
     compared = add_command(commands, 'compare-int8', _compare)
@@ -42,14 +36,14 @@ def add_commands(commands: Any) -> None:
     for parser in (export, quantized, evaluated):
         parser.add_argument('model', help=_MODEL if parser is export else f'{_MODEL}, or .onnx file')
     for parser, purpose in ((quantized, ', to calibrate on'), (compared, '; validation is evaluated'), (evaluated, '')):
-        parser.add_argument('--data', metavar='DIR', required=True, help=_DATA + purpose)
+        data_help = f'folder of images, <class>/..., or one with a folder for each split{purpose}'
+        parser.add_argument('--data', metavar='DIR', required=True, help=data_help)
         add_class_map(parser)
 
     add = export.add_argument
     add('--onnx', metavar='FILE', type=_onnx_file, required=True, help='file to write')
-    opset_help = f"version of ONNX's operators, {OPSET} or later"
-    add('--opset', type=positive(int), default=OPSET, metavar='N', help=opset_help)
-    add('--fixed-batch', type=positive(int), default=0, metavar='N', help='take N images at a time, no other number')
+    add('--opset', type=number(int, low=OPSET), default=OPSET, help=f"version of ONNX's operators, {OPSET} or later")
+    add('--fixed-batch', type=positive(int), default=0, help='take N images at a time, no other number')
     add('--fp16', action='store_true', help='weights and computation in float16')
 
     add = quantized.add_argument
@@ -57,52 +51,47 @@ def add_commands(commands: Any) -> None:
     add('--out', metavar='FILE', type=_onnx_file, required=True, help='file to write')
     add('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale per output channel, or one per tensor')
     calibration_help = 'ranges of activations; auto tries all, and takes the one that agrees best with float32'
-    add('--calibration', choices=(*CALIBRATIONS, 'auto'), default=CALIBRATIONS[0], help=calibration_help)
-    add('--equalize', action='store_true', help=f'first {_EQUALIZE}')
+    add('--calibration', choices=(*CALIBRATIONS, 'auto'), default='minmax', help=calibration_help)
     add('--target', choices=TARGETS, default=TARGETS[0], help='runtime; ort is for OpenVINO too')
-    add('--report', metavar='DIR', type=_folder, help='write layers.png and layers.json, on each layer')
+    add('--report', metavar='DIR', type=Path, help='write layers.png and layers.json, on each layer')
     add('--versus', metavar='MODEL', help='with --report, another model to draw beside')
-    sensitivity_help = 'write sensitivity.md, .png and .json: accuracy with one layer at a time in INT8'
-    add('--sensitivity', metavar='DIR', type=_folder, help=sensitivity_help)
+    sensitivity_help = 'write sensitivity.md and .json: accuracy with one layer at a time in INT8'
+    add('--sensitivity', metavar='DIR', type=Path, help=sensitivity_help)
 
     add = compared.add_argument
     add('models', nargs='+', metavar='[LABEL=]MODEL', help=f'{_MODEL}, or .onnx file')
-    add('--calibration-data', metavar='DIR', help='calibrate on the train split of this [--data]')
-    add('--out', metavar='DIR', type=_folder, help='write int8.md and int8.json')
-    add(
-        '--weights', nargs='+', choices=WEIGHTS, default=WEIGHTS, help='one scale per output channel, or one per tensor'
-    )
+    add('--out', metavar='DIR', type=Path, help='write int8.md and int8.json')
     calibrations_help = 'ways to find the ranges of activations, each measured'
-    add('--calibrations', nargs='+', choices=CALIBRATIONS, default=CALIBRATIONS, help=calibrations_help)
+    add('--calibrations', nargs='+', choices=CALIBRATIONS, default=tuple(CALIBRATIONS), help=calibrations_help)
     add('--targets', nargs='+', choices=TARGETS, default=TARGETS[:1], help='forms to measure')
-    add('--equalize', action='store_true', help=f'measure each model a second time: {_EQUALIZE}')
-    batches_help = 'batch sizes to time'
-    add('--latency-batches', nargs='*', type=positive(int), default=(1, 32), metavar='N', help=batches_help)
+    add('--latency-batches', nargs='*', type=positive(int), default=(1, 32), help='batch sizes to time')
 
     add = evaluated.add_argument
     add('--split', default='validation', help='split to evaluate')
-    add('-b', '--batch-size', type=positive(int), default=32, metavar='N', help='images at a time')
-    add('--out', metavar='DIR', help='write classes.csv, confusion.csv and confusion.png')
+    add('-b', '--batch-size', type=positive(int), default=32, help='images at a time')
+    add('--out', metavar='DIR', type=Path, help='write classes.csv, confusion.csv and confusion.png')
 
     add = predicted.add_argument
     add('images', nargs='+', metavar='IMAGE', help='file, or folder of images')
     add('--model', required=True, help=f"{_MODEL} such as 'hf-hub:user/repo', or .onnx file")
-    add('--top', type=positive(int), default=5, metavar='N', help='classes to show')
+    add('--top', type=positive(int), default=5, help='classes to show')
     add('--csv', metavar='FILE', help='write a table with a row for each image')
 
-    defaults = QuantizationOptions()
     for parser in (quantized, compared):
         add = parser.add_argument
-        add('--percentile', type=float, default=defaults.percentile, help='values that a range covers, in percent')
-        add('--images', type=positive(int), default=defaults.images, metavar='N', help='images to calibrate on')
-        add('--seed', type=int, default=defaults.seed, help='seed for choosing calibration images')
+        when = 'for a second row of each model' if parser is compared else 'first'
+        add(
+            '--equalize', action='store_true', help=f'remove dead channels and equalize layers {when}; no logit changes'
+        )
+        add('--images', type=positive(int), default=512, help='images to calibrate on')
+        add('--seed', type=int, default=0, help='seed for choosing calibration images')
         add('--reduce-range', action='store_true', help='7-bit weights, for x86 without VNNI')
         exclude_help = "leave in float32, such as head.fc, 'stages.3.*', Add"
         add('--exclude', nargs='+', default=(), metavar='LAYER', help=exclude_help)
-    for parser in (compared, evaluated, predicted):
+    for parser in (compared, evaluated):
         threads_help = 'threads of the model, at most one for each core [all cores]'
-        parser.add_argument('--threads', type=positive(int), metavar='N', help=threads_help)
-    for parser in (export, quantized, compared, evaluated, predicted):
+        parser.add_argument('--threads', type=positive(int), help=threads_help)
+    for parser in (export, quantized, evaluated, predicted):
         add = parser.add_argument_group("preprocessing, where it differs from the model's own").add_argument
         size_help = 'channels, height and width of the images'
         add('--input-size', nargs=3, type=positive(int), metavar=('C', 'H', 'W'), help=size_help)
@@ -126,68 +115,40 @@ def _onnx_file(text: str) -> str:
     return text
 
 
-def _folder(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError('the name of the folder is empty')
-    return text
-
-
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(args, name) for name in _PREPROCESSING if getattr(args, name) is not None}
+    names = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
-def _options(args: argparse.Namespace, *more: str) -> QuantizationOptions:
-    names = ('percentile', 'images', 'seed', 'reduce_range', 'equalize', *more)
-    return QuantizationOptions(exclude=tuple(args.exclude), **{name: getattr(args, name) for name in names})
-
-
-def _short(source: str) -> str:
-    return '/'.join(Path(source).parts[-2:])
+def _options(args: argparse.Namespace, **chosen: Any) -> QuantizationOptions:
+    given = {field.name: getattr(args, field.name) for field in fields(QuantizationOptions) if field.name in args}
+    return QuantizationOptions(**{**given, 'exclude': tuple(args.exclude), **chosen})
 
 
 def _export(args: argparse.Namespace) -> None:
-    path = check_output(args.onnx, args.model)
+    check_output(args.onnx, args.model)
     form = {'opset': args.opset, 'batch': args.fixed_batch, 'half': args.fp16}
-    result = {**export_onnx(args.model, path, _overrides(args), **form), 'out': args.onnx}
-    for line in health_warnings({}, result['outliers'], still=result['still_channels']):
+    result = export_onnx(args.model, args.onnx, _overrides(args), **form)
+    for line in health_warnings({}, result['outliers'], result['still_channels']):
         _logger.warning(line)
     left = f', {result["batchnorms"]} BatchNorms without a convolution before them' if result['batchnorms'] else ''
     text = (
-        f'{args.model} -> {args.onnx}: {result["bytes"] / 1e6:.1f} MB, opset {args.opset}{left}; logits within '
+        f'{args.model} -> {args.onnx}: {result["bytes"] / 1e6:.1f} MB, opset {result["opset"]}{left}; logits within '
         f'{result["difference"]:.1e} of PyTorch, relative to the largest'
     )
     print_result(args, result, text)
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    if args.versus and not args.report:
-        raise ValueError('--versus draws another model into the report: name a folder for it with --report.')
-    if args.report or args.sensitivity:
+    if args.report:
         require('matplotlib')
-    names = ['out', *(name for name in ('report', 'sensitivity') if getattr(args, name))]
     check_output(args.out, *filter(None, (args.model, args.versus)))
-    for name in names[1:]:
-        check_output_folder(getattr(args, name))
-    how = args.data, _options(args, 'weights', 'calibration', 'target'), args.split, _overrides(args), args.class_map
+    for folder in filter(None, (args.report, args.sensitivity)):
+        check_output_folder(folder)
+    how = args.data, _options(args), args.split, _overrides(args), args.class_map
     done = quantize_onnx(args.model, *how)
     for line in done.warnings():
         _logger.warning(line)
-    table = ''
-    if args.sensitivity:
-        ranking = layer_sensitivity(done)
-        table = f'; sensitivity in {args.sensitivity}, most sensitive:\n{sensitivity_table(ranking, 5)}'
-        plot_sensitivity(ranking, Path(args.sensitivity, 'sensitivity.png'))
-        write_text(Path(args.sensitivity, 'sensitivity.json'), json.dumps(ranking, indent=2) + '\n')
-        write_text(Path(args.sensitivity, 'sensitivity.md'), sensitivity_table(ranking) + '\n')
-    if args.report:
-        reports = {args.model: layer_report(done)}
-        if args.versus:
-            reports[args.versus] = layer_report(quantize_onnx(args.versus, *how))
-        if len({_short(source) for source in reports}) == len(reports):
-            reports = {_short(source): report for source, report in reports.items()}
-        plot_layers(reports, Path(args.report, 'layers.png'))
-        write_text(Path(args.report, 'layers.json'), json.dumps(reports, indent=2) + '\n')
-    save_onnx(done.quantized, args.out)
     result = {
         'bytes': done.quantized.ByteSize(),
         'float_bytes': done.model.ByteSize(),
@@ -196,20 +157,32 @@ def _quantize(args: argparse.Namespace) -> None:
         'calibration': done.options.calibration,
         'agreement': done.agreement,
         'logits_snr_db': done.logits_snr_db,
-        'dead_channels': dict(done.dead),
+        'dead_channels': done.dead,
         'outliers': kernel_outliers(done.model),
-        **({'equalization': done.equalization.counts} if done.equalization else {}),
-        **{name: getattr(args, name) for name in names},
     }
     judged = 'others' if set(done.judged).isdisjoint(done.indices) else 'them'
-    parts = [
+    lines = [
         f'{args.model} -> {args.out}: {result["float_bytes"] / 1e6:.1f} MB -> {result["bytes"] / 1e6:.1f} MB',
-        f'calibrated on {len(done.indices)} images of {result["folder"]} ({done.options.calibration}); of '
+        f'calibrated on {result["images"]} images of {result["folder"]} ({result["calibration"]}); of '
         f'{len(done.judged)} {judged} {done.agreement:.1f} % are classified as before',
-        *([describe(done.equalization.counts)] if done.equalization else []),
-        *([f'report in {args.report}'] if args.report else []),
     ]
-    print_result(args, result, '; '.join(parts) + table)
+    result |= {name: str(getattr(args, name)) for name in ('out', 'report', 'sensitivity') if getattr(args, name)}
+    if done.equalization:
+        result['equalization'] = done.equalization.counts
+        lines.append(describe(done.equalization.counts))
+    if args.report:
+        reports = {args.model: layer_report(done)}
+        if args.versus:
+            reports[args.versus] = layer_report(quantize_onnx(args.versus, *how))
+        write_reports(reports, args.report)
+        lines.append(f'report in {args.report}')
+    if args.sensitivity:
+        ranking = layer_sensitivity(done)
+        write_text(args.sensitivity / 'sensitivity.json', json.dumps(ranking, indent=2) + '\n')
+        write_text(args.sensitivity / 'sensitivity.md', sensitivity_table(ranking) + '\n')
+        lines.append(f'sensitivity in {args.sensitivity}, most sensitive:\n{sensitivity_table(ranking, 5)}')
+    save_onnx(done.quantized, args.out)
+    print_result(args, result, '; '.join(lines))
 
 
 def _compare(args: argparse.Namespace) -> None:
@@ -217,29 +190,20 @@ def _compare(args: argparse.Namespace) -> None:
     for text in args.models:
         label, separator, source = text.partition('=')
         if not separator or Path(text).exists():
-            label, source = _short(text), text
+            label, source = '/'.join(Path(text).parts[-2:]), text
         models[label] = source
     if len(models) < len(args.models):
         raise ValueError('Two models have the same label: name them as LABEL=MODEL.')
     if args.out:
         check_output_folder(args.out)
-    results = compare_int8(
-        models,
-        args.data,
-        args.calibration_data,
-        args.weights,
-        args.calibrations,
-        _options(args),
-        args.latency_batches,
-        args.threads,
-        _overrides(args),
-        args.class_map,
-        args.targets,
-    )
+    names = ('equalize', 'calibration', 'target', 'weights')
+    kinds = product(dict.fromkeys((False, args.equalize)), args.calibrations, args.targets, WEIGHTS)
+    ways = [_options(args, **dict(zip(names, kind))) for kind in kinds]
+    results = compare_int8(models, args.data, ways, args.latency_batches, args.threads, args.class_map)
     table = comparison_table(results)
     if args.out:
-        write_text(Path(args.out, 'int8.md'), table + '\n')
-        write_text(Path(args.out, 'int8.json'), json.dumps(results, indent=2) + '\n')
+        write_text(args.out / 'int8.md', table + '\n')
+        write_text(args.out / 'int8.json', json.dumps(results, indent=2) + '\n')
     print_result(args, results, table)
 
 
@@ -260,26 +224,26 @@ def _evaluate(args: argparse.Namespace) -> None:
         f'{result["latency_batch"]}',
         f'throughput  {result["throughput"]:.0f} images/s at batch {result["batch_size"]}',
         f'size        {result["bytes"] / 1e6:.1f} MB, {result["backend"]}',
+        '',
     ]
     if not result['steady']:
         _logger.warning(UNSTEADY)
     seen = sorted((row for row in result['classes'] if row['images']), key=lambda row: row['accuracy'])
     if len(seen) > _MOST_CLASSES:
-        lines += ['', f'The {_MOST_CLASSES} classes of the lowest accuracy; --out writes all of them.']
-    if seen:
-        head = ['class', 'images', 'top-1 %', 'most often taken for', 'images']
-        rows = [
-            [row['class'], str(row['images']), f'{row["accuracy"]:.2f}', row['confused_with'], str(row['confused'])]
-            for row in seen[:_MOST_CLASSES]
-        ]
-        lines += ['', markdown_table(head, rows, align=True)]
+        lines += [f'The {_MOST_CLASSES} classes of the lowest accuracy; --out writes all of them.', '']
+    rows = [
+        [row['class'], str(row['images']), f'{row["accuracy"]:.2f}', row['confused_with'], str(row['confused'])]
+        for row in seen[:_MOST_CLASSES]
+    ]
+    head = ['class', 'images', 'top-1 %', 'most often taken for', 'images']
+    lines.append(markdown_table(head, rows, align=True))
     print_result(args, result, '\n'.join(lines))
 
 
 def _predict(args: argparse.Namespace) -> None:
     if args.csv:
         check_output(args.csv, args.model, *args.images)
-    rows = predict(args.model, args.images, args.top, args.threads, _overrides(args))
+    rows = predict(args.model, args.images, args.top, _overrides(args))
     if args.csv:
         places = range(1, len(rows[0]['classes']) + 1)
         head = ['image', *(f'{name}_{place}' for place in places for name in ('class', 'name', 'probability'))]

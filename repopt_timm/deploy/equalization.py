@@ -17,10 +17,8 @@ from .channel_health import constant_inputs
 from .classifier import largest_difference, logits_of
 from .onnx_graph import Graph
 
-__all__ = ['Equalization', 'describe', 'equalize']
-
-_SWEEPS = 100
-_BATCH = 32
+# Images to compare the logits on at least.
+_LEAST = 32
 
 
 @dataclass(frozen=True)
@@ -86,11 +84,15 @@ def equalize(
     """
     used, fresh = list(indices), list(others)
     while True:
-        count = max(len(used), _BATCH)
+        count = max(len(used), _LEAST)
         checked, fresh = [*used, *fresh[:count]], fresh[count:]
         graph = Graph(model)
         removed, unread, kept = _remove_dead_channels(graph, constant_inputs(model, images, used))
-        pairs, left = _equalize_layers(graph)
+        pairs = {layer: readers for layer, readers in graph.readers.items() if _read_columns(graph, layer).any()}
+        for _ in range(100):
+            if max((_equalize_pair(graph, layer) for layer in pairs), default=1.0) < 1.001:
+                break
+        left = {layer: graph.left.get(layer, 'unread') for layer in graph.layers if layer not in pairs}
         expected, found = logits_of((model, graph.model), images, checked, 'equalization')
         difference = largest_difference(found, expected)
         if difference <= tolerance:
@@ -105,68 +107,35 @@ def equalize(
 
 
 def _remove_dead_channels(graph: Graph, constants: Mapping[str, np.ndarray]) -> list[dict[str, int]]:
-    """Zeroes the weights of input channels that never change, and of output channels that nothing reads.
-
-    A constant other than 0 moves to the bias. It stays where a convolution pads with zeros: its border then sees less
-    of it than its middle.
-
-    Returns:
-        Layer to numbers of channels, thrice: input channels that were removed, output channels that were, and dead
-        input channels that stayed.
-    """
+    """Zeroes dead weights; counts input channels removed, output channels that nothing reads, and dead inputs kept."""
     removed, unread, kept = {}, {}, {}
     for layer, kernel in graph.kernels.items():
         groups, _, width, _ = kernel.shape
         values, attributes = constants[layer].reshape(groups, 1, width), graph.layers[layer].attributes
+        # A constant other than 0 moves to the bias, unless zeros around the image interrupt it.
         padded = any(attributes.get_ints('pads', ())) or attributes.get_string('auto_pad', '').startswith('SAME')
         dead = (values == 0) | ~(np.isnan(values) | padded)
         graph.biases[layer] += (kernel.sum(3) * np.where(dead, values, 0)).sum(2).reshape(-1)
         kernel *= ~dead[..., None]
         removed[layer], kept[layer] = int(dead.sum()), int((~np.isnan(values) & ~dead).sum())
     # What becomes unread by this is further up.
-    for layer, rows in reversed(graph.kernels.items()):
-        columns = _read_columns(graph, layer)
-        if columns is not None:
-            unread[layer] = int(((columns == 0) & (_row_sizes(rows) > 0)).sum())
-            rows *= (columns > 0).reshape(*rows.shape[:2], 1, 1)
-            graph.biases[layer] *= columns > 0
+    for layer in reversed(graph.readers):
+        rows, columns = graph.kernels[layer], _read_columns(graph, layer)
+        unread[layer] = int(((columns == 0) & (_row_sizes(rows) > 0)).sum())
+        rows *= (columns > 0).reshape(*rows.shape[:2], 1, 1)
+        graph.biases[layer] *= columns > 0
     return [{layer: count for layer, count in found.items() if count} for found in (removed, unread, kept)]
 
 
-def _equalize_layers(graph: Graph) -> tuple[dict[str, list[str]], dict[str, str]]:
-    """Moves scales of channels between layers until the largest weights of both sides are equal.
-
-    Returns:
-        Equalized layer to the layers that read it; and layer to the reason for the others.
-    """
-    pairs, left = {}, {}
-    for layer in graph.layers:
-        readers, reason = graph.readers(layer)
-        columns = _read_columns(graph, layer)
-        if reason:
-            left[layer] = reason
-        elif columns is None:
-            obstacles = [graph.obstacles[each] for each in (layer, *readers) if each in graph.obstacles]
-            left[layer] = [*obstacles, 'shape'][0] if readers else 'unread'
-        elif columns.any():
-            pairs[layer] = readers
-        else:
-            left[layer] = 'unread'
-    for _ in range(_SWEEPS):
-        if max((_equalize_pair(graph, *pair) for pair in pairs.items()), default=1.0) < 1.001:
-            break
-    return pairs, left
-
-
-def _equalize_pair(graph: Graph, layer: str, readers: Sequence[str]) -> float:
-    """Equalizes a layer with its readers; returns the largest factor."""
+def _equalize_pair(graph: Graph, layer: str) -> float:
+    """Makes the largest weights of each channel equal in a layer and its readers; returns the largest factor."""
     rows, columns = graph.kernels[layer], _read_columns(graph, layer)
     sizes = _row_sizes(rows)
     both = (sizes > 0) & (columns > 0)
     scale = np.sqrt(np.divide(sizes, columns, where=both, out=np.ones_like(sizes)))
     rows /= scale.reshape(*rows.shape[:2], 1, 1)
     graph.biases[layer] /= scale
-    for kernel in map(graph.kernels.__getitem__, readers):
+    for kernel in map(graph.kernels.__getitem__, graph.readers[layer]):
         groups, _, width, _ = kernel.shape
         kernel *= np.repeat(scale, groups * width // len(scale)).reshape(groups, 1, width, 1)
     return float(np.maximum(scale, 1 / scale).max())
@@ -176,14 +145,7 @@ def _row_sizes(kernel: np.ndarray) -> np.ndarray:
     return np.abs(kernel).max((2, 3)).reshape(-1)
 
 
-def _read_columns(graph: Graph, layer: str) -> Any:
-    """Returns the largest weight with which each output channel of a layer is read, or None if that is not known."""
-    readers, reason = graph.readers(layer)
-    if reason or not readers or not graph.kernels.keys() >= {layer, *readers}:
-        return None
-    channels = len(graph.biases[layer])
-    # A flattened map has several columns for a channel.
-    sizes = [np.abs(graph.kernels[reader]).max((1, 3)).reshape(-1) for reader in readers]
-    if any(len(columns) % channels for columns in sizes):
-        return None
-    return np.maximum.reduce([columns.reshape(channels, -1).max(1) for columns in sizes])
+def _read_columns(graph: Graph, layer: str) -> np.ndarray:
+    """Returns the largest weight with which each output channel of a layer is read."""
+    sizes = [np.abs(graph.kernels[reader]).max((1, 3)) for reader in graph.readers[layer]]
+    return np.maximum.reduce([columns.reshape(len(graph.biases[layer]), -1).max(1) for columns in sizes])

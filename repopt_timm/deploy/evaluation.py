@@ -1,7 +1,6 @@
 """Accuracy, classes, latency, throughput and size of a model, and what it takes images for."""
 
 import csv
-import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from timm.data import ImageNetInfo
 from torch import Tensor
@@ -18,37 +18,17 @@ from torch import Tensor
 from ..datasets import Images, class_names, count_classes, open_evaluation, open_files
 from ..files import replacing
 from ..plot import save_figure, subplots
-from ..reporting import take_turns, time_call
+from ..reporting import time_call
 from .classifier import Classifier, load_classifier
 from .runtime import require
 
-__all__ = [
-    'UNSTEADY',
-    'Predictions',
-    'alternate',
-    'check_classes',
-    'class_table',
-    'classify',
-    'evaluate',
-    'is_steady',
-    'predict',
-    'random_images',
-    'time_runs',
-    'write_confusion',
-    'write_csv',
-]
-
 _T = TypeVar('_T')
-
-_logger = logging.getLogger(__name__)
 
 # The 90th percentile of times, of their median. With twice as many busy processes as cores it is 1.2 to 3.2.
 _STEADY = 1.25
 
 # Most classes of a picture with their names.
 _LEGIBLE = 40
-
-_SYNSET = re.compile(r'n\d{8}')
 
 UNSTEADY = (
     f'The times are not steady, their 90th percentile is over {_STEADY} times their median: speed-ups are not stated. '
@@ -58,13 +38,8 @@ UNSTEADY = (
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of labelled images.
-
-    Attributes:
-        labels: Classes of the images, int64 of shape (N,).
-        ranked: The five classes of the largest logits, or fewer if there are fewer, the best first, int64 of shape
-            (N, 5). Of equal logits the lower class comes first, so that the first column is `argmax`.
-        ties: Number of images whose two largest logits are equal.
+    """What a model says of labelled images: the five best classes of each, of shape (N, 5), the first being `argmax`,
+    and the number of images whose two largest logits are equal.
     """
 
     labels: Tensor
@@ -96,14 +71,14 @@ def evaluate(
         threads: Number of threads of the model. Defaults to all cores.
         overrides: Preprocessing that differs from the model's own, by timm's names.
         class_map: File of the classes, for a model that does not name its own; see `open_split`.
-        out: Folder to write tables and a picture of the classes to, see `write_confusion`.
+        out: Folder to write `classes.csv`, `confusion.csv` and `confusion.png` to.
 
     Returns:
         `model`, `backend`, `images`, `top1` and `top5` in percent (`top5` over as many classes as there are if fewer),
-        `ties`, see `Predictions`, `classes`, see `class_table`, which is empty without scikit-learn,
-        `latency_ms` and `latency_p90_ms` of a batch of `latency_batch` images, which is one where the model takes one,
-        `throughput` in images per second, at `batch_size`, whether these times are `steady`, and `bytes` on disk. The
-        times exclude decoding.
+        `ties`, the number of images whose two largest logits are equal, `classes`, a row for each, `latency_ms` and
+        `latency_p90_ms` of a batch of `latency_batch` images, which is one where the model takes one, `throughput` in
+        images per second, at `batch_size`, whether these times are `steady`, and `bytes` on disk. The times exclude
+        decoding.
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
@@ -114,11 +89,6 @@ def evaluate(
     images = open_evaluation(data, split, classifier.config, class_map, classifier.class_names)
     found = classify({'evaluation': classifier}, images, batch_size)['evaluation']
     names = class_names(images) or list(map(str, range(count_classes(images) or 0)))
-    try:
-        classes = class_table(found.labels, found.ranked[:, 0], names)
-    except ImportError as error:
-        _logger.warning(f'Cannot print the table of classes: {error}')
-        classes = []
     if out is not None:
         write_confusion(found.labels, found.ranked[:, 0], names, out)
     latency_batch, batch_size = map(classifier.images_for, (1, batch_size))
@@ -140,7 +110,7 @@ def evaluate(
         'steady': is_steady(single) and is_steady(many),
         'batch_size': batch_size,
         'bytes': classifier.size,
-        'classes': classes,
+        'classes': class_table(found.labels, found.ranked[:, 0], names),
     }
 
 
@@ -148,7 +118,6 @@ def predict(
     source: str | os.PathLike,
     images: Sequence[str | os.PathLike],
     top: int = 5,
-    threads: int | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Classifies images on the CPU.
@@ -157,7 +126,6 @@ def predict(
         source: See `evaluate`.
         images: Files, and folders, of which all images are taken.
         top: Number of classes to return of each image.
-        threads: See `evaluate`.
         overrides: See `evaluate`.
 
     Returns:
@@ -168,10 +136,10 @@ def predict(
         FileNotFoundError: If an image or the model does not exist.
         ValueError: If a folder has no images, an image does not decode, or the model cannot be loaded.
     """
-    classifier = load_classifier(source, threads, overrides)
+    classifier = load_classifier(source, overrides=overrides)
     words = ImageNetInfo().label_name_to_description
     # ImageNet calls its classes by WordNet's numbers.
-    names = [words(name) if _SYNSET.fullmatch(name) else name for name in classifier.class_names]
+    names = [words(name) if re.fullmatch(r'n\d{8}', name) else name for name in classifier.class_names]
     found = open_files(images, classifier.config)
     rows: list[dict[str, Any]] = []
     for batch, _ in found.batches(range(len(found)), 32, 'predict'):
@@ -188,20 +156,7 @@ def predict(
 def classify(
     classifiers: Mapping[_T, Classifier], images: Images, batch_size: int = 32, title: str = 'evaluation'
 ) -> dict[_T, Predictions]:
-    """Runs models with the same preprocessing in one pass over labelled images.
-
-    Args:
-        classifiers: Name to model.
-        images: Images with labels.
-        batch_size: Images in a batch.
-        title: What the progress bar says.
-
-    Returns:
-        Name to what the model says.
-
-    Raises:
-        ValueError: If an image does not decode, or a model has other classes than the folder.
-    """
+    """Runs models with the same preprocessing and the classes of the folder in one pass over labelled images."""
     for classifier in classifiers.values():
         check_classes(classifier, images)
     ranked: dict[_T, list[Tensor]] = {name: [] for name in classifiers}
@@ -216,23 +171,11 @@ def classify(
 
 
 def class_table(labels: Tensor, predictions: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Counts what a model makes of the images of each class.
-
-    Args:
-        labels: Classes of the images, int64 of shape (N,).
-        predictions: Those that the model takes them for, int64 of shape (N,).
-        classes: Names of the classes.
-
-    Returns:
-        A row for each class: `class`, `images`, `accuracy` in percent (None without images), and `confused_with`, the
-        other class that most of its images are taken for, with `confused`, how many ('' and 0 if there are none).
-
-    Raises:
-        ImportError: If scikit-learn is not installed.
+    """Returns a row for each class: `class`, `images`, `accuracy` in percent (None without images), and what most of
+    the others are taken for, `confused_with`, with their number, `confused` ('' and 0 if there are none).
     """
-    metrics = require('sklearn.metrics')
     rows = []
-    for number, counts in enumerate(metrics.confusion_matrix(labels, predictions, labels=range(len(classes)))):
+    for number, counts in enumerate(_confusion(labels, predictions, len(classes))):
         images, right = int(counts.sum()), int(counts[number])
         counts[number] = 0
         worst = int(counts.argmax())
@@ -250,32 +193,36 @@ def class_table(labels: Tensor, predictions: Tensor, classes: Sequence[str]) -> 
 
 def write_confusion(labels: Tensor, predictions: Tensor, classes: Sequence[str], folder: str | os.PathLike) -> None:
     """Writes `classes.csv`, see `class_table`, and `confusion.csv` and `confusion.png`, how many images of which class
-    the model takes for which.
-
-    Args:
-        labels: See `class_table`.
-        predictions: See `class_table`.
-        classes: See `class_table`.
-        folder: Where to.
-
-    Raises:
-        ImportError: If matplotlib or scikit-learn is not installed.
+    the model takes for which. Needs matplotlib and scikit-learn.
     """
-    table, metrics = class_table(labels, predictions, classes), require('sklearn.metrics')
-    counts = metrics.confusion_matrix(labels, predictions, labels=range(len(classes)))
-    percent = 100 * counts / counts.sum(1, keepdims=True).clip(1)
-    legible = len(classes) <= _LEGIBLE
+    names, legible = [f'{name:.30}' for name in classes], len(classes) <= _LEGIBLE
     side = 3 + 0.4 * len(classes) if legible else 7
     figure, axes = subplots(1, 1, (side + 1, side), 'constrained')
-    display = metrics.ConfusionMatrixDisplay(percent, display_labels=[f'{name:.30}' for name in classes])
-    style = {'cmap': 'Blues', 'xticks_rotation': 'vertical', 'values_format': '.0f', 'im_kw': {'vmin': 0, 'vmax': 100}}
-    display.plot(ax=axes, include_values=legible, **style)
-    axes.set(xlabel='predicted class', ylabel='class of the image', title='Percent of the images of a class')
+    require('sklearn.metrics').ConfusionMatrixDisplay.from_predictions(
+        labels,
+        predictions,
+        labels=range(len(classes)),
+        display_labels=names,
+        normalize='true',
+        include_values=legible,
+        values_format='.0%',
+        xticks_rotation='vertical',
+        cmap='Blues',
+        ax=axes,
+    )
+    axes.set(xlabel='predicted class', ylabel='class of the image', title='Share of the images of a class')
     if not legible:
         axes.set(xticks=[], yticks=[])
     save_figure(figure, Path(folder, 'confusion.png'))
+    table, counts = class_table(labels, predictions, classes), _confusion(labels, predictions, len(classes))
     write_csv(Path(folder, 'classes.csv'), table[0], map(dict.values, table))
     write_csv(Path(folder, 'confusion.csv'), ['', *classes], ([name, *row] for name, row in zip(classes, counts)))
+
+
+def _confusion(labels: Tensor, predictions: Tensor, count: int) -> np.ndarray:
+    """Counts images by class and predicted class; a model may have more classes than the folder."""
+    known = predictions < count
+    return torch.bincount(count * labels[known] + predictions[known], minlength=count**2).view(count, count).numpy()
 
 
 def write_csv(path: str | os.PathLike, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
@@ -310,12 +257,12 @@ def random_images(config: Mapping[str, Any], batch_size: int) -> Tensor:
     return torch.randn(batch_size, *config['input_size'], generator=torch.Generator().manual_seed(0))
 
 
-def time_runs(run: Callable[[], Any], seconds: float = 1.0, least: int = 20) -> list[float]:
-    """Times a function after warming up, at least `least` times and for some seconds; returns each run's seconds."""
+def time_runs(run: Callable[[], Any], seconds: float = 1.0) -> list[float]:
+    """Returns the seconds of single runs: after three to warm up, at least 20, and for some seconds."""
     for _ in range(3):
         run()
     times: list[float] = []
-    while len(times) < least or sum(times) < seconds:
+    while len(times) < 20 or sum(times) < seconds:
         times.append(time_call(run))
     return times
 
@@ -323,31 +270,3 @@ def time_runs(run: Callable[[], Any], seconds: float = 1.0, least: int = 20) -> 
 def is_steady(times: Sequence[float]) -> bool:
     """Returns whether times of single runs are worth comparing: their 90th percentile is close to their median."""
     return quantiles(times, n=10, method='inclusive')[-1] <= _STEADY * median(times)
-
-
-def alternate(
-    runs: Mapping[str, Callable[[], Any]], rounds: int = 15, seconds: float = 0.1
-) -> dict[str, list[list[float]]]:
-    """Times functions against each other, see `take_turns`.
-
-    Args:
-        runs: Name to function.
-        rounds: Number of turns of each function.
-        seconds: Approximate length of a turn.
-
-    Returns:
-        Name to the seconds of each run, for each round.
-    """
-
-    def make_turn(run: Callable[[], Any]) -> Callable[[], list[float]]:
-        count = max(3, int(seconds / min(time_call(run) for _ in range(3))))
-
-        def turn() -> list[float]:
-            # The previous one's threads go on spinning for a while, and its weights fill the caches.
-            run()
-            run()
-            return [time_call(run) for _ in range(count)]
-
-        return turn
-
-    return take_turns({name: make_turn(run) for name, run in runs.items()}, rounds)

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from itertools import chain, compress, product
 from statistics import median
@@ -12,48 +11,36 @@ import timm
 import torch
 
 from ..datasets import open_evaluation
-from ..reporting import cpu_name, markdown_table, package_versions
+from ..reporting import cpu_name, markdown_table, package_versions, take_turns
 from .classifier import Classifier, is_onnx, onnx_classifier, torch_classifier
-from .equalization import describe, equalize
-from .evaluation import UNSTEADY, alternate, check_classes, classify, is_steady, random_images
+from .equalization import describe
+from .evaluation import UNSTEADY, check_classes, classify, is_steady, random_images, time_runs
 from .onnx_export import float_onnx
-from .quantization import CALIBRATIONS, WEIGHTS, QuantizationOptions, calibrate, draw, quantize
+from .quantization import PERCENTILE, WEIGHTS, QuantizationOptions, quantize_in
 from .runtime import require
 from .trained_model import load_model
-
-__all__ = ['compare_int8', 'comparison_table']
 
 
 def compare_int8(
     models: Mapping[str, str | os.PathLike],
     data: str | os.PathLike,
-    calibration_data: str | os.PathLike | None = None,
-    weights: Sequence[str] = WEIGHTS,
-    calibrations: Sequence[str] = CALIBRATIONS,
-    options: QuantizationOptions | None = None,
+    ways: Sequence[QuantizationOptions],
     latency_batches: Sequence[int] = (1, 32),
     threads: int | None = None,
-    overrides: Mapping[str, Any] | None = None,
     class_map: str = '',
-    targets: Sequence[str] = ('ort',),
 ) -> dict[str, Any]:
     """Quantizes models in all ways, and measures each on the same images.
 
     Args:
         models: Label to `.onnx` file, or to what `load_model` takes.
-        data: Image folder whose `validation` split is evaluated.
-        calibration_data: Image folder whose `train` split is calibrated on. Defaults to `data`.
-        weights: Granularities to try.
-        calibrations: Calibrations to try.
-        options: Everything else; with `equalize` each model is measured as it is, and equalized too.
+        data: Image folder whose `train` split is calibrated on, and whose `validation` split is evaluated.
+        ways: How to quantize, on the same images; no `auto`. The first way of each granularity is timed.
         latency_batches: Batch sizes to time, rounded up to multiples of the batch of a fixed-batch ONNX file.
         threads: Number of threads. Defaults to all cores.
-        overrides: Preprocessing that differs from the models' own, by timm's names.
         class_map: See `open_split`; the one that the models were trained with.
-        targets: Forms to try, see `QuantizationOptions`. ONNX Runtime runs all of them; the first one is timed.
 
     Returns:
-        Plain data: `settings`; `accuracy`, a row for each model and kind with `top1`, `top5` and `drop` from float32 in
+        Plain data: `settings`; `accuracy`, a row for each model and way with `top1`, `top5` and `drop` from float32 in
         points; `latency`, a row for each model and batch size with milliseconds, and `speedups` of each kind of INT8,
         medians of the ratios in the same round, or None where times are not steady; `equalization`, what that did.
 
@@ -62,50 +49,41 @@ def compare_int8(
         ValueError: If an image does not decode, a model has other classes than the folder, or cannot be quantized.
         ImportError: If the `[deploy]` extra is not installed.
     """
-    options = options or QuantizationOptions()
-    accuracy: list[dict[str, Any]] = []
-    latency: list[dict[str, Any]] = []
-    equalization: dict[str, Any] = {}
-    counted: dict[str, int] = {}
+    accuracy, latency, equalization, counted = [], [], {}, {}
     for label, source in models.items():
-        model = float_onnx(source, overrides)
-        float32 = onnx_classifier(model, threads, overrides)
-        folders = class_map, float32.class_names
-        images = open_evaluation(data, 'validation', float32.config, *folders)
-        pool = open_evaluation(calibration_data or data, 'train', float32.config, *folders)
-        indices, others = draw(pool, options)
-        counted = {'validation_images': len(images), 'calibration_images': len(indices)}
+        model = float_onnx(source)
+        float32 = onnx_classifier(model, threads)
+        images, pool = (
+            open_evaluation(data, split, float32.config, class_map, float32.class_names)
+            for split in ('validation', 'train')
+        )
         # Before the calibrations, which take long.
         check_classes(float32, images)
-        forms = {False: model}
-        if options.equalize:
-            done = equalize(model, pool, [*indices, *others[: len(indices)]], others[len(indices) :])
-            forms[True], equalization[label] = done.model, done.counts
-        classifiers: dict[tuple[Any, ...], Classifier] = {}
-        for equalized, form in forms.items():
-            classifiers['float32', '', '', equalized] = onnx_classifier(form, threads, overrides)
-            for calibration in calibrations:
-                chosen = replace(options, calibration=calibration)
-                ranges = calibrate(form, pool, indices, chosen)
-                for target, kind in product(targets, weights):
-                    int8 = quantize(form, ranges, replace(chosen, weights=kind, target=target))
-                    classifiers[kind, calibration, target, equalized] = onnx_classifier(int8, threads, overrides)
+        classifiers: dict[tuple[bool, QuantizationOptions | None], Classifier] = {(False, None): float32}
+        for done in quantize_in(ways, model, pool):
+            if done.equalization:
+                equalization[label] = done.equalization.counts
+                classifiers.setdefault((True, None), onnx_classifier(done.model, threads))
+            classifiers[done.options.equalize, done.options] = onnx_classifier(done.quantized, threads)
+            counted = {'validation_images': len(images), 'calibration_images': len(done.indices)}
         found = classify(classifiers, images, title=f'{label}: evaluation')
-        best = found['float32', '', '', False].accuracy()
-        for way, each in found.items():
-            row = {'top1': each.accuracy(), 'top5': each.accuracy(5), 'drop': best - each.accuracy()}
-            named = dict(zip(('weights', 'calibration', 'target', 'equalized'), way))
-            accuracy.append({'model': label, **named, **row})
+        best = found[False, None].accuracy()
+        for (equalized, way), each in found.items():
+            row = {'model': label, 'weights': 'float32', 'calibration': '', 'target': '', 'equalized': equalized}
+            if way:
+                row |= {name: getattr(way, name) for name in ('weights', 'calibration', 'target')}
+            row |= {'top1': each.accuracy(), 'top5': each.accuracy(5), 'drop': best - each.accuracy()}
+            accuracy.append(row)
         timed = {} if is_onnx(source) else {'pytorch': torch_classifier(load_model(source), threads)}
-        # Calibration and equalizing change values, not the work.
         timed['float32'] = float32
-        timed |= {kind: classifiers[kind, calibrations[0], targets[0], False] for kind in weights}
+        for way in ways:
+            timed.setdefault(way.weights, classifiers[way.equalize, way])
         batches = dict.fromkeys(map(float32.images_for, latency_batches))
         latency += [_latency_row(label, timed, batch) for batch in batches]
     cpu, vnni = cpu_name()
     # The other options are counted, or varied.
     settings = {
-        **{name: getattr(options, name) for name in ('percentile', 'seed', 'reduce_range', 'exclude')},
+        **{name: getattr(ways[0], name) for name in ('seed', 'reduce_range', 'exclude')},
         **counted,
         'threads': threads or os.cpu_count(),
         'cpu': f'{cpu} {"with" if vnni else "without"} VNNI',
@@ -116,14 +94,15 @@ def compare_int8(
 
 def _latency_row(label: str, classifiers: Mapping[str, Classifier], batch: int) -> dict[str, Any]:
     images = random_images(classifiers['float32'].config, batch)
-    turns = alternate({name: partial(classifier.run, images) for name, classifier in classifiers.items()})
+    runs = {name: partial(classifier.run, images) for name, classifier in classifiers.items()}
+    turns = take_turns({name: partial(time_runs, run, 0.3) for name, run in runs.items()}, 5)
     times = {name: [median(turn) for turn in found] for name, found in turns.items()}
     steady = {name: is_steady([*chain.from_iterable(found)]) for name, found in turns.items()}
-    bases = [name for name in ('pytorch', 'float32') if name in times]
     speedups: dict[str, dict[str, float | None]] = {}
-    for kind, base in product((kind for kind in WEIGHTS if kind in times), bases):
-        ratio = median(slow / fast for slow, fast in zip(times[base], times[kind]))
-        speedups.setdefault(kind, {})[base] = ratio if steady[base] and steady[kind] else None
+    for kind, base in product(WEIGHTS, ('pytorch', 'float32')):
+        if kind in times and base in times:
+            ratio = median(slow / fast for slow, fast in zip(times[base], times[kind]))
+            speedups.setdefault(kind, {})[base] = ratio if steady[base] and steady[kind] else None
     return {
         'model': label,
         'batch': batch,
@@ -138,8 +117,7 @@ def comparison_table(results: Mapping[str, Any]) -> str:
     settings = results['settings']
     parts = [
         f'Top-1 accuracy in percent on {settings["validation_images"]} images, and its drop from float32 in points; '
-        f'calibrated on {settings["calibration_images"]} others, seed {settings["seed"]}, percentile '
-        f'{settings["percentile"]}.',
+        f'calibrated on {settings["calibration_images"]} others, seed {settings["seed"]}, percentile {PERCENTILE}.',
         _accuracy_table(results['accuracy']),
         *(f'{label}: {describe(counts)}.' for label, counts in results['equalization'].items()),
     ]
@@ -175,12 +153,15 @@ def _accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
     body = []
-    for row, kind in [(each, kind) for each in rows for kind in each['speedups']]:
-        times = (row['ms'].get(name) for name in ('pytorch', 'float32', kind))
-        cells = [row['model'], str(row['batch']), kind, *('' if time is None else f'{time:.2f}' for time in times)]
-        for base in ('pytorch', 'float32'):
-            ratio = row['speedups'][kind].get(base, '')
-            cells.append(ratio if ratio == '' else '-' if ratio is None else f'{ratio:.2f}x')
-        body.append([*cells, f'{row["bytes"]["float32"] / 1e6:.1f} -> {row["bytes"][kind] / 1e6:.1f}'])
+    for row in rows:
+        for kind, speedups in row['speedups'].items():
+            times = (row['ms'].get(name) for name in ('pytorch', 'float32', kind))
+            ratios = (speedups.get(base, '') for base in ('pytorch', 'float32'))
+            cells = [
+                *('' if time is None else f'{time:.2f}' for time in times),
+                *('-' if ratio is None else ratio and f'{ratio:.2f}x' for ratio in ratios),
+            ]
+            size = f'{row["bytes"]["float32"] / 1e6:.1f} -> {row["bytes"][kind] / 1e6:.1f}'
+            body.append([row['model'], str(row['batch']), kind, *cells, size])
     head = ['model', 'batch', 'weights', 'PyTorch', 'ONNX float32', 'INT8', 'vs PyTorch', 'vs ONNX', 'MB']
     return markdown_table(head, body)

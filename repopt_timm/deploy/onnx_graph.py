@@ -1,14 +1,18 @@
-"""ONNX graphs through `onnx_ir`: layers, their kernels by channel, and who reads what."""
+"""ONNX graphs: their input, the values of their tensors, layers, kernels by channel, and who reads what."""
 
+import copy
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from .runtime import require
-
-__all__ = ['LAYERS', 'Graph', 'layers_of']
+from ..datasets import Images
+from .runtime import open_session, require
 
 LAYERS = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
+
+# Images whose activations are in memory at a time: 60 MB each in RepOpt-VGG-B1 at 224 px.
+BATCH = 8
 
 # f(s x) = s f(x) for s > 0, channel by channel.
 _HOMOGENEOUS = {
@@ -27,15 +31,37 @@ _HOMOGENEOUS = {
 }
 
 
+def image_input(model: Any) -> tuple[str, list[int]]:
+    """Returns name and sizes of an `onnx.ModelProto`'s input; sizes that are not fixed, as batches should be, are 0."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    images = next(value for value in model.graph.input if value.name not in constants)
+    return images.name, [size.dim_value for size in images.type.tensor_type.shape.dim]
+
+
+def feeds(
+    model: Any, images: Images, indices: Sequence[int], title: str, batch_size: int = BATCH
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields what sessions of a model take, in whole batches if its batch is fixed."""
+    name, (fixed, *_) = image_input(model)
+    for batch, _ in images.batches(indices, fixed or batch_size, title, whole=fixed > 0):
+        yield {name: batch.numpy()}
+
+
+def tensor_values(
+    model: Any, names: Iterable[str], batches: Iterable[dict[str, np.ndarray]]
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields the values of tensors in an `onnx.ModelProto`, by name, for each of the `feeds`."""
+    extended, outputs = copy.deepcopy(model), {value.name for value in model.graph.output}
+    names = list(dict.fromkeys(names))
+    extended.graph.output.extend(require('onnx').ValueInfoProto(name=name) for name in names if name not in outputs)
+    # The optimizer would fuse the requested tensors away.
+    session = open_session(extended, optimize=False)
+    for feed in batches:
+        yield dict(zip(names, session.run(names, feed)))
+
+
 def layers_of(model: Any) -> dict[str, Any]:
-    """Lists the nodes with weights, by the name of the module that they come from, in the order of the network.
-
-    Args:
-        model: A float `onnx.ModelProto`, or an `onnx_ir.Model`.
-
-    Returns:
-        Name to `onnx_ir.Node`, whose second input is the weight.
-    """
+    """Maps modules of an `onnx.ModelProto` or `onnx_ir.Model` to nodes, whose second input is the weight."""
     ir = require('onnx_ir')
     model = model if isinstance(model, ir.Model) else ir.from_proto(model)
     layers: dict[str, Any] = {}
@@ -48,53 +74,53 @@ def layers_of(model: Any) -> dict[str, Any]:
 
 
 class Graph:
-    """A copy of a float model whose kernels and biases can be changed in place.
-
-    Attributes:
-        layers: See `layers_of`.
-        kernels: Layer to a view of its kernel, of shape (groups, outputs of a group, inputs of a group, taps).
-        biases: The same layers to their biases, of their own; zeros where there was none.
-        obstacles: Other layers to why they are not among these: their operator, or `shared kernel`.
+    """A copy of a float model whose `kernels`, of shape (groups, outputs of a group, inputs of a group, taps), and
+    `biases` can be changed in place. `readers` are the layers that alone read a layer, through nothing but positively
+    homogeneous operators; `left` is why other layers have none.
     """
 
     def __init__(self, model: Any):
         ir = require('onnx_ir')
-        self._ir, self._model = ir, ir.from_proto(model)
+        self._model = ir.from_proto(model)
         for value in self._model.graph.initializers.values():
             value.const_value = ir.tensor(np.array(value.const_value.numpy()), name=value.name)
         self.layers = layers_of(self._model)
-        self._names = {node: name for name, node in self.layers.items()}
         self.kernels: dict[str, np.ndarray] = {}
         self.biases: dict[str, np.ndarray] = {}
-        self.obstacles: dict[str, str] = {}
+        obstacles = {}
         for name, node in self.layers.items():
             kernel, bias = _kernel(node), node.inputs[2] if len(node.inputs) > 2 else None
-            outputs = 0 if kernel is None else kernel.shape[0] * kernel.shape[1]
-            if kernel is None or (bias is not None and (not bias.is_initializer() or bias.const_value.size != outputs)):
-                self.obstacles[name] = node.op_type
-                continue
             if len(node.inputs[1].uses()) > 1:
-                self.obstacles[name] = 'shared kernel'
-                continue
-            if bias is None or len(bias.uses()) > 1:
-                own = np.zeros(outputs, kernel.dtype) if bias is None else bias.const_value.numpy().copy()
-                bias = ir.Value(name=f'{name}.bias.own', const_value=ir.tensor(own, name=f'{name}.bias.own'))
-                self._model.graph.register_initializer(bias)
-                node.resize_inputs(3)
-                node.replace_input_with(2, bias)
-            self.kernels[name], self.biases[name] = kernel, bias.const_value.numpy()
+                obstacles[name] = 'shared kernel'
+            elif kernel is None or (bias is not None and not bias.is_initializer()):
+                obstacles[name] = node.op_type
+            else:
+                outputs = kernel.shape[0] * kernel.shape[1]
+                if bias is None or len(bias.uses()) > 1 or bias.const_value.size != outputs:
+                    own = np.zeros(outputs, kernel.dtype) + (0 if bias is None else bias.const_value.numpy())
+                    bias = ir.Value(name=f'{name}.bias.own', const_value=ir.tensor(own, name=f'{name}.bias.own'))
+                    self._model.graph.register_initializer(bias)
+                    node.resize_inputs(3)
+                    node.replace_input_with(2, bias)
+                self.kernels[name], self.biases[name] = kernel, bias.const_value.numpy()
+        self.readers: dict[str, list[str]] = {}
+        self.left: dict[str, str] = {}
+        for name in self.layers:
+            readers, reason = self._read_by(name)
+            reasons = [reason, *(obstacles.get(each, '') for each in (name, *readers)), '' if readers else 'unread']
+            if any(reasons):
+                self.left[name] = next(filter(None, reasons))
+            else:
+                self.readers[name] = readers
 
     @property
     def model(self) -> Any:
         """The `onnx.ModelProto` with all changes."""
-        return self._ir.to_proto(self._model)
+        return require('onnx_ir').to_proto(self._model)
 
-    def readers(self, layer: str) -> tuple[list[str], str]:
-        """Finds what reads a layer's output through nothing but positively homogeneous operators.
-
-        Returns:
-            Names of layers, and the reason if they are not all that reads it: an operator, or `output`.
-        """
+    def _read_by(self, layer: str) -> tuple[list[str], str]:
+        """Returns the layers that read this one, and the operator or `output` that does so too."""
+        names = {node: name for name, node in self.layers.items()}
         found: list[str] = []
         pending = [self.layers[layer].outputs[0]]
         while pending:
@@ -102,8 +128,8 @@ class Graph:
             if tensor.is_graph_output():
                 return found, 'output'
             for node, place in tensor.uses():
-                if node in self._names and place == 0 and tensor not in node.inputs[1:]:
-                    found.append(self._names[node])
+                if node in names and place == 0 and tensor not in node.inputs[1:]:
+                    found.append(names[node])
                 elif node.op_type in _HOMOGENEOUS and place == 0 and _keeps_channels(node):
                     pending.append(node.outputs[0])
                 else:
@@ -124,10 +150,11 @@ def _kernel(node: Any) -> np.ndarray | None:
 
 def _keeps_channels(node: Any) -> bool:
     constant = node.inputs[1].const_value if len(node.inputs) > 1 and node.inputs[1] is not None else None
-    if node.op_type in ('ReduceMax', 'ReduceMean'):
-        axes = constant.numpy() if constant is not None else node.attributes.get_ints('axes', ())
-        return len(axes) > 0 and {int(axis) for axis in axes} <= {-2, -1, 2, 3}
     if node.op_type == 'Flatten':
         return node.attributes.get_int('axis', 1) == 1
-    # A Reshape to (batch, features).
-    return node.op_type != 'Reshape' or (constant is not None and constant.size == 2)
+    if node.op_type == 'Reshape':  # to (batch, features)
+        return constant is not None and constant.size == 2
+    # Of an opset in which axes are an attribute, a reduction stays as it is.
+    return not node.op_type.startswith('Reduce') or (
+        constant is not None and constant.size and {*constant.numpy()} <= {-2, -1, 2, 3}
+    )

@@ -13,34 +13,23 @@ import numpy as np
 
 from ..datasets import Images, open_evaluation
 from .channel_health import constant_inputs, health_warnings, kernel_outliers
-from .classifier import image_input, logits_of, onnx_classifier
+from .classifier import logits_of, onnx_classifier
 from .equalization import Equalization, equalize
 from .onnx_export import float_onnx
-from .onnx_graph import LAYERS, layers_of
-from .runtime import explained, quiet, require, save_onnx
-
-__all__ = [
-    'CALIBRATIONS',
-    'TARGETS',
-    'WEIGHTS',
-    'Quantization',
-    'QuantizationOptions',
-    'calibrate',
-    'draw',
-    'quantize',
-    'quantize_onnx',
-]
+from .onnx_graph import BATCH, LAYERS, feeds, image_input, layers_of
+from .runtime import quiet, require, save_onnx
 
 WEIGHTS = ('per-channel', 'per-tensor')
-CALIBRATIONS = ('minmax', 'entropy', 'percentile')
+# With ONNX Runtime's names for them.
+CALIBRATIONS = {'minmax': 'MinMax', 'entropy': 'Entropy', 'percentile': 'Percentile'}
 TARGETS = ('ort', 'tensorrt')
-
-# Images whose activations are in memory at a time: 60 MB each in RepOpt-VGG-B1 at 224 px.
-_BATCH = 8
 
 # Below either of these INT8 is said to have damaged the model.
 _AGREEMENT = 95.0
 _DECIBELS = 10.0
+
+# Share of an activation's values that its range covers, in percent, for `percentile`.
+PERCENTILE = 99.99
 
 # TensorRT fuses what follows a layer into it if no rounding stands between, and takes symmetric ranges only.
 _TENSORRT = {
@@ -65,7 +54,6 @@ class QuantizationOptions:
         weights: One scale `per-channel` or `per-tensor`.
         calibration: How ranges of activations are found: `minmax`, `entropy` or `percentile`; or `auto`, the one of
             these with the best agreement on images that calibrated nothing.
-        percentile: Share of an activation's values that its range covers, in percent, for `percentile`.
         images: Number of images to calibrate on.
         seed: Seed of the draw.
         reduce_range: Use 7 bits for weights: without VNNI, x86 adds up pairs of products in 16 bits, which overflow.
@@ -77,7 +65,6 @@ class QuantizationOptions:
 
     weights: str = 'per-channel'
     calibration: str = 'minmax'
-    percentile: float = 99.99
     images: int = 512
     seed: int = 0
     reduce_range: bool = False
@@ -90,8 +77,6 @@ class QuantizationOptions:
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name}='{getattr(self, name)}': expected one of {', '.join(values)}.")
-        if not 50 < self.percentile <= 100:
-            raise ValueError(f'percentile={self.percentile}: expected more than 50 and at most 100.')
 
 
 @dataclass(frozen=True)
@@ -103,10 +88,9 @@ class Quantization:
         quantized: The same in QDQ format.
         images: Where calibration images came from.
         indices: Which these were.
-        options: How it was quantized.
-        tried: Calibrations that were tried, `options` having the best.
-        ranges: What `calibrate` found on them.
-        dead: Layer to the number of its input channels that never changed on these images.
+        options: How it was quantized; of `auto`, with the best calibration.
+        ranges: ONNX Runtime's calibration cache on them.
+        dead: Layer to the number of its input channels that never changed on these images; none if equalized.
         equalization: What equalizing did to the float model, if it was asked for.
         judged: The images that both were compared on: as many others, or the same if the folder has no others.
         agreement: Percentage of these for which both choose the same class.
@@ -118,7 +102,6 @@ class Quantization:
     images: Images
     indices: Sequence[int]
     options: QuantizationOptions
-    tried: Sequence[str]
     ranges: bytes
     dead: Mapping[str, int]
     equalization: Equalization | None
@@ -128,22 +111,15 @@ class Quantization:
 
     def warnings(self) -> list[str]:
         """Returns a line for each problem: dead channels, outliers in kernels, a result unlike the model."""
-        lines = health_warnings({} if self.equalization else self.dead, kernel_outliers(self.model), len(self.indices))
-        if self.agreement >= _AGREEMENT and self.logits_snr_db >= _DECIBELS:
-            return lines
-        steps = {
-            '--calibration auto': len(self.tried) < len(CALIBRATIONS),
-            '--equalize': not self.equalization,
-            '--weights per-channel': self.options.weights != 'per-channel',
-        }
-        advice = ', '.join(step for step, untried in steps.items() if untried)
-        return [
-            *lines,
-            f'INT8 changes this model: {self.agreement:.1f} % of {len(self.judged)} images are classified as before, '
-            f'logits {self.logits_snr_db:.1f} dB above the noise; expected {_AGREEMENT:.0f} % and {_DECIBELS:.0f} dB. '
-            + (f'Try {advice}; then ' if advice else '')
-            + 'see which layers cost most with --sensitivity, and --exclude them.',
-        ]
+        lines = health_warnings(self.dead, kernel_outliers(self.model), {}, len(self.indices))
+        if self.agreement < _AGREEMENT or self.logits_snr_db < _DECIBELS:
+            lines.append(
+                f'INT8 changes this model: {self.agreement:.1f} % of {len(self.judged)} images are classified as '
+                f'before, logits {self.logits_snr_db:.1f} dB above the noise; expected {_AGREEMENT:.0f} % and '
+                f'{_DECIBELS:.0f} dB. What may help: --calibration auto, --equalize, --weights per-channel, and to '
+                f'--exclude the layers that --sensitivity names first.'
+            )
+        return lines
 
 
 def quantize_onnx(
@@ -173,157 +149,101 @@ def quantize_onnx(
     model = float_onnx(source, overrides)
     classifier = onnx_classifier(model, overrides=overrides)
     images = open_evaluation(data, split, classifier.config, class_map, classifier.class_names)
-    indices, others = draw(images, options)
-    if options.calibration == 'auto' and not others:
-        raise ValueError(
-            f'--calibration auto compares on images that calibrated nothing, but all {len(images)} of '
-            f"'{images.folder}' calibrate. Lower --images."
-        )
+    calibrations = CALIBRATIONS if options.calibration == 'auto' else [options.calibration]
+    ways = [replace(options, calibration=calibration) for calibration in calibrations]
+    return max(quantize_in(ways, model, images), key=lambda done: (done.agreement, done.logits_snr_db))
+
+
+def quantize_in(ways: Sequence[QuantizationOptions], model: Any, images: Images) -> Iterator[Quantization]:
+    """Quantizes a float `onnx.ModelProto` in ways of the same `images` and `seed`, each calibration done once."""
     # Before the work.
-    _excluded_nodes(model, options.exclude)
+    _excluded_nodes(model, ways[0].exclude)
+    indices = images.sample(ways[0].images, ways[0].seed)
+    chosen = set(indices)
+    others = [index for index in images.sample(len(images), ways[0].seed + 1) if index not in chosen]
+    judged = others[: len(indices)] or indices
     dead, equalization = {}, None
-    if options.equalize:
+    if any(options.equalize for options in ways):
         equalization = equalize(model, images, [*indices, *others[: len(indices)]], others[len(indices) :])
-        model = equalization.model
-    else:
+    if not all(options.equalize for options in ways):
         for layer, values in constant_inputs(model, images, indices).items():
             if count := int((~np.isnan(values)).sum()):
                 dead[layer] = count
-    judged = others[: len(indices)] or indices
-    tried = CALIBRATIONS if options.calibration == 'auto' else (options.calibration,)
     signal_to_noise = require('onnxruntime.quantization.qdq_loss_debug').compute_signal_to_quantization_noice_ratio
-    found = []
-    for calibration in tried:
-        options = replace(options, calibration=calibration)
-        ranges = calibrate(model, images, indices, options)
-        quantized = quantize(model, ranges, options)
-        exact, rounded = logits_of((model, quantized), images, judged, 'agreement')
+    ranges: dict[tuple[bool, str], bytes] = {}
+    for options in ways:
+        done = equalization if options.equalize else None
+        form, key = done.model if done else model, (options.equalize, options.calibration)
+        reader = _Reader(form, images, indices, options.calibration)
+        quantized, ranges[key] = quantize(form, options, ranges.get(key, b''), reader)
+        exact, rounded = logits_of((form, quantized), images, judged, 'agreement')
         agreement = 100 * (exact.argmax(1) == rounded.argmax(1)).float().mean().item()
         decibels = signal_to_noise(exact.numpy(), rounded.numpy())
-        known = model, quantized, images, indices, options, tried, ranges, dead, equalization, judged
-        found.append(Quantization(*known, agreement, decibels))
-    return max(found, key=lambda done: (done.agreement, done.logits_snr_db))
+        known = form, quantized, images, indices, options, ranges[key], {} if done else dead, done, judged
+        yield Quantization(*known, agreement, decibels)
 
 
-def draw(images: Images, options: QuantizationOptions) -> tuple[list[int], list[int]]:
-    """Draws the images to calibrate on, and all others in random order."""
-    first = images.sample(options.images, options.seed)
-    chosen = set(first)
-    return first, [index for index in images.sample(len(images), options.seed + 1) if index not in chosen]
-
-
-def calibrate(model: Any, images: Images, indices: Sequence[int], options: QuantizationOptions) -> bytes:
-    """Finds the ranges of a model's activations.
-
-    Args:
-        model: A float `onnx.ModelProto`.
-        images: Where images come from.
-        indices: Those to calibrate on.
-        options: See there; `weights`, `reduce_range`, `exclude` and `target` do not matter here.
-
-    Returns:
-        ONNX Runtime's calibration cache: the lowest and highest value of each tensor.
-
-    Raises:
-        ValueError: If an image does not decode, or ONNX Runtime cannot run the model.
-        OSError: If there is no room for temporary files.
-    """
-    return _quantize_static(model, options, feeds=_Feeds(model, images, indices, options.calibration))[1]
-
-
-def quantize(model: Any, ranges: bytes, options: QuantizationOptions, only: Sequence[str] = ()) -> Any:
-    """Quantizes a model.
-
-    Args:
-        model: A float `onnx.ModelProto`, which stays as it is.
-        ranges: What `calibrate` returned for it, with the same `calibration`.
-        options: See there.
-        only: Names of the nodes to quantize, whether or not ONNX Runtime leaves the others in float32. Defaults to all
-            that `exclude` leaves.
-
-    Returns:
-        An `onnx.ModelProto` in QDQ format.
-
-    Raises:
-        ValueError: If the model is quantized already, `exclude` matches none of its layers, or names a single one
-            between others.
-    """
-    excluded = {} if only else _excluded_nodes(model, options.exclude)
-    quantized = _quantize_static(model, options, ranges, only=only, exclude=excluded.values())[0]
-    if options.target == 'ort':
-        _refuse_single_layers(model, quantized, excluded)
-    return quantized
-
-
-def _quantize_static(
-    model: Any,
-    options: QuantizationOptions,
-    ranges: bytes = b'',
-    feeds: '_Feeds | None' = None,
-    only: Iterable[str] = (),
-    exclude: Iterable[str] = (),
+def quantize(
+    model: Any, options: QuantizationOptions, ranges: bytes, reader: '_Reader | None' = None, only: Sequence[str] = ()
 ) -> tuple[Any, bytes]:
-    """Calls ONNX Runtime with `ranges`, or with `feeds` to find them; returns the model and the ranges."""
+    """Returns a model in QDQ format, and the ranges of its tensors; a `reader` gives images to find these if there are
+    none. `only` names nodes to quantize, in place of all that are not excluded.
+    """
     quantization = require('onnxruntime.quantization')
-    method = {'minmax': 'MinMax', 'entropy': 'Entropy', 'percentile': 'Percentile'}[options.calibration]
-    exclude = list(exclude)
-    extra: dict[str, Any] = {'CalibStridedMinMax': 1, 'CalibPercentile': options.percentile}
-    if options.target == 'tensorrt':
-        extra |= _TENSORRT
-        exclude += [node.name for node in model.graph.node if node.op_type not in LAYERS]
+    excluded = {} if only else _excluded_nodes(model, options.exclude)
+    tensorrt = options.target == 'tensorrt'
+    others = [node.name for node in model.graph.node if tensorrt and node.op_type not in LAYERS]
     with TemporaryDirectory(prefix='repopt-timm-') as folder, quiet():
         # Of a model in memory ONNX Runtime moves the weights to a file.
         source, result, cache = (Path(folder, name) for name in ('model.onnx', 'int8.onnx', 'ranges.json'))
         save_onnx(model, source)
         if ranges:
             cache.write_bytes(ranges)
-        with explained('ONNX Runtime cannot quantize the model'):
-            quantization.quantize_static(
-                source,
-                result,
-                feeds,
-                per_channel=options.weights == 'per-channel',
-                reduce_range=options.reduce_range,
-                activation_type=getattr(quantization.QuantType, 'QInt8' if options.target == 'tensorrt' else 'QUInt8'),
-                nodes_to_quantize=list(only),
-                nodes_to_exclude=exclude,
-                calibrate_method=getattr(quantization.CalibrationMethod, method),
-                calibration_cache_path=cache,
-                extra_options=extra,
-            )
-            quantized = _finish(require('onnx').load(result), options.target)
-            # Without notes of ONNX Runtime that are no JSON.
-            del quantized.metadata_props[:]
-            quantized.metadata_props.extend(model.metadata_props)
-            return quantized, cache.read_bytes()
+        quantization.quantize_static(
+            source,
+            result,
+            reader,
+            per_channel=options.weights == 'per-channel',
+            reduce_range=options.reduce_range,
+            activation_type=quantization.QuantType['QInt8' if tensorrt else 'QUInt8'],
+            nodes_to_quantize=list(only),
+            nodes_to_exclude=[*excluded.values(), *others],
+            calibrate_method=quantization.CalibrationMethod[CALIBRATIONS[options.calibration]],
+            calibration_cache_path=cache,
+            extra_options={'CalibStridedMinMax': 1, 'CalibPercentile': PERCENTILE} | (_TENSORRT if tensorrt else {}),
+        )
+        quantized = _finish(require('onnx').load(result), tensorrt)
+        ranges = cache.read_bytes()
+    # Without notes of ONNX Runtime that are no JSON.
+    del quantized.metadata_props[:]
+    quantized.metadata_props.extend(model.metadata_props)
+    if not tensorrt:
+        _refuse_single_layers(quantized, excluded)
+    return quantized, ranges
 
 
-class _Feeds:
-    """Gives ONNX Runtime one batch after another.
-
-    Its calibrators keep all activations until a call ends. A stride of one batch makes that a call for each batch, for
-    each calibration; `CalibMaxIntermediateOutputs` of ONNX Runtime 1.32 drops the batches instead of merging them.
+class _Reader:
+    """Gives ONNX Runtime one batch a call: its calibrators keep all activations until a call ends, and
+    `CalibMaxIntermediateOutputs` of ONNX Runtime 1.32 drops the batches instead of merging them.
     """
 
     def __init__(self, model: Any, images: Images, indices: Sequence[int], title: str):
-        self._name, (fixed, *_) = image_input(model)
-        size = fixed or _BATCH
-        self._count = -(-len(indices) // size)
-        self._batches = images.batches(indices, size, f'{title} calibration', whole=fixed > 0)
+        _, (fixed, *_) = image_input(model)
+        self._count = -(-len(indices) // (fixed or BATCH))
+        self._feeds = feeds(model, images, indices, f'{title} calibration')
         self._turn: Iterator[Any] = iter(())
 
     def __len__(self) -> int:
         return self._count
 
     def set_range(self, start_index: int, end_index: int) -> None:
-        self._turn = islice(self._batches, end_index - start_index)
+        self._turn = islice(self._feeds, end_index - start_index)
 
     def get_next(self) -> dict[str, np.ndarray] | None:
-        found = next(self._turn, None)
-        return None if found is None else {self._name: found[0].numpy()}
+        return next(self._turn, None)
 
 
-def _finish(quantized: Any, target: str) -> Any:
+def _finish(quantized: Any, tensorrt: bool) -> Any:
     """Leaves the logits, and for TensorRT what other operators read, in float."""
     ir = require('onnx_ir')
     model = ir.from_proto(quantized)
@@ -336,7 +256,7 @@ def _finish(quantized: Any, target: str) -> Any:
             before.name, before.type, before.shape = after.name, after.type, after.shape
             after.name = None
             after.replace_all_uses_with(before, replace_graph_outputs=True)
-        elif target == 'tensorrt':
+        elif tensorrt:
             # ONNX Runtime lets a residual that reads a layer's input read its rounded form too.
             for user, place in [use for use in after.uses() if use.node.op_type not in LAYERS]:
                 user.replace_input_with(place, before)
@@ -353,18 +273,17 @@ def _excluded_nodes(model: Any, patterns: Iterable[str]) -> dict[str, str]:
     layers = layers_of(model)
     excluded: dict[str, str] = {}
     for pattern in patterns:
-        found = {name: node.name for name, node in layers.items() if fnmatch.fnmatchcase(name, pattern)}
+        found = {name: layers[name].name for name in fnmatch.filter(layers, pattern)}
         found |= {node.name: node.name for node in model.graph.node if node.op_type == pattern}
         if not found:
-            known = ', '.join([*islice(layers, 8), *(['...'] if len(layers) > 8 else [])])
-            raise ValueError(f"exclude '{pattern}': no layer or operator has this name, expected one of {known}.")
+            known = ', '.join(islice(layers, 8))
+            raise ValueError(f"exclude '{pattern}': no layer or operator has this name, such as {known}.")
         excluded |= found
     return excluded
 
 
-def _refuse_single_layers(model: Any, quantized: Any, excluded: Mapping[str, str]) -> None:
+def _refuse_single_layers(quantized: Any, excluded: Mapping[str, str]) -> None:
     """Raises a ValueError if ONNX Runtime quantizes an excluded layer when it loads the file."""
-    layers = {node.name: layer for layer, node in layers_of(model).items()}
     nodes = {node.name: node for node in require('onnx_ir').from_proto(quantized).graph}
     for layer, name in excluded.items():
         node: Any = nodes.get(name)
@@ -376,10 +295,7 @@ def _refuse_single_layers(model: Any, quantized: Any, excluded: Mapping[str, str
         while len(following) == 1 and following[0].op_type in ('Relu', 'Clip'):
             following = list(following[0].successors())
         if any(user.op_type == 'QuantizeLinear' for user in following):
-            for user in following:
-                following += [] if user.name in layers else user.successors()
-            more = [f"'{layers[user.name]}'" for user in following if user.name in layers][:1] or ['a layer next to it']
             raise ValueError(
                 f"'{layer}' alone cannot stay in float32: ONNX Runtime quantizes a layer between two quantized ones, "
-                f"one scale for all channels, when it loads the file. Exclude '{layer}' and {more[0]}."
+                f'one scale for all channels, when it loads the file. Exclude the layer before or after it too.'
             )

@@ -4,28 +4,18 @@ import importlib
 import io
 import logging
 import os
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+from ..datasets import core_count
+from ..errors import reason_of
 from ..files import replacing
-
-__all__ = ['explained', 'load_onnx', 'open_session', 'quiet', 'require', 'save_onnx']
-
-# Error codes of ONNX Runtime, its temporary files, and the line and signature of the C++ function that failed.
-_IN_CPP = re.compile(
-    r'\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed: ?|/\S+\.(?:h|cc|cpp):\d+ .*?\) (?=[A-Z])'
-)
 
 
 def require(module: str) -> Any:
-    """Imports a module of the `[deploy]` extra.
-
-    Raises:
-        ImportError: If it is not installed; says how to install it.
-    """
+    """Imports a module of the `[deploy]` extra; says how to install it if it is missing."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -34,15 +24,7 @@ def require(module: str) -> Any:
 
 
 def load_onnx(path: str | os.PathLike) -> Any:
-    """Reads an ONNX file with one input and one output.
-
-    Returns:
-        An `onnx.ModelProto`.
-
-    Raises:
-        OSError: If the file does not exist.
-        ValueError: If it is not an ONNX model, or does not have one input and one output.
-    """
+    """Reads an ONNX file with one input and one output as an `onnx.ModelProto`."""
     onnx = require('onnx')
     with explained(f"'{path}' is not a readable ONNX model"):
         model = onnx.load(os.fspath(path))
@@ -51,13 +33,10 @@ def load_onnx(path: str | os.PathLike) -> Any:
     # Names of nodes are optional in ONNX, but are what ONNX Runtime quantizes by.
     for number, node in enumerate(graph.node):
         node.name = node.name or f'{node.op_type}.{number}'
-    constants = {tensor.name for tensor in graph.initializer}
-    inputs = [value.name for value in graph.input if value.name not in constants]
-    outputs = [value.name for value in graph.output]
-    if len(inputs) != 1 or len(outputs) != 1:
+    inputs = {value.name for value in graph.input} - {tensor.name for tensor in graph.initializer}
+    if len(inputs) != 1 or len(graph.output) != 1:
         raise ValueError(
-            f"'{path}' has the inputs {', '.join(inputs)} and the outputs {', '.join(outputs)}; expected images in and "
-            f'logits out.'
+            f"'{path}' has {len(inputs)} inputs and {len(graph.output)} outputs; expected images in and logits out."
         )
     return model
 
@@ -72,29 +51,17 @@ def save_onnx(model: Any, path: str | os.PathLike) -> None:
         temporary.write_bytes(model.SerializeToString())
 
 
-def open_session(model: Any, threads: int | None = None, optimize: bool = True, name: str = 'the model') -> Any:
-    """Opens an `onnx.ModelProto` for running on the CPU.
-
-    Args:
-        model: The model.
-        threads: Number of threads. Defaults to all cores.
-        optimize: Fuse and replace nodes. Otherwise all tensors keep their names and values.
-        name: What errors call the model.
-
-    Returns:
-        An `onnxruntime.InferenceSession`.
-
-    Raises:
-        ValueError: If ONNX Runtime cannot run the model, for instance because it lacks an operator.
-    """
+def open_session(model: Any, threads: int | None = None, optimize: bool = True) -> Any:
+    """Opens an `onnx.ModelProto` on the CPU; without `optimize` no node is fused, so that all tensors have values."""
     onnxruntime = require('onnxruntime')
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    # ONNX Runtime ends in a segmentation fault if it cannot start as many.
+    options.intra_op_num_threads = min(threads or 0, core_count())
     # Errors are raised as well.
     options.log_severity_level = 4
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    with explained(f'ONNX Runtime {onnxruntime.__version__} cannot run {name}'):
+    with explained(f'ONNX Runtime {onnxruntime.__version__} cannot run the model'):
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
 
 
@@ -106,8 +73,7 @@ def explained(problem: str) -> Iterator[None]:
     except Exception as error:
         if not type(error).__module__.startswith(('onnx', 'google.protobuf')):
             raise
-        lines = [line.strip() for line in _IN_CPP.sub('', str(error)).splitlines() if line.strip()]
-        raise ValueError(f'{problem}: {lines[0].rstrip(".") if lines else type(error).__name__}.') from None
+        raise ValueError(f'{problem}: {reason_of(error)}.') from None
 
 
 @contextmanager

@@ -10,12 +10,10 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..checkpoint_model import model_from_checkpoint
-from ..errors import explaining, reason_of
+from ..errors import explaining
 from ..models import resolve_model, to_plain
 from ..reparam import kind_of
 from ..train.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT
-
-__all__ = ['load_model', 'load_trained']
 
 
 def load_model(source: str | os.PathLike) -> nn.Module:
@@ -30,8 +28,7 @@ def load_model(source: str | os.PathLike) -> nn.Module:
         The model, in evaluation mode on the CPU, with its data configuration in `pretrained_cfg`.
 
     Raises:
-        FileNotFoundError: If there is no such checkpoint or folder.
-        OSError: If weights cannot be downloaded.
+        OSError: If there is no such checkpoint or folder, or weights cannot be downloaded.
         ValueError: If timm does not know the model, has no weights for it, or the weights do not fit.
     """
     model = reparameterize_model(load_trained(source))
@@ -45,40 +42,18 @@ def load_model(source: str | os.PathLike) -> nn.Module:
 
 
 def load_trained(source: str | os.PathLike) -> nn.Module:
-    """Loads a trained model with its BatchNorm and the branches of others' models; `_hs` and `_csla` ones as targets.
-
-    Args:
-        source: See `load_model`, which raises the same.
-    """
+    """Loads a model with its BatchNorm and the branches of others' models; `_hs` and `_csla` ones as targets."""
     path = Path(source)
-    if path.suffix == '.onnx':
-        raise ValueError(f"'{source}' is an ONNX file already; name the checkpoint that it comes from.")
     best, last = path / BEST_CHECKPOINT, path / LAST_CHECKPOINT
     if last.is_file():
         path = best if best.is_file() else last
-    if path.is_dir():
-        model = _create(f'local-dir:{path}')
-    elif path.is_file() or path.suffix in ('.tar', '.pth', '.pt', '.safetensors'):
+    if path.is_file() or path.suffix in ('.tar', '.pth', '.pt', '.safetensors'):
         model = model_from_checkpoint(path, need_scales=False)
-    elif path.is_absolute() or ('/' in str(source) and ':' not in str(source)):
-        raise FileNotFoundError(f"There is no folder '{source}'. A repository on the Hub is named hf-hub:user/name.")
     else:
-        model = _create(os.fspath(source))
+        name = f'local-dir:{path}' if path.is_dir() else os.fspath(source)
+        with explaining(f"'{name}' cannot be made"):
+            resolve_model(name)
+            model = timm.create_model(name, pretrained=True)
     if kind_of(model) != 'target':
         model = to_plain(model)
     return model.eval().float().requires_grad_(False)
-
-
-def _create(name: str) -> nn.Module:
-    try:
-        with explaining(f"'{name}' cannot be made"):
-            resolve_model(name)
-            return timm.create_model(name, pretrained=True)
-    except OSError as error:
-        if name.startswith('local-dir:'):
-            raise
-        # Those of the Hub name neither the model nor what to do, and some are ValueErrors too.
-        raise OSError(
-            f"'{name}': its weights are not in the cache, and cannot be downloaded: {reason_of(error)}. Check the "
-            f'network, or name a checkpoint or a folder.'
-        ) from None

@@ -1,15 +1,13 @@
 from argparse import Namespace
-from functools import partial
 
 import pytest
 import timm
 import torch
 from PIL import Image
 
-from repopt_timm.deploy import evaluation, int8_table, load_model, quantize_onnx, save_onnx
+from repopt_timm.deploy import QuantizationOptions, evaluation, int8_table, load_model, quantize_onnx, save_onnx
 from repopt_timm.deploy.onnx_export import to_onnx
 from repopt_timm.deploy.onnx_graph import Graph
-from repopt_timm.deploy.quantization import QuantizationOptions
 
 from ..helpers import TINY
 
@@ -24,27 +22,23 @@ ARGS = Namespace(
 def short_times():
     """Times are taken, but not until they are exact."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation, 'time_runs', partial(evaluation.time_runs, seconds=0))
-        patch.setattr(int8_table, 'alternate', partial(int8_table.alternate, rounds=3, seconds=0))
+        short = evaluation.time_runs
+        for module in (evaluation, int8_table):
+            patch.setattr(module, 'time_runs', lambda run, seconds=0: short(run, 0))
         yield
-
-
-def write_images(root, split, count):
-    generator = torch.Generator().manual_seed(len(split))
-    for index, label in enumerate(CLASSES):
-        folder = root / split / label
-        folder.mkdir(parents=True)
-        for number in range(count):
-            pixels = 60 + 50 * index + 40 * torch.randn(32, 32, 3, generator=generator)
-            Image.fromarray(pixels.clamp(0, 255).byte().numpy()).save(folder / f'{number}.png')
 
 
 @pytest.fixture(scope='session')
 def images(tmp_path_factory):
     """Three classes of noise around different levels: 20 images of each for training, 12 for validation."""
-    root = tmp_path_factory.mktemp('images')
-    write_images(root, 'train', 20)
-    write_images(root, 'validation', 12)
+    root, generator = tmp_path_factory.mktemp('images'), torch.Generator().manual_seed(0)
+    for split, count in (('train', 20), ('validation', 12)):
+        for index, label in enumerate(CLASSES):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = 60 + 50 * index + 40 * torch.randn(32, 32, 3, generator=generator)
+                Image.fromarray(pixels.clamp(0, 255).byte().numpy()).save(folder / f'{number}.png')
     return root
 
 
@@ -81,16 +75,16 @@ def checkpoint(tmp_path_factory):
 def named(checkpoint):
     """That checkpoint with the names of the classes, as a run on a folder of images writes it."""
     content = torch.load(checkpoint, weights_only=False)
-    torch.save({**content, 'label_names': ['dark', 'n02123045', 'light']}, checkpoint.with_name('named.pth.tar'))
-    return checkpoint.with_name('named.pth.tar')
+    path = checkpoint.with_name('named.pth.tar')
+    torch.save({**content, 'label_names': ['dark', 'n02123045', 'light']}, path)
+    return path
 
 
 @pytest.fixture(scope='session')
 def exported(checkpoint):
     """The same as an ONNX model."""
     model = load_model(checkpoint)
-    config = timm.data.resolve_model_data_config(model)
-    return to_onnx(model, config)[0]
+    return to_onnx(model, timm.data.resolve_model_data_config(model))[0]
 
 
 @pytest.fixture(scope='session')

