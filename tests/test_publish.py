@@ -11,7 +11,7 @@ from PIL import Image
 from repopt_timm import Scales, load_scales, prepare, push_scales, push_to_hub, save_pretrained
 from repopt_timm.cards.publish import save_scales_card
 from repopt_timm.optim import build_repopt_sgd
-from repopt_timm.reparam import attach_scales, kind_of
+from repopt_timm.reparam import kind_of
 
 from .helpers import TINY, card_of, random_scales, read_tree, tiny_model
 
@@ -226,7 +226,7 @@ def test_wrapped_compiled_and_tied_parts_are_saved_under_the_names_of_the_plain_
     model.stages[1][1].bn.weight = model.stages[1][0].bn.weight
     save_pretrained(model, tmp_path / 'plain')
     model.stages = torch.compile(model.stages)
-    attach_scales(model, scales)
+    prepare(model, scales, init=False)
     wrapped = torch.nn.DataParallel(torch.compile(model.to(memory_format=torch.channels_last)))
     save_pretrained(wrapped, tmp_path / 'wrapped', repo_id='USER/plain')
     assert read_tree(tmp_path / 'wrapped') == read_tree(tmp_path / 'plain')
