@@ -24,7 +24,7 @@ from ..scales.summary import movement
 from .engine import TrainState, ranked
 from .loaders import image_folder
 from .run_checkpoints import versions
-from .run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, REPORT_FILE, SCALES_FILE
+from .run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, REPORT_FILE, SCALES_FILE, SUMMARY_FILE
 
 _logger = logging.getLogger(__name__)
 
@@ -70,9 +70,12 @@ def write_report(
     top1 = f'top-1 {history[-1]["eval_top1"]:.2f} % after {len(history)} epochs'
     for row in ranked(history)[:1]:
         top1 += f', at best {row["eval_top1"]:.2f} % after epoch {row["epoch"] + 1}'
+    files = [ARGUMENTS_FILE, SUMMARY_FILE, LAST_CHECKPOINT, BEST_CHECKPOINT, *([SCALES_FILE] if search else [])]
+    missing = ', '.join(name for name in files if not (folder / name).is_file())
     sections = [
         f'# {folder.name}',
         f'`{args.model}` with `{args.opt}` on {_data_of(args)}: {top1}; the last call took {seconds:.0f} s.',
+        *([f'Missing: {missing}.'] if missing else []),
         '## Command',
         _shell(f'{PROGRAM} train -c {shlex.quote(str(folder / ARGUMENTS_FILE))} --experiment again'),
         f'`{ARGUMENTS_FILE}` holds all arguments. Versions: {", ".join(f"{k} {v}" for k, v in versions().items())}.',
