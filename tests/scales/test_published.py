@@ -103,8 +103,11 @@ def test_what_cannot_be_downloaded_is_said_in_one_line_and_leaves_nothing(
 def test_a_target_without_scales_of_its_own_is_told_of_published_ones(scales):
     with pytest.raises(ValueError, match='--scales published'):
         default_scales(TINY)
+    other = timm.create_model('resnet18', device='meta')
     with pytest.raises(ValueError, match=r"'resnet18'.*test_repopt_vgg"):
-        load_scales('published', timm.create_model('resnet18', device='meta'))
+        load_scales('published', other)
+    with pytest.raises(ValueError, match=f'scales of {TINY}'):
+        load_scales(NAME, other)
 
 
 def test_a_list_names_what_ships_what_is_published_and_what_is_cached(scales, client, capsys):
