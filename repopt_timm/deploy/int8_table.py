@@ -83,6 +83,7 @@ def compare_int8(
     cpu, vnni = cpu_name()
     # The other options are counted, or varied.
     settings = {
+        'percentile': PERCENTILE,
         **{name: getattr(ways[0], name) for name in ('seed', 'reduce_range', 'exclude')},
         **counted,
         'threads': threads or os.cpu_count(),

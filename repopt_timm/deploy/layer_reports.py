@@ -35,7 +35,7 @@ def layer_report(done: Quantization, images: int = 16) -> dict[str, Any]:
     Returns:
         Plain data: `options`; `logits_snr_db`; and `layers`, in the order of the network, each with `layer` and
         `operator`; `std` and `kurtosis` (3 for a normal distribution) of its weights, BatchNorm folded in; and, for
-        layers in INT8, `weight_snr_db` and `input_snr_db`, in which the noise of all layers before has added up.
+        layers in INT8, `weight_snr_db` and `accumulated_snr_db`, in which the noise of all layers before has added up.
     """
     ratio = require('onnxruntime.quantization.qdq_loss_debug').compute_signal_to_quantization_noice_ratio
     layers = layers_of(done.model)
@@ -51,7 +51,7 @@ def layer_report(done: Quantization, images: int = 16) -> dict[str, Any]:
         read, kernel = inputs[node.name][:2]
         if read in restored:
             expected = [batch[node.inputs[0].name] for batch in exact]
-            row['input_snr_db'] = ratio(expected, [batch[read] for batch in rounded])
+            row['accumulated_snr_db'] = ratio(expected, [batch[read] for batch in rounded])
         if kernel in restored:
             row['weight_snr_db'] = ratio(weight, rounded[0][kernel])
         rows.append(row)
@@ -66,7 +66,7 @@ def write_reports(reports: Mapping[str, Mapping[str, Any]], folder: Path) -> Non
         'kurtosis of weights, 3 if normal': {'kurtosis': ''},
         'signal to noise (dB)': {
             'weight_snr_db': 'weights',
-            'input_snr_db': "layer's input",
+            'accumulated_snr_db': "layer's input",
         },
     }
     size = 7 * len(reports), 9.5

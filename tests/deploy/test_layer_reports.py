@@ -22,7 +22,7 @@ def test_noise_adds_up_along_the_network_and_layers_left_in_float_have_none(quan
     done = quantization(exclude=('head.fc',))
     *rows, last = layer_report(done)['layers']
     assert last.keys() == {'layer', 'operator', 'std', 'kurtosis'}
-    assert rows[0]['input_snr_db'] > rows[-1]['input_snr_db'] + 5 > 15
+    assert rows[0]['accumulated_snr_db'] > rows[-1]['accumulated_snr_db'] + 5 > 15
     for row in rows:
         weight = onnx_ir.from_proto(done.model).graph.initializers[f'{row["layer"]}.weight'].const_value.numpy()
         assert row['kurtosis'] == pytest.approx(((weight - weight.mean()) ** 4).mean() / row['std'] ** 4, rel=1e-3)
