@@ -3,7 +3,7 @@ import argparse
 import pytest
 import timm
 import torch
-from timm.models import reparameterize_model
+from timm.models import reparameterize_model, save_for_hf
 
 from repopt_timm import Scales, implied_scales
 from repopt_timm.cli import main
@@ -72,10 +72,11 @@ def test_a_network_that_timm_has_fused_is_called_that(name, stated, tmp_path):
         merge_trained(str(tmp_path / 'fused.pth'), '' if name != 'repvit_m0_9' else name)
 
 
-def test_weights_that_no_network_computes_with_are_not_converted(checkpoint, tmp_path, capsys):
-    content = torch.load(checkpoint, weights_only=False)
-    content['state_dict']['stem.conv_1x1.bn.running_var'].neg_().sub_(1)
-    torch.save(content, checkpoint)
-    assert main(['convert-checkpoint', str(checkpoint), '--out', str(tmp_path / 'out')]) == 1
-    assert "'stem.conv_1x1.bn.running_var'" in capsys.readouterr().err
-    assert not (tmp_path / 'out').exists()
+def test_weights_that_no_network_computes_with_are_not_converted(trained, tmp_path, capsys):
+    trained.stem.conv_1x1.bn.running_var.neg_().sub_(1)
+    torch.save({'arch': f'{TINY}_branches', 'state_dict': trained.state_dict()}, tmp_path / 'last.pth.tar')
+    save_for_hf(trained, tmp_path / 'repository')
+    for source in (tmp_path / 'last.pth.tar', f'local-dir:{tmp_path / "repository"}'):
+        assert main(['convert-checkpoint', str(source), '--out', str(tmp_path / 'out')]) == 1
+        assert "'stem.conv_1x1.bn.running_var'" in capsys.readouterr().err
+        assert not (tmp_path / 'out').exists()

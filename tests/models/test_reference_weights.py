@@ -63,6 +63,7 @@ def test_a_repvgg_of_its_authors_becomes_a_plain_network_with_the_same_logits(tm
     'name',
     [
         *(pytest.param(f'repvgg_{each}', marks=pytest.mark.slow) for each in ('a0', 'b1g4', 'd2se')),
+        'repghostnet_050',
         'repopt_repghostnet_050',
     ],
 )
