@@ -8,7 +8,7 @@ from torch import nn
 from repopt_timm import Scales, csla, load_scales, make_grad_mults, prepare
 from repopt_timm.reparam import ConvPrior, carried_scales
 
-from ..helpers import counted_scales, random_scales, tiny_model
+from ..helpers import random_scales, tiny_model
 
 
 def net():
@@ -29,8 +29,8 @@ def test_the_rule_of_initialization_adds_the_searched_identity():
 
 
 def test_a_plain_network_starts_as_its_csla_twin_also_with_negative_scales():
-    model = net()
-    scales = counted_scales(model, {'0': {'kxk': 2, '1x1': 1, 'identity': 1}})
+    model, negative = net(), {branch: -vector for branch, vector in vectors().items()}
+    scales = Scales('', {'0': negative}, counts={'0': {'kxk': 2}})
     torch.manual_seed(1)
     twin = csla(model, scales)
     torch.manual_seed(1)
