@@ -28,6 +28,15 @@ def test_the_rule_of_initialization_adds_the_searched_identity():
     torch.testing.assert_close(model[0].weight.detach() - before, nn.init.dirac_(torch.empty(4, 4, 3, 3)))
 
 
+def test_a_plain_network_starts_as_its_csla_twin_also_with_negative_scales():
+    model, negative = net(), {branch: -vector for branch, vector in vectors().items()}
+    scales = Scales('', {'0': negative}, counts={'0': {'kxk': 2}})
+    torch.manual_seed(1)
+    twin = csla(model, scales)
+    torch.manual_seed(1)
+    torch.testing.assert_close(prepare(model, scales)[0].weight, twin[0].weight)
+
+
 @pytest.mark.parametrize('count', [1, 4])
 @pytest.mark.parametrize(('branch', 'fan_in', 'taps'), [('kxk', 9 * 32, slice(None)), ('1x1', 32, slice(1, 2))])
 def test_a_kernel_is_the_scaled_sum_of_independent_draws(branch, fan_in, taps, count):
