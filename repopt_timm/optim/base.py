@@ -23,6 +23,8 @@ class GradMultOptimizer(torch.optim.Optimizer):
 
     def __init__(self, *args: Any, grad_mults: GradMults | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        if self.defaults.get('differentiable'):
+            raise ValueError(f'{type(self).__name__} has no differentiable step: it multiplies gradients in place.')
         self.take_grad_mults(grad_mults)
 
     def take_grad_mults(self, grad_mults: GradMults | None) -> None:

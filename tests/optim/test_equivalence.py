@@ -26,7 +26,6 @@ from .equivalence import optimizers, train, twins
         ({}, {'max_norm': 0.5}),
         ({}, {'scheduler': lambda optimizer: OneCycleLR(optimizer, 0.05, total_steps=20)}),
     ],
-    ids=str,
 )
 def test_sgd_on_the_csla_network_is_rep_opt_sgd_on_the_plain_one(settings, how):
     nets = twins()
@@ -43,7 +42,6 @@ def test_sgd_on_the_csla_network_is_rep_opt_sgd_on_the_plain_one(settings, how):
         ({'amsgrad': True}, {}),
         ({'maximize': True}, {}),
     ],
-    ids=str,
 )
 def test_adamw_is_equivalent_up_to_the_effect_of_eps(settings, how):
     nets = twins()

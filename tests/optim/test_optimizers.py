@@ -147,6 +147,12 @@ def test_a_saved_copied_or_pickled_optimizer_goes_on_where_it_was(rule):
 
 
 @both
+def test_a_differentiable_step_is_refused(rule):
+    with pytest.raises(ValueError, match='differentiable'):
+        make(scaled_model(), rule, differentiable=True)
+
+
+@both
 def test_a_state_that_was_saved_with_other_scales_is_refused(rule):
     model = scaled_model()
     mine, stranger = make(model, rule), make(scaled_model(), rule)
