@@ -168,7 +168,14 @@ def open_split(
             f"'{root}' is not a folder with the split '{split}'{but}: expected images in {split}/<class>/. Make these, "
             f'or name another split.'
         )
-    archive, files, classes = (_in_tar if place.suffix == '.tar' and place.is_file() else _in_folder)(place)
+    archive: Any = None
+    if place.suffix == '.tar' and place.is_file():
+        archive, files, classes = _in_tar(place)
+    else:
+        files = _find_images(place, True)
+        parts = [PurePath(file).relative_to(place).parts for file in files]
+        # A folder without classes has one of no name.
+        classes = [names[0] if names[1:] else '' for names in parts]
     numbers = read_class_map(class_map, root)
     if numbers is None:
         numbers, classes = _number(classes, class_names, place)
@@ -209,13 +216,6 @@ def open_files(paths: Iterable[str | os.PathLike], config: Mapping[str, Any]) ->
     images = Images(files, config['input_size'][0])
     images.transform = create_transform(**config)
     return images
-
-
-def _in_folder(place: Path) -> tuple[None, list[str], list[str]]:
-    """Returns the images in a folder, and the class of each; '' in a folder without classes."""
-    files = _find_images(place, True)
-    parts = [PurePath(file).relative_to(place).parts for file in files]
-    return None, files, [names[0] if names[1:] else '' for names in parts]
 
 
 def _find_images(folder: Path, in_classes: bool) -> list[str]:
@@ -301,8 +301,7 @@ def read_class_map(class_map: str | None, root: str | os.PathLike | None) -> dic
 
 def class_numbers(dataset: Any) -> dict[str, int]:
     """Returns the numbers of a dataset's classes by name; none if it does not name them."""
-    owners = (dataset, getattr(dataset, 'reader', None))
-    for owner in owners:
+    for owner in (dataset, getattr(dataset, 'reader', None)):
         if found := getattr(owner, 'class_to_idx', None):
             return {str(name): int(number) for name, number in found.items()}
     return {str(name): number for number, name in enumerate(getattr(dataset, 'classes', ()))}

@@ -4,6 +4,7 @@ import argparse
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,7 @@ from ..datasets import (
 from ..errors import explaining
 from ..files import replacing
 
-_DIGITS = 'digits'
 _DIGITS_FOLDER = 'output/digits'
-_DONE = 'complete'
-
-# The same images for each --seed: only then are runs of several seeds, and of several models, of one task.
-_SEED = 0
 
 
 @dataclass
@@ -43,39 +39,39 @@ class Loaders:
 
 def image_folder(args: argparse.Namespace) -> str | None:
     """Returns the folder of images that a run reads; None if its dataset is of another kind."""
-    if args.dataset == _DIGITS:
+    if args.dataset == 'digits':
         return args.data_dir or _DIGITS_FOLDER
     return None if args.dataset else args.data_dir
 
 
 def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
     """Makes training and validation set, and compares their classes with each other and with `--num-classes`."""
-    if args.dataset == _DIGITS:
-        write_digits(args.data_dir or _DIGITS_FOLDER)
     channels = args.in_chans or (args.input_size[0] if args.input_size else 3)
     # With --holdout, the validation is on a part of the training split.
     splits = (args.train_split, args.train_split if args.holdout else args.val_split)
     if root := image_folder(args):
+        if args.dataset:
+            write_digits(Path(root))
         train, validation = (
             open_split(root, split, channels, args.class_map, need_split=not args.holdout) for split in splits
         )
         train.skip_damaged = True
     else:
-        common = {
-            'root': args.data_dir,
-            'class_map': read_class_map(args.class_map, args.data_dir) or '',
-            'download': args.dataset_download,
-            'batch_size': args.batch_size,
-            'seed': args.seed,
-            'input_img_mode': color_mode(channels),
-            'input_key': args.input_key,
-            'target_key': args.target_key,
-        }
+        create = partial(
+            create_dataset,
+            args.dataset,
+            root=args.data_dir,
+            class_map=read_class_map(args.class_map, args.data_dir) or '',
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            input_img_mode=color_mode(channels),
+            input_key=args.input_key,
+            target_key=args.target_key,
+        )
         with explaining(f'--dataset {args.dataset}'):
-            train = create_dataset(
-                args.dataset, split=splits[0], is_training=True, num_samples=args.train_num_samples, **common
-            )
-            validation = create_dataset(args.dataset, split=splits[1], num_samples=args.val_num_samples, **common)
+            train = create(split=splits[0], is_training=True, num_samples=args.train_num_samples)
+            validation = create(split=splits[1], num_samples=args.val_num_samples)
     check_same_classes(train, validation)
     asked, found = args.num_classes, count_classes(train)
     if found == 1:
@@ -94,7 +90,8 @@ def _select_images(train: Any, validation: Any, args: argparse.Namespace) -> tup
     if isinstance(train, IterableDataset):
         raise ValueError('--train-images, --holdout, --sampler and --cache-images do not go with streamed images.')
     count = len(train)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED)).tolist()
+    # The same images for each --seed: only then are runs of several seeds, and of several models, of one task.
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     held_out = round(args.holdout * count)
     left = count - held_out
     if args.holdout and not 0 < held_out < count:
@@ -119,13 +116,13 @@ class SelectedImages(Dataset):
     def __init__(self, dataset: Any, indices: Sequence[int], keep: bool, balanced: bool = False):
         self.dataset = dataset
         self.indices = self.order = indices
-        self.balanced = balanced
+        self.keep, self.balanced = keep, balanced
         # Set by timm's loaders.
         self.transform: Any = None
         self.class_to_idx = class_numbers(dataset)
         found = _labels(dataset)
         self.labels = None if found is None else [found[index] for index in indices]
-        self._kept: dict[int, tuple[Any, int]] | None = {} if keep else None
+        self._kept: dict[int, tuple[Any, int]] = {}
         if balanced and found is None:
             raise ValueError('--sampler needs data that list their labels, such as a folder of images.')
 
@@ -144,12 +141,10 @@ class SelectedImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         index = self.order[index]
-        if self._kept is None:
-            image, label = self.dataset[index]
-        else:
-            if index not in self._kept:
-                self._kept[index] = self.dataset[index]
-            image, label = self._kept[index]
+        found = self._kept.get(index) or self.dataset[index]
+        if self.keep:
+            self._kept[index] = found
+        image, label = found
         return (image if self.transform is None else self.transform(image)), label
 
 
@@ -233,12 +228,11 @@ def _seed_worker(worker: Any) -> int:
     return worker.seed
 
 
-def write_digits(root: str | Path) -> None:
+def write_digits(root: Path) -> None:
     """Writes `train/<digit>/<index>.png` and `validation/...`, every fourth image for validation, if not there yet."""
     from PIL import Image
 
-    root = Path(root)
-    if (root / _DONE).exists():
+    if (done := root / 'complete').exists():
         return
     try:
         from sklearn.datasets import load_digits
@@ -249,4 +243,4 @@ def write_digits(root: str | Path) -> None:
         split = 'validation' if index % 4 == 0 else 'train'
         with replacing(root / split / str(label) / f'{index:04d}.png') as temporary:
             Image.fromarray((pixels * 255 / 16).round().astype('uint8')).save(temporary)
-    (root / _DONE).touch()
+    done.touch()

@@ -99,11 +99,7 @@ def _place(run: argparse.Namespace) -> None:
 
 
 def _scales(run: argparse.Namespace, before: dict[str, Any]) -> str | None:
-    """Chooses the scales of a target that was given none, and says so.
-
-    A run that is resumed keeps what it had, `--initial-checkpoint` brings what it was trained with, pretrained weights
-    what ships with them; anything else starts from the unsearched values.
-    """
+    """Chooses the scales of a target that was given none: where its weights come from, or the unsearched values."""
     multiplies = is_target(run.variant) and 'repopt' in run.opt
     if run.scales or not (multiplies or ModelName.parse(run.variant).kind == 'csla'):
         return run.scales
@@ -117,6 +113,5 @@ def _scales(run: argparse.Namespace, before: dict[str, Any]) -> str | None:
     else:
         return None
     if run.rank == 0:
-        what = 'the unsearched values, ' if scales == 'initial' else ''
-        _logger.info(f'Without --scales this run uses {what}--scales {scales}.')
+        _logger.info(f'Without --scales this run uses --scales {scales}.')
     return scales

@@ -4,6 +4,7 @@ import argparse
 import logging
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -83,21 +84,24 @@ def write_report(
         '![Training loss and accuracy against epochs](curves.png)',
         _rows(history),
     ]
-    pictures = {'curves.png': lambda path: plot_curves({args.model: history}, path)}
-    scales, started = _scales_of(model)
+    scales = started = None
+    # A network may have no scales, and they may have no known start.
+    with suppress(ValueError):
+        scales = Scales.from_model(model)
+        started = initial_values(scales)
     if scales is not None:
         moved = [movement([scales], started).sentence()] if search and started is not None else []
         sections += ['## Scales', f'Fingerprint `{scales.fingerprint}`.', *moved, _compared(scales, started)]
         sections += ['![Scales against depth, and what they start from](scales.png)']
-        pictures['scales.png'] = lambda path: plot_scales(scales, path, scales.title, started)
     names = class_names(dataset)
     if state.predictions is not None and names:
         sections += _classes(folder, state.predictions, names)
     lines = _next(folder, args, search)
     sections += ['## Next', _shell(*lines)]
     try:
-        for name, draw in pictures.items():
-            draw(folder / name)
+        plot_curves({args.model: history}, folder / 'curves.png')
+        if scales is not None:
+            plot_scales(scales, folder / 'scales.png', scales.title, started)
     except ImportError as error:
         _logger.warning(f'The report has no pictures: {error}')
         sections = [section for section in sections if not section.startswith('![')]
@@ -105,39 +109,21 @@ def write_report(
     _logger.info(f'{folder / REPORT_FILE}: {top1}. Next:  {lines[0]}')
 
 
-def _scales_of(model: nn.Module) -> tuple[Scales | None, Scales | None]:
-    """Returns the scales of a model and what a search of its network starts from, as far as they are known."""
-    scales = None
-    try:
-        scales = Scales.from_model(model)
-        return scales, initial_values(scales)
-    except ValueError:
-        return scales, None
-
-
 def _rows(history: Sequence[dict[str, Any]]) -> str:
-    names = ('epoch', 'lr', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5')
-    columns = [name for name in names if name in history[-1]]
+    columns = [name for name in ('lr', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5') if name in history[-1]]
     # The last one, and as many before it as a reader looks at.
-    step = -(-len(history) // _MOST_EPOCHS)
-    shown = history[::-step][::-1]
-    cells = [
-        [str(row['epoch'] + 1), *(f'{row[name]:.4g}' if name in row else '' for name in columns[1:])] for row in shown
-    ]
-    return markdown_table(columns, cells)
+    shown = history[:: -len(history) // _MOST_EPOCHS][::-1]
+    cells = [[str(row['epoch'] + 1), *(f'{row[name]:.4g}' if name in row else '' for name in columns)] for row in shown]
+    return markdown_table(['epoch', *columns], cells)
 
 
 def _compared(scales: Scales, started: Scales | None) -> str:
     first = {(row['stage'], row['branch']): f'{row["mean"]:.4f}' for row in scales_table(started or {})}
-    cells = [
-        [
-            row['stage'],
-            row['branch'],
-            first.get((row['stage'], row['branch']), 'unknown'),
-            *(f'{row[name]:.4f}' for name in ('mean', 'min', 'max')),
-        ]
-        for row in scales_table(scales)
-    ]
+    cells = []
+    for row in scales_table(scales):
+        place = (row['stage'], row['branch'])
+        found = (f'{row[name]:.4f}' for name in ('mean', 'min', 'max'))
+        cells.append([*place, first.get(place, 'unknown'), *found])
     return markdown_table(['stage', 'branch', 'mean at the start of a search', 'mean', 'min', 'max'], cells)
 
 

@@ -77,7 +77,7 @@ def test_classes_of_unequal_size_are_told_and_weighed_on_request(unequal, caplog
     for extra in ([], ['--class-weights', 'balanced']):
         args = parse_arguments([*unequal, *extra])
         args.rank = 0
-        loss = run._make_loss(args, make_datasets(args)[0], 2)
+        loss = run.make_loss(args, make_datasets(args)[0], 2)
     assert caplog.text.count('largest class has 24 images, the smallest 2') == 1
     assert loss.weight.tolist() == pytest.approx([26 / 4, 26 / 48])
 

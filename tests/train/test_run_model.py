@@ -19,7 +19,7 @@ def test_a_target_without_scales_starts_from_the_unsearched_values_and_says_so(t
     train('--epochs 1')
     assert read(tmp_path / 'run')['args'].scales == 'initial'
     assert fingerprint(tmp_path / 'run') == Scales.initial(tiny_model()).fingerprint
-    assert 'uses the unsearched values, --scales initial' in ''.join(capsys.readouterr())
+    assert 'Without --scales this run uses --scales initial' in ''.join(capsys.readouterr())
 
 
 def test_a_plain_network_gets_no_scales_and_may_start_from_identities(train, tmp_path):
