@@ -27,9 +27,6 @@ from .errors import explaining
 
 _logger = logging.getLogger(__name__)
 
-# Damaged images in a row that training passes over; as many as in timm.
-_ATTEMPTS = 10
-
 # Channels to Pillow's mode.
 _MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
@@ -37,9 +34,6 @@ _SPLITS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evalua
 
 # Pillow opens these, but leaves the pixels to other programs and packages.
 _WITHOUT_PIXELS = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
-
-# Fewer images are read before workers have started.
-_WORTH_WORKERS = 200
 
 
 class Images(Dataset):
@@ -72,7 +66,8 @@ class Images(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        for place in range(index, index + _ATTEMPTS):
+        # As many in a row as in timm.
+        for place in range(index, index + 10):
             place %= len(self)
             name = self.files[place]
             try:
@@ -93,8 +88,13 @@ class Images(Dataset):
                 _logger.warning(f"The image '{name}' is damaged and skipped: {reason}")
         else:
             raise ValueError(f"The image '{name}' and all before it are damaged: was a copy of the data broken off?")
-        pixels = _of_bytes(image, name).convert(self.mode)
-        return (pixels if self.transform is None else self.transform(pixels)), self.labels[place]
+        # `convert` would clip values of 16 bits at 255.
+        if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode in ('I', 'F'):
+            raise ValueError(f"The image '{name}' has values in the mode '{image.mode}': convert it to 8 or 16 bits.")
+        image = image.convert(self.mode)
+        return (image if self.transform is None else self.transform(image)), self.labels[place]
 
     def sample(self, count: int, seed: int) -> list[int]:
         """Draws the indices of `count` images without repetition; all of them if there are no more."""
@@ -109,21 +109,13 @@ class Images(Dataset):
         """
         if whole:
             indices = [*indices, *islice(cycle(indices), -len(indices) % batch_size)]
-        workers = min(8, core_count()) if len(indices) >= _WORTH_WORKERS else 0
+        # Fewer images are read before workers have started.
+        workers = min(8, core_count()) if len(indices) >= 200 else 0
         # `disable=None` shows the bar on terminals only.
         with tqdm(total=len(indices), desc=title, unit='img', disable=None) as bar:
             for images, labels in DataLoader(Subset(self, indices), batch_size, num_workers=workers):
                 yield images, labels
                 bar.update(len(images))
-
-
-def _of_bytes(image: Image.Image, name: str) -> Image.Image:
-    """Scales the values of an image to 8 bits; `convert` would clip them at 255."""
-    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ('I', 'F'):
-        raise ValueError(f"The image '{name}' has values in the mode '{image.mode}': convert it to 8 or 16 bits.")
-    return image
 
 
 def color_mode(channels: int, stated: str | None = None) -> str:

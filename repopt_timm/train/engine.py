@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .interruption import raise_if_interrupted
-from .loaders import Loaders
 
 _logger = logging.getLogger(__name__)
 
@@ -40,8 +39,8 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    ema: ModelEmaV3 | None = None
-    scaler: torch.amp.GradScaler | None = None
+    ema: ModelEmaV3 | None
+    scaler: torch.amp.GradScaler
     history: list[dict[str, Any]] = field(default_factory=list)
     times: list[dict[str, Any]] = field(default_factory=list)
     overridden: list[str] = field(default_factory=list)
@@ -87,7 +86,7 @@ def _batches(
 
 def train_one_epoch(
     state: TrainState,
-    loaders: Loaders,
+    loader: Any,
     loss_fn: nn.Module,
     clip: Callable[[], Any] | None,
     autocast: Callable[[], AbstractContextManager],
@@ -103,7 +102,7 @@ def train_one_epoch(
     optimizer, scaler = state.optimizer, state.scaler
     model.train()
     lr = optimizer.param_groups[0]['lr']
-    batches = len(loaders.train)
+    batches = len(loader)
     # A last, smaller group of accumulated batches is a step too.
     updates_per_epoch = -(-batches // args.grad_accum_steps)
     # On the device: reading a value every batch would make a GPU wait for the host.
@@ -117,11 +116,9 @@ def train_one_epoch(
         left = timedelta(seconds=round(pace * (args.total_epochs - part)))
         return f'loss {loss / count:.4f}{accurate}, run ETA {left}'
 
-    progress = _batches(loaders.train, f'epoch {epoch + 1}/{args.total_epochs} train', args, describe)
+    progress = _batches(loader, f'epoch {epoch + 1}/{args.total_epochs} train', args, describe)
     optimizer.zero_grad()
     for index, (images, target) in enumerate(progress):
-        if loaders.mixup is not None:
-            images, target = loaders.mixup(images, target)
         update, position = divmod(index, args.grad_accum_steps)
         group = min(args.grad_accum_steps, batches - update * args.grad_accum_steps)
         last = position == group - 1
@@ -129,18 +126,13 @@ def train_one_epoch(
             with autocast():
                 output = model(images)
                 loss = loss_fn(output, target)
-            scaled = loss / group
-            (scaler.scale(scaled) if scaler is not None else scaled).backward()
+            scaler.scale(loss / group).backward()
         if last:
             if clip is not None:
-                if scaler is not None:
-                    scaler.unscale_(optimizer)
+                scaler.unscale_(optimizer)
                 clip()
-            if scaler is not None:
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             if state.ema is not None:
                 state.ema.update(model, step=epoch * updates_per_epoch + update)
@@ -177,6 +169,8 @@ def validate(
     Returns `loss` (cross entropy), `top1` and `top5` in percent, `top5` over as many classes as there are if fewer; and
     labels and predictions of this process, of the shape (2, images).
     """
+    if args.distributed and args.dist_bn:
+        distribute_bn(model, args.world_size, args.dist_bn == 'reduce')
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=args.device)
 
@@ -213,13 +207,9 @@ def evaluate(
     model itself as `eval_raw_*`.
     """
     title = f'epoch {epoch + 1}/{args.total_epochs} validation'
-    if args.distributed and args.dist_bn:
-        distribute_bn(state.model, args.world_size, args.dist_bn == 'reduce')
     found, state.predictions = validate(state.model, loader, autocast, title, args)
     if state.ema is None:
         return {f'eval_{name}': value for name, value in found.items()}
-    if args.distributed and args.dist_bn:
-        distribute_bn(state.ema.module, args.world_size, args.dist_bn == 'reduce')
     averaged, state.predictions = validate(state.ema.module, loader, autocast, f'{title} of the average', args)
     # The share of the average that is from before its second update; timm copies the weights until then.
     share = math.prod(state.ema.get_decay(step) for step in range(2, (epoch + 1) * updates))

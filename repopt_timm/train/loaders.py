@@ -3,13 +3,12 @@
 import argparse
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
+from timm.data import FastCollateMixup, create_dataset, create_loader
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
@@ -26,15 +25,6 @@ from ..errors import explaining
 from ..files import replacing
 
 _DIGITS_FOLDER = 'output/digits'
-
-
-@dataclass
-class Loaders:
-    """Batches of images and labels, and what mixes them on the device if the training loader does not do it."""
-
-    train: Any
-    validation: Any
-    mixup: Mixup | None
 
 
 def image_folder(args: argparse.Namespace) -> str | None:
@@ -57,11 +47,12 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
         )
         train.skip_damaged = True
     else:
+        class_map: Any = read_class_map(args.class_map, args.data_dir) or ''
         create = partial(
             create_dataset,
             args.dataset,
             root=args.data_dir,
-            class_map=read_class_map(args.class_map, args.data_dir) or '',
+            class_map=class_map,
             download=args.dataset_download,
             batch_size=args.batch_size,
             seed=args.seed,
@@ -120,17 +111,16 @@ class SelectedImages(Dataset):
         # Set by timm's loaders.
         self.transform: Any = None
         self.class_to_idx = class_numbers(dataset)
-        found = _labels(dataset)
-        self.labels = None if found is None else [found[index] for index in indices]
+        found = labels_of(dataset)
+        self.labels = None if found is None else found[list(indices)]
         self._kept: dict[int, tuple[Any, int]] = {}
         if balanced and found is None:
             raise ValueError('--sampler needs data that list their labels, such as a folder of images.')
 
     def set_epoch(self, epoch: int) -> None:
         """Draws the images of an epoch; its random numbers are those of the epoch."""
-        if self.balanced:
-            labels = torch.tensor(self.labels)
-            weights = 1 / labels.bincount()[labels].double()
+        if self.balanced and self.labels is not None:
+            weights = 1 / self.labels.bincount()[self.labels].double()
             # The same on all ranks, whose samplers share the images out.
             generator = torch.Generator().manual_seed(epoch)
             drawn = torch.multinomial(weights, len(self), replacement=True, generator=generator)
@@ -148,19 +138,13 @@ class SelectedImages(Dataset):
         return (image if self.transform is None else self.transform(image)), label
 
 
-def class_sizes(dataset: Any, num_classes: int) -> Tensor | None:
-    """Returns the number of images of each class; None if the dataset does not list its labels."""
-    labels = _labels(dataset)
-    return None if labels is None else torch.tensor(labels).bincount(minlength=num_classes).float()
-
-
-def _labels(dataset: Any) -> list[int] | None:
-    """Returns the labels of folders and archives, of timm's data sets, and of torchvision's."""
+def labels_of(dataset: Any) -> Tensor | None:
+    """Returns the labels of folders and archives, of timm's data sets, and of torchvision's; None without a list."""
     labels = getattr(dataset, 'labels' if isinstance(dataset, SelectedImages | Images) else 'targets', None)
     samples = getattr(getattr(dataset, 'reader', None), 'samples', None)
     if labels is None and isinstance(samples, Sequence):
         labels = [sample[1] for sample in samples]
-    return None if labels is None else [int(label) for label in labels]
+    return None if labels is None else torch.tensor([int(label) for label in labels])
 
 
 def make_loaders(
@@ -169,16 +153,15 @@ def make_loaders(
     data_config: dict[str, Any],
     num_classes: int,
     device: torch.device,
-) -> Loaders:
-    """Makes the loaders of both datasets.
+) -> tuple[Any, Any]:
+    """Makes the loaders of both datasets; that for training mixes images.
 
     Workers are started anew each epoch: only then do their random numbers depend on the epoch's seed alone, and a
     resumed run sees what an uninterrupted one does.
     """
-    prefetcher = not args.no_prefetcher
-    mix: Any = None
+    mix = None
     if args.mixup > 0 or args.cutmix > 0:
-        mix = (FastCollateMixup if prefetcher else Mixup)(
+        mix = FastCollateMixup(
             mixup_alpha=args.mixup,
             cutmix_alpha=args.cutmix,
             prob=args.mixup_prob,
@@ -193,7 +176,6 @@ def make_loaders(
         distributed=args.distributed,
         pin_memory=args.pin_mem,
         device=device,
-        use_prefetcher=prefetcher,
         persistent_workers=False,
         worker_seeding=_seed_worker,
     )
@@ -209,7 +191,7 @@ def make_loaders(
         auto_augment=args.aa,
         num_aug_repeats=args.aug_repeats,
         interpolation=args.train_interpolation,
-        collate_fn=mix if prefetcher else None,
+        collate_fn=mix,
     )
     validation = create_loader(
         datasets[1],
@@ -217,7 +199,7 @@ def make_loaders(
         batch_size=args.validation_batch_size or args.batch_size,
         **{name: data_config[name] for name in ('interpolation', 'crop_pct', 'crop_mode')},
     )
-    return Loaders(train, validation, None if prefetcher else mix)
+    return train, validation
 
 
 def _seed_worker(worker: Any) -> int:

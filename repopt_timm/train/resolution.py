@@ -24,8 +24,6 @@ from .validation import check_arguments
 
 _logger = logging.getLogger(__name__)
 
-_ARCHITECTURE_ARGS = ('depths', 'widths', 'strides', 'use_se', 'act_layer')
-
 
 def resolve(args: argparse.Namespace, choose_scales: bool = True) -> argparse.Namespace:
     """Returns the arguments with defaults that depend on the model, on other arguments, and on the run resumed."""
@@ -33,7 +31,8 @@ def resolve(args: argparse.Namespace, choose_scales: bool = True) -> argparse.Na
     run.variant, saved_args = find_variant(run.model)
     run.opt = run.opt or ('repopt_sgd' if is_target(run.variant) else 'sgd')
     # What a repository's config says of the architecture goes into the checkpoint, which does not name it.
-    run.model_kwargs = {name: saved_args[name] for name in _ARCHITECTURE_ARGS if name in saved_args} | run.model_kwargs
+    kept = saved_args.keys() & {'depths', 'widths', 'strides', 'use_se', 'act_layer'}
+    run.model_kwargs = {name: saved_args[name] for name in sorted(kept)} | run.model_kwargs
     run.gp = run.gp or saved_args.get('global_pool')
     _place(run)
     before: dict[str, Any] = {}

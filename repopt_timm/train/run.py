@@ -25,7 +25,7 @@ from ..reparam import kind_of, make_grad_mults
 from ..scales import Scales
 from .engine import DivergedError, TrainState, evaluate, ranked, train_one_epoch
 from .interruption import InterruptedRunError, postponed_signals, raise_if_interrupted
-from .loaders import Loaders, class_sizes, make_datasets, make_loaders
+from .loaders import labels_of, make_datasets, make_loaders
 from .parsing import write_config
 from .resolution import folder_of, resolve
 from .run_checkpoints import resume, save
@@ -37,9 +37,6 @@ from .validation import check_device_name, check_layout, check_model
 
 _logger = logging.getLogger(__name__)
 
-MakeModel = Callable[[argparse.Namespace, Any, torch.device], tuple[nn.Module, dict[str, Any]]]
-"""Makes a model from the arguments, the training set and the device, and further arguments of its optimizer."""
-
 
 def prepare_device(args: argparse.Namespace) -> None:
     """Joins the processes of a parallel run, if it is one, and sets `device`, `distributed`, `rank`, `world_size`."""
@@ -48,10 +45,11 @@ def prepare_device(args: argparse.Namespace) -> None:
     args.device = str(init_distributed_device(args))
 
 
-def train(args: argparse.Namespace, make: MakeModel | None = None) -> Path:
+def train(args: argparse.Namespace, make: Callable[..., tuple[nn.Module, dict[str, Any]]] | None = None) -> Path:
     """Builds everything from the arguments, trains, evaluates and saves each epoch; returns the folder of the run.
 
-    The arguments are what `parse_arguments` returned, after `prepare_device`; `make` defaults to timm's `create_model`.
+    The arguments are what `parse_arguments` returned, after `prepare_device`. `make` gets them, the training set and
+    the device, and returns a model and further arguments of its optimizer; it defaults to timm's `create_model`.
     """
     start = time.perf_counter()
     args = resolve(args, choose_scales=make is None)
@@ -72,7 +70,7 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Path:
     with explaining('The arguments of images do not go together'):
         data_config = data_config_of(vars(args), model)
         loaders = make_loaders(args, datasets, data_config, unwrap_model(model).num_classes, device)
-    if len(loaders.train) == 0:
+    if len(loaders[0]) == 0:
         raise ValueError(
             f'The {len(datasets[0])} training images do not fill one batch of {args.batch_size} per process: choose a '
             f'smaller --batch-size.'
@@ -82,12 +80,12 @@ def train(args: argparse.Namespace, make: MakeModel | None = None) -> Path:
         check_layout(model, input_size, device)
     check_model(model, datasets, input_size, device)
     loss = make_loss(args, datasets[0], unwrap_model(model).num_classes).to(device)
-    updates = -(-len(loaders.train) // args.grad_accum_steps)
+    updates = -(-len(loaders[0]) // args.grad_accum_steps)
     scheduler, epochs = make_schedule(optimizer, args, updates)
     # Where the weights come from is not in the checkpoint, but what they expect is.
     args = argparse.Namespace(**{**vars(args), **data_config, 'total_epochs': epochs})
     ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
-    scaler = torch.amp.GradScaler(device.type) if args.amp and args.amp_dtype == 'float16' else None
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == 'float16')
     state = TrainState(wrap(model, args, device), optimizer, scheduler, ema, scaler)
     with run_folder(folder) if primary else nullcontext():
         try:
@@ -117,7 +115,7 @@ def _train_in(
     folder: Path,
     args: argparse.Namespace,
     state: TrainState,
-    loaders: Loaders,
+    loaders: tuple[Any, Any],
     loss: nn.Module,
     clip: Callable | None,
     updates: int,
@@ -140,9 +138,15 @@ def _train_in(
             validated, best = [row['epoch'] for row in state.history if 'eval_top1' in row], ranked(state.history)
             if args.patience and best and validated[-1] - best[0]['epoch'] >= args.patience:
                 break
-            _start_epoch(epoch, loaders, args)
+            # One seed per epoch is all the random state there is: a resumed run draws what an uninterrupted one would.
+            random_seed(args.seed + 1009 * epoch, args.rank)
+            for loader in loaders:
+                for part in ('sampler', 'dataset'):
+                    getattr(getattr(loader, part, None), 'set_epoch', int)(epoch)
+            if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+                loaders[0].mixup_enabled = False
             start = time.perf_counter()
-            metrics = train_one_epoch(state, loaders, loss, clip, autocast, epoch, args)
+            metrics = train_one_epoch(state, loaders[0], loss, clip, autocast, epoch, args)
             state.times.append({'epoch': epoch, 'train_seconds': round(time.perf_counter() - start, 3)})
             # The loss of the last step was computed before it.
             for name, parameter in unwrap_model(state.model).named_parameters():
@@ -153,7 +157,7 @@ def _train_in(
                     )
             row = {'epoch': epoch, 'lr': metrics.pop('lr')} | {f'train_{key}': metrics[key] for key in metrics}
             if (epoch + 1) % args.val_interval == 0 or epoch + 1 == args.total_epochs:
-                row |= evaluate(state, loaders.validation, autocast, epoch, updates, args)
+                row |= evaluate(state, loaders[1], autocast, epoch, updates, args)
             state.history.append(row)
             if primary:
                 save(folder, state, args)
@@ -167,7 +171,7 @@ def _train_in(
         last = state.history[-1]
         if state.predictions is None or 'eval_top1' not in last:
             # The run was finished before, or is now that it has fewer epochs than were asked for.
-            found = evaluate(state, loaders.validation, autocast, last['epoch'], updates, args)
+            found = evaluate(state, loaders[1], autocast, last['epoch'], updates, args)
             if 'eval_top1' not in last:
                 last |= found
                 if primary:
@@ -190,7 +194,8 @@ def make_clip(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim
 def make_loss(args: argparse.Namespace, dataset: Any, num_classes: int) -> nn.Module:
     # Mixed targets are smoothed where they are mixed.
     smoothing = 0.0 if args.mixup > 0 or args.cutmix > 0 else args.smoothing
-    sizes = class_sizes(dataset, num_classes)
+    labels = labels_of(dataset)
+    sizes = None if labels is None else labels.bincount(minlength=num_classes).float()
     weight: Tensor | None = None
     if args.class_weights:
         if sizes is None:
@@ -210,18 +215,6 @@ def make_loss(args: argparse.Namespace, dataset: Any, num_classes: int) -> nn.Mo
             pos_weight=args.bce_pos_weight,
         )
     return nn.CrossEntropyLoss(weight, label_smoothing=smoothing)
-
-
-def _start_epoch(epoch: int, loaders: Loaders, args: argparse.Namespace) -> None:
-    # One seed per epoch is all the random state there is: a resumed run draws what an uninterrupted one would.
-    random_seed(args.seed + 1009 * epoch, args.rank)
-    for loader in (loaders.train, loaders.validation):
-        for part in ('sampler', 'dataset'):
-            getattr(getattr(loader, part, None), 'set_epoch', int)(epoch)
-    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
-        for mixing in (loaders.train, loaders.mixup):
-            if mixing is not None:
-                mixing.mixup_enabled = False
 
 
 def _make_loggers(args: argparse.Namespace, folder: Path) -> list[Callable[[dict[str, float]], Any]]:

@@ -83,7 +83,7 @@ def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:
         content[IMPLIED_KEY] = {'modules': modules, 'counts': scales.counts, 'provenance': scales.provenance}
     if state.ema is not None:
         content['state_dict_ema'] = get_state_dict(state.ema, unwrap_model)
-    if state.scaler is not None:
+    if state.scaler.is_enabled():
         content['amp_scaler'] = state.scaler.state_dict()
     return content
 
@@ -182,8 +182,7 @@ def resume(folder: Path, state: TrainState, args: argparse.Namespace) -> None:
         state.optimizer.load_state_dict(checkpoint['optimizer'])
         if state.ema is not None:
             unwrap_model(state.ema).load_state_dict(checkpoint['state_dict_ema'])
-        if state.scaler is not None:
-            state.scaler.load_state_dict(checkpoint['amp_scaler'])
+        state.scaler.load_state_dict(checkpoint.get('amp_scaler', {}))
     except Exception as error:
         raise ValueError(
             f"'{path}' does not hold the state of this run ({reason_of(error)}): resume with the arguments of that "

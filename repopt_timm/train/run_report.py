@@ -160,23 +160,18 @@ def _classes(folder: Path, found: Tensor, names: Sequence[str]) -> list[str]:
 def _next(folder: Path, args: argparse.Namespace, search: bool) -> list[str]:
     """Returns the commands that go on from here, with the settings of this run."""
     if search:
-        settings, scales = (shlex.quote(str(folder / name)) for name in (ARGUMENTS_FILE, SCALES_FILE))
-        target, experiment = ModelName.parse(args.model).of_kind('target'), shlex.quote(f'{args.experiment}-target')
-        return [
-            f'{PROGRAM} train -c {settings} --model {target} --opt repopt_sgd --scales {scales} '
-            f'--experiment {experiment}',
-            f'{PROGRAM} scales show {scales}',
-        ]
-    best = folder / BEST_CHECKPOINT
-    checkpoint = shlex.quote(str(best if best.exists() else folder / LAST_CHECKPOINT))
-    lines = [f'{PROGRAM} predict IMAGE --model {checkpoint}', f'{PROGRAM} push {checkpoint} USER/REPO']
-    if (images := image_folder(args)) is not None:
-        out, images = shlex.quote(str(folder / 'int8.onnx')), shlex.quote(images)
-        split = '' if args.val_split == 'validation' else f' --split {shlex.quote(args.val_split)}'
-        lines.insert(0, f'{PROGRAM} evaluate {checkpoint} --data {images}{split}')
-        split = '' if args.train_split == 'train' else f' --split {shlex.quote(args.train_split)}'
-        lines.insert(2, f'{PROGRAM} quantize {checkpoint} --data {images}{split} --out {out}')
-    return lines
+        scales, target = folder / SCALES_FILE, ModelName.parse(args.model).of_kind('target')
+        train = ['train', '-c', folder / ARGUMENTS_FILE, '--model', target, '--opt', 'repopt_sgd', '--scales', scales]
+        commands = [[*train, '--experiment', f'{args.experiment}-target'], ['scales', 'show', scales]]
+    else:
+        best = folder / BEST_CHECKPOINT
+        checkpoint = best if best.exists() else folder / LAST_CHECKPOINT
+        commands = [['predict', 'IMAGE', '--model', checkpoint], ['push', checkpoint, 'USER/REPO']]
+        if (images := image_folder(args)) is not None:
+            seen, held_out = (['--data', images, '--split', split] for split in (args.train_split, args.val_split))
+            commands.insert(0, ['evaluate', checkpoint, *held_out])
+            commands.insert(2, ['quantize', checkpoint, *seen, '--out', folder / 'int8.onnx'])
+    return [shlex.join([PROGRAM, *map(str, words)]) for words in commands]
 
 
 def _shell(*lines: str) -> str:

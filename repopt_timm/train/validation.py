@@ -114,11 +114,7 @@ def check_model(
 
 
 def check_layout(model: torch.nn.Module, input_size: tuple[int, ...], device: torch.device) -> None:
-    """Refuses channels_last where torch 2.14 writes past its memory.
-
-    It does on CPUs, in the backward pass of a strided 1x1 convolution of 2 to 15 channels, the stem of many
-    multi-branch networks, on images of more than 64 px.
-    """
+    """Refuses channels_last where torch 2.14 writes past its memory: in the backward pass of a strided 1x1 stem."""
     if device.type != 'cpu' or max(input_size[1:]) <= 64:
         return
     for name, conv in model.named_modules():

@@ -1,5 +1,4 @@
 import shutil
-import tarfile
 
 import pytest
 from PIL import Image
@@ -55,15 +54,6 @@ def test_cached_images_are_decoded_once_and_stay_as_they_are(selected, monkeypat
     for _ in range(2):
         assert all(a.tobytes() == b.tobytes() and x == y for (a, x), (b, y) in zip(plain, cached))
         monkeypatch.setattr(cached, 'dataset', None)
-
-
-def test_archives_are_data_too(images, tmp_path):
-    for split in ('train', 'validation'):
-        with tarfile.open(tmp_path / f'{split}.tar', 'w') as archive:
-            archive.add(images / split, split)
-    splits = f'--train-split train.tar --val-split validation.tar --data-dir {tmp_path}'
-    train, validation = make_datasets(parse_arguments(splits.split()))
-    assert (len(train), len(validation), train.class_to_idx) == (48, 16, {'dark': 0, 'light': 1})
 
 
 def test_splits_that_number_their_classes_differently_are_refused(unequal, tmp_path):

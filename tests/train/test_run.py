@@ -26,7 +26,7 @@ from .runs import assert_same_bits, in_child, read
         (TINY, '--scales initial --opt lookahead_repopt_adamw --mixup 0.5 --sched plateau --patience-epochs 0'),
         (
             f'{TINY}_hs',
-            '--grad-accum-steps 4 --aa rand-m9 --no-prefetcher --cache-images --model-kwargs strides=(2,1,2,2,2)',
+            '--grad-accum-steps 4 --aa rand-m9 --cache-images --model-kwargs strides=(2,1,2,2,2)',
         ),
     ],
     ids=['target', 'lookahead', 'search'],
@@ -125,17 +125,6 @@ def test_repoptimizers_are_clipped_by_the_csla_norm_and_the_classifier_not_adapt
         assert norm == clip_grad_norm_(model.parameters(), 1e9, make_grad_mults(model))
 
 
-def test_the_whole_way_in_one_call(train, tmp_path, capsys):
-    extra = '--search-first --weight-decay 5e-4 --epochs 2 --opt-kwargs grad_mults=None'
-    for again in ('', ' --resume'):
-        train(extra + again)
-        assert f'are in {tmp_path / "run"}' in capsys.readouterr().out
-        search, target = read(tmp_path / 'run/search')['args'], read(tmp_path / 'run/target')['args']
-        assert (search.model, search.opt, search.weight_decay) == (f'{TINY}_hs', 'sgd', 4e-5)
-        assert (target.model, target.opt, target.weight_decay) == (TINY, 'repopt_sgd', 5e-4)
-        assert target.scales == str(tmp_path / 'run/search/scales.safetensors')
-
-
 def test_a_published_model_is_fine_tuned_with_its_own_scales_strides_and_images(train, tmp_path):
     strides = (1, 1, 2, 2, 2)
     scales = Scales.initial(tiny_model(strides=strides))
@@ -160,18 +149,16 @@ def test_a_run_that_does_not_improve_stops_and_stays_stopped(train, tmp_path, to
         assert len(read(tmp_path / 'run')['history']) == 4
 
 
-@pytest.mark.parametrize('extra', ['', '--no-prefetcher'])
-def test_mixup_ends_where_it_shall(train, monkeypatch, extra):
+def test_mixup_ends_where_it_shall(train, monkeypatch):
     mixed = []
 
-    def train_one_epoch(state, loaders, *args):
-        images, target = next(iter(loaders.train))
-        target = target if loaders.mixup is None else loaders.mixup(images, target)[1]
+    def train_one_epoch(state, loader, *args):
+        _, target = next(iter(loader))
         mixed.append(((target > 0).sum(1) > 1).any().item())
         return {'lr': 0.1, 'loss': 1.0}
 
     monkeypatch.setattr(run, 'train_one_epoch', train_one_epoch)
-    train(f'--mixup 1 --mixup-off-epoch 1 --smoothing 0 --epochs 2 {extra}')
+    train('--mixup 1 --mixup-off-epoch 1 --smoothing 0 --epochs 2')
     assert mixed == [True, False]
 
 

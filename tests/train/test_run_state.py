@@ -1,9 +1,7 @@
 """What a run leaves after errors, signals and kills, and what it goes on from."""
 
-import csv
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -65,18 +63,15 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_once_and_leaves_its_reason_un
 
 
 def test_weights_that_are_not_finite_are_not_saved(train, tmp_path, monkeypatch):
-    def train_one_epoch(state, loaders, loss_fn, clip, autocast, epoch, args):
-        metrics = original(state, loaders, loss_fn, clip, autocast, epoch, args)
-        if epoch == 1:
-            with torch.no_grad():
-                state.model.head.fc.bias[0] = float('inf')
-        return metrics
+    def train_one_epoch(state, *args):
+        with torch.no_grad():
+            state.model.head.fc.bias[0] = float('inf')
+        return {'loss': 1.0, 'lr': 0.1}
 
-    original = run.train_one_epoch
     monkeypatch.setattr(run, 'train_one_epoch', train_one_epoch)
-    with pytest.raises(ValueError, match=r"'head\.fc\.bias' is not finite after epoch 2"):
+    with pytest.raises(ValueError, match=r"'head\.fc\.bias' is not finite after epoch 1"):
         train()
-    assert read(tmp_path / 'run')['epoch'] == 0
+    assert not (tmp_path / 'run').exists()
 
 
 def test_the_best_checkpoints_are_kept_of_those_that_are_there(train, tmp_path, tops):
@@ -125,13 +120,16 @@ def test_a_run_goes_back_with_other_arguments_on_request_alone_and_is_continued_
     assert parse_arguments(['-c', str(copied / 'args.yaml')]).weight_decay == 0.125
 
 
-def test_a_search_that_was_stopped_goes_on_with_its_target(images, tmp_path, capsys, signalled):
-    words = f'{images} --model {TINY} --output {tmp_path} --epochs 2 --batch-size 8 --workers 0 --lr 0.02'.split()
+def test_search_and_target_in_one_call_which_goes_on_after_a_signal(train, tmp_path, capsys, signalled):
     signalled(signal.SIGTERM, 2)
     with pytest.raises(SystemExit, match='143'):
-        main([*words, '--input-size', '3', '32', '32', '--search-first'])
+        train('--search-first --weight-decay 5e-4 --epochs 2 --opt-kwargs grad_mults=None')
     main(told_command(capsys))
-    assert (tmp_path / TINY / 'target/report.md').exists()
+    assert f'are in {tmp_path / "run"}' in capsys.readouterr().out
+    search, target = (read(tmp_path / 'run' / name)['args'] for name in ('search', 'target'))
+    assert (search.model, search.opt, search.weight_decay) == (f'{TINY}_hs', 'sgd', 4e-5)
+    assert (target.model, target.opt, target.weight_decay) == (TINY, 'repopt_sgd', 5e-4)
+    assert target.scales == str(tmp_path / 'run/search/scales.safetensors')
 
 
 def test_a_run_that_is_stopped_in_its_first_epoch_is_started_again(train, tmp_path, monkeypatch, capsys):
@@ -151,13 +149,12 @@ def test_a_run_that_is_stopped_in_its_first_epoch_is_started_again(train, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('signum', [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize('delay', [0, 2])
+@pytest.mark.parametrize(('signum', 'delay'), [(signal.SIGINT, 0), (signal.SIGTERM, 0), (signal.SIGTERM, 0.074)])
 def test_a_signal_to_the_whole_group_reaches_a_run_whenever_it_comes(arguments, tmp_path, delay, signum):
     process = in_child(arguments('--epochs 500 --workers 2'), tmp_path / 'log')
     while not (tmp_path / 'run/last.pth.tar').exists():
         time.sleep(0.01)
-    time.sleep(0.037 * delay)
+    time.sleep(delay)
     # As a terminal or a batch system does: to the workers too.
     os.killpg(process.pid, signum)
     process.join(60)
@@ -244,20 +241,6 @@ def test_a_damaged_checkpoint_falls_back_to_the_newest_good_one_and_says_so(trai
         train(f'--resume {copied / "last.pth.tar"}')
 
 
-def test_a_full_disk_is_named_and_keeps_the_old_checkpoint(train, copied):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(OSError, match=r"run/last\.pth\.tar' cannot be written: File too large"):
-            train('--epochs 4 --resume')
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert read(copied)['epoch'] == 2
-    assert not list(copied.glob('.*tmp*'))
-    train('--epochs 4 --resume')
-    assert read(copied)['epoch'] == 3
-
-
 @pytest.mark.parametrize(
     ('extra', 'named'),
     [
@@ -288,16 +271,14 @@ def test_what_does_not_change_the_training_may_differ_and_a_finished_run_is_not_
         train()
 
 
-def test_the_average_and_the_model_are_both_measured(train, tmp_path, capsys):
-    train('--model-ema --epochs 1')
-    row = read(tmp_path / 'run')['history'][0]
-    assert {'eval_top1', 'eval_raw_top1', 'eval_raw_loss'} <= row.keys()
-    assert 'after epoch 1 100% of it are the weights that the run started from.' in capsys.readouterr().err
-    train('--model-ema --model-ema-decay 0.3 --epochs 1', experiment='warm')
-    assert 'has not warmed up' not in capsys.readouterr().err
+def test_the_average_and_the_model_are_both_measured(train, searched, capsys):
+    assert {'eval_top1', 'eval_raw_top1', 'eval_raw_loss'} <= read(searched)['history'][0].keys()
+    for extra, told in (('', True), ('--model-ema-decay 0.3', False)):
+        train(f'--model-ema --epochs 1 {extra}', experiment=f'told-{told}')
+        assert ('after epoch 1 100% of it are the weights that' in capsys.readouterr().err) == told
 
 
-def test_what_is_piped_has_a_line_for_each_interval_and_epoch_and_ends_with_the_result(train, tmp_path, capsys):
+def test_what_is_piped_has_a_line_for_each_interval_and_epoch_and_ends_with_the_result(train, capsys):
     train('--log-interval 4')
     out, err = capsys.readouterr()
     assert [line.split(',')[0] for line in out.splitlines()] == [f'epoch {n}/3 train 4/6' for n in (1, 2, 3)]
@@ -306,5 +287,3 @@ def test_what_is_piped_has_a_line_for_each_interval_and_epoch_and_ends_with_the_
     epochs = [line.partition(':')[0] for line in lines if line.startswith('epoch')]
     assert epochs == ['epoch 1/3', 'epoch 2/3', 'epoch 3/3']
     assert 'after 3 epochs, at best' in lines[-1] and 'Next:  repopt-timm evaluate' in lines[-1]
-    with open(tmp_path / 'run/summary.csv', newline='') as file:
-        assert [row['epoch'] for row in csv.DictReader(file)] == ['1', '2', '3']
