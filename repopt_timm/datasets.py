@@ -89,12 +89,13 @@ class Images(Dataset):
         else:
             raise ValueError(f"The image '{name}' and all before it are damaged: was a copy of the data broken off?")
         # `convert` would clip values of 16 bits at 255.
+        pixels: Image.Image = image
         if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        if image.mode in ('I', 'F'):
+            pixels = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ('I', 'F'):
             raise ValueError(f"The image '{name}' has values in the mode '{image.mode}': convert it to 8 or 16 bits.")
-        image = image.convert(self.mode)
-        return (image if self.transform is None else self.transform(image)), self.labels[place]
+        pixels = pixels.convert(self.mode)
+        return (pixels if self.transform is None else self.transform(pixels)), self.labels[place]
 
     def sample(self, count: int, seed: int) -> list[int]:
         """Draws the indices of `count` images without repetition; all of them if there are no more."""

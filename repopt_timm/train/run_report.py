@@ -29,7 +29,6 @@ from .run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, REPORT
 
 _logger = logging.getLogger(__name__)
 
-_MOST_EPOCHS = 20
 _MOST_CLASSES = 50
 
 
@@ -112,7 +111,7 @@ def write_report(
 def _rows(history: Sequence[dict[str, Any]]) -> str:
     columns = [name for name in ('lr', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5') if name in history[-1]]
     # The last one, and as many before it as a reader looks at.
-    shown = history[:: -len(history) // _MOST_EPOCHS][::-1]
+    shown = history[:: -len(history) // 20][::-1]
     cells = [[str(row['epoch'] + 1), *(f'{row[name]:.4g}' if name in row else '' for name in columns)] for row in shown]
     return markdown_table(['epoch', *columns], cells)
 

@@ -149,17 +149,18 @@ def test_a_run_that_does_not_improve_stops_and_stays_stopped(train, tmp_path, to
         assert len(read(tmp_path / 'run')['history']) == 4
 
 
-def test_mixup_ends_where_it_shall(train, monkeypatch):
-    mixed = []
+def test_mixup_ends_where_it_shall_and_each_epoch_draws_other_images(train, monkeypatch):
+    mixed, orders = [], []
 
     def train_one_epoch(state, loader, *args):
         _, target = next(iter(loader))
         mixed.append(((target > 0).sum(1) > 1).any().item())
+        orders.append(loader.dataset.order)
         return {'lr': 0.1, 'loss': 1.0}
 
     monkeypatch.setattr(run, 'train_one_epoch', train_one_epoch)
-    train('--mixup 1 --mixup-off-epoch 1 --smoothing 0 --epochs 2')
-    assert mixed == [True, False]
+    train('--mixup 1 --mixup-off-epoch 1 --smoothing 0 --epochs 2 --sampler balanced')
+    assert mixed == [True, False] and orders[0] != orders[1]
 
 
 def test_a_run_that_gets_fewer_epochs_than_it_was_to_have_is_evaluated(train, tmp_path, signalled):
