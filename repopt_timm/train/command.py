@@ -25,11 +25,7 @@ _QUICKSTART = (
 
 
 def main(argv: Sequence[str], command: str = 'train') -> None:
-    """Runs `train`, or `quickstart`, which is `train` with the config of this name.
-
-    Raises:
-        SystemExit: With 128 plus the signal's number if Ctrl-C or SIGTERM ended the run.
-    """
+    """Runs `train`, or `quickstart`, which is `train` with the config of this name."""
     logging.basicConfig(level=logging.WARNING, format='%(message)s', force=True)
     logging.getLogger('repopt_timm').setLevel(logging.INFO)
     program = ['python', 'train.py'] if Path(sys.argv[0]).name == 'train.py' else [PROGRAM, command]

@@ -93,10 +93,9 @@ def train_one_epoch(
     epoch: int,
     args: argparse.Namespace,
 ) -> dict[str, float]:
-    """Trains for one epoch.
+    """Trains for one epoch; a loss that is not finite, looked for at each line of progress, is a DivergedError.
 
-    Returns `loss`, the mean over the images, `accuracy` in percent over those whose label is unmixed, and `lr`. Raises
-    a DivergedError if the loss is not finite, looked for at each line of progress.
+    Returns `loss`, the mean over the images, `accuracy` in percent over those whose label is unmixed, and `lr`.
     """
     model: Any = state.model
     optimizer, scaler = state.optimizer, state.scaler
@@ -201,10 +200,9 @@ def _reduce(sums: Tensor, args: argparse.Namespace) -> Tensor:
 def evaluate(
     state: TrainState, loader: Any, autocast: Callable, epoch: int, updates: int, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Evaluates the model of a run after an epoch, and keeps the predictions in the state.
+    """Validates after an epoch, and keeps the predictions in the state.
 
-    Returns what `validate` measures, as `eval_*`: of the average of the weights if the run keeps one, and then of the
-    model itself as `eval_raw_*`.
+    Returns `eval_*`, of the average of the weights if the run keeps one, and then of the model itself `eval_raw_*`.
     """
     title = f'epoch {epoch + 1}/{args.total_epochs} validation'
     found, state.predictions = validate(state.model, loader, autocast, title, args)

@@ -100,8 +100,7 @@ def _select_images(train: Any, validation: Any, args: argparse.Namespace) -> tup
 class SelectedImages(Dataset):
     """Some images of a dataset without a transform, decoded once if they are to be kept.
 
-    If it is balanced they are drawn anew for each epoch, with replacement, so that all classes come equally often.
-    `labels` are without drawing; None if the dataset has no list of them.
+    If balanced, each epoch draws with replacement, so that classes come equally often. `labels` belong to `indices`.
     """
 
     def __init__(self, dataset: Any, indices: Sequence[int], keep: bool, balanced: bool = False):

@@ -84,10 +84,7 @@ def parse_arguments(argv: Sequence[str] | None = None, parser: CommandParser | N
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """Reads the arguments of a run from a YAML file: its `args.yaml`, one of timm's script, or one that ships.
-
-    Arguments of timm's script that are not built here are left out if they are at timm's default.
-    """
+    """Reads the arguments of a run from a YAML file: its `args.yaml`, one of timm's script, or one that ships."""
     shipped = resource_dir('configs')
     path = Path(name) if Path(name).is_file() else shipped / f'{name}.yaml'
     if not path.is_file():
