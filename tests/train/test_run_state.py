@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from repopt_timm.datasets import core_count
-from repopt_timm.train import engine, run, run_checkpoints
+from repopt_timm.train import run, run_checkpoints
 from repopt_timm.train.command import main
 from repopt_timm.train.parsing import parse_arguments
 from repopt_timm.train.run_folder import is_busy
@@ -132,14 +132,9 @@ def test_search_and_target_in_one_call_which_goes_on_after_a_signal(train, tmp_p
     assert target.scales == str(tmp_path / 'run/search/scales.safetensors')
 
 
-def test_a_run_that_is_stopped_in_its_first_epoch_is_started_again(train, tmp_path, monkeypatch, capsys):
-    def validate(*args):
-        os.kill(os.getpid(), signal.SIGINT)
-        return original(*args)
-
-    original = engine.validate
-    with monkeypatch.context() as patch, pytest.raises(SystemExit, match='130'):
-        patch.setattr(engine, 'validate', validate)
+def test_a_run_that_is_stopped_in_its_first_epoch_is_started_again(train, tmp_path, capsys, signalled):
+    signalled(signal.SIGINT, 1)
+    with pytest.raises(SystemExit, match='130'):
         train()
     assert not (tmp_path / 'run').exists()
     command = told_command(capsys)
