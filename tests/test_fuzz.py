@@ -43,17 +43,9 @@ def damaged(content: bytes, generator: random.Random) -> bytes:
     for _ in range(generator.randint(1, 4)):
         # Headers, front matter and pickles stand at the start, directories of archives at the end.
         at = generator.choice([generator.randrange(len(content) + 1), generator.randrange(min(len(content) + 1, 2000))])
-        # Other bytes, inserted ones, missing ones, repeated ones, or no end.
-        rest = generator.choice(
-            [
-                generator.randbytes(generator.randint(1, 4)) + content[at + 4 :],
-                generator.choice(NASTY) + content[at:],
-                content[at + generator.randint(1, 100) :],
-                content[at : at + 200] * 2 + content[at:],
-                b'',
-            ]
-        )
-        content = content[:at] + rest
+        new = generator.choice([generator.randbytes(4), generator.choice(NASTY), content[at : at + 200] * 2, b''])
+        rest = generator.choice([content[at + generator.randint(0, 100) :], content[at + len(new) :], b''])
+        content = content[:at] + new + rest
     return content
 
 

@@ -122,9 +122,7 @@ CHECKPOINTS = [
     b'noise' * 99,
     {},
     [1, 2],
-    {'state_dict': {'stem.conv.weight': 1}},
     {'state_dict': {'stem.conv.weight': torch.zeros(2, 2).to_sparse()}},
-    {'history': 'long', 'state_dict': {}},
     {'history': [{'epoch': 3}], 'state_dict': {}},
     {'history': [{'epoch': 0}], 'state_dict': {'x': 2}, 'optimizer': {}, 'args': 'none'},
 ]

@@ -176,10 +176,8 @@ def test_a_run_that_gets_fewer_epochs_than_it_was_to_have_is_evaluated(train, tm
 @pytest.mark.parametrize(
     ('given', 'chosen'),
     [
-        ((5,), (0.5, True)),
         ((49,), (4.9, True)),
         ((50,), (5, False)),
-        ((300, 'cosine', None, True), (5.0, True)),
         ((5, 'cosine', 3), (3, True)),
         # It waits for the accuracy after an epoch.
         ((25, 'plateau'), (2, False)),
