@@ -64,20 +64,19 @@ class CommandParser(argparse.ArgumentParser):
 
 def number(
     kind: type,
-    low: float | None = None,
+    low: float = -math.inf,
     high: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
+    above: float = -math.inf,
+    below: float = math.inf,
 ) -> Callable[[str], Any]:
     """Makes the argparse type of a finite number, `int` or `float`; integers have 32 bits unless `high` says more."""
+    high = high if high is not None else 2**31 - 1 if kind is int else math.inf
     limits = {'at least': low, 'above': above, 'at most': high, 'below': below}
-    expected = ' and '.join(f'{word} {limit:.10g}' for word, limit in limits.items() if limit is not None)
-    largest = high if high is not None else 2**31 - 1 if kind is int else math.inf
+    expected = ' and '.join(f'{word} {limit:.10g}' for word, limit in limits.items() if math.isfinite(limit))
 
     def parse(text: str) -> Any:
         value = kind(text)
-        inside = (low is None or value >= low) and (above is None or value > above) and (below is None or value < below)
-        if not (inside and value <= largest and math.isfinite(value)):
+        if not (low <= value <= high and above < value < below and math.isfinite(value)):
             raise argparse.ArgumentTypeError(f'{text} is not a number {expected}'.rstrip())
         return value
 
@@ -123,20 +122,15 @@ def exit_code(run: Callable[[], None], debug: bool = False) -> int:
         print('Interrupted.', file=sys.stderr)
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and _output_is_closed():
-            return 141
+        if isinstance(error, BrokenPipeError):
+            try:
+                print(flush=True)
+            except BrokenPipeError:
+                # The interpreter would try again at its end, and complain.
+                sys.stdout = None  # type: ignore[assignment]
+                return 141
         if debug:
             raise
         print(f'error: {one_line(error)}', file=sys.stderr)
         return 1
     return 0
-
-
-def _output_is_closed() -> bool:
-    try:
-        print(flush=True)
-    except BrokenPipeError:
-        # The interpreter would try again at its end, and complain.
-        sys.stdout = None  # type: ignore[assignment]
-        return True
-    return False

@@ -27,9 +27,6 @@ from .errors import explaining
 
 _logger = logging.getLogger(__name__)
 
-# Damaged images in a row that training passes over; as many as in timm.
-_ATTEMPTS = 10
-
 # Channels to Pillow's mode.
 _MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 
@@ -37,9 +34,6 @@ _SPLITS = (('train', 'training'), ('val', 'valid', 'validation', 'eval', 'evalua
 
 # Pillow opens these, but leaves the pixels to other programs and packages.
 _WITHOUT_PIXELS = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
-
-# Fewer images are read before workers have started.
-_WORTH_WORKERS = 200
 
 
 class Images(Dataset):
@@ -72,7 +66,8 @@ class Images(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        for place in range(index, index + _ATTEMPTS):
+        # As many in a row as in timm.
+        for place in range(index, index + 10):
             place %= len(self)
             name = self.files[place]
             try:
@@ -93,7 +88,13 @@ class Images(Dataset):
                 _logger.warning(f"The image '{name}' is damaged and skipped: {reason}")
         else:
             raise ValueError(f"The image '{name}' and all before it are damaged: was a copy of the data broken off?")
-        pixels = _of_bytes(image, name).convert(self.mode)
+        # `convert` would clip values of 16 bits at 255.
+        pixels: Image.Image = image
+        if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
+            pixels = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        elif image.mode in ('I', 'F'):
+            raise ValueError(f"The image '{name}' has values in the mode '{image.mode}': convert it to 8 or 16 bits.")
+        pixels = pixels.convert(self.mode)
         return (pixels if self.transform is None else self.transform(pixels)), self.labels[place]
 
     def sample(self, count: int, seed: int) -> list[int]:
@@ -109,21 +110,13 @@ class Images(Dataset):
         """
         if whole:
             indices = [*indices, *islice(cycle(indices), -len(indices) % batch_size)]
-        workers = min(8, core_count()) if len(indices) >= _WORTH_WORKERS else 0
+        # Fewer images are read before workers have started.
+        workers = min(8, core_count()) if len(indices) >= 200 else 0
         # `disable=None` shows the bar on terminals only.
         with tqdm(total=len(indices), desc=title, unit='img', disable=None) as bar:
             for images, labels in DataLoader(Subset(self, indices), batch_size, num_workers=workers):
                 yield images, labels
                 bar.update(len(images))
-
-
-def _of_bytes(image: Image.Image, name: str) -> Image.Image:
-    """Scales the values of an image to 8 bits; `convert` would clip them at 255."""
-    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.mode in ('I', 'F'):
-        raise ValueError(f"The image '{name}' has values in the mode '{image.mode}': convert it to 8 or 16 bits.")
-    return image
 
 
 def color_mode(channels: int, stated: str | None = None) -> str:
@@ -168,7 +161,14 @@ def open_split(
             f"'{root}' is not a folder with the split '{split}'{but}: expected images in {split}/<class>/. Make these, "
             f'or name another split.'
         )
-    archive, files, classes = (_in_tar if place.suffix == '.tar' and place.is_file() else _in_folder)(place)
+    archive: Any = None
+    if place.suffix == '.tar' and place.is_file():
+        archive, files, classes = _in_tar(place)
+    else:
+        files = _find_images(place, True)
+        parts = [PurePath(file).relative_to(place).parts for file in files]
+        # A folder without classes has one of no name.
+        classes = [names[0] if names[1:] else '' for names in parts]
     numbers = read_class_map(class_map, root)
     if numbers is None:
         numbers, classes = _number(classes, class_names, place)
@@ -209,13 +209,6 @@ def open_files(paths: Iterable[str | os.PathLike], config: Mapping[str, Any]) ->
     images = Images(files, config['input_size'][0])
     images.transform = create_transform(**config)
     return images
-
-
-def _in_folder(place: Path) -> tuple[None, list[str], list[str]]:
-    """Returns the images in a folder, and the class of each; '' in a folder without classes."""
-    files = _find_images(place, True)
-    parts = [PurePath(file).relative_to(place).parts for file in files]
-    return None, files, [names[0] if names[1:] else '' for names in parts]
 
 
 def _find_images(folder: Path, in_classes: bool) -> list[str]:
@@ -301,8 +294,7 @@ def read_class_map(class_map: str | None, root: str | os.PathLike | None) -> dic
 
 def class_numbers(dataset: Any) -> dict[str, int]:
     """Returns the numbers of a dataset's classes by name; none if it does not name them."""
-    owners = (dataset, getattr(dataset, 'reader', None))
-    for owner in owners:
+    for owner in (dataset, getattr(dataset, 'reader', None)):
         if found := getattr(owner, 'class_to_idx', None):
             return {str(name): int(number) for name, number in found.items()}
     return {str(name): number for number, name in enumerate(getattr(dataset, 'classes', ()))}

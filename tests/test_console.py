@@ -47,15 +47,11 @@ def test_a_token_of_other_characters_is_named(capsys, monkeypatch):
     assert 'HF_TOKEN' in capsys.readouterr().err
 
 
-def test_debug_shows_the_traceback_of_an_error():
-    with pytest.raises(KeyError):
-        exit_code(raising(KeyError('step')), debug=True)
-
-
-def test_ctrl_c_has_the_exit_code_of_shells(capsys):
+def test_ctrl_c_has_the_exit_code_of_shells_and_debug_shows_the_traceback_of_an_error(capsys):
     assert exit_code(raising(KeyboardInterrupt())) == 130
     assert capsys.readouterr().err == 'Interrupted.\n'
-    assert exit_code(lambda: None) == 0
+    with pytest.raises(KeyError):
+        exit_code(raising(KeyError('step')), debug=True)
 
 
 def test_a_reader_that_ends_early_ends_the_command_without_a_word(capsys, monkeypatch):

@@ -159,7 +159,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--checkpoint-hist', 'number of best checkpoints to keep', 3, _count)
     add('-j --workers', 'processes that load data, not more than there are cores', 4, _natural)
     switch('--pin-mem', 'pin memory, for GPUs')
-    switch('--no-prefetcher', "load without timm's prefetcher")
     add('--output', 'folder of runs', 'output')
     add('--experiment', "folder of this run in --output [time and model's name]", '')
     switch('--log-tensorboard', 'log to TensorBoard, if installed')

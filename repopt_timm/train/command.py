@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..commands import PROGRAM
-from ..files import write_text
 from ..names import ModelName
-from ..reporting import markdown_table
 from .arguments import SEARCH_DECAY
 from .interruption import InterruptedRunError
 from .parsing import make_parser, parse_arguments
 from .resolution import find_variant
 from .run import prepare_device, train
-from .run_folder import LAST_CHECKPOINT, REPORT_FILE, SCALES_FILE
+from .run_folder import LAST_CHECKPOINT, SCALES_FILE
 from .validation import check_arguments
 
 _QUICKSTART = (
@@ -27,11 +25,7 @@ _QUICKSTART = (
 
 
 def main(argv: Sequence[str], command: str = 'train') -> None:
-    """Runs `train`, or `quickstart`, which is `train` with the config of this name.
-
-    Raises:
-        SystemExit: With 128 plus the signal's number if Ctrl-C or SIGTERM ended the run.
-    """
+    """Runs `train`, or `quickstart`, which is `train` with the config of this name."""
     logging.basicConfig(level=logging.WARNING, format='%(message)s', force=True)
     logging.getLogger('repopt_timm').setLevel(logging.INFO)
     program = ['python', 'train.py'] if Path(sys.argv[0]).name == 'train.py' else [PROGRAM, command]
@@ -48,23 +42,17 @@ def main(argv: Sequence[str], command: str = 'train') -> None:
     except InterruptedRunError as error:
         if args.rank == 0:
             folder = error.folder.parent if args.search_first else error.folder
-            print(f'{error}: {_continuation([*program, *argv], folder)}', file=sys.stderr)
+            words, what = [*program, *argv], 'no epoch was finished; start again with'
+            if any(folder.glob(f'**/{LAST_CHECKPOINT}')):
+                what = 'continue with'
+                # Later flags replace those before them: not from where this call began.
+                words += ['--output', str(folder.parent), '--experiment', folder.name, '--resume']
+            print(f'{error}: {what}  {shlex.join(words)}', file=sys.stderr)
         raise SystemExit(128 + error.signum) from None
 
 
-def _continuation(words: list[str], folder: Path) -> str:
-    """Says how a run that was interrupted goes on."""
-    if not any(folder.glob(f'**/{LAST_CHECKPOINT}')):
-        return f'no epoch was finished; start again with  {shlex.join(words)}'
-    # Later flags replace those before them: not from where this call began.
-    for pair in (['--output', str(folder.parent)], ['--experiment', folder.name]):
-        if f' {shlex.join(pair)} ' not in f' {shlex.join(words)} ':
-            words += pair
-    return f'continue with  {shlex.join([*words, "--resume"])}'
-
-
 def _search_and_train(args: argparse.Namespace) -> None:
-    """Searches, trains the target with what was found, and writes a report."""
+    """Searches, and trains the target with what was found."""
     # Before the search, whose errors would name another model.
     find_variant(args.model)
     check_arguments(args)
@@ -75,21 +63,6 @@ def _search_and_train(args: argparse.Namespace) -> None:
     ours = {'opt': 'sgd', 'opt_kwargs': {}, 'weight_decay': SEARCH_DECAY}
     ours |= {'pretrained': False, 'initial_checkpoint': '', 'init': ''}
     search = train(argparse.Namespace(**{**both, **ours, 'model': model, 'experiment': 'search'}))
-    scales = str(search.folder / SCALES_FILE)
-    target = train(argparse.Namespace(**{**both, 'scales': scales, 'experiment': 'target'}))
-    if args.rank > 0:
-        return
-    cells = [
-        [
-            run.folder.name,
-            f'`{run.args.model}`',
-            f'`{run.args.opt}`',
-            str(len(run.history)),
-            f'{run.history[-1]["eval_top1"]:.2f} %',
-            f'{run.seconds:.0f} s',
-        ]
-        for run in (search, target)
-    ]
-    table = markdown_table(['run', 'model', 'optimizer', 'epochs', 'top-1', 'time'], cells)
-    write_text(folder / REPORT_FILE, table + '\n')
-    print(f'\n{table}\n\nBoth runs, with a report of each, are in {folder}')
+    train(argparse.Namespace(**{**both, 'scales': str(search / SCALES_FILE), 'experiment': 'target'}))
+    if args.rank == 0:
+        print(f'Both runs, with a report of each, are in {folder}')

@@ -6,7 +6,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .interruption import raise_if_interrupted
-from .loaders import Loaders
 
 _logger = logging.getLogger(__name__)
 
@@ -40,18 +39,14 @@ class TrainState:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: Any
-    ema: ModelEmaV3 | None = None
-    scaler: torch.amp.GradScaler | None = None
+    ema: ModelEmaV3 | None
+    scaler: torch.amp.GradScaler
     history: list[dict[str, Any]] = field(default_factory=list)
     times: list[dict[str, Any]] = field(default_factory=list)
     overridden: list[str] = field(default_factory=list)
     predictions: Tensor | None = None
     start: float = field(default_factory=time.perf_counter)
     first_epoch: int = 0
-
-    def remaining(self, done: float, total: int) -> float:
-        """Returns the seconds that the run goes on for, validation included, after `done` of its `total` epochs."""
-        return (time.perf_counter() - self.start) / (done - self.first_epoch) * (total - done)
 
 
 def ranked(history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -60,72 +55,69 @@ def ranked(history: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-row['eval_top1'], row['epoch']))
 
 
-class _Progress:
-    """tqdm's bar on a terminal, elsewhere a line every `log_interval` batches, nothing on other ranks."""
-
-    def __init__(self, title: str, total: int, args: argparse.Namespace, remaining: Callable | None = None):
-        self.lines = args.rank == 0 and not sys.stderr.isatty()
-        self.interval = args.log_interval
-        self.remaining = remaining
-        bar_format = '{desc} {n_fmt}/{total_fmt}{postfix}, {rate_fmt}, ETA {remaining}' if self.lines else None
-        self.bar = tqdm(
-            total=total,
-            desc=title,
-            unit='batch',
-            leave=False,
-            disable=args.rank > 0,
-            # A line is the bar's own text, printed when it is due.
-            file=io.StringIO() if self.lines else None,
-            bar_format=bar_format,
-        )
-
-    def update(self, describe: Callable[[Tensor], str], sums: Tensor) -> None:
-        self.bar.update(1)
-        # The end of an epoch is told by the run.
-        if self.bar.disable or self.bar.n % self.interval or self.bar.n == self.bar.total:
-            return
-        text = describe(sums)
-        if self.remaining is not None:
-            text += f', run ETA {timedelta(seconds=round(self.remaining(self.bar.n / self.bar.total)))}'
-        self.bar.set_postfix_str(text, refresh=False)
-        if self.lines:
-            print(self.bar, flush=True)
-
-    def close(self) -> None:
-        self.bar.close()
+def _batches(
+    loader: Any, title: str, args: argparse.Namespace, describe: Callable[[int], str]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields batches on the device, under tqdm's bar; off a terminal, prints a line every `log_interval` batches."""
+    lines = args.rank == 0 and not sys.stderr.isatty()
+    with tqdm(
+        total=len(loader),
+        desc=title,
+        unit='batch',
+        leave=False,
+        disable=args.rank > 0,
+        # A line is the bar's own text, printed when it is due.
+        file=io.StringIO() if lines else None,
+        bar_format='{desc} {n_fmt}/{total_fmt}{postfix}, {rate_fmt}, ETA {remaining}' if lines else None,
+    ) as bar:
+        for done, (images, target) in enumerate(loader, 1):
+            images = images.to(args.device, non_blocking=True)
+            if args.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            yield images, target.to(args.device, non_blocking=True)
+            bar.update(1)
+            # The end of an epoch is told by the run.
+            if not bar.disable and done % args.log_interval == 0 and done < len(loader):
+                bar.set_postfix_str(describe(done), refresh=False)
+                if lines:
+                    print(bar, flush=True)
+            raise_if_interrupted()
 
 
 def train_one_epoch(
     state: TrainState,
-    loaders: Loaders,
+    loader: Any,
     loss_fn: nn.Module,
     clip: Callable[[], Any] | None,
     autocast: Callable[[], AbstractContextManager],
     epoch: int,
     args: argparse.Namespace,
 ) -> dict[str, float]:
-    """Trains for one epoch.
+    """Trains for one epoch; a loss that is not finite, looked for at each line of progress, is a DivergedError.
 
-    Returns `loss`, the mean over the images, `accuracy` in percent over those whose label is unmixed, and `lr`. Raises
-    a DivergedError if the loss is not finite, looked for at each line of progress.
+    Returns `loss`, the mean over the images, `accuracy` in percent over those whose label is unmixed, and `lr`.
     """
     model: Any = state.model
     optimizer, scaler = state.optimizer, state.scaler
     model.train()
     lr = optimizer.param_groups[0]['lr']
-    batches = len(loaders.train)
+    batches = len(loader)
     # A last, smaller group of accumulated batches is a step too.
     updates_per_epoch = -(-batches // args.grad_accum_steps)
-    title, epochs = f'epoch {epoch + 1}/{args.total_epochs} train', args.total_epochs
-    progress = _Progress(title, batches, args, lambda part: state.remaining(epoch + part, epochs))
     # On the device: reading a value every batch would make a GPU wait for the host.
     sums = torch.zeros(4, dtype=torch.float64, device=args.device)
-    checked = 0
+
+    def describe(done: int) -> str:
+        loss, count, correct, counted = sums.tolist()
+        accurate = f' acc {correct / counted:.2f}%' if counted else ''
+        part = epoch + done / batches
+        pace = (time.perf_counter() - state.start) / (part - state.first_epoch)
+        left = timedelta(seconds=round(pace * (args.total_epochs - part)))
+        return f'loss {loss / count:.4f}{accurate}, run ETA {left}'
+
+    progress = _batches(loader, f'epoch {epoch + 1}/{args.total_epochs} train', args, describe)
     optimizer.zero_grad()
-    for index, (images, target) in enumerate(loaders.train):
-        images, target = _to_device(images, target, args)
-        if loaders.mixup is not None:
-            images, target = loaders.mixup(images, target)
+    for index, (images, target) in enumerate(progress):
         update, position = divmod(index, args.grad_accum_steps)
         group = min(args.grad_accum_steps, batches - update * args.grad_accum_steps)
         last = position == group - 1
@@ -133,18 +125,13 @@ def train_one_epoch(
             with autocast():
                 output = model(images)
                 loss = loss_fn(output, target)
-            scaled = loss / group
-            (scaler.scale(scaled) if scaler is not None else scaled).backward()
+            scaler.scale(loss / group).backward()
         if last:
             if clip is not None:
-                if scaler is not None:
-                    scaler.unscale_(optimizer)
+                scaler.unscale_(optimizer)
                 clip()
-            if scaler is not None:
-                scaler.step(optimizer)
-                scaler.update()
-            else:
-                optimizer.step()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             if state.ema is not None:
                 state.ema.update(model, step=epoch * updates_per_epoch + update)
@@ -156,12 +143,11 @@ def train_one_epoch(
         if target.ndim == 1:
             sums[2] += accuracy(output.detach().float(), target)[0] * count
             sums[3] += count
-        progress.update(_describe_training, sums)
-        if (index + 1) % args.log_interval == 0 or index + 1 == batches:
-            _check_finite(sums, epoch, checked, index, optimizer, args)
-            checked = index + 1
-        raise_if_interrupted()
-    progress.close()
+        if ((index + 1) % args.log_interval == 0 or index + 1 == batches) and not sums[0].isfinite():
+            raise DivergedError(
+                f'The training loss of epoch {epoch + 1} of {args.total_epochs} became non-finite by step {index + 1}, '
+                f'at learning rate {optimizer.param_groups[0]["lr"]:g}.'
+            )
     sums = _reduce(sums, args)
     metrics = {'loss': (sums[0] / sums[1]).item(), 'lr': lr}
     if sums[3] > 0:
@@ -182,12 +168,17 @@ def validate(
     Returns `loss` (cross entropy), `top1` and `top5` in percent, `top5` over as many classes as there are if fewer; and
     labels and predictions of this process, of the shape (2, images).
     """
+    if args.distributed and args.dist_bn:
+        distribute_bn(model, args.world_size, args.dist_bn == 'reduce')
     model.eval()
-    progress = _Progress(title, len(loader), args)
     sums = torch.zeros(4, dtype=torch.float64, device=args.device)
+
+    def describe(done: int) -> str:
+        loss, top1, _, count = sums.tolist()
+        return f'loss {loss / count:.4f} top1 {top1 / count:.2f}%'
+
     found = []
-    for images, target in loader:
-        images, target = _to_device(images, target, args)
+    for images, target in _batches(loader, title, args, describe):
         with autocast():
             output = model(images)
         output = output.float()
@@ -196,40 +187,8 @@ def validate(
         loss = nn.functional.cross_entropy(output, target)
         sums += torch.stack([loss, top1, top5, torch.ones_like(loss)]) * count
         found.append(torch.stack([target, output.argmax(1)]))
-        progress.update(_describe_validation, sums)
-        raise_if_interrupted()
-    progress.close()
     loss, top1, top5, count = _reduce(sums, args).tolist()
     return {'loss': loss / count, 'top1': top1 / count, 'top5': top5 / count}, torch.cat(found, 1).cpu()
-
-
-def _check_finite(
-    sums: Tensor, epoch: int, first: int, last: int, optimizer: torch.optim.Optimizer, args: argparse.Namespace
-) -> None:
-    if math.isfinite(sums[0].item()):
-        return
-    steps = f'between steps {first + 1} and {last + 1}' if first < last else f'at step {last + 1}'
-    raise DivergedError(
-        f'The training loss of epoch {epoch + 1} of {args.total_epochs} became non-finite {steps}, at learning rate '
-        f'{optimizer.param_groups[0]["lr"]:g}.'
-    )
-
-
-def _to_device(images: Tensor, target: Tensor, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
-    images = images.to(args.device, non_blocking=True)
-    if args.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
-    return images, target.to(args.device, non_blocking=True)
-
-
-def _describe_training(sums: Tensor) -> str:
-    loss, count, correct, counted = sums.tolist()
-    return f'loss {loss / count:.4f}' + (f' acc {correct / counted:.2f}%' if counted else '')
-
-
-def _describe_validation(sums: Tensor) -> str:
-    loss, top1, _, count = sums.tolist()
-    return f'loss {loss / count:.4f} top1 {top1 / count:.2f}%'
 
 
 def _reduce(sums: Tensor, args: argparse.Namespace) -> Tensor:
@@ -241,21 +200,17 @@ def _reduce(sums: Tensor, args: argparse.Namespace) -> Tensor:
 def evaluate(
     state: TrainState, loader: Any, autocast: Callable, epoch: int, updates: int, args: argparse.Namespace
 ) -> dict[str, float]:
-    """Evaluates the model of a run after an epoch, and keeps the predictions in the state.
+    """Validates after an epoch, and keeps the predictions in the state.
 
-    Returns what `validate` measures, as `eval_*`: of the average of the weights if the run keeps one, and then of the
-    model itself as `eval_raw_*`.
+    Returns `eval_*`, of the average of the weights if the run keeps one, and then of the model itself `eval_raw_*`.
     """
     title = f'epoch {epoch + 1}/{args.total_epochs} validation'
-    if args.distributed and args.dist_bn:
-        distribute_bn(state.model, args.world_size, args.dist_bn == 'reduce')
     found, state.predictions = validate(state.model, loader, autocast, title, args)
     if state.ema is None:
         return {f'eval_{name}': value for name, value in found.items()}
-    if args.distributed and args.dist_bn:
-        distribute_bn(state.ema.module, args.world_size, args.dist_bn == 'reduce')
     averaged, state.predictions = validate(state.ema.module, loader, autocast, f'{title} of the average', args)
-    share = _initial_share(state.ema, (epoch + 1) * updates)
+    # The share of the average that is from before its second update; timm copies the weights until then.
+    share = math.prod(state.ema.get_decay(step) for step in range(2, (epoch + 1) * updates))
     if share > 0.1 and args.rank == 0:
         _logger.warning(
             f'The average has not warmed up: after epoch {epoch + 1} {share:.0%} of it are the weights that the run '
@@ -265,8 +220,3 @@ def evaluate(
     return {f'eval_{name}': value for name, value in averaged.items()} | {
         f'eval_raw_{name}': value for name, value in found.items()
     }
-
-
-def _initial_share(ema: ModelEmaV3, updates: int) -> float:
-    """Returns the share of an average that is from before its second update; timm copies the weights until then."""
-    return math.prod(ema.get_decay(step) for step in range(2, updates))

@@ -3,12 +3,12 @@
 import argparse
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import FastCollateMixup, Mixup, create_dataset, create_loader
+from timm.data import FastCollateMixup, create_dataset, create_loader
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
@@ -24,58 +24,45 @@ from ..datasets import (
 from ..errors import explaining
 from ..files import replacing
 
-_DIGITS = 'digits'
 _DIGITS_FOLDER = 'output/digits'
-_DONE = 'complete'
-
-# The same images for each --seed: only then are runs of several seeds, and of several models, of one task.
-_SEED = 0
-
-
-@dataclass
-class Loaders:
-    """Batches of images and labels, and what mixes them on the device if the training loader does not do it."""
-
-    train: Any
-    validation: Any
-    mixup: Mixup | None
 
 
 def image_folder(args: argparse.Namespace) -> str | None:
     """Returns the folder of images that a run reads; None if its dataset is of another kind."""
-    if args.dataset == _DIGITS:
+    if args.dataset == 'digits':
         return args.data_dir or _DIGITS_FOLDER
     return None if args.dataset else args.data_dir
 
 
 def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
     """Makes training and validation set, and compares their classes with each other and with `--num-classes`."""
-    if args.dataset == _DIGITS:
-        write_digits(args.data_dir or _DIGITS_FOLDER)
     channels = args.in_chans or (args.input_size[0] if args.input_size else 3)
     # With --holdout, the validation is on a part of the training split.
     splits = (args.train_split, args.train_split if args.holdout else args.val_split)
     if root := image_folder(args):
+        if args.dataset:
+            write_digits(Path(root))
         train, validation = (
             open_split(root, split, channels, args.class_map, need_split=not args.holdout) for split in splits
         )
         train.skip_damaged = True
     else:
-        common = {
-            'root': args.data_dir,
-            'class_map': read_class_map(args.class_map, args.data_dir) or '',
-            'download': args.dataset_download,
-            'batch_size': args.batch_size,
-            'seed': args.seed,
-            'input_img_mode': color_mode(channels),
-            'input_key': args.input_key,
-            'target_key': args.target_key,
-        }
+        class_map: Any = read_class_map(args.class_map, args.data_dir) or ''
+        create = partial(
+            create_dataset,
+            args.dataset,
+            root=args.data_dir,
+            class_map=class_map,
+            download=args.dataset_download,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            input_img_mode=color_mode(channels),
+            input_key=args.input_key,
+            target_key=args.target_key,
+        )
         with explaining(f'--dataset {args.dataset}'):
-            train = create_dataset(
-                args.dataset, split=splits[0], is_training=True, num_samples=args.train_num_samples, **common
-            )
-            validation = create_dataset(args.dataset, split=splits[1], num_samples=args.val_num_samples, **common)
+            train = create(split=splits[0], is_training=True, num_samples=args.train_num_samples)
+            validation = create(split=splits[1], num_samples=args.val_num_samples)
     check_same_classes(train, validation)
     asked, found = args.num_classes, count_classes(train)
     if found == 1:
@@ -94,7 +81,8 @@ def _select_images(train: Any, validation: Any, args: argparse.Namespace) -> tup
     if isinstance(train, IterableDataset):
         raise ValueError('--train-images, --holdout, --sampler and --cache-images do not go with streamed images.')
     count = len(train)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(_SEED)).tolist()
+    # The same images for each --seed: only then are runs of several seeds, and of several models, of one task.
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     held_out = round(args.holdout * count)
     left = count - held_out
     if args.holdout and not 0 < held_out < count:
@@ -112,28 +100,26 @@ def _select_images(train: Any, validation: Any, args: argparse.Namespace) -> tup
 class SelectedImages(Dataset):
     """Some images of a dataset without a transform, decoded once if they are to be kept.
 
-    If it is balanced they are drawn anew for each epoch, with replacement, so that all classes come equally often.
-    `labels` are without drawing; None if the dataset has no list of them.
+    If balanced, each epoch draws with replacement, so that classes come equally often. `labels` belong to `indices`.
     """
 
     def __init__(self, dataset: Any, indices: Sequence[int], keep: bool, balanced: bool = False):
         self.dataset = dataset
         self.indices = self.order = indices
-        self.balanced = balanced
+        self.keep, self.balanced = keep, balanced
         # Set by timm's loaders.
         self.transform: Any = None
         self.class_to_idx = class_numbers(dataset)
-        found = _labels(dataset)
-        self.labels = None if found is None else [found[index] for index in indices]
-        self._kept: dict[int, tuple[Any, int]] | None = {} if keep else None
+        found = labels_of(dataset)
+        self.labels = None if found is None else found[list(indices)]
+        self._kept: dict[int, tuple[Any, int]] = {}
         if balanced and found is None:
             raise ValueError('--sampler needs data that list their labels, such as a folder of images.')
 
     def set_epoch(self, epoch: int) -> None:
         """Draws the images of an epoch; its random numbers are those of the epoch."""
-        if self.balanced:
-            labels = torch.tensor(self.labels)
-            weights = 1 / labels.bincount()[labels].double()
+        if self.balanced and self.labels is not None:
+            weights = 1 / self.labels.bincount()[self.labels].double()
             # The same on all ranks, whose samplers share the images out.
             generator = torch.Generator().manual_seed(epoch)
             drawn = torch.multinomial(weights, len(self), replacement=True, generator=generator)
@@ -144,28 +130,20 @@ class SelectedImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         index = self.order[index]
-        if self._kept is None:
-            image, label = self.dataset[index]
-        else:
-            if index not in self._kept:
-                self._kept[index] = self.dataset[index]
-            image, label = self._kept[index]
+        found = self._kept.get(index) or self.dataset[index]
+        if self.keep:
+            self._kept[index] = found
+        image, label = found
         return (image if self.transform is None else self.transform(image)), label
 
 
-def class_sizes(dataset: Any, num_classes: int) -> Tensor | None:
-    """Returns the number of images of each class; None if the dataset does not list its labels."""
-    labels = _labels(dataset)
-    return None if labels is None else torch.tensor(labels).bincount(minlength=num_classes).float()
-
-
-def _labels(dataset: Any) -> list[int] | None:
-    """Returns the labels of folders and archives, of timm's data sets, and of torchvision's."""
+def labels_of(dataset: Any) -> Tensor | None:
+    """Returns the labels of folders and archives, of timm's data sets, and of torchvision's; None without a list."""
     labels = getattr(dataset, 'labels' if isinstance(dataset, SelectedImages | Images) else 'targets', None)
     samples = getattr(getattr(dataset, 'reader', None), 'samples', None)
     if labels is None and isinstance(samples, Sequence):
         labels = [sample[1] for sample in samples]
-    return None if labels is None else [int(label) for label in labels]
+    return None if labels is None else torch.tensor([int(label) for label in labels])
 
 
 def make_loaders(
@@ -174,16 +152,15 @@ def make_loaders(
     data_config: dict[str, Any],
     num_classes: int,
     device: torch.device,
-) -> Loaders:
-    """Makes the loaders of both datasets.
+) -> tuple[Any, Any]:
+    """Makes the loaders of both datasets; that for training mixes images.
 
     Workers are started anew each epoch: only then do their random numbers depend on the epoch's seed alone, and a
     resumed run sees what an uninterrupted one does.
     """
-    prefetcher = not args.no_prefetcher
-    mix: Any = None
+    mix = None
     if args.mixup > 0 or args.cutmix > 0:
-        mix = (FastCollateMixup if prefetcher else Mixup)(
+        mix = FastCollateMixup(
             mixup_alpha=args.mixup,
             cutmix_alpha=args.cutmix,
             prob=args.mixup_prob,
@@ -198,7 +175,6 @@ def make_loaders(
         distributed=args.distributed,
         pin_memory=args.pin_mem,
         device=device,
-        use_prefetcher=prefetcher,
         persistent_workers=False,
         worker_seeding=_seed_worker,
     )
@@ -214,7 +190,7 @@ def make_loaders(
         auto_augment=args.aa,
         num_aug_repeats=args.aug_repeats,
         interpolation=args.train_interpolation,
-        collate_fn=mix if prefetcher else None,
+        collate_fn=mix,
     )
     validation = create_loader(
         datasets[1],
@@ -222,7 +198,7 @@ def make_loaders(
         batch_size=args.validation_batch_size or args.batch_size,
         **{name: data_config[name] for name in ('interpolation', 'crop_pct', 'crop_mode')},
     )
-    return Loaders(train, validation, None if prefetcher else mix)
+    return train, validation
 
 
 def _seed_worker(worker: Any) -> int:
@@ -233,12 +209,11 @@ def _seed_worker(worker: Any) -> int:
     return worker.seed
 
 
-def write_digits(root: str | Path) -> None:
+def write_digits(root: Path) -> None:
     """Writes `train/<digit>/<index>.png` and `validation/...`, every fourth image for validation, if not there yet."""
     from PIL import Image
 
-    root = Path(root)
-    if (root / _DONE).exists():
+    if (done := root / 'complete').exists():
         return
     try:
         from sklearn.datasets import load_digits
@@ -249,4 +224,4 @@ def write_digits(root: str | Path) -> None:
         split = 'validation' if index % 4 == 0 else 'train'
         with replacing(root / split / str(label) / f'{index:04d}.png') as temporary:
             Image.fromarray((pixels * 255 / 16).round().astype('uint8')).save(temporary)
-    (root / _DONE).touch()
+    done.touch()

@@ -73,8 +73,10 @@ def parse_arguments(argv: Sequence[str] | None = None, parser: CommandParser | N
         parser.set_defaults(**read_config(args.config))
         args = parser.parse_args(argv)
     args.data_dir = vars(args).pop('data') or args.data_dir
-    if args.data_dir and any('\ud800' <= character <= '\udfff' for character in args.data_dir):
-        raise ValueError(f'{args.data_dir!a} is not UTF-8, which configs and reports are: rename the folder.')
+    try:
+        (args.data_dir or '').encode()
+    except UnicodeEncodeError:
+        raise ValueError(f'{args.data_dir!a} is not UTF-8, which configs and reports are: rename the folder.') from None
     if args.data_dir and Path(args.data_dir).name in ('', '..'):
         # Cards record the folder's name.
         args.data_dir = str(Path(args.data_dir).resolve())
@@ -82,10 +84,7 @@ def parse_arguments(argv: Sequence[str] | None = None, parser: CommandParser | N
 
 
 def read_config(name: str) -> dict[str, Any]:
-    """Reads the arguments of a run from a YAML file: its `args.yaml`, one of timm's script, or one that ships.
-
-    Arguments of timm's script that are not built here are left out if they are at timm's default.
-    """
+    """Reads the arguments of a run from a YAML file: its `args.yaml`, one of timm's script, or one that ships."""
     shipped = resource_dir('configs')
     path = Path(name) if Path(name).is_file() else shipped / f'{name}.yaml'
     if not path.is_file():
@@ -100,23 +99,23 @@ def read_config(name: str) -> dict[str, Any]:
         raise ValueError(f"'{path}' holds a {type(config).__name__}, expected 'argument: value' lines.")
     if folder := config.pop('data', None):
         config['data_dir'] = config.get('data_dir') or folder
-    if problems := [problem for key, value in config.items() if (problem := _problem(key, value))]:
+    problems, args = [], {}
+    for key, value in config.items():
+        if key not in ARGUMENTS:
+            default = value in (None, '', [], {}) or value is False
+            if not default and not (key in _TIMM_DEFAULTS and value == _TIMM_DEFAULTS[key]):
+                hint = f"remove it, or train with timm's script.{did_you_mean(str(key), ARGUMENTS)}"
+                problems.append(f"'{key}' ({value!r}) is not an argument here: {_INSTEAD.get(key, hint)}")
+        elif key in _NOT_IN_CONFIGS and value:
+            problems.append(f"'{key}' belongs on the command line, as --{key}; remove it from the file")
+        else:
+            try:
+                args[key] = _parsed(key, value)
+            except ValueError as error:
+                problems.append(str(error))
+    if problems:
         raise ValueError(f"'{path}': {'; '.join(problems)}")
-    try:
-        return {key: _parsed(key, value) for key, value in config.items() if key in ARGUMENTS}
-    except ValueError as error:
-        raise ValueError(f"'{path}': {error}") from None
-
-
-def _problem(key: Any, value: Any) -> str | None:
-    """Returns what is wrong with a name in a config, or with a value of timm's script that is not built here."""
-    if key in ARGUMENTS:
-        belongs = key in _NOT_IN_CONFIGS and value
-        return f"'{key}' belongs on the command line, as --{key}; remove it from the file" if belongs else None
-    if value in (None, '', [], {}) or value is False or (key in _TIMM_DEFAULTS and value == _TIMM_DEFAULTS[key]):
-        return None
-    advice = _INSTEAD.get(key) or f"remove it, or train with timm's script.{did_you_mean(str(key), ARGUMENTS)}"
-    return f"'{key}' ({value!r}) is not an argument here: {advice}"
+    return args
 
 
 def _parsed(key: str, value: Any) -> Any:

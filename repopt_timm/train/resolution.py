@@ -24,8 +24,6 @@ from .validation import check_arguments
 
 _logger = logging.getLogger(__name__)
 
-_ARCHITECTURE_ARGS = ('depths', 'widths', 'strides', 'use_se', 'act_layer')
-
 
 def resolve(args: argparse.Namespace, choose_scales: bool = True) -> argparse.Namespace:
     """Returns the arguments with defaults that depend on the model, on other arguments, and on the run resumed."""
@@ -33,7 +31,8 @@ def resolve(args: argparse.Namespace, choose_scales: bool = True) -> argparse.Na
     run.variant, saved_args = find_variant(run.model)
     run.opt = run.opt or ('repopt_sgd' if is_target(run.variant) else 'sgd')
     # What a repository's config says of the architecture goes into the checkpoint, which does not name it.
-    run.model_kwargs = {name: saved_args[name] for name in _ARCHITECTURE_ARGS if name in saved_args} | run.model_kwargs
+    kept = saved_args.keys() & {'depths', 'widths', 'strides', 'use_se', 'act_layer'}
+    run.model_kwargs = {name: saved_args[name] for name in sorted(kept)} | run.model_kwargs
     run.gp = run.gp or saved_args.get('global_pool')
     _place(run)
     before: dict[str, Any] = {}
@@ -99,11 +98,7 @@ def _place(run: argparse.Namespace) -> None:
 
 
 def _scales(run: argparse.Namespace, before: dict[str, Any]) -> str | None:
-    """Chooses the scales of a target that was given none, and says so.
-
-    A run that is resumed keeps what it had, `--initial-checkpoint` brings what it was trained with, pretrained weights
-    what ships with them; anything else starts from the unsearched values.
-    """
+    """Chooses the scales of a target that was given none: where its weights come from, or the unsearched values."""
     multiplies = is_target(run.variant) and 'repopt' in run.opt
     if run.scales or not (multiplies or ModelName.parse(run.variant).kind == 'csla'):
         return run.scales
@@ -117,6 +112,5 @@ def _scales(run: argparse.Namespace, before: dict[str, Any]) -> str | None:
     else:
         return None
     if run.rank == 0:
-        what = 'the unsearched values, ' if scales == 'initial' else ''
-        _logger.info(f'Without --scales this run uses {what}--scales {scales}.')
+        _logger.info(f'Without --scales this run uses --scales {scales}.')
     return scales

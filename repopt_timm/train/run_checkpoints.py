@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,11 @@ from ..reporting import package_versions
 from ..scales import Scales
 from ..scales.files import CHECKPOINT_KEY, checkpoint_entry
 from ..sources import IMPLIED
-from ..trained_scales import IMPLIED_KEY
+from ..trained_scales import IMPLIED_KEY, arguments_of
 from ..weights_origin import origin_of
 from .engine import TrainState, ranked
 from .parsing import ARGUMENTS
-from .run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT, SUMMARY_FILE, TIMES_FILE, write_epochs
+from .run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, SUMMARY_FILE, TIMES_FILE, write_epochs
 
 _logger = logging.getLogger(__name__)
 
@@ -57,13 +56,58 @@ def save(folder: Path, state: TrainState, args: argparse.Namespace) -> None:
         _write_others(folder, temporary, state, args)
 
 
-def rebuild(folder: Path, source: Path, state: TrainState, args: argparse.Namespace) -> None:
-    """Makes the folder what the history of the checkpoint says that a run is resumed from."""
-    _duplicate(source, folder / LAST_CHECKPOINT)
-    _write_others(folder, source, state, args)
+def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:
+    model: Any = unwrap_model(state.model)
+    content = {
+        'epoch': state.history[-1]['epoch'],
+        # Not --model, which may name a tag or a repository.
+        'arch': model.pretrained_cfg['architecture'],
+        'state_dict': get_state_dict(state.model, unwrap_model),
+        'optimizer': state.optimizer.state_dict(),
+        'version': 2,
+        'args': argparse.Namespace(**vars(args), overridden=state.overridden),
+        'label_names': model.pretrained_cfg.get('label_names'),
+        'origin': origin_of(model),
+        'versions': versions(),
+        'scales_fingerprint': _fingerprint(model),
+        'metric': state.history[-1].get('eval_top1'),
+        'history': state.history,
+        'times': state.times,
+    }
+    if kind_of(model) != 'target':
+        content[CHECKPOINT_KEY] = checkpoint_entry(Scales.from_model(model))
+    elif args.scales == IMPLIED:
+        # No name leads to them once the branches are merged.
+        scales = Scales.from_model(model)
+        modules = {name: dict(vectors) for name, vectors in scales.items()}
+        content[IMPLIED_KEY] = {'modules': modules, 'counts': scales.counts, 'provenance': scales.provenance}
+    if state.ema is not None:
+        content['state_dict_ema'] = get_state_dict(state.ema, unwrap_model)
+    if state.scaler.is_enabled():
+        content['amp_scaler'] = state.scaler.state_dict()
+    return content
+
+
+def _fingerprint(model: Any) -> str | None:
+    """Returns the fingerprint of the scales that a model trains with; None without, and for a search."""
+    kind = kind_of(model)
+    if kind == 'hs' or (kind == 'target' and not carried_scales(model)):
+        return None
+    scales = Scales.from_model(model)
+    if kind == 'csla':
+        # Its identities are trained.
+        constant = {name: {b: vector for b, vector in scales[name].items() if b != 'identity'} for name in scales}
+        scales = Scales(scales.architecture, constant, scales.geometry, start=scales.start)
+    return scales.fingerprint
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of the packages that a training depends on."""
+    return package_versions(torch, torchvision, timm)
 
 
 def _write_others(folder: Path, last: Path, state: TrainState, args: argparse.Namespace) -> None:
+    """Makes the other files of the folder what the history says, with `last` as the newest checkpoint."""
     newest, *best = (
         folder / f'checkpoint-{row["epoch"]}.pth.tar' for row in (state.history[-1], *ranked(state.history))
     )
@@ -91,7 +135,76 @@ def _duplicate(source: Path, target: Path) -> None:
             shutil.copyfile(source, temporary)
 
 
-def find_checkpoint(folder: Path, resume: str, override: bool) -> tuple[Path, dict[str, Any]] | None:
+def resume(folder: Path, state: TrainState, args: argparse.Namespace) -> None:
+    """Brings the state, and the files of the folder, to where the run stopped, if there is a checkpoint."""
+    found = _find(folder, args.resume, args.override) if args.resume else None
+    if args.distributed:
+        epochs: list[Any] = [0] * args.world_size
+        torch.distributed.all_gather_object(epochs, len(found[1]['history']) if found else 0)
+        if len(set(epochs)) > 1:
+            raise ValueError(
+                f"The processes would go on after different epochs: {', '.join(map(str, epochs))}, by rank. '{folder}' "
+                f'has to be on a disk that all nodes share.'
+            )
+    if found is None:
+        return
+    path, checkpoint = found
+    saved, new = arguments_of(checkpoint), vars(args)
+    # A tuple is a list in the args.yaml of the run.
+    before, after = (
+        json.loads(json.dumps({**values, 'data_dir': os.path.abspath(values.get('data_dir') or '')}, default=str))
+        for values in (saved, new)
+    )
+    # An argument that is not saved is newer than the checkpoint.
+    changed = [
+        name
+        for name in (*ARGUMENTS, 'world_size')
+        if name in saved and name not in _FREE and before[name] != after[name]
+    ]
+    changes = ', '.join(f'{name} {saved[name]!r} -> {new[name]!r}' for name in changed)
+    ours = _fingerprint(unwrap_model(state.model))
+    theirs = checkpoint.get('scales_fingerprint', ours)
+    if theirs != ours:
+        raise ValueError(
+            f"'{path}' was saved with the scales {(theirs or 'none')[:12]}, not {(ours or 'none')[:12]}. Resume with "
+            f'the --scales of the run, or start a new one. Other differences: {changes or "none"}.'
+        )
+    # No optimizer goes on from the state of another.
+    if changed and not (args.override and 'opt' not in changed):
+        raise ValueError(
+            f"'{path}' is of a run with other arguments: {changes}. Resume with its own, which {ARGUMENTS_FILE} "
+            f'beside it holds, or apply the new ones from here on with --override, which --opt does not allow.'
+        )
+    groups = state.optimizer.param_groups
+    wanted = [{name: value for name, value in group.items() if name != 'params'} for group in groups]
+    try:
+        unwrap_model(state.model).load_state_dict(checkpoint['state_dict'])
+        state.optimizer.load_state_dict(checkpoint['optimizer'])
+        if state.ema is not None:
+            unwrap_model(state.ema).load_state_dict(checkpoint['state_dict_ema'])
+        state.scaler.load_state_dict(checkpoint.get('amp_scaler', {}))
+    except Exception as error:
+        raise ValueError(
+            f"'{path}' does not hold the state of this run ({reason_of(error)}): resume with the arguments of that "
+            f'run, or start a new one with --initial-checkpoint.'
+        ) from None
+    if args.override:
+        for group, values in zip(state.optimizer.param_groups, wanted):
+            group.update(values)
+    state.history, state.times = checkpoint['history'], checkpoint.get('times', [])
+    state.overridden = list(saved.get('overridden', []))
+    if changed:
+        state.overridden.append(f'after epoch {len(state.history)}: {changes}')
+        _logger.warning(f'The run goes on with other arguments {state.overridden[-1]}.')
+    if saved.get('epochs') != args.epochs:
+        _logger.warning(f'The schedule is now that of {args.epochs} epochs, not of {saved.get("epochs")}.')
+    _logger.info(f'Resuming {path} after epoch {len(state.history)}.')
+    if args.rank == 0:
+        _duplicate(path, folder / LAST_CHECKPOINT)
+        _write_others(folder, folder / LAST_CHECKPOINT, state, args)
+
+
+def _find(folder: Path, resume: str, override: bool) -> tuple[Path, dict[str, Any]] | None:
     """Reads the checkpoint that a run goes on from: a file, or with `auto` the folder's newest that can be read."""
     last = folder / LAST_CHECKPOINT
     if resume != 'auto':
@@ -125,89 +238,3 @@ def _read(path: Path) -> dict[str, Any]:
         if not history or [row['epoch'] for row in history] != list(range(len(history))):
             raise TypeError('it has no history of its epochs')
     return checkpoint
-
-
-def changed_arguments(saved: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns old and new values of the arguments that change the training, and differ from a checkpoint's, by name."""
-    before, after = map(_comparable, (saved, new))
-    # One that is not there is of an older version.
-    names = [name for name in (*ARGUMENTS, 'world_size') if name not in _FREE and name in saved]
-    return {name: (saved[name], new[name]) for name in names if before[name] != after[name]}
-
-
-def _comparable(values: Mapping[str, Any]) -> dict[str, Any]:
-    folder = values.get('data_dir')
-    # A tuple is a list in the args.yaml of the run.
-    return json.loads(json.dumps({**values, 'data_dir': folder and os.path.abspath(folder)}, default=str))
-
-
-def _content(state: TrainState, args: argparse.Namespace) -> dict[str, Any]:
-    model: Any = unwrap_model(state.model)
-    content = {
-        'epoch': state.history[-1]['epoch'],
-        # Not --model, which may name a tag or a repository.
-        'arch': model.pretrained_cfg['architecture'],
-        'state_dict': get_state_dict(state.model, unwrap_model),
-        'optimizer': state.optimizer.state_dict(),
-        'version': 2,
-        'args': argparse.Namespace(**vars(args), overridden=state.overridden),
-        'label_names': model.pretrained_cfg.get('label_names'),
-        'origin': origin_of(model),
-        'versions': versions(),
-        'scales_fingerprint': scales_fingerprint(model),
-        'metric': state.history[-1].get('eval_top1'),
-        'history': state.history,
-        'times': state.times,
-    }
-    if kind_of(model) != 'target':
-        content[CHECKPOINT_KEY] = checkpoint_entry(Scales.from_model(model))
-    elif args.scales == IMPLIED:
-        # No name leads to them once the branches are merged.
-        scales = Scales.from_model(model)
-        modules = {name: dict(vectors) for name, vectors in scales.items()}
-        content[IMPLIED_KEY] = {'modules': modules, 'counts': scales.counts, 'provenance': scales.provenance}
-    if state.ema is not None:
-        content['state_dict_ema'] = get_state_dict(state.ema, unwrap_model)
-    if state.scaler is not None:
-        content['amp_scaler'] = state.scaler.state_dict()
-    return content
-
-
-def scales_fingerprint(model: Any) -> str | None:
-    """Returns the fingerprint of the scales that a model trains with; None without, and for a search."""
-    kind = kind_of(model)
-    if kind == 'hs' or (kind == 'target' and not carried_scales(model)):
-        return None
-    scales = Scales.from_model(model)
-    if kind == 'csla':
-        # Its identities are trained.
-        constant = {name: {b: vector for b, vector in scales[name].items() if b != 'identity'} for name in scales}
-        scales = Scales(scales.architecture, constant, scales.geometry, start=scales.start)
-    return scales.fingerprint
-
-
-def versions() -> dict[str, str]:
-    """Returns the versions of the packages that a training depends on."""
-    return package_versions(torch, torchvision, timm)
-
-
-def restore(state: TrainState, checkpoint: dict[str, Any], source: str, override: bool = False) -> None:
-    """Brings a state to where a checkpoint was written; `override` keeps the hyperparameters of its optimizer."""
-    optimizer = state.optimizer
-    wanted = [{name: value for name, value in group.items() if name != 'params'} for group in optimizer.param_groups]
-    try:
-        unwrap_model(state.model).load_state_dict(checkpoint['state_dict'])
-        optimizer.load_state_dict(checkpoint['optimizer'])
-        if state.ema is not None:
-            unwrap_model(state.ema).load_state_dict(checkpoint['state_dict_ema'])
-        if state.scaler is not None:
-            state.scaler.load_state_dict(checkpoint['amp_scaler'])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"'{source}' does not hold the state of this run ({reason_of(error)}): resume with the arguments of that "
-            f'run, or start a new one with --initial-checkpoint.'
-        ) from None
-    if override:
-        for group, values in zip(optimizer.param_groups, wanted):
-            group.update(values)
-    state.history, state.times = checkpoint['history'], checkpoint.get('times', [])

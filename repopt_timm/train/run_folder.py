@@ -1,7 +1,5 @@
 """The folder of a run: one process trains in it, and a failure before the first checkpoint leaves none."""
 
-import csv
-import io
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -71,8 +69,6 @@ def is_busy(folder: Path) -> bool:
 
 def write_epochs(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes a row for each epoch as CSV. Epochs are counted from 1 there, as in the log."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(dict.fromkeys(name for row in rows for name in row)), lineterminator='\n')
-    writer.writeheader()
-    writer.writerows({**row, 'epoch': row['epoch'] + 1} for row in rows)
-    write_text(path, buffer.getvalue())
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [[str(row.get(name, '')) for name in names] for row in ({**row, 'epoch': row['epoch'] + 1} for row in rows)]
+    write_text(path, ''.join(','.join(line) + '\n' for line in [names, *cells]))

@@ -4,6 +4,7 @@ import argparse
 import logging
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ from .run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, REPORT
 
 _logger = logging.getLogger(__name__)
 
-_MOST_EPOCHS = 20
 _MOST_CLASSES = 50
 
 
@@ -83,21 +83,24 @@ def write_report(
         '![Training loss and accuracy against epochs](curves.png)',
         _rows(history),
     ]
-    pictures = {'curves.png': lambda path: plot_curves({args.model: history}, path)}
-    scales, started = _scales_of(model)
+    scales = started = None
+    # A network may have no scales, and they may have no known start.
+    with suppress(ValueError):
+        scales = Scales.from_model(model)
+        started = initial_values(scales)
     if scales is not None:
         moved = [movement([scales], started).sentence()] if search and started is not None else []
         sections += ['## Scales', f'Fingerprint `{scales.fingerprint}`.', *moved, _compared(scales, started)]
         sections += ['![Scales against depth, and what they start from](scales.png)']
-        pictures['scales.png'] = lambda path: plot_scales(scales, path, scales.title, started)
     names = class_names(dataset)
     if state.predictions is not None and names:
         sections += _classes(folder, state.predictions, names)
     lines = _next(folder, args, search)
     sections += ['## Next', _shell(*lines)]
     try:
-        for name, draw in pictures.items():
-            draw(folder / name)
+        plot_curves({args.model: history}, folder / 'curves.png')
+        if scales is not None:
+            plot_scales(scales, folder / 'scales.png', scales.title, started)
     except ImportError as error:
         _logger.warning(f'The report has no pictures: {error}')
         sections = [section for section in sections if not section.startswith('![')]
@@ -105,39 +108,21 @@ def write_report(
     _logger.info(f'{folder / REPORT_FILE}: {top1}. Next:  {lines[0]}')
 
 
-def _scales_of(model: nn.Module) -> tuple[Scales | None, Scales | None]:
-    """Returns the scales of a model and what a search of its network starts from, as far as they are known."""
-    scales = None
-    try:
-        scales = Scales.from_model(model)
-        return scales, initial_values(scales)
-    except ValueError:
-        return scales, None
-
-
 def _rows(history: Sequence[dict[str, Any]]) -> str:
-    names = ('epoch', 'lr', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5')
-    columns = [name for name in names if name in history[-1]]
+    columns = [name for name in ('lr', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5') if name in history[-1]]
     # The last one, and as many before it as a reader looks at.
-    step = -(-len(history) // _MOST_EPOCHS)
-    shown = history[::-step][::-1]
-    cells = [
-        [str(row['epoch'] + 1), *(f'{row[name]:.4g}' if name in row else '' for name in columns[1:])] for row in shown
-    ]
-    return markdown_table(columns, cells)
+    shown = history[:: -len(history) // 20][::-1]
+    cells = [[str(row['epoch'] + 1), *(f'{row[name]:.4g}' if name in row else '' for name in columns)] for row in shown]
+    return markdown_table(['epoch', *columns], cells)
 
 
 def _compared(scales: Scales, started: Scales | None) -> str:
     first = {(row['stage'], row['branch']): f'{row["mean"]:.4f}' for row in scales_table(started or {})}
-    cells = [
-        [
-            row['stage'],
-            row['branch'],
-            first.get((row['stage'], row['branch']), 'unknown'),
-            *(f'{row[name]:.4f}' for name in ('mean', 'min', 'max')),
-        ]
-        for row in scales_table(scales)
-    ]
+    cells = []
+    for row in scales_table(scales):
+        place = (row['stage'], row['branch'])
+        found = (f'{row[name]:.4f}' for name in ('mean', 'min', 'max'))
+        cells.append([*place, first.get(place, 'unknown'), *found])
     return markdown_table(['stage', 'branch', 'mean at the start of a search', 'mean', 'min', 'max'], cells)
 
 
@@ -174,23 +159,18 @@ def _classes(folder: Path, found: Tensor, names: Sequence[str]) -> list[str]:
 def _next(folder: Path, args: argparse.Namespace, search: bool) -> list[str]:
     """Returns the commands that go on from here, with the settings of this run."""
     if search:
-        settings, scales = (shlex.quote(str(folder / name)) for name in (ARGUMENTS_FILE, SCALES_FILE))
-        target, experiment = ModelName.parse(args.model).of_kind('target'), shlex.quote(f'{args.experiment}-target')
-        return [
-            f'{PROGRAM} train -c {settings} --model {target} --opt repopt_sgd --scales {scales} '
-            f'--experiment {experiment}',
-            f'{PROGRAM} scales show {scales}',
-        ]
-    best = folder / BEST_CHECKPOINT
-    checkpoint = shlex.quote(str(best if best.exists() else folder / LAST_CHECKPOINT))
-    lines = [f'{PROGRAM} predict IMAGE --model {checkpoint}', f'{PROGRAM} push {checkpoint} USER/REPO']
-    if (images := image_folder(args)) is not None:
-        out, images = shlex.quote(str(folder / 'int8.onnx')), shlex.quote(images)
-        split = '' if args.val_split == 'validation' else f' --split {shlex.quote(args.val_split)}'
-        lines.insert(0, f'{PROGRAM} evaluate {checkpoint} --data {images}{split}')
-        split = '' if args.train_split == 'train' else f' --split {shlex.quote(args.train_split)}'
-        lines.insert(2, f'{PROGRAM} quantize {checkpoint} --data {images}{split} --out {out}')
-    return lines
+        scales, target = folder / SCALES_FILE, ModelName.parse(args.model).of_kind('target')
+        train = ['train', '-c', folder / ARGUMENTS_FILE, '--model', target, '--opt', 'repopt_sgd', '--scales', scales]
+        commands = [[*train, '--experiment', f'{args.experiment}-target'], ['scales', 'show', scales]]
+    else:
+        best = folder / BEST_CHECKPOINT
+        checkpoint = best if best.exists() else folder / LAST_CHECKPOINT
+        commands = [['predict', 'IMAGE', '--model', checkpoint], ['push', checkpoint, 'USER/REPO']]
+        if (images := image_folder(args)) is not None:
+            seen, held_out = (['--data', images, '--split', split] for split in (args.train_split, args.val_split))
+            commands.insert(0, ['evaluate', checkpoint, *held_out])
+            commands.insert(2, ['quantize', checkpoint, *seen, '--out', folder / 'int8.onnx'])
+    return [shlex.join([PROGRAM, *map(str, words)]) for words in commands]
 
 
 def _shell(*lines: str) -> str:

@@ -11,18 +11,15 @@ from timm.scheduler.scheduler import Scheduler
 from ..errors import explaining
 from .engine import TrainState
 
-_FEW_EPOCHS = 50
-
 
 def choose_schedule(
     epochs: int, sched: str = 'cosine', warmup: float | None = None, on_updates: bool = False
 ) -> tuple[float, bool]:
     """Returns the epochs of warm-up and whether the schedule is stepped on updates.
 
-    A schedule that is stepped on epochs spends the first one at the learning rate that the warm-up starts from. That
-    would be a large part of few epochs, so a run of fewer than 50 is stepped on updates.
+    One that is stepped on epochs spends the first at the lowest learning rate, which would be much of fewer than 50.
     """
-    on_updates = on_updates or (epochs < _FEW_EPOCHS and sched not in ('plateau', 'none'))
+    on_updates = on_updates or (epochs < 50 and sched not in ('plateau', 'none'))
     if warmup is None:
         warmup = min(5.0, epochs / 10)
         warmup = warmup if on_updates else math.floor(warmup)

@@ -26,7 +26,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.resume not in (None, 'auto') and not Path(args.resume).is_file():
         raise FileNotFoundError(f"There is no checkpoint file '{args.resume}'.")
     _check_images_read(args)
-    _check_optimizer(args)
+    if args.opt is not None:
+        _check_optimizer(args)
     if args.search_first:
         _check_search(args)
     if 'scales' in args.model_kwargs:
@@ -63,8 +64,6 @@ def _check_images_read(args: argparse.Namespace) -> None:
 
 
 def _check_optimizer(args: argparse.Namespace) -> None:
-    if args.opt is None:
-        return
     name = args.opt.removeprefix('lookahead_')
     # One name each, of the two that the factory knows. Of a name with an unknown prefix timm takes the rest.
     known = {*map(str, list_optimizers()), *_REPOPT} - {each.replace('_', '') for each in _REPOPT}
@@ -115,17 +114,13 @@ def check_model(
 
 
 def check_layout(model: torch.nn.Module, input_size: tuple[int, ...], device: torch.device) -> None:
-    """Refuses channels_last where torch 2.14 writes past its memory.
-
-    It does on CPUs, in the backward pass of a strided 1x1 convolution of 2 to 15 channels, the stem of many
-    multi-branch networks, on images of more than 64 px.
-    """
+    """Refuses channels_last where torch 2.14 writes past its memory: in the backward pass of a strided 1x1 stem."""
     if device.type != 'cpu' or max(input_size[1:]) <= 64:
         return
     for name, conv in model.named_modules():
-        if not isinstance(conv, torch.nn.Conv2d) or tuple(conv.kernel_size) != (1, 1):
+        if not isinstance(conv, torch.nn.Conv2d) or not 2 <= conv.in_channels < 16:
             continue
-        if 2 <= conv.in_channels < 16 and max(pair(conv.stride)) > 1:
+        if tuple(conv.kernel_size) == (1, 1) and max(pair(conv.stride)) > 1:
             raise ValueError(
                 f"--channels-last: torch corrupts memory on a CPU as it trains '{name}', a strided 1x1 convolution of "
                 f'{conv.in_channels} channels, on images of more than 64 px. Remove the flag, or train on a GPU.'

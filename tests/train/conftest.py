@@ -1,10 +1,11 @@
+import os
 import shutil
 from functools import partial
 
 import pytest
 import torch
 
-from repopt_timm.train import engine
+from repopt_timm.train import engine, run
 from repopt_timm.train.command import main
 
 from ..helpers import TINY
@@ -42,7 +43,8 @@ def trained(images, tmp_path_factory):
 def searched(images, tmp_path_factory):
     """The folder of a search after three epochs, with pictures; to read only."""
     output = tmp_path_factory.mktemp('searched')
-    main(short_run(images, output, '--model-kwargs strides=(2,1,2,2,2) --mixup 0.1', model=f'{TINY}_hs'))
+    extra = '--model-kwargs strides=(2,1,2,2,2) --mixup 0.1 --model-ema --model-ema-decay 0.5'
+    main(short_run(images, output, extra, model=f'{TINY}_hs'))
     return output / 'run'
 
 
@@ -50,6 +52,25 @@ def searched(images, tmp_path_factory):
 def copied(trained, tmp_path):
     """A copy of `trained`, as the run of `arguments()`."""
     return shutil.copytree(trained, tmp_path / 'run')
+
+
+@pytest.fixture
+def signalled(monkeypatch):
+    """Sends a signal to this process at the start of its n-th epoch from now on, and notes the epochs begun."""
+    begun = []
+    original = run.train_one_epoch
+
+    def send(signum, nth):
+        def train_one_epoch(state, loaders, loss_fn, clip, autocast, epoch, args):
+            begun.append(epoch)
+            if len(begun) == nth:
+                os.kill(os.getpid(), signum)
+            return original(state, loaders, loss_fn, clip, autocast, epoch, args)
+
+        monkeypatch.setattr(run, 'train_one_epoch', train_one_epoch)
+        return begun
+
+    return send
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from ..helpers import TINY
 # Arguments, and what the error names.
 ROWS = [
     # Numbers and choices.
-    ('--epochs 0', '--epochs'),
     ('--epochs 99999999999', '--epochs'),
     ('--decay-milestones 9 1', 'rising epochs'),
     ('--lr nan', '--lr'),
@@ -33,21 +32,15 @@ ROWS = [
     ('--opt bogus_sgd', "'bogus_sgd'"),
     ('--opt repopt_sdg', "Did you mean 'repopt_sgd'"),
     ('--opt adamw --opt-betas 0.9', 'adamw'),
-    ('--opt-kwargs bogus=1', "'bogus'"),
-    ('--opt-kwargs =1', 'expected K=V'),
-    ('--model-kwargs bogus=1', "'bogus'"),
     ('--model-kwargs num_classes=3', "'num_classes'"),
     ('--model-kwargs scales=initial', '--scales'),
     ('--device bogus', '--device'),
     ('--device meta', '--device'),
-    ('--device cuda:99', '--device'),
     ('--aug-repeats 3', 'non-distributed'),
     # Words.
     ('--wieght-decay 1', "Did you mean '--weight-decay'?"),
-    ('more', 'arguments: more'),
     # Models and scales.
     ('--model repopt_vgg_a00', "Did you mean 'repopt_vgg_a0'"),
-    ('--model=', '--model'),
     ('--model local-dir:nowhere', 'nowhere'),
     ('--model vit_tiny_patch16_224 --scales=', '3 x 32 x 32'),
     (f'--model {TINY}_hs --scales published', 'published'),
@@ -59,51 +52,37 @@ ROWS = [
     ('--clip-grad 1 --clip-mode agc', 'breaks the equivalence'),
     ('--search-first', '--scales'),
     (f'--search-first --model {TINY}_hs --scales=', f"'{TINY}_hs'"),
-    ('--search-first --model resnet18 --scales=', "'resnet18'"),
     ('--search-first --opt repopt_adamw --scales=', 'repopt_adamw'),
     # Data.
     ('--dataset imagenet', "'imagenet'"),
-    ('--dataset torch/cifar11', 'cifar11'),
     ('--data-dir=', 'No data'),
     ('--data-dir TMP', "the split 'train'"),
     ('--data-dir photos_\udce9', 'UTF-8'),
-    ('--val-split test', "'test'"),
     ('--class-map nowhere.txt', 'nowhere.txt'),
     ('--num-classes 1', 'the data have 2 classes'),
     ('--batch-size 998', 'do not fill one batch'),
     ('--mixup 0.2 -b 7', 'pairs'),
     ('--train-images 40 --holdout 0.25', '--holdout there are 36'),
-    ('--holdout 0.001', '--holdout'),
     ('--train-split train/dark --val-split validation/dark', 'one class'),
-    ('--in-chans 5', '--in-chans'),
     ('--in-chans 1', '--in-chans'),
-    ('--input-size 12 32 32', 'channels'),
     ('--img-size 64', '--img-size'),
     # Files and folders.
     ('--resume --experiment=', '--experiment'),
     ('--resume nowhere.pth.tar', "'nowhere.pth.tar'"),
     ('--initial-checkpoint DATA/train/dark/0.png', '0.png'),
     ('--output DATA/train/dark/0.png/x', '0.png'),
-    ('-c bogus', "'bogus'"),
     ('-c DATA/train/dark/0.png', 'YAML'),
 ]
 
 # Text of a config, and what the error names.
 CONFIGS = [
     ('epoch: 1', "Did you mean 'epochs'?"),
-    ('scale: [1, 2', 'YAML'),
-    ('1: 2', "'1'"),
-    ('[1]: 2', 'YAML'),
-    ('lr: !!python/object/apply:os.getcwd []', 'YAML'),
     ('- 1', 'holds a list'),
-    ('', 'holds a NoneType'),
     ('opt_kwargs: ' + '[' * 3000, 'YAML'),
     ('model_ema: "false"', "'model_ema'"),
-    ('epochs: true', '--epochs'),
     ('lr: [1]\nscale: [0.1, 0.5, 1]', 'arguments: 1'),
     ('momentum: null', '--momentum'),
     ('sched: no', '--sched'),
-    ('mean: {a: 1}', '--mean'),
     ('opt_kwargs: [a]', 'expected K=V'),
     ('resume: x', '--resume'),
 ]
@@ -143,9 +122,7 @@ CHECKPOINTS = [
     b'noise' * 99,
     {},
     [1, 2],
-    {'state_dict': {'stem.conv.weight': 1}},
     {'state_dict': {'stem.conv.weight': torch.zeros(2, 2).to_sparse()}},
-    {'history': 'long', 'state_dict': {}},
     {'history': [{'epoch': 3}], 'state_dict': {}},
     {'history': [{'epoch': 0}], 'state_dict': {'x': 2}, 'optimizer': {}, 'args': 'none'},
 ]
@@ -175,9 +152,7 @@ def test_no_value_of_any_argument_comes_unforeseen(words, tmp_path, capsys, monk
     monkeypatch.chdir(tmp_path)
     generator = random.Random(seed)
     # Where a run is may be anywhere.
-    actions = [
-        action for action in ARGUMENTS.values() if action.nargs != 0 and action.dest not in ('output', 'experiment')
-    ]
+    actions = [each for each in ARGUMENTS.values() if each.nargs != 0 and each.dest not in ('output', 'experiment')]
     for _ in range(16):
         action = generator.choice(actions)
         count = action.nargs if isinstance(action.nargs, int) else 1

@@ -1,13 +1,9 @@
 import re
 import shlex
-import sys
-from argparse import Namespace
-from types import SimpleNamespace
 
 import pytest
 
 from repopt_timm.cli import main
-from repopt_timm.train.loggers import make_loggers
 
 from ..helpers import TINY
 from .runs import read
@@ -61,19 +57,3 @@ def test_the_classes_of_the_last_validation_are_in_the_report_of_a_finished_run_
         assert (copied / 'confusion.csv').read_text().count('\n') == 3
         (copied / 'report.md').unlink()
         assert main(['train', *arguments('--resume')]) == 0
-
-
-def test_a_resumed_run_goes_on_with_its_run_of_wandb(tmp_path, monkeypatch):
-    ids = iter(['first', 'second'])
-
-    def init(id=None, **kwargs):
-        return SimpleNamespace(id=id or next(ids))
-
-    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(finish=lambda: None, init=init))
-    args = Namespace(log_tensorboard=False, log_wandb=True)
-    known = []
-    for name in ('run', 'run', 'other'):
-        (tmp_path / name).mkdir(exist_ok=True)
-        make_loggers(args, tmp_path / name)
-        known.append((tmp_path / name / 'wandb_id.txt').read_text())
-    assert known == ['first\n', 'first\n', 'second\n']
