@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 
-from .cards.publish import push_scales, save_scales_card
+from .cards.repository import push_scales, save_scales_card
 from .commands import COMMANDS
 from .files import check_output, check_output_folder
 from .models import ensure_registered
@@ -23,7 +23,6 @@ SOURCE = (
     "file, folder, model card, 'hf-hub:user/repo[@revision]', a name of `scales list`, 'published', 'initial' or "
     "'identity'"
 )
-_OPTIONS = ('license', 'scales_file', 'private', 'revision', 'create_pr', 'precision')
 
 
 def add_commands(commands: Any) -> None:
@@ -63,7 +62,8 @@ def add_publishing(parser: argparse.ArgumentParser) -> None:
 
 def card_options(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the options that a command has for its card and the Hub, to pass on."""
-    return {name: value for name, value in vars(args).items() if name in _OPTIONS}
+    options = ('license', 'scales_file', 'private', 'revision', 'create_pr', 'precision')
+    return {name: value for name, value in vars(args).items() if name in options}
 
 
 def _load(args: argparse.Namespace) -> Scales:
@@ -75,10 +75,13 @@ def _load(args: argparse.Namespace) -> Scales:
     return load_scales(args.source, model)
 
 
-def _print(args: argparse.Namespace, scales: Scales, text: str = '', **values: Any) -> None:
-    known = {'architecture': scales.architecture or 'unknown', 'modules': len(scales)}
-    known |= {'fingerprint': scales.fingerprint, 'provenance': scales.provenance}
-    print_result(args, {**known, **values}, text or f'{scales.title} -> {next(iter(values.values()))}')
+def _facts(scales: Scales) -> dict[str, Any]:
+    return {'architecture': scales.architecture, 'modules': len(scales), 'fingerprint': scales.fingerprint}
+
+
+def _print_written(args: argparse.Namespace, scales: Scales, **place: str) -> None:
+    values = {**_facts(scales), 'provenance': scales.provenance, **place}
+    print_result(args, values, f'{scales.title} -> {" ".join(place.values())}')
 
 
 def _list(args: argparse.Namespace) -> None:
@@ -90,13 +93,13 @@ def _list(args: argparse.Namespace) -> None:
 
 def _show(args: argparse.Namespace) -> None:
     scales = _load(args)
-    rows, initial = scales_table(scales), initial_values(scales)
-    moved = {} if initial is None else {'movement': str(movement([scales], initial))}
-    facts = {'architecture': scales.architecture, 'modules': len(scales), 'fingerprint': scales.fingerprint, **moved}
+    facts, rows, initial = _facts(scales), scales_table(scales), initial_values(scales)
+    if initial is not None:
+        facts['movement'] = str(movement([scales], initial))
     lines = [f'{name:<13} {value}' for name, value in {**facts, **scales.provenance}.items()]
     cells = [[f'{value:.4f}' if isinstance(value, float) else value for value in row.values()] for row in rows]
     table = markdown_table([*rows[0]], cells, align=True)
-    _print(args, scales, '\n'.join([*lines, '', table]), stages=rows, **moved)
+    print_result(args, {**facts, 'provenance': scales.provenance, 'stages': rows}, '\n'.join([*lines, '', table]))
 
 
 def _extract(args: argparse.Namespace) -> None:
@@ -110,16 +113,16 @@ def _extract(args: argparse.Namespace) -> None:
         check_output_folder(args.out)
         scales = _load(args)
         save_scales_card(scales, args.out, **card_options(args))
-    _print(args, scales, out=args.out)
+    _print_written(args, scales, out=args.out)
 
 
 def _plot(args: argparse.Namespace) -> None:
     check_output(args.out, args.source)
     scales = _load(args)
     plot_scales(scales, args.out, scales.title, initial_values(scales))
-    _print(args, scales, out=args.out)
+    _print_written(args, scales, out=args.out)
 
 
 def _push(args: argparse.Namespace) -> None:
     scales = _load(args)
-    _print(args, scales, url=push_scales(scales, args.repo, **card_options(args)))
+    _print_written(args, scales, url=push_scales(scales, args.repo, **card_options(args)))

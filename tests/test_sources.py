@@ -4,7 +4,7 @@ import pytest
 import timm
 
 from repopt_timm import load_scales
-from repopt_timm.cards.publish import save_scales_card
+from repopt_timm.cards.repository import save_scales_card
 from repopt_timm.cli import main
 
 from .helpers import TINY, random_scales, tiny_model

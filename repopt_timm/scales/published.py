@@ -7,7 +7,6 @@ sha256, and kept where the Hub's client keeps what libraries download, under `HF
 import csv
 import hashlib
 import logging
-import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,14 +17,13 @@ from huggingface_hub import constants
 from ..errors import reason_of
 from ..names import ModelName
 from ..reparam import Scales
-from .files import read_scale_file
+from .scale_files import read_scale_file
 
 PUBLISHED = 'published'
 """The tag of these scales, and what means those of a model at hand."""
 
-# Where files of GitHub's repositories are: <address>/<repository>/<commit>/<file>. Tests and mirrors set another.
-_ADDRESS_VARIABLE = 'REPOPT_TIMM_PUBLISHED_URL'
-_ADDRESS = 'https://raw.githubusercontent.com'
+ADDRESS = 'https://raw.githubusercontent.com'
+"""Where files of GitHub's repositories are: <address>/<repository>/<commit>/<file>."""
 
 _logger = logging.getLogger(__name__)
 
@@ -82,15 +80,11 @@ def read_published(model_name: str) -> Scales:
         raise ValueError(f"No scales are published for '{model_name}', expected one of {', '.join(published_table())}.")
     if not row.is_cached:
         _logger.info(f'{row.name}: downloading {row.file} of {row.repository} ({row.license.upper()} licence)')
-        address = os.environ.get(_ADDRESS_VARIABLE, _ADDRESS).rstrip('/')
-        if '@' in address:
-            # urllib would show it as a port.
-            raise ValueError(f'{_ADDRESS_VARIABLE} has a user or a password, which are not sent: leave them out.')
         row.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             if constants.HF_HUB_OFFLINE:
                 raise OSError('HF_HUB_OFFLINE is set')
-            url = f'{address}/{row.repository}/{row.commit}/{row.file}'
+            url = f'{ADDRESS}/{row.repository}/{row.commit}/{row.file}'
             torch.hub.download_url_to_file(url, str(row.path), row.sha256, progress=False)
         except (OSError, RuntimeError, ValueError) as error:
             raise OSError(f'{row.name} is not in the cache, and its download failed: {reason_of(error)}.') from None

@@ -5,7 +5,7 @@ import pytest
 
 from repopt_timm import load_scales, push_scales
 from repopt_timm.cards.hub import HubError, HubFileNotFoundError, download, push_folder
-from repopt_timm.cards.publish import save_scales_card
+from repopt_timm.cards.repository import save_scales_card
 
 from ..helpers import random_scales
 

@@ -7,9 +7,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from repopt_timm import Scales, hyper_search, load_scales
-from repopt_timm.cards.publish import save_scales_card
+from repopt_timm.cards.repository import save_scales_card
 from repopt_timm.scales import read_scale_file
-from repopt_timm.scales.files import checkpoint_entry
+from repopt_timm.scales.scale_files import checkpoint_entry
 
 from ..helpers import TINY, card_of, random_scales, tiny_model
 

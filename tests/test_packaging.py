@@ -4,7 +4,7 @@ from pathlib import Path
 import yaml
 
 import repopt_timm
-from repopt_timm.resources import shipped_repositories
+from repopt_timm.sources import shipped_repositories
 
 PYPROJECT = Path(__file__).parents[1] / 'pyproject.toml'
 
