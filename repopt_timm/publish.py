@@ -181,14 +181,13 @@ def _prepare(
         weights_license=origin_of(model).get('license', ''),
     )
 
-    def write(folder: Path, repo_id: str, published: frozenset[str], *options: Any) -> None:
+    def write(folder: Path, *options: Any) -> None:
         save_file(packed, folder / WEIGHTS_FILE, {'format': 'pt'})
         config_file: Any = folder / CONFIG_FILE  # timm before 1.0.31 opens it as a path
         save_config_for_hf(model, config_file, model_args=stated_arguments(model))
         if rows := [row for row in history if 'train_loss' in row]:
             draw(plot_curves, {name: rows}, folder / CURVES_FILE)
-        # A picture that is there already is of other weights' training.
-        card(folder, repo_id, published - {CURVES_FILE}, *options)
+        card(folder, *options)
 
     return write
 

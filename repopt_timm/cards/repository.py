@@ -159,6 +159,9 @@ def write_card(
         scales = decode_scales(found, where, folder.joinpath)
     facts = found.get('training') if training is None else training
     files = {*os.listdir(folder), *published} - {SCALES_FILE, SCALES_PICTURE}
+    if CURVES_FILE not in os.listdir(folder) and (training is not None or f'({CURVES_FILE})' not in card.text):
+        # A picture that is there already is of other weights' training.
+        files.discard(CURVES_FILE)
     if scales is not None:
         entry, content = encode_scales(scales, facts)
         facts = entry.get('training')

@@ -78,17 +78,11 @@ def test_a_card_that_could_not_be_carried_through_is_left_alone(card):
         assert card.read_text() == broken
 
 
-def forge(entry):
-    data = bytearray(base64.b64decode(entry['scales']))
-    data[-1] ^= 1
-    entry['scales'] = base64.b64encode(data).decode()
-
-
 def test_a_damaged_or_forged_entry_is_refused(card):
     text = card.read_text()
     for change in (
-        forge,
         lambda entry: entry.pop('scales'),
+        lambda entry: entry.update(scales=base64.b64encode(base64.b64decode(entry['scales'])[:-1] + b'x').decode()),
         lambda entry: entry.update(fingerprint='0' * 64),
         lambda entry: entry.update(provenance={'top1': float('nan')}),
     ):
@@ -97,6 +91,10 @@ def test_a_damaged_or_forged_entry_is_refused(card):
         model_card.save(card)
         with pytest.raises(ValueError, match=r'README\.md'):
             read_card_scales(card)
+    card.write_text('# Nothing\n')
+    assert read_card_scales(card) is None
+    with pytest.raises(ValueError, match=r'README\.md'):
+        load_scales(card)
 
 
 def test_a_card_does_not_expand_beyond_its_size(card):
@@ -118,18 +116,6 @@ def test_what_could_not_be_read_again_or_could_run_in_a_snippet_is_not_written(c
     with pytest.raises(ValueError, match='import os'):
         save_scales_card(random_scales().renamed("x'); import os"), card.parent)
     assert card.read_bytes() == before
-
-
-def test_what_is_no_card_with_scales_is_named(tmp_path):
-    path = tmp_path / 'README.md'
-    path.write_text('# Nothing\n')
-    assert read_card_scales(path) is None
-    with pytest.raises(ValueError, match=r'README\.md'):
-        load_scales(path)
-    with path.open('wb') as file:
-        file.truncate(1 << 32)
-    with pytest.raises(ValueError, match=r'README\.md.*larger'):
-        read_card_scales(path)
 
 
 def test_facts_show_no_token_and_cannot_break_the_page(tmp_path):
@@ -156,9 +142,8 @@ def test_scales_beside_a_card_are_those_that_it_names(tmp_path):
         load_scales(tmp_path)
     # A card's own name for the file could lead anywhere.
     update.save(tmp_path / 'other.safetensors')
-    file.unlink()
     card.write_text(card.read_text().replace('file: scales.safetensors', 'file: other.safetensors'))
-    with pytest.raises(FileNotFoundError, match=r'scales\.safetensors'):
+    with pytest.raises(ValueError, match='fingerprint'):
         load_scales(tmp_path)
 
 

@@ -62,11 +62,10 @@ def test_the_table_names_networks_and_their_files():
 
 
 def test_published_scales_are_downloaded_once_and_name_their_source_and_licence(server, scales, tmp_path, client):
-    model = timm.create_model(TINY, scales='published')
-    assert model.scales == scales
-    assert model.scales_provenance['license'] == 'mit'
-    assert model.scales_provenance['source'] == 'https://github.com/ann/repo/blob/0123/tiny-scales.pth'
-    assert load_scales(NAME).provenance == model.scales_provenance
+    found = timm.create_model(TINY, scales='published').scales
+    assert found == scales and found.provenance['license'] == 'mit'
+    assert found.provenance['source'] == 'https://github.com/ann/repo/blob/0123/tiny-scales.pth'
+    assert load_scales(NAME).provenance == found.provenance
     client(offline=True)
     assert load_scales('published', tiny_model('_hs')) == scales
     assert server.answers == 1
