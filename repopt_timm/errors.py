@@ -1,22 +1,14 @@
 """Errors that say what a user gave, in one line and without secrets."""
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 
 from huggingface_hub import get_token
 
 # What libraries raise over a bad argument or a damaged file.
-_FOREIGN = (
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    json.JSONDecodeError,
-    UnicodeDecodeError,
-)
+_FOREIGN = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, JSONDecodeError, UnicodeDecodeError)
 
 
 def scrub(text: str, token: str | None = None) -> str:

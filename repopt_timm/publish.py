@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
-from .cards.card import checked_license, encode_scales, eval_results
+from .cards.card import METRICS, checked_license, encode_scales, eval_results
 from .cards.hub import push_folder
 from .cards.repository import CONFIG_FILE, check_folder, draw, save_folder, write_card
 from .cards.text import CURVES_FILE, WEIGHTS_FILE
@@ -43,10 +43,8 @@ def save_pretrained(
 ) -> None:
     """Writes a model as a repository in timm's format, whose card holds the scales.
 
-    The files are `config.json`, `model.safetensors`, `README.md`, `scales.png` and, of a checkpoint, `curves.png`; each
-    appears whole or not at all. `timm.create_model('local-dir:<directory>', pretrained=True)` loads them. With the same
-    `repo_id` they are what `push_to_hub` uploads. A card that is there already keeps its other metadata, and the text
-    outside the marks.
+    `timm.create_model('local-dir:<directory>', pretrained=True)` loads it. Each file appears whole or not at all. An
+    existing card keeps its other metadata, and the text outside the marks.
 
     Args:
         model: A whole timm model, compiled or wrapped for parallel training or not, or a checkpoint of a run.
@@ -64,8 +62,8 @@ def save_pretrained(
     Raises:
         FileNotFoundError: If there is no such checkpoint or source of scales.
         ValueError: If the checkpoint does not name its model, the model is made of features only, the scales are
-            missing or another model's, a weight is sharded, it or a result would not work or is not finite, or the
-            licence is not an identifier.
+            missing or another model's, a weight is sharded, a weight or result is not finite, or the licence is not an
+            identifier.
     """
     check_folder(directory, *(() if isinstance(model, nn.Module) else (model,)))
     write = _prepare(model, scales, metrics, training, precision, license)
@@ -102,9 +100,6 @@ def push_to_hub(
     Raises:
         HubError: If the repository cannot be written to.
         FileNotFoundError: See `save_pretrained`, as for ValueError.
-
-    Example:
-        >>> push_to_hub(model, 'user/a0', metrics={'dataset': 'cifar10', 'top1': 93.1})  # doctest: +SKIP
     """
     write = _prepare(model, **contents)
     return push_folder(repo_id, write, commit_message, scales_file, private, revision, create_pr, token)
@@ -130,8 +125,8 @@ def _prepare(
             model = model_of(checkpoint, source, scales)
             facts = _training_of(checkpoint) if training is None else facts
             history = checkpoint.get('history') or []
-            last = {key: history[-1].get(f'eval_{key}') for key in ('top1', 'top5')} if history else {}
-            measured = {key: round(value, 3) for key, value in last.items() if value is not None}
+            last = history[-1] if history else {}
+            measured = {key: round(last[f'eval_{key}'], 3) for key in METRICS if last.get(f'eval_{key}') is not None}
         if precision == 'int8':
             # Those of the rounded weights are others.
             facts |= {f'{key}_before_rounding': value for key, value in measured.items()}
@@ -194,7 +189,7 @@ def _prepare(
 
 def _training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     args = arguments_of(checkpoint)
-    # A name, not a path of the machine that it was trained on.
+    # Not a path of the machine that it was trained on.
     data = args.get('dataset') or Path(args.get('data_dir') or args.get('data') or '').name
     stated = ('epochs', 'opt', 'lr', 'weight_decay', 'clip_grad', 'smoothing', 'mixup', 'cutmix')
     known = {key: args[key] for key in stated if isinstance(args.get(key), int | float | str) and args[key]}

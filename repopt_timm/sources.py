@@ -94,14 +94,14 @@ def default_scales(model_name: str) -> Scales:
         fits = shipped == model_name or (not name.tag and ModelName.parse(shipped).architecture == name.architecture)
         if fits and (scales := read_card_scales(folder / CARD_FILE, shipped)):
             return scales
-    known = 'FILE, --scales initial or --scales identity'
+    known = ['FILE', *UNSEARCHED]
     if is_model_pretrained('.'.join(filter(None, (name.of_kind('branches'), name.tag)))):
-        known = f'{IMPLIED} (by the branches of its weights), --scales {known}'
+        known.append(f'{IMPLIED} (by the branches of its weights)')
     if find_published(name.architecture):
-        known = f'{PUBLISHED}, --scales {known}'
+        known.append(PUBLISHED)
     raise ValueError(
         f'{model_name} has no scales, and none ship for it. Search some with --model {name.of_kind("hs")} (or '
-        f'--search-first), or name some: --scales {known}.'
+        f'--search-first), or name some: --scales {" or --scales ".join(known)}.'
     )
 
 
@@ -120,7 +120,7 @@ def shipped_repositories() -> dict[str, Path]:
 def known_scales() -> list[dict[str, Any]]:
     """Lists the scales that ship, that are published, and that the Hub's cache holds.
 
-    In a row, `name` is what `load_scales` takes; `dataset` and `license` are None if they are not known.
+    `name` is what `load_scales` takes; `dataset` and `license` are None if they are not known.
     """
     cards = [(name, folder / CARD_FILE, 'ships') for name, folder in shipped_repositories().items()]
     cards += [(str(source), card, 'cached') for source, card in cached_files(CARD_FILE)]

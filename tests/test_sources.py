@@ -2,8 +2,9 @@ import json
 
 import pytest
 import timm
+import torch
 
-from repopt_timm import load_scales
+from repopt_timm import Scales, load_scales
 from repopt_timm.cli import main
 
 from .helpers import TINY, random_scales, tiny_model
@@ -39,3 +40,8 @@ def test_show_says_how_far_scales_are_from_their_initial_values(tmp_path, capsys
     assert main(['scales', 'show', 'initial', '--architecture', TINY, '--json']) == 0
     shown = json.loads(capsys.readouterr().out)
     assert 'moved by 0.0%' in shown['movement'] and len(shown['stages']) == 12
+    # A network of timm's, and one unknown to it.
+    for network, known in (('resnet18', True), ('nonesuch', False)):
+        Scales(network, {'conv1': {'kxk': torch.ones(64)}}).save(tmp_path / 'x.safetensors')
+        assert main(['scales', 'show', str(tmp_path / 'x.safetensors'), '--json']) == 0
+        assert ('movement' in json.loads(capsys.readouterr().out)) == known

@@ -103,10 +103,7 @@ def check_folder(directory: str | os.PathLike, *inputs: Any) -> None:
 def save_folder(
     directory: str | os.PathLike, write: Callable[..., None], repo_id: str | None = None, scales_file: bool = False
 ) -> None:
-    """Writes the files that `write` makes, each whole or not at all; what else is in the folder stays.
-
-    `write` is `write_card`, or begins with its arguments. `repo_id` is the name on the Hub, for the card's snippets.
-    """
+    """Puts what `write` makes, called like `write_card`, into a folder, each file whole or not at all."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     # Everything is made beside its place first: an error in the middle leaves the directory as it was.

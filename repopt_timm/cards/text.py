@@ -1,6 +1,6 @@
 """The text of a model card that people read."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -11,14 +11,11 @@ from ..datasets import color_mode
 from ..names import PREFIX, ModelName
 from ..reporting import markdown_table
 from ..scales import Scales, scales_table
-from .card import METRICS, SCALES_FILE
+from .card import SCALES_FILE
 
 SCALES_PICTURE = 'scales.png'
 CURVES_FILE = 'curves.png'
 WEIGHTS_FILE = 'model.safetensors'
-
-# Facts about weights that stand at the top of a card.
-_SIZES = ('image_size', 'parameters', 'multiply_adds')
 
 _PAPER = '[RepOptimizers](https://arxiv.org/abs/2205.15242)'
 
@@ -60,7 +57,8 @@ def render_body(
     if weights:
         beside = '' if scales is None else f' The scales that belong to them are {place}.'
         timm_link = '[timm](https://github.com/huggingface/pytorch-image-models)'
-        sections += [f'Weights of `{model_name}` for {timm_link}.{beside}', _figures(results, training)]
+        figures = {f'{each.metric_name}, {each.dataset_name}': each.metric_value for each in results}
+        sections += [f'Weights of `{model_name}` for {timm_link}.{beside}', _facts(figures)]
         limits.append('* The weights know the classes and the kind of images that they were trained on.')
     else:
         sections.append(
@@ -75,20 +73,18 @@ def render_body(
     if scales is not None:
         sections += ['## How the scales were searched', _facts(scales.provenance) or 'Not recorded.']
         limits.append(f'* The scales belong to `{scales.architecture}` with these channels and strides.')
-    if facts := _facts({key: value for key, value in training.items() if key not in _SIZES}):
-        sections += ['## How the weights were trained', facts]
+    if training:
+        sections += ['## How the weights were trained', _facts(training)]
     if CURVES_FILE in files:
         sections.append(f'![Training loss and accuracy against epochs]({CURVES_FILE})')
     if scales is not None:
-        rows = [
-            [f'{cell:.4f}' if isinstance(cell, float) else cell for cell in row.values()]
-            for row in scales_table(scales)
-        ]
+        table = scales_table(scales)
+        rows = [[f'{cell:.4f}' if isinstance(cell, float) else _cell(cell) for cell in row.values()] for row in table]
         sections += [
             '## Scales',
             f'One value per branch and channel of {len(scales)} convolutions. Start of the operators: {scales.start}. '
             f'Fingerprint `{scales.fingerprint}`.',
-            _table(('stage', 'branch', 'mean', 'min', 'max'), rows),
+            markdown_table(('stage', 'branch', 'mean', 'min', 'max'), rows),
         ]
         if SCALES_PICTURE in files:
             sections.append(f'![Scales against depth: mean, and range over channels]({SCALES_PICTURE})')
@@ -102,27 +98,14 @@ def model_for(network: str) -> str:
     return network if network in ARCHITECTURES or not timm.is_model(network) else PREFIX + network
 
 
-def _figures(results: Sequence[EvalResult], training: Mapping[str, Any]) -> str:
-    """Returns what people choose a model by, as a table of one row; nothing if nothing is known."""
-    figures: dict[str, Any] = {
-        f'{each.metric_name}, {each.dataset_name}': f'{each.metric_value:.2f} %'
-        for each in results
-        if each.metric_name in METRICS.values() and isinstance(each.metric_value, int | float)
-    }
-    for name in _SIZES:
-        if found := training.get(name):
-            figures[name.replace('_', ' ')] = found if name == 'image_size' else f'{found / 1e6:,.1f} M'
-    return _table([*figures], [figures.values()] if figures else [])
-
-
 def _usage(
     hub: str, name: ModelName, weights: bool, scales: Scales | None, training: Mapping[str, Any]
 ) -> Iterator[str]:
     if weights:
         channels = training.get('image_size', [3])[0]
         classify = [_CLASSIFY.format(mode=color_mode(channels))] if channels in (1, 3, 4) else []
-        yield 'Classify an image:' if classify else 'Load the model:'
         create = f'model = timm.create_model({hub}, pretrained=True).eval()'
+        yield 'Use the weights:'
         yield _python('from PIL import Image', '', *_register(name), create, *classify)
     else:
         yield 'Load the scales:'
@@ -164,11 +147,8 @@ def _python(*lines: str) -> str:
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    return _table(('what', 'value'), [(name.replace('_', ' '), value) for name, value in facts.items()])
-
-
-def _table(head: Sequence[str], rows: Sequence[Iterable[Any]]) -> str:
-    return markdown_table([*map(_cell, head)], [[*map(_cell, row)] for row in rows]) if rows else ''
+    rows = [(_cell(name.replace('_', ' ')), _cell(value)) for name, value in facts.items()]
+    return markdown_table(('what', 'value'), rows) if rows else ''
 
 
 def _cell(value: Any) -> str:
@@ -177,5 +157,7 @@ def _cell(value: Any) -> str:
         value = ', '.join(f'{key} {item}' for key, item in value.items())
     elif isinstance(value, list | tuple):
         value = ' x '.join(map(str, value))
+    elif type(value) is int:
+        value = f'{value:,}'
     text = ' '.join(str(value).split()).replace('&', '&amp;').replace('<', '&lt;')
     return text.replace('\\', '\\\\').replace('|', '\\|').replace('[', '\\[')

@@ -1,8 +1,4 @@
-"""Scales that others have published as files: a table of them, and their way into the cache.
-
-The table is `published_scales.csv`. Files are downloaded once from the commit that it names, checked against its
-sha256, and kept where the Hub's client keeps what libraries download, under `HF_HOME`.
-"""
+"""Scales that others have published as files: the table `published_scales.csv`, and their way into the cache."""
 
 import csv
 import hashlib
@@ -30,10 +26,7 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class PublishedScales:
-    """A row of the table: a file at a commit of a repository on GitHub, with its digest, licence and search.
-
-    `name` is `<target model>.published`, and `license` an SPDX identifier in lower case.
-    """
+    """A row of the table: a file at a commit of a repository on GitHub; `name` is `<target model>.published`."""
 
     name: str
     file: str
@@ -51,7 +44,7 @@ class PublishedScales:
 
     @property
     def path(self) -> Path:
-        """Where it is in the cache once it was downloaded."""
+        """Where it is once it was downloaded: where the Hub's client keeps what libraries download."""
         return Path(constants.HF_ASSETS_CACHE, 'repopt_timm', self.repository, self.commit, self.file)
 
     @property
