@@ -13,7 +13,8 @@ _FOREIGN = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError
 
 def scrub(text: str, token: str | None = None) -> str:
     """Replaces user and password in an address by `***`, and `token` and what looks like a token by `hf_***`."""
-    if token:
+    # One that was read from a file may end its line.
+    if token := (token or '').strip():
         text = text.replace(token, 'hf_***')
     return re.sub(r'(?<=://)[^\s/?#]+@', '***@', re.sub(r'\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{20,}', 'hf_***', text))
 

@@ -78,9 +78,6 @@ class HubServer:
         self.http.shutdown()
         self.http.server_close()
 
-    def repo(self, repo_id: str) -> Repo:
-        return self.repos[repo_id]
-
 
 def connect_client(
     monkeypatch: pytest.MonkeyPatch, hub: HubServer, home: Path, token: str | None = None, offline: bool = False

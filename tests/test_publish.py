@@ -61,7 +61,7 @@ def test_what_is_saved_is_what_is_pushed_and_loads_from_both(hub, client, images
     assert set(tree) == TREE and b'scales' not in tree['config.json']
     assert len({file.stat().st_mode for file in (tmp_path / 'local').iterdir()}) == 1
     push_to_hub(model, REPO, metrics=metrics)
-    assert {name: hub.repo(REPO).files()[name] for name in tree} == tree
+    assert {name: hub.repos[REPO].files()[name] for name in tree} == tree
     assert torch.equal(load(tmp_path / 'local')(images), model(images))
     for offline in (False, True):
         client('other', token=None, offline=offline)
@@ -158,19 +158,17 @@ def test_a_network_without_scales_goes_without_and_does_not_name_the_tag_of_othe
     assert 'tag' not in json.loads((tmp_path / 'saved/config.json').read_text())['pretrained_cfg']
 
 
-@pytest.mark.parametrize(('precision', 'part'), [('float16', 0.55), ('int8', 0.35)])
-def test_weights_are_saved_in_fewer_bits_and_restored_on_load(precision, part, tmp_path, images):
-    model = trained()
+def test_weights_are_saved_in_fewer_bits_and_restored_on_load(tmp_path, images):
+    model, packed = trained(), tmp_path / 'packed'
     path = checkpoint_of(model, tmp_path / 'last.pth.tar', dataset='digits')
-    save_pretrained(path, tmp_path / 'packed', scales=model.scales, precision=precision)
+    save_pretrained(path, packed, scales=model.scales, precision='int8')
     size = sum(4 * tensor.numel() for tensor in model.state_dict().values())
-    assert (tmp_path / 'packed/model.safetensors').stat().st_size < part * size
-    torch.testing.assert_close(load(tmp_path / 'packed')(images), model(images), rtol=0.05, atol=0.05)
-    card = card_of(tmp_path / 'packed')
-    assert f'| weights | {precision} |' in card.text
+    assert (packed / 'model.safetensors').stat().st_size < 0.35 * size
+    torch.testing.assert_close(load(packed)(images), model(images), rtol=0.05, atol=0.05)
+    card = card_of(packed)
     # The accuracy of the run is not that of weights in 8 bits.
-    assert ('| top1 before rounding | 91.25 |' in card.text) == (precision == 'int8')
-    assert (card.data.eval_results is None) == (precision == 'int8')
+    assert '| weights | int8 |' in card.text and '| top1 before rounding | 91.25 |' in card.text
+    assert card.data.eval_results is None
 
 
 def test_what_cannot_be_published_is_refused_before_anything_is_made(hub, client, shard, tmp_path):

@@ -26,7 +26,7 @@ def test_branches_and_pull_requests_are_separate(hub, client, scales):
     push_scales(branch, REPO, revision='dev/1')
     client('other', token='hf_bob')
     assert push_scales(pull, REPO, create_pr=True) == f'{hub.endpoint}/{REPO}/discussions/1'
-    expected = {'': scales, '@dev/1': branch, f'@{hub.repo(REPO).resolve("dev/1")}': branch, '@refs/pr/1': pull}
+    expected = {'': scales, '@dev/1': branch, f'@{hub.repos[REPO].resolve("dev/1")}': branch, '@refs/pr/1': pull}
     assert {revision: load_scales(f'hf-hub:{REPO}{revision}') for revision in expected} == expected
     assert load_scales(f'hf-hub:{REPO}').source == f'hf-hub:{REPO}'
 
@@ -47,7 +47,7 @@ def test_whatever_is_missing_is_named_on_one_line_without_a_token(client, scales
         (lambda: download(REPO, 'README.md', 'v9'), 'hf_ann', r'ann/tiny@v9, file README\.md: .*Revision Not Found'),
         (lambda: download(REPO, 'README.md'), 'hf_wrong', r'ann/tiny, file README\.md: .*Invalid credentials'),
         (lambda: push_scales(scales, REPO, token='hf_wrong'), 'hf_wrong', 'ann/tiny'),
-        (lambda: push_scales(scales, REPO, token='odd token'), 'odd token', 'ann/tiny'),
+        (lambda: push_scales(scales, REPO, token='odd token\n'), 'odd token', 'ann/tiny'),
     ):
         client('other', token if token.startswith('hf_') else 'hf_ann')
         with pytest.raises(HubError, match=f'hf-hub:{named}') as caught:
@@ -77,17 +77,17 @@ def test_eight_pushes_and_an_edit_at_once_lose_nothing(hub, client, scales):
             with (folder / 'README.md').open('a') as card:
                 card.write(f'push {number}\n')
             with hub.lock:
-                files = hub.repo(REPO).files()
+                files = hub.repos[REPO].files()
                 if number == 0 and 'notes.txt' not in files:
                     edited = {'README.md': files['README.md'] + b'push of a person\n', 'notes.txt': b'mine'}
-                    hub.repo(REPO).commit('refs/heads/main', {**files, **edited})
+                    hub.repos[REPO].commit('refs/heads/main', {**files, **edited})
 
         return push_folder(REPO, write, 'title')
 
     with ThreadPoolExecutor(8) as pool:
         assert len(set(pool.map(push, range(8)))) == 8
-    assert hub.repo(REPO).files()['notes.txt'] == b'mine'
-    lines = hub.repo(REPO).files()['README.md'].decode().splitlines()
+    assert hub.repos[REPO].files()['notes.txt'] == b'mine'
+    lines = hub.repos[REPO].files()['README.md'].decode().splitlines()
     assert sorted(lines[-9:]) == [*(f'push {number}' for number in range(8)), 'push of a person']
 
 
@@ -102,7 +102,7 @@ def test_scales_of_a_card_that_is_too_large_go_into_a_file_beside_it(hub, client
     save_scales_card(scales, tmp_path / 'small', REPO, scales_file=True)
     hub.readme_limit = (tmp_path / 'small' / 'README.md').stat().st_size + 500
     push_scales(scales, REPO)
-    assert {'README.md', 'scales.safetensors'} < set(hub.repo(REPO).files())
+    assert {'README.md', 'scales.safetensors'} < set(hub.repos[REPO].files())
     client('other')
     found = load_scales(f'hf-hub:{REPO}')
     assert (found, found.provenance) == (scales, {'dataset': 'cifar10'})
