@@ -113,7 +113,7 @@ def _prepare(
     precision: str = 'float32',
     license: str | None = None,
 ) -> Callable[..., None]:
-    """Checks everything, and returns a function that writes the files; see `cards.repository.write_card`."""
+    """Checks everything, and returns a function that writes the files; see `write_card`."""
     license_name = checked_license(license)
     history: list[Mapping[str, Any]] = []
     facts, source = dict(training or {}), ''

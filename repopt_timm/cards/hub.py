@@ -108,7 +108,7 @@ def push_folder(
     create_pr: bool = False,
     token: str | bool | None = None,
 ) -> str:
-    """Uploads what `write` makes in one commit, and returns its address; see `push_to_hub` and `publish.write_card`.
+    """Uploads what `write` makes in one commit, and returns its address; see `push_to_hub` and `write_card`.
 
     If somebody else commits to the branch meanwhile, their card is read and `write` called again: nothing is lost.
     """
