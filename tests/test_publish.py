@@ -77,7 +77,7 @@ def test_a_card_shows_results_and_training_and_leads_with_what_people_choose_by(
     assert (result.dataset_name, result.metric_type, result.metric_value) == ('hfds/ann/digits', 'accuracy', 97.5)
     assert (card.data.library_name, card.data.datasets) == ('timm', ['ann/digits'])
     lead, _, rest = card.text.partition('## Usage')
-    assert '| Top-1 accuracy, hfds/ann/digits | 97.5 |' in lead
+    assert '| Top-1 accuracy, hfds/ann/digits | 97.5 % |' in lead
     assert '| epochs | 3 |' in rest and '| image size | 3 x 224 x 224 |' in rest
     # New scales are beside the same weights.
     save_scales_card(random_scales(), tmp_path)

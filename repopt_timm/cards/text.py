@@ -11,7 +11,7 @@ from ..datasets import color_mode
 from ..names import PREFIX, ModelName
 from ..reporting import markdown_table
 from ..scales import Scales, scales_table
-from .card import SCALES_FILE
+from .card import METRICS, SCALES_FILE
 
 SCALES_PICTURE = 'scales.png'
 CURVES_FILE = 'curves.png'
@@ -57,7 +57,11 @@ def render_body(
     if weights:
         beside = '' if scales is None else f' The scales that belong to them are {place}.'
         timm_link = '[timm](https://github.com/huggingface/pytorch-image-models)'
-        figures = {f'{each.metric_name}, {each.dataset_name}': each.metric_value for each in results}
+        figures = {
+            f'{each.metric_name}, {each.dataset_name}': f'{each.metric_value} %'
+            for each in results
+            if each.metric_name in METRICS.values()
+        }
         sections += [f'Weights of `{model_name}` for {timm_link}.{beside}', _facts(figures)]
         limits.append('* The weights know the classes and the kind of images that they were trained on.')
     else:
