@@ -4,7 +4,7 @@ The method is in `repopt_timm.reparam`, in plain PyTorch.
 """
 
 from .blocks import implied_scales, plain_twin, recalibrate, report_twin
-from .cards.publish import push_scales
+from .cards.repository import push_scales
 from .models import register_twins, to_plain
 from .optim import RepOptAdamW, RepOptSGD, build_repopt_sgd, clip_grad_norm_
 from .publish import push_to_hub, save_pretrained

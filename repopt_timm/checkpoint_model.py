@@ -14,7 +14,7 @@ from .errors import explaining
 from .models import ensure_registered
 from .names import ModelName
 from .reparam import branches_of, kind_of, prepare
-from .scales.files import CHECKPOINT_KEY, searched_scales
+from .scales.scale_files import CHECKPOINT_KEY, searched_scales
 from .sources import ScalesSource
 from .trained_scales import arguments_of, find_scales
 from .weights_origin import restore_origin

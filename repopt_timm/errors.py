@@ -1,23 +1,22 @@
 """Errors that say what a user gave, in one line and without secrets."""
 
-import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 
 from huggingface_hub import get_token
 
-from .tokens import scrub
-
 # What libraries raise over a bad argument or a damaged file.
-_FOREIGN = (
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    json.JSONDecodeError,
-    UnicodeDecodeError,
-)
+_FOREIGN = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, JSONDecodeError, UnicodeDecodeError)
+
+
+def scrub(text: str, token: str | None = None) -> str:
+    """Replaces user and password in an address by `***`, and `token` and what looks like a token by `hf_***`."""
+    # One that was read from a file may end its line.
+    if token := (token or '').strip():
+        text = text.replace(token, 'hf_***')
+    return re.sub(r'(?<=://)[^\s/?#]+@', '***@', re.sub(r'\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{20,}', 'hf_***', text))
 
 
 @contextmanager
@@ -27,6 +26,11 @@ def explaining(what: str) -> Iterator[None]:
         yield
     except _FOREIGN as error:
         raise ValueError(f'{what}: {" ".join(str(error).split()) or type(error).__name__}') from error
+
+
+def reason_of(error: BaseException) -> str:
+    """Returns what an error says, on one line of 300 characters at most, without secrets; its type if it is empty."""
+    return scrub(' '.join(str(error).split()))[:300].rstrip('.') or type(error).__name__
 
 
 def one_line(error: BaseException) -> str:
@@ -44,12 +48,4 @@ def one_line(error: BaseException) -> str:
     line = scrub(' '.join(text.split()))
     if isinstance(error, ValueError | OSError | ImportError) and line:
         return line
-    return (
-        f'{type(error).__name__}: {line or "no message"}. This was not foreseen: run the command with --debug for the '
-        f'traceback.'
-    )
-
-
-def reason_of(error: BaseException) -> str:
-    """Returns what an error says, on one line of 300 characters at most, without secrets; its type if it is empty."""
-    return scrub(' '.join(str(error).split()))[:300].rstrip('.') or type(error).__name__
+    return f'{type(error).__name__}: {line or "no message"}. This was not foreseen: --debug shows the traceback.'

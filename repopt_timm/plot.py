@@ -9,13 +9,6 @@ from torch import Tensor
 
 from .files import replacing
 
-# The scales of kxk and 1x1 may lie on top of each other, as they do before a search.
-_STYLES = {
-    'kxk': {'color': 'tab:blue', 'marker': 's', 'ms': 6, 'lw': 2.5, 'alpha': 0.6},
-    '1x1': {'color': 'tab:red', 'marker': 'o', 'ms': 3, 'lw': 1},
-    'identity': {'color': 'tab:green', 'marker': '^', 'ms': 4, 'lw': 1},
-}
-
 
 def subplots(rows: int, columns: int, figsize: tuple[float, float], layout: Any = None, **options: Any) -> Any:
     """Returns a figure and its axes, as `matplotlib.pyplot.subplots` does, whose state and backend are the user's."""
@@ -38,63 +31,37 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
 
 def plot_scales(
     scales: Mapping[str, Mapping[str, Tensor]],
-    path: str | os.PathLike | None = None,
+    path: str | os.PathLike,
     title: str = '',
     initial: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> Any:
-    """Draws mean and range over the channels of each branch's scale against depth.
-
-    Args:
-        scales: `Scales`, or module name to branch name to vector, in the order of the network.
-        path: Picture to write, in the format that its suffix names. Defaults to none.
-        title: Text above the picture.
-        initial: The values that the search started from, to draw beside them.
-
-    Returns:
-        The figure, a `matplotlib.figure.Figure`.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
+    """Draws mean and range over the channels of each branch's scale against depth, and returns the figure."""
     figure, axes = subplots(1, 1, (9, 4))
-    for branch in sorted({branch for vectors in scales.values() for branch in vectors}, reverse=True):
+    branches = sorted({branch for vectors in scales.values() for branch in vectors}, reverse=True)
+    for branch in branches:
         found = {depth: vectors[branch] for depth, vectors in enumerate(scales.values()) if branch in vectors}
         means, lowest, highest = (
             [measure(vector).item() for vector in found.values()] for measure in (Tensor.mean, Tensor.min, Tensor.max)
         )
-        style = _STYLES.get(branch, {'marker': 'o', 'ms': 3})
-        color = axes.plot([*found], means, label=branch, **style)[0].get_color()
+        # Branches may lie on top of each other, as they do before a search.
+        width = 2.5 if branch == branches[0] else 1
+        color = axes.plot([*found], means, 'o-', label=branch, lw=width, ms=2 * width)[0].get_color()
         axes.vlines([*found], lowest, highest, color=color, alpha=0.4)
         starts = enumerate((initial or {}).get(module, {}) for module in scales)
         began = {depth: vectors[branch].mean().item() for depth, vectors in starts if branch in vectors}
         # Of scales that were not searched they would be the same points again.
         if began and [*began.values()] != means:
-            axes.plot([*began], [*began.values()], '_', color=color, ms=9, mew=1.5, label=f'{branch}, initial')
-    stages = [depth for depth, module in enumerate(scales) if module.endswith('.0.conv')]
-    for stage, depth in enumerate(stages, start=1):
-        axes.axvline(depth - 0.5, color='0.85', lw=1, zorder=0)
-        axes.text(depth - 0.4, 1.01, f'stage {stage}', transform=axes.get_xaxis_transform(), fontsize=8, color='0.4')
-    axes.axhline(0, color='0.7', lw=0.8, zorder=0)
-    axes.set(xlabel='convolution, from the stem on', ylabel='scale: mean, and range over channels')
-    axes.set_title(title, loc='left', pad=16)
-    axes.legend(frameon=False, loc='center left', bbox_to_anchor=(1, 0.5))
-    if path is not None:
-        save_figure(figure, path)
+            axes.plot([*began], [*began.values()], '_', color=color, ms=9, label=f'{branch}, initial')
+    axes.set(title=title, xlabel='convolution, from the stem on', ylabel='scale: mean, and range over channels')
+    axes.legend(frameon=False)
+    save_figure(figure, path)
     return figure
 
 
-def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: str | os.PathLike | None = None) -> Any:
-    """Draws training loss and top-1 accuracy of runs against epochs.
+def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: str | os.PathLike) -> Any:
+    """Draws training loss and top-1 accuracy of runs against epochs, and returns the figure.
 
-    Args:
-        histories: Name of a run to its rows, each with `epoch`, `train_loss` and, if evaluated, `eval_top1` in percent.
-        path: Picture to write, in the format that its suffix names. Defaults to none.
-
-    Returns:
-        The figure, a `matplotlib.figure.Figure`.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
+    A run's rows have `epoch`, `train_loss` and, if it was evaluated, `eval_top1` in percent.
     """
     figure, (left, right) = subplots(1, 2, (10, 3.8))
     for name, rows in histories.items():
@@ -106,6 +73,5 @@ def plot_curves(histories: Mapping[str, Sequence[Mapping[str, float]]], path: st
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.legend(frameon=False)
-    if path is not None:
-        save_figure(figure, path)
+    save_figure(figure, path)
     return figure

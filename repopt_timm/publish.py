@@ -2,24 +2,23 @@
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
-from torch import Tensor, nn
+from torch import nn
 
-from .cards.card import encode_scales, eval_results
+from .cards.card import METRICS, checked_license, encode_scales, eval_results
 from .cards.hub import push_folder
-from .cards.licence import checked_license
-from .cards.publish import CONFIG_FILE, check_folder, draw, save_folder, write_card
+from .cards.repository import CONFIG_FILE, check_folder, draw, save_folder, write_card
 from .cards.text import CURVES_FILE, WEIGHTS_FILE
 from .checkpoint_model import model_of
 from .checkpoints.packing import pack
 from .checkpoints.read import check_weights, read_checkpoint
 from .errors import explaining
-from .files import naming_write_errors
 from .model_size import size_of
 from .models import RepOptVgg
 from .models.records import stated_arguments
@@ -44,10 +43,8 @@ def save_pretrained(
 ) -> None:
     """Writes a model as a repository in timm's format, whose card holds the scales.
 
-    The files are `config.json`, `model.safetensors`, `README.md`, `scales.png` and, of a checkpoint, `curves.png`; each
-    appears whole or not at all. `timm.create_model('local-dir:<directory>', pretrained=True)` loads them. With the same
-    `repo_id` they are what `push_to_hub` uploads. A card that is there already keeps its other metadata, and the text
-    outside the marks.
+    `timm.create_model('local-dir:<directory>', pretrained=True)` loads it. Each file appears whole or not at all. An
+    existing card keeps its other metadata, and the text outside the marks.
 
     Args:
         model: A whole timm model, compiled or wrapped for parallel training or not, or a checkpoint of a run.
@@ -65,8 +62,8 @@ def save_pretrained(
     Raises:
         FileNotFoundError: If there is no such checkpoint or source of scales.
         ValueError: If the checkpoint does not name its model, the model is made of features only, the scales are
-            missing or another model's, a weight is sharded, it or a result would not work or is not finite, or the
-            licence is not an identifier.
+            missing or another model's, a weight is sharded, a weight or result is not finite, or the licence is not an
+            identifier.
     """
     check_folder(directory, *(() if isinstance(model, nn.Module) else (model,)))
     write = _prepare(model, scales, metrics, training, precision, license)
@@ -103,9 +100,6 @@ def push_to_hub(
     Raises:
         HubError: If the repository cannot be written to.
         FileNotFoundError: See `save_pretrained`, as for ValueError.
-
-    Example:
-        >>> push_to_hub(model, 'user/a0', metrics={'dataset': 'cifar10', 'top1': 93.1})  # doctest: +SKIP
     """
     write = _prepare(model, **contents)
     return push_folder(repo_id, write, commit_message, scales_file, private, revision, create_pr, token)
@@ -119,7 +113,7 @@ def _prepare(
     precision: str = 'float32',
     license: str | None = None,
 ) -> Callable[..., None]:
-    """Checks everything, and returns a function that writes the files; see `cards.publish.write_card`."""
+    """Checks everything, and returns a function that writes the files; see `write_card`."""
     license_name = checked_license(license)
     history: list[Mapping[str, Any]] = []
     facts, source = dict(training or {}), ''
@@ -131,8 +125,8 @@ def _prepare(
             model = model_of(checkpoint, source, scales)
             facts = _training_of(checkpoint) if training is None else facts
             history = checkpoint.get('history') or []
-            last = {key: history[-1].get(f'eval_{key}') for key in ('top1', 'top5')} if history else {}
-            measured = {key: round(value, 3) for key, value in last.items() if value is not None}
+            last = history[-1] if history else {}
+            measured = {key: round(last[f'eval_{key}'], 3) for key in METRICS if last.get(f'eval_{key}') is not None}
         if precision == 'int8':
             # Those of the rounded weights are others.
             facts |= {f'{key}_before_rounding': value for key, value in measured.items()}
@@ -143,14 +137,22 @@ def _prepare(
         raise ValueError(f'{type(model).__name__} is not a whole model that timm.create_model made.')
     if precision == 'int8' and not isinstance(model, RepOptVgg):
         raise ValueError(f"{name} cannot load 8-bit weights, RepOpt-VGG alone restores them: use 'float16'.")
-    packed = pack(_weights_of(model, source or name), precision)
+    weights = {uncompiled_name(key): tensor.detach() for key, tensor in model.state_dict().items()}
+    if sharded := [key for key, tensor in weights.items() if is_sharded(tensor)]:
+        raise ValueError(
+            f"{source or name}: '{sharded[0]}' is sharded: no process has all of it. Gather with get_model_state_dict "
+            f'of torch.distributed.checkpoint.state_dict and full_state_dict=True, and publish an unsharded model.'
+        )
+    check_weights(weights, source or name)
+    # safetensors refuses tensors that share memory, as tied ones do.
+    packed = pack({key: each.clone(memory_format=torch.contiguous_format) for key, each in weights.items()}, precision)
     found = Scales.from_model(model) if kind_of(model) != 'target' or carried_scales(model) else None
     if scales is not None:
         given = load_scales(scales, model)
-        if found is not None and found != given:
+        if found not in (None, given):
             raise ValueError(
-                f'The model has the scales {found.fingerprint}, but those given are {given.fingerprint}. Publish it '
-                f'with the scales that it was trained with; without scales=... it takes its own.'
+                f'The model was trained with other scales than {given.title}: {found}. Without scales=... it is '
+                f'published with its own.'
             )
         found = given
     if original := merged_from(model):
@@ -164,51 +166,30 @@ def _prepare(
     if found is not None:
         # What no card can hold is an error before anything is written or uploaded.
         encode_scales(found, facts)
-    results = eval_results(metrics) if metrics else []
+    card = partial(
+        write_card,
+        model_name=name,
+        scales=found,
+        license_name=license_name,
+        training=facts,
+        results=eval_results(metrics) if metrics else [],
+        weights_license=origin_of(model).get('license', ''),
+    )
 
-    def write(
-        folder: Path, repo_id: str, published: frozenset[str], scales_file: bool, target: str | os.PathLike = ''
-    ) -> None:
-        with naming_write_errors(Path(target) / WEIGHTS_FILE):
-            save_file(packed, folder / WEIGHTS_FILE, {'format': 'pt'})
+    def write(folder: Path, *options: Any) -> None:
+        save_file(packed, folder / WEIGHTS_FILE, {'format': 'pt'})
         config_file: Any = folder / CONFIG_FILE  # timm before 1.0.31 opens it as a path
         save_config_for_hf(model, config_file, model_args=stated_arguments(model))
         if rows := [row for row in history if 'train_loss' in row]:
             draw(plot_curves, {name: rows}, folder / CURVES_FILE)
-        write_card(
-            folder,
-            repo_id,
-            # A picture that is there already is of other weights' training.
-            published - {CURVES_FILE},
-            scales_file,
-            target,
-            model_name=name,
-            scales=found,
-            license_name=license_name,
-            training=facts,
-            results=results,
-            weights_license=origin_of(model).get('license', ''),
-        )
+        card(folder, *options)
 
     return write
 
 
-def _weights_of(model: nn.Module, source: str) -> dict[str, Tensor]:
-    """Returns a model's tensors as files hold them: under its own names, contiguous, each with its own memory."""
-    weights = {uncompiled_name(key): tensor.detach() for key, tensor in model.state_dict().items()}
-    if sharded := [name for name, tensor in weights.items() if is_sharded(tensor)]:
-        raise ValueError(
-            f"{source}: '{sharded[0]}' is sharded: no process has all of it. Gather with get_model_state_dict of "
-            f'torch.distributed.checkpoint.state_dict and full_state_dict=True, and publish an unsharded model.'
-        )
-    check_weights(weights, source)
-    # safetensors refuses tensors that share memory, as tied ones do.
-    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()}
-
-
 def _training_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     args = arguments_of(checkpoint)
-    # A name, not a path of the machine that it was trained on.
+    # Not a path of the machine that it was trained on.
     data = args.get('dataset') or Path(args.get('data_dir') or args.get('data') or '').name
     stated = ('epochs', 'opt', 'lr', 'weight_decay', 'clip_grad', 'smoothing', 'mixup', 'cutmix')
     known = {key: args[key] for key in stated if isinstance(args.get(key), int | float | str) and args[key]}

@@ -44,11 +44,6 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], align: bo
     return '\n'.join(f'| {" | ".join(map(str.ljust, line, widths))} |' for line in lines)
 
 
-def amount(number: int, noun: str) -> str:
-    """Returns a number and what it counts, such as `1 layer` or `2 layers`."""
-    return f'{number} {noun}{"" if number == 1 else "s"}'
-
-
 def cpu_name() -> tuple[str, bool]:
     """Returns the name of the CPU, and whether it has VNNI instructions."""
     try:

@@ -15,7 +15,6 @@ from .cards.hub import HUB_PREFIX, HubFileNotFoundError, cached_files, download,
 from .errors import explaining
 from .names import ModelName
 from .reparam import network_name, scales_for
-from .resources import shipped_repositories
 from .scales import Scales, read_scale_file
 from .scales.published import PUBLISHED, find_published, published_table, read_published
 
@@ -49,20 +48,18 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
         OSError: If published scales cannot be downloaded.
         ValueError: If the source holds no scales, or they do not belong to the model.
     """
+    if isinstance(source, Mapping):
+        if model is not None:
+            return scales_for(model, source)
+        # It lacks the counts of equal branches.
+        return source if isinstance(source, Scales) else Scales('', source)
     network = None if model is None else network_name(model)
-    if isinstance(source, Scales):
-        scales: Scales | None = source
-    elif isinstance(source, Mapping):
-        # Without a model it lacks the counts of equal branches.
-        return scales_for(model, source) if model is not None else Scales('', source)
-    elif model is None and source in (*UNSEARCHED, PUBLISHED):
-        raise ValueError(
-            f"scales='{source}' needs a model: load_scales('{source}', model), --architecture MODEL, or one of the "
-            f'names {", ".join(published_table())}.'
-        )
-    elif model is not None and source in UNSEARCHED:
+    if network is None and source in (*UNSEARCHED, PUBLISHED):
+        raise ValueError(f"scales='{source}' needs a model: load_scales('{source}', model), or --architecture MODEL.")
+    if model is not None and source in UNSEARCHED:
         return Scales.initial(model, start=UNSEARCHED[str(source)])
-    elif source == PUBLISHED or source in published_table():
+    scales: Scales | None
+    if source == PUBLISHED or source in published_table():
         scales = read_published(network if network and source == PUBLISHED else str(source))
     elif source == IMPLIED:
         raise ValueError(
@@ -72,10 +69,8 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
     elif isinstance(source, str) and source.startswith(HUB_PREFIX):
         scales = read_card_scales(*_hub_card(source, token))
     else:
-        path = Path(source)
-        if not path.exists():
-            path = shipped_repositories().get(str(source), path)
-        if not path.exists():
+        path = Path(source) if Path(source).exists() else shipped_repositories().get(str(source))
+        if path is None:
             raise FileNotFoundError(
                 f"'{source}' is not a file, a folder, a Hub repository ({HUB_PREFIX}user/repo) or a known name. "
                 f'`repopt-timm scales list` shows the known names.'
@@ -99,22 +94,33 @@ def default_scales(model_name: str) -> Scales:
         fits = shipped == model_name or (not name.tag and ModelName.parse(shipped).architecture == name.architecture)
         if fits and (scales := read_card_scales(folder / CARD_FILE, shipped)):
             return scales
-    further = ''
+    known = ['FILE', *UNSEARCHED]
     if is_model_pretrained('.'.join(filter(None, (name.of_kind('branches'), name.tag)))):
-        further += f'go on with those that the branches of its weights imply: --scales {IMPLIED}, '
+        known.append(f'{IMPLIED} (by the branches of its weights)')
     if find_published(name.architecture):
-        further += f"download those of the method's authors with --scales {PUBLISHED}, "
+        known.append(PUBLISHED)
     raise ValueError(
         f'{model_name} has no scales, and none ship for it. Search some with --model {name.of_kind("hs")} (or '
-        f'--search-first), {further}import some with --scales FILE, or start with the unsearched values: --scales '
-        f'initial, or identity.'
+        f'--search-first), or name some: --scales {" or --scales ".join(known)}.'
     )
+
+
+def resource_dir(name: str) -> Path:
+    """Returns `configs` or `pretrained`: inside the package in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return package / name if (package / name).is_dir() else package.parent / name
+
+
+def shipped_repositories() -> dict[str, Path]:
+    """Returns the folders `pretrained/<model>.<tag>`, each one the content of a Hub repository, by name."""
+    folders = sorted(resource_dir('pretrained').glob('*.*/'))
+    return {folder.name: folder for folder in folders if (folder / CARD_FILE).is_file()}
 
 
 def known_scales() -> list[dict[str, Any]]:
     """Lists the scales that ship, that are published, and that the Hub's cache holds.
 
-    In a row, `name` is what `load_scales` takes; `dataset` and `license` are None if they are not known.
+    `name` is what `load_scales` takes; `dataset` and `license` are None if they are not known.
     """
     cards = [(name, folder / CARD_FILE, 'ships') for name, folder in shipped_repositories().items()]
     cards += [(str(source), card, 'cached') for source, card in cached_files(CARD_FILE)]

@@ -1,10 +1,7 @@
 """A small Hugging Face Hub on loopback, real enough for the stock `huggingface_hub` client; model repositories only.
 
-The Hub is followed where the client can see it: a private repository (and a missing one) is 401 for an anonymous
-request and 404 for somebody else's token, an unknown token is 401 everywhere, a commit on another parent than the
-branch is 412. No file is large: all travel inside of their commit.
-
-The client reads its settings when it is imported, so `connect_client` imports its constants once more.
+Answers are the Hub's: a private or missing repository is 401 for an anonymous request and 404 for somebody else's
+token, an unknown token is 401, a commit on another parent than the branch is 412. All files travel inside of commits.
 """
 
 import base64
@@ -59,19 +56,9 @@ class Repo:
     def files(self, revision: str = 'main') -> dict[str, bytes]:
         return self.commits[self.resolve(revision)]
 
-    def read(self, path: str) -> bytes:
-        return self.files()[path]
-
 
 class HubServer:
-    """The server; a context manager.
-
-    Attributes:
-        users: Token to name.
-        repos: Name to repository.
-        readme_limit: Largest README.md in bytes that a commit may hold; beyond it the answer is 413.
-        requests: Paths of all requests.
-    """
+    """The server; a context manager. A card of more than `readme_limit` bytes is answered by 413."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -91,16 +78,13 @@ class HubServer:
         self.http.shutdown()
         self.http.server_close()
 
-    def repo(self, repo_id: str) -> Repo:
-        return self.repos[repo_id]
-
 
 def connect_client(
     monkeypatch: pytest.MonkeyPatch, hub: HubServer, home: Path, token: str | None = None, offline: bool = False
 ) -> None:
     """Points the `huggingface_hub` of this process at a server until the test ends; again for another user or mode.
 
-    Every constant that comes out differently under the new environment is put into all modules that hold it.
+    The client reads its settings when it is imported: those that change are put into all modules that hold them.
     """
     environment = {
         'HF_ENDPOINT': hub.endpoint,
@@ -183,7 +167,6 @@ class _Handler(BaseHTTPRequestHandler):
         """Returns the repository in the request's path, if the user may have it."""
         repo = self.hub.repos.get(self.args['id'])
         own = self.args['id'].split('/')[0] == self.user
-        # The client takes a 401 of a repository's API for a missing repository, but without this code over https only.
         if repo is None or (repo.private and not own) or (write and self.user is None):
             raise ApiError(404 if self.user else 401, 'Repository not found', 'RepoNotFound')
         if write and not own:
@@ -234,10 +217,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply({'success': True, 'commitOid': sha, 'commitUrl': f'{url}/commit/{sha}', 'hookOutput': '', **pull})
 
     def create_branch(self) -> None:
-        repo, ref = self.repo(write=True), 'refs/heads/' + self.args['rev']
-        if ref in repo.refs:
-            raise ApiError(409, f'Reference already exists: {ref}')
-        repo.refs[ref] = repo.resolve()
+        repo = self.repo(write=True)
+        repo.refs['refs/heads/' + self.args['rev']] = repo.resolve()
         self.reply({})
 
     def download(self) -> None:

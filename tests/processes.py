@@ -1,13 +1,19 @@
-"""Runs functions in processes that form a group, on this machine."""
+"""Processes of tests, forked from a server that has imported torch once, and has not trained.
+
+A process that has trained cannot be forked: autograd refuses to work in the fork.
+"""
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+SERVER = mp.get_context('forkserver')
+SERVER.set_forkserver_preload(['repopt_timm.train.command'])
+
 
 def in_processes(count, function, tmp_path, *args):
     """Runs a function of rank and arguments in processes that form a group, and returns what it returned on each."""
-    mp.start_processes(_run, (count, tmp_path, function, args), nprocs=count, start_method='fork')
+    mp.start_processes(_run, (count, tmp_path, function, args), nprocs=count, start_method='forkserver')
     return [torch.load(tmp_path / str(rank)) for rank in range(count)]
 
 

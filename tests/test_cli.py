@@ -89,7 +89,7 @@ def test_what_the_output_cannot_encode_is_escaped(monkeypatch):
     output = io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(output, 'cp1252'))
     row = {'name': '\u732b/a0', 'network': 'a0', 'dataset': None, 'license': None, 'where': 'cached'}
-    monkeypatch.setattr('repopt_timm.scale_commands.known_scales', lambda: [row])
+    monkeypatch.setattr('repopt_timm.publish_commands.known_scales', lambda: [row])
     assert main(['scales', 'list']) == 0
     assert rb'\u732b/a0' in output.getvalue()
 
@@ -142,5 +142,5 @@ def test_the_help_of_all_commands_waits_for_none_of_them():
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split('\n'))
     rooms = {name.split('.')[1] for name in loaded if name.startswith('repopt_timm.')}
-    assert not rooms & {'deploy', 'train', 'trial', 'scale_commands', 'publish_commands'}
+    assert not rooms & {'deploy', 'train', 'trial', 'publish_commands'}
     assert not loaded & {'onnx', 'matplotlib', 'datasets', 'sklearn', 'pandas', 'scipy.stats'}

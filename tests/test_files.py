@@ -48,10 +48,7 @@ def test_a_full_disk_is_named_with_the_file(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
-        for write in (
-            lambda path: path.write_bytes(bytes(1000)),
-            lambda path: save_file({'a': torch.ones(1000)}, path),
-        ):
+        for write in (lambda to: to.write_bytes(bytes(1000)), lambda to: save_file({'a': torch.ones(1000)}, to)):
             with pytest.raises(OSError, match=r"file\.txt'.*File too large"), replacing(tmp_path / 'file.txt') as path:
                 write(path)
     finally:

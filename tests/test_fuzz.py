@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from repopt_timm import load_scales
-from repopt_timm.cards.publish import save_scales_card
+from repopt_timm.cards.repository import save_scales_card
 from repopt_timm.checkpoints.read import read_checkpoint
 from repopt_timm.optim import build_repopt_sgd
 from repopt_timm.train.parsing import ARGUMENTS, read_config

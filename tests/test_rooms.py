@@ -11,7 +11,7 @@ ROOMS = [
     ['models'],
     ['train', 'deploy', 'bench', 'doctor'],
     ['trial'],
-    ['publish', 'publish_commands', 'scale_commands', 'cli'],
+    ['publish', 'publish_commands', 'cli'],
 ]
 LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 

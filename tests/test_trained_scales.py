@@ -3,7 +3,7 @@ import argparse
 import pytest
 import torch
 
-from repopt_timm.cards.publish import save_scales_card
+from repopt_timm.cards.repository import save_scales_card
 from repopt_timm.checkpoint_model import model_from_checkpoint
 from repopt_timm.optim import build_repopt_sgd
 

@@ -26,16 +26,25 @@ import yaml
 from huggingface_hub import EvalResult
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from ..errors import reason_of
+from ..errors import reason_of, scrub
 from ..scales import Scales
-from ..tokens import scrub
 from ..weights_origin import license_identifier
-from .licence import stated_license
 
 CARD_FILE = 'README.md'
 SCALES_FILE = 'scales.safetensors'
 METADATA_KEY = 'repopt'
 METRICS = {'top1': 'Top-1 accuracy', 'top5': 'Top-5 accuracy'}
+
+# hf.co/docs/hub/repositories-licenses; any other is `other`, with a name.
+HUB_LICENSES = """
+afl-3.0 agpl-3.0 apache-2.0 apple-amlr apple-ascl artistic-2.0 bigcode-openrail-m bigscience-bloom-rail-1.0
+bigscience-openrail-m bsd bsd-2-clause bsd-3-clause bsd-3-clause-clear bsl-1.0 c-uda cc cc-by-2.0 cc-by-2.5 cc-by-3.0
+cc-by-4.0 cc-by-nc-2.0 cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
+cc-by-nc-sa-4.0 cc-by-nd-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc0-1.0 cdla-permissive-1.0 cdla-permissive-2.0
+cdla-sharing-1.0 creativeml-openrail-m deepfloyd-if-license ecl-2.0 epl-1.0 epl-2.0 etalab-2.0 eupl-1.1 gemma gfdl gpl
+gpl-2.0 gpl-3.0 isc lgpl lgpl-2.1 lgpl-3.0 lgpl-lr llama2 lppl-1.3c mit mpl-2.0 ms-pl ncsa odbl odc-by ofl-1.1
+openrail openrail++ osl-3.0 other pddl postgresql unknown unlicense wtfpl zlib
+"""
 
 _FORMAT = 1
 # An order of magnitude above the largest network's: files of a repository may come from anyone.
@@ -75,6 +84,21 @@ def read_metadata(path: str | os.PathLike, source: str) -> dict[str, Any]:
     if found != _FORMAT:
         raise ValueError(f"{source}: its '{METADATA_KEY}' is in format {found!r:.20}: upgrade repopt-timm.")
     return metadata
+
+
+def stated_license(metadata: Mapping[str, Any]) -> str:
+    """Returns the licence that the metadata of a card state, by its own name; empty if they state none."""
+    stated = metadata.get('license') or ''
+    if stated == 'other':
+        stated = metadata.get('license_name') or stated
+    return ', '.join(map(str, stated)) if isinstance(stated, list) else str(stated)
+
+
+def checked_license(name: str | None) -> str:
+    """Returns the identifier of a licence that somebody gives, in lower case; empty for none."""
+    if name and not license_identifier(name):
+        raise ValueError(f"The licence is {name!r:.80}, expected an identifier such as 'apache-2.0' or 'my-license'.")
+    return license_identifier(name)
 
 
 def decode_scales(entry: Any, source: str, fetch: Callable[[str], Path]) -> Scales:

@@ -1,7 +1,6 @@
 """Repositories on the Hugging Face Hub: files down, folders up."""
 
 import logging
-import os
 import random
 import re
 import time
@@ -9,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from huggingface_hub import _CACHED_NO_EXIST, HfApi, constants, hf_hub_download, scan_cache_dir, try_to_load_from_cache
 from huggingface_hub.errors import (
@@ -22,16 +21,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import get_token
 
-from ..tokens import scrub
+from ..errors import scrub
 from .card import CARD_FILE, SCALES_FILE
 
 HUB_PREFIX = 'hf-hub:'
 
-# Of several pushes that meet, one gets through each time; the others read what it wrote, and try again.
 _ATTEMPTS = 12
-_LONGEST_WAIT = 8.0
-_MOVED = (409, 412)
-_TOO_LARGE = 413
 
 
 def _scrub_record(record: logging.LogRecord) -> bool:
@@ -53,7 +48,7 @@ class HubFileNotFoundError(HubError):
 
 
 class HubSource(NamedTuple):
-    """A repository on the Hub, at a branch, tag or commit; at its main branch without one."""
+    """A repository on the Hub, at its main branch unless a branch, tag or commit is named."""
 
     repo_id: str
     revision: str | None = None
@@ -75,27 +70,26 @@ def download(
     repo_id: str,
     file: str,
     revision: str | None = None,
-    cache_dir: str | os.PathLike | None = None,
+    cache_dir: Any = None,
     token: str | bool | None = None,
 ) -> Path:
     """Downloads a file of a model repository into the cache, unless it is there already, and returns its path."""
-    cache = None if cache_dir is None else os.fspath(cache_dir)
     with _explained(f'{HubSource(repo_id, revision)}, file {file}', token):
         # The client knows that the file is missing, but reports it as unknown while it is offline.
-        if constants.HF_HUB_OFFLINE and try_to_load_from_cache(repo_id, file, cache, revision) is _CACHED_NO_EXIST:
+        if constants.HF_HUB_OFFLINE and try_to_load_from_cache(repo_id, file, cache_dir, revision) is _CACHED_NO_EXIST:
             raise EntryNotFoundError('The repository has no such file.')
-        return Path(hf_hub_download(repo_id, file, revision=revision, cache_dir=cache, token=token))
+        return Path(hf_hub_download(repo_id, file, revision=revision, cache_dir=cache_dir, token=token))
 
 
 def cached_files(file: str) -> list[tuple[HubSource, Path]]:
-    """Returns where a file is in the cache: a source and a path for each revision of a model repository that has it."""
+    """Returns the sources and paths under which model repositories have a file in the cache."""
     try:
-        repos = scan_cache_dir().repos
+        repos = sorted(scan_cache_dir().repos, key=lambda each: each.repo_id)
     except CacheNotFound:
         return []
     return [
         (HubSource(repo.repo_id, None if name == 'main' else name), each.file_path)
-        for repo in sorted(repos, key=lambda each: each.repo_id)
+        for repo in repos
         if repo.repo_type == 'model'
         for revision in repo.revisions
         for name in sorted(revision.refs) or [revision.commit_hash]
@@ -114,7 +108,7 @@ def push_folder(
     create_pr: bool = False,
     token: str | bool | None = None,
 ) -> str:
-    """Uploads what `write` makes in one commit, and returns its address; see `push_to_hub` and `publish.write_card`.
+    """Uploads what `write` makes in one commit, and returns its address; see `push_to_hub` and `write_card`.
 
     If somebody else commits to the branch meanwhile, their card is read and `write` called again: nothing is lost.
     """
@@ -123,6 +117,7 @@ def push_folder(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith('refs/'):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
+        # Of several pushes that meet, one gets through each time; the others read what it wrote, and try again.
         attempt = 0
         while True:
             attempt += 1
@@ -145,12 +140,13 @@ def push_folder(
                 return commit.pr_url or commit.commit_url
             except HfHubHTTPError as error:
                 status = error.response.status_code
-                if status == _TOO_LARGE and not scales_file:
+                if status == 413 and not scales_file:
+                    # The card is too large.
                     scales_file = True
-                elif status not in _MOVED or attempt == _ATTEMPTS:
+                elif status not in (409, 412) or attempt == _ATTEMPTS:
                     raise
                 else:
-                    time.sleep(random.uniform(0, min(_LONGEST_WAIT, 0.25 * 2**attempt)))
+                    time.sleep(random.uniform(0, min(8, 0.25 * 2**attempt)))
 
 
 @contextmanager

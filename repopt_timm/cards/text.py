@@ -1,6 +1,6 @@
 """The text of a model card that people read."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -19,21 +19,16 @@ WEIGHTS_FILE = 'model.safetensors'
 
 _PAPER = '[RepOptimizers](https://arxiv.org/abs/2205.15242)'
 
-# Models with branches, by kind.
-_ROLES = {
-    'hs': f', the multi-branch network with trainable scales that a hyper-search of {_PAPER} trains',
-    'csla': f', the multi-branch CSLA network with constant scales of {_PAPER}, which validates the training of a '
-    'plain one',
-}
-
-_IMPORTS = 'import repopt_timm, timm'
-
 _CLASSIFY = """transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
 image = transform(Image.open('image.jpg').convert('{mode}'))
 probabilities = model(image[None]).softmax(-1)[0]
 names = model.pretrained_cfg.get('label_names') or range(model.num_classes)
 for probability, index in zip(*probabilities.topk(min(5, model.num_classes))):
     print(f'{{names[index]}}: {{probability:.1%}}')"""
+
+_OPTIMIZER = """optimizer = timm.optim.create_optimizer_v2(
+    model, '{}', lr={}, momentum=0.9, weight_decay=4e-5
+)"""
 
 _CITATION = """```bibtex
 @inproceedings{ding2023reparameterizing,
@@ -45,66 +40,59 @@ _CITATION = """```bibtex
 }
 ```"""
 
-_OPTIMIZER = """optimizer = timm.optim.create_optimizer_v2(
-    model, '{}', lr={}, momentum=0.9, weight_decay=4e-5
-)"""
-
-# Facts about weights that stand at the top of a card.
-_SIZES = ('image_size', 'parameters', 'multiply_adds')
-
 
 def render_body(
     repo_id: str,
     model_name: str,
     files: Collection[str],
     scales: Scales | None,
-    training: Mapping[str, Any] | None,
+    training: Mapping[str, Any],
     license_name: str,
     results: Sequence[EvalResult],
 ) -> str:
-    """Renders what a card says about a repository of these `files`, in Markdown; see `publish.write_card`."""
-    weights, training = WEIGHTS_FILE in files, training or {}
-    sections = [f'# {repo_id.split("/")[-1]}', _summary(model_name, files, scales)]
-    sections.append(_figures(results, training) if weights else '')
-    owner = ' Replace `USER` by the owner of the repository.' if repo_id.startswith('USER/') else ''
+    """Renders what a card says about a repository of these `files`, in Markdown; see `write_card`."""
+    weights, limits = WEIGHTS_FILE in files, []
+    place = f'in `{SCALES_FILE}`' if SCALES_FILE in files else 'in the metadata of this card'
+    sections = [f'# {repo_id.split("/")[-1]}']
+    if weights:
+        beside = '' if scales is None else f' The scales that belong to them are {place}.'
+        timm_link = '[timm](https://github.com/huggingface/pytorch-image-models)'
+        figures = {
+            f'{each.metric_name}, {each.dataset_name}': f'{each.metric_value} %'
+            for each in results
+            if each.metric_name in METRICS.values()
+        }
+        sections += [f'Weights of `{model_name}` for {timm_link}.{beside}', _facts(figures)]
+        limits.append('* The weights know the classes and the kind of images that they were trained on.')
+    else:
+        sections.append(
+            f'Scales of `{model_name}` for {_PAPER}: the constants by which a RepOptimizer initializes and trains the '
+            f'plain model, on any data. They are {place}; there are no weights in this repository.'
+        )
     sections += [
         '## Usage',
-        f'`pip install repopt-timm`; `import repopt_timm` makes its models and optimizers known to timm.{owner}',
+        '`pip install repopt-timm`; `import repopt_timm` makes its models and optimizers known to timm.',
         *_usage(f"'hf-hub:{repo_id}'", ModelName.parse(model_name), weights, scales, training),
     ]
     if scales is not None:
         sections += ['## How the scales were searched', _facts(scales.provenance) or 'Not recorded.']
-    if facts := _facts({key: value for key, value in training.items() if key not in _SIZES}):
-        sections += ['## How the weights were trained', facts]
+        limits.append(f'* The scales belong to `{scales.architecture}` with these channels and strides.')
+    if training:
+        sections += ['## How the weights were trained', _facts(training)]
     if CURVES_FILE in files:
         sections.append(f'![Training loss and accuracy against epochs]({CURVES_FILE})')
     if scales is not None:
-        strided = [_cell(name) for name, each in scales.geometry.items() if max(each.stride) > 1]
-        searched = f' Searched with strides at {", ".join(strided)}.' if strided else ''
-        rows = [
-            (row['stage'], row['branch'], *(f'{row[name]:.4f}' for name in ('mean', 'min', 'max')))
-            for row in scales_table(scales)
-        ]
+        table = scales_table(scales)
+        rows = [[f'{cell:.4f}' if isinstance(cell, float) else _cell(cell) for cell in row.values()] for row in table]
         sections += [
             '## Scales',
-            f'One value per branch and channel of {len(scales)} convolutions.{searched} Start of the operators: '
-            f'{scales.start}. Fingerprint `{scales.fingerprint}`.',
-            _table(('stage', 'branch', 'mean', 'min', 'max'), rows),
+            f'One value per branch and channel of {len(scales)} convolutions. Start of the operators: {scales.start}. '
+            f'Fingerprint `{scales.fingerprint}`.',
+            markdown_table(('stage', 'branch', 'mean', 'min', 'max'), rows),
         ]
         if SCALES_PICTURE in files:
             sections.append(f'![Scales against depth: mean, and range over channels]({SCALES_PICTURE})')
-    sections.append('## Limits')
-    if scales is not None:
-        sections.append(
-            f'* The scales belong to `{scales.architecture}` with these channels and strides, and to no other network. '
-            f'They are meant to be carried from one data set to another; compare with `--scales initial`, the '
-            f'unsearched values, to see how well that works for yours.'
-        )
-    if weights:
-        sections.append(
-            '* The weights know the classes and the kind of images that they were trained on, and share the biases of '
-            'these. Measure on your own data before you rely on them.'
-        )
+    sections += ['## Limits', '\n'.join(limits)] if limits else []
     sections += ['## Citation', _CITATION, '## Licence', _cell(license_name) or 'Not stated.']
     return '\n\n'.join(filter(None, sections))
 
@@ -114,63 +102,35 @@ def model_for(network: str) -> str:
     return network if network in ARCHITECTURES or not timm.is_model(network) else PREFIX + network
 
 
-def _summary(model_name: str, files: Collection[str], scales: Scales | None) -> str:
-    place = f'in `{SCALES_FILE}`' if SCALES_FILE in files else 'in the metadata of this card'
-    if WEIGHTS_FILE not in files:
-        return (
-            f'Scales of `{model_name}` for {_PAPER}: the constants by which a RepOptimizer initializes and trains the '
-            f'plain model, on any data. They are {place}; there are no weights in this repository.'
-        )
-    text = f'Weights of `{model_name}` for [timm](https://github.com/huggingface/pytorch-image-models)'
-    kind = ModelName.parse(model_name).kind
-    if kind in _ROLES:
-        text += _ROLES[kind]
-    elif model_name in ARCHITECTURES or scales is not None:
-        text += (
-            f', an image classifier of plain convolutions from {_PAPER}: its structural prior is in its optimizer '
-            f'instead of branches'
-        )
-    return f'{text}.' if scales is None else f'{text}. The scales that belong to them are {place}.'
-
-
-def _figures(results: Sequence[EvalResult], training: Mapping[str, Any]) -> str:
-    """Returns what people choose a model by, as a table of one row; nothing if nothing is known."""
-    figures: dict[str, Any] = {
-        f'{each.metric_name}, {each.dataset_name}': f'{each.metric_value:.2f} %'
-        for each in results
-        if each.metric_name in METRICS.values() and isinstance(each.metric_value, int | float)
-    }
-    for name in _SIZES:
-        if found := training.get(name):
-            figures[name.replace('_', ' ')] = found if name == 'image_size' else f'{found / 1e6:,.1f} M'
-    return _table([*figures], [figures.values()] if figures else [])
-
-
 def _usage(
     hub: str, name: ModelName, weights: bool, scales: Scales | None, training: Mapping[str, Any]
 ) -> Iterator[str]:
     if weights:
         channels = training.get('image_size', [3])[0]
         classify = [_CLASSIFY.format(mode=color_mode(channels))] if channels in (1, 3, 4) else []
-        yield 'Classify an image:' if classify else 'Load the model:'
         create = f'model = timm.create_model({hub}, pretrained=True).eval()'
-        yield _python(*_register(name), create, *classify, imports=f'{_IMPORTS}\nfrom PIL import Image')
-    elif scales is not None:
+        yield 'Use the weights:'
+        yield _python('from PIL import Image', '', *_register(name), create, *classify)
+    else:
         yield 'Load the scales:'
-        yield _python(f'scales = load_scales({hub})', imports='from repopt_timm import load_scales')
+        yield _python('', f'scales = repopt_timm.load_scales({hub})')
     if scales is not None:
         yield 'Train a new model with these scales:'
-        yield _python(*_scaled(hub, name, scales, 'target'), _OPTIMIZER.format('repopt_sgd', 0.1))
-        if not weights:
-            yield 'Fine-tune the scales, in a search on other data that starts from them:'
-            yield _python(*_scaled(hub, name, scales, 'hs'))
+        plain = ModelName.parse(model_for(name.network))
+        if _takes_scales(plain):
+            numbers = ''.join(f', {key}={each}' for key, each in chosen_numbers(scales).items())
+            arguments = f"'{plain.architecture}',\n    num_classes=100{numbers},\n    scales={hub},"
+            lines = [*_register(plain), f'model = timm.create_model(\n    {arguments}\n)']
+        else:
+            lines = [f'model = ...  # your {plain.architecture}', _prepare(hub, 'True')]
+        yield _python('', *lines, _OPTIMIZER.format('repopt_sgd', 0.1))
     if weights:
         lines = [*_register(name), f'model = timm.create_model(\n    {hub},\n    pretrained=True, num_classes=10,\n)']
-        plain = scales is not None and name.kind == 'target'
-        if plain and not _takes_scales(name):
-            lines.append(f'repopt_timm.prepare(model, repopt_timm.load_scales({hub}, model), init=False)')
+        target = scales is not None and name.kind == 'target'
+        if target and not _takes_scales(name):
+            lines.append(_prepare(hub, 'False'))
         yield 'Fine-tune:'
-        yield _python(*lines, _OPTIMIZER.format('repopt_sgd' if plain else 'sgd', 0.01))
+        yield _python('', *lines, _OPTIMIZER.format('repopt_sgd' if target else 'sgd', 0.01))
 
 
 def _register(name: ModelName) -> list[str]:
@@ -182,28 +142,17 @@ def _takes_scales(name: ModelName) -> bool:
     return name.architecture in ARCHITECTURES or name.architecture.startswith(PREFIX)
 
 
-def _scaled(hub: str, name: ModelName, scales: Scales, kind: str) -> list[str]:
-    """Returns lines that make the plain network with its scales, or a search that starts from them."""
-    name = ModelName.parse(model_for(name.network))
-    if not _takes_scales(name):
-        use = 'repopt_timm.prepare(model' if kind == 'target' else 'search = repopt_timm.hyper_search(model'
-        load = f'scales = repopt_timm.load_scales({hub}, model)'
-        return [f'model = ...  # your {name.architecture}', load, f'{use}, scales)']
-    numbers = ''.join(f', {key}={each}' for key, each in chosen_numbers(scales).items())
-    create = f"timm.create_model(\n    '{name.of_kind(kind)}',\n    num_classes=100{numbers},\n    scales={hub},\n)"
-    return [*_register(name), f'model = {create}']
+def _prepare(hub: str, init: str) -> str:
+    return f'repopt_timm.prepare(model, repopt_timm.load_scales({hub}, model), init={init})'
 
 
-def _python(*lines: str, imports: str = _IMPORTS) -> str:
-    return '\n'.join(['```python', imports, '', *lines, '```'])
+def _python(*lines: str) -> str:
+    return '\n'.join(['```python', 'import repopt_timm, timm', *lines, '```'])
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    return _table(('what', 'value'), [(name.replace('_', ' '), value) for name, value in facts.items()])
-
-
-def _table(head: Sequence[str], rows: Sequence[Iterable[Any]]) -> str:
-    return markdown_table([*map(_cell, head)], [[*map(_cell, row)] for row in rows]) if rows else ''
+    rows = [(_cell(name.replace('_', ' ')), _cell(value)) for name, value in facts.items()]
+    return markdown_table(('what', 'value'), rows) if rows else ''
 
 
 def _cell(value: Any) -> str:
@@ -212,5 +161,7 @@ def _cell(value: Any) -> str:
         value = ', '.join(f'{key} {item}' for key, item in value.items())
     elif isinstance(value, list | tuple):
         value = ' x '.join(map(str, value))
+    elif type(value) is int:
+        value = f'{value:,}'
     text = ' '.join(str(value).split()).replace('&', '&amp;').replace('<', '&lt;')
     return text.replace('\\', '\\\\').replace('|', '\\|').replace('[', '\\[')

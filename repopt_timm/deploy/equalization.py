@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 
 from ..datasets import Images
-from ..reporting import amount
 from .channel_health import constant_inputs
 from .classifier import largest_difference, logits_of
 from .onnx_graph import Graph
@@ -56,10 +55,11 @@ def describe(counts: Mapping[str, Any]) -> str:
     """Puts the `counts` of an `Equalization` into a line."""
     removed, kept, unread = (sum(counts[name].values()) for name in ('removed', 'kept', 'unread'))
     reasons = ', '.join(sorted(set(counts['left'].values()))) or 'none'
+    layers, images = len(counts['pairs']), counts['images']
     return (
         f'dead input channels: {removed} removed, {kept} kept; output channels that nothing reads: {unread} set to 0; '
-        f'{amount(len(counts["pairs"]), "layer")} equalized with readers, {len(counts["left"])} left as they are '
-        f'({reasons}); logits within {counts["difference"]:.1e} of the largest on {amount(counts["images"], "image")}'
+        f'{layers} layer{"s" * (layers != 1)} equalized with readers, {len(counts["left"])} left as they are '
+        f'({reasons}); logits within {counts["difference"]:.1e} of the largest on {images} image{"s" * (images != 1)}'
     )
 
 

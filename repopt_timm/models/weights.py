@@ -19,8 +19,7 @@ from ..cards.text import WEIGHTS_FILE
 from ..checkpoints.packing import unpack
 from ..names import ModelName
 from ..reparam import kind_of
-from ..resources import shipped_repositories
-from ..sources import ScalesSource, scales_beside_weights
+from ..sources import ScalesSource, scales_beside_weights, shipped_repositories
 
 
 def shipped_cfgs() -> dict[str, dict[str, Any]]:

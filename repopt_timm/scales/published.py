@@ -1,13 +1,8 @@
-"""Scales that others have published as files: a table of them, and their way into the cache.
-
-The table is `published_scales.csv`. Files are downloaded once from the commit that it names, checked against its
-sha256, and kept where the Hub's client keeps what libraries download, under `HF_HOME`.
-"""
+"""Scales that others have published as files: the table `published_scales.csv`, and their way into the cache."""
 
 import csv
 import hashlib
 import logging
-import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,24 +13,20 @@ from huggingface_hub import constants
 from ..errors import reason_of
 from ..names import ModelName
 from ..reparam import Scales
-from .files import read_scale_file
+from .scale_files import read_scale_file
 
 PUBLISHED = 'published'
 """The tag of these scales, and what means those of a model at hand."""
 
-# Where files of GitHub's repositories are: <address>/<repository>/<commit>/<file>. Tests and mirrors set another.
-_ADDRESS_VARIABLE = 'REPOPT_TIMM_PUBLISHED_URL'
-_ADDRESS = 'https://raw.githubusercontent.com'
+ADDRESS = 'https://raw.githubusercontent.com'
+"""Where files of GitHub's repositories are: <address>/<repository>/<commit>/<file>."""
 
 _logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PublishedScales:
-    """A row of the table: a file at a commit of a repository on GitHub, with its digest, licence and search.
-
-    `name` is `<target model>.published`, and `license` an SPDX identifier in lower case.
-    """
+    """A row of the table: a file at a commit of a repository on GitHub; `name` is `<target model>.published`."""
 
     name: str
     file: str
@@ -53,7 +44,7 @@ class PublishedScales:
 
     @property
     def path(self) -> Path:
-        """Where it is in the cache once it was downloaded."""
+        """Where it is once it was downloaded: where the Hub's client keeps what libraries download."""
         return Path(constants.HF_ASSETS_CACHE, 'repopt_timm', self.repository, self.commit, self.file)
 
     @property
@@ -82,15 +73,11 @@ def read_published(model_name: str) -> Scales:
         raise ValueError(f"No scales are published for '{model_name}', expected one of {', '.join(published_table())}.")
     if not row.is_cached:
         _logger.info(f'{row.name}: downloading {row.file} of {row.repository} ({row.license.upper()} licence)')
-        address = os.environ.get(_ADDRESS_VARIABLE, _ADDRESS).rstrip('/')
-        if '@' in address:
-            # urllib would show it as a port.
-            raise ValueError(f'{_ADDRESS_VARIABLE} has a user or a password, which are not sent: leave them out.')
         row.path.parent.mkdir(parents=True, exist_ok=True)
         try:
             if constants.HF_HUB_OFFLINE:
                 raise OSError('HF_HUB_OFFLINE is set')
-            url = f'{address}/{row.repository}/{row.commit}/{row.file}'
+            url = f'{ADDRESS}/{row.repository}/{row.commit}/{row.file}'
             torch.hub.download_url_to_file(url, str(row.path), row.sha256, progress=False)
         except (OSError, RuntimeError, ValueError) as error:
             raise OSError(f'{row.name} is not in the cache, and its download failed: {reason_of(error)}.') from None

@@ -10,7 +10,7 @@ import yaml
 
 from ..commands import PROGRAM
 from ..console import CommandParser, Pairs, did_you_mean
-from ..resources import resource_dir
+from ..sources import resource_dir
 from .arguments import add_arguments
 
 # What leads to a run, not what it is.

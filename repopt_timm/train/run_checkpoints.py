@@ -25,7 +25,7 @@ from ..files import replacing
 from ..reparam import carried_scales, kind_of
 from ..reporting import package_versions
 from ..scales import Scales
-from ..scales.files import CHECKPOINT_KEY, checkpoint_entry
+from ..scales.scale_files import CHECKPOINT_KEY, checkpoint_entry
 from ..sources import IMPLIED
 from ..trained_scales import IMPLIED_KEY, arguments_of
 from ..weights_origin import origin_of

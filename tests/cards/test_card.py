@@ -7,7 +7,9 @@ from huggingface_hub import ModelCard
 
 from repopt_timm import Scales, load_scales, save_pretrained
 from repopt_timm.cards.card import read_card_scales
-from repopt_timm.cards.publish import BEGIN, END, save_scales_card
+from repopt_timm.cards.repository import BEGIN, END, save_scales_card
+from repopt_timm.sources import shipped_repositories
+from repopt_timm.weights_origin import restore_origin
 
 from ..helpers import TINY, card_of, random_scales, read_tree, tiny_model
 
@@ -76,17 +78,11 @@ def test_a_card_that_could_not_be_carried_through_is_left_alone(card):
         assert card.read_text() == broken
 
 
-def forge(entry):
-    data = bytearray(base64.b64decode(entry['scales']))
-    data[-1] ^= 1
-    entry['scales'] = base64.b64encode(data).decode()
-
-
 def test_a_damaged_or_forged_entry_is_refused(card):
     text = card.read_text()
     for change in (
-        forge,
         lambda entry: entry.pop('scales'),
+        lambda entry: entry.update(scales=base64.b64encode(base64.b64decode(entry['scales'])[:-1] + b'x').decode()),
         lambda entry: entry.update(fingerprint='0' * 64),
         lambda entry: entry.update(provenance={'top1': float('nan')}),
     ):
@@ -95,6 +91,10 @@ def test_a_damaged_or_forged_entry_is_refused(card):
         model_card.save(card)
         with pytest.raises(ValueError, match=r'README\.md'):
             read_card_scales(card)
+    card.write_text('# Nothing\n')
+    assert read_card_scales(card) is None
+    with pytest.raises(ValueError, match=r'README\.md'):
+        load_scales(card)
 
 
 def test_a_card_does_not_expand_beyond_its_size(card):
@@ -116,18 +116,6 @@ def test_what_could_not_be_read_again_or_could_run_in_a_snippet_is_not_written(c
     with pytest.raises(ValueError, match='import os'):
         save_scales_card(random_scales().renamed("x'); import os"), card.parent)
     assert card.read_bytes() == before
-
-
-def test_what_is_no_card_with_scales_is_named(tmp_path):
-    path = tmp_path / 'README.md'
-    path.write_text('# Nothing\n')
-    assert read_card_scales(path) is None
-    with pytest.raises(ValueError, match=r'README\.md'):
-        load_scales(path)
-    with path.open('wb') as file:
-        file.truncate(1 << 32)
-    with pytest.raises(ValueError, match=r'README\.md.*larger'):
-        read_card_scales(path)
 
 
 def test_facts_show_no_token_and_cannot_break_the_page(tmp_path):
@@ -154,7 +142,42 @@ def test_scales_beside_a_card_are_those_that_it_names(tmp_path):
         load_scales(tmp_path)
     # A card's own name for the file could lead anywhere.
     update.save(tmp_path / 'other.safetensors')
-    file.unlink()
     card.write_text(card.read_text().replace('file: scales.safetensors', 'file: other.safetensors'))
-    with pytest.raises(FileNotFoundError, match=r'scales\.safetensors'):
+    with pytest.raises(ValueError, match='fingerprint'):
         load_scales(tmp_path)
+
+
+def licence_of(folder):
+    """The licence in the metadata of a card, its name, and what its text says."""
+    card = card_of(folder)
+    return card.data.license, card.data.license_name, card.text.partition('## Licence')[2].split('\n')[2]
+
+
+@pytest.mark.parametrize(
+    ('front', 'given', 'known', 'expected'),
+    [
+        ('', None, 'MIT', ('mit', None, 'mit')),
+        ('', 'CC-BY-4.0', 'MIT', ('cc-by-4.0', None, 'cc-by-4.0')),
+        ('', 'our-license', None, ('other', 'our-license', 'our-license')),
+        ('license: other\nlicense_name: mine', 'gpl-3.0', 'MIT', ('other', 'mine', 'mine')),
+        ('license: [mit, apache-2.0]', 'gpl-3.0', 'MIT', (['mit', 'apache-2.0'], None, 'mit, apache-2.0')),
+    ],
+)
+def test_a_card_keeps_its_licence_or_states_the_given_or_the_known_one(front, given, known, expected, tmp_path):
+    (tmp_path / 'README.md').write_text(f'---\n{front}\n---\n')
+    save_scales_card(random_scales().with_provenance({'license': known} if known else {}), tmp_path, license=given)
+    assert licence_of(tmp_path) == expected
+    assert load_scales(tmp_path).provenance['license']
+
+
+def test_weights_have_a_licence_of_their_own_or_none_and_then_somebody_is_told(tmp_path, caplog):
+    model = tiny_model(scales=random_scales().with_provenance({'license': 'mit'}))
+    save_pretrained(model, tmp_path)
+    assert licence_of(tmp_path) == (None, None, 'Not stated.')
+    assert tmp_path.name in caplog.text and '--license' in caplog.text
+    with pytest.raises(ValueError, match='my own'):
+        save_pretrained(model, tmp_path, license='my own')
+    restore_origin(model, {'license': 'apache-2.0'})
+    save_pretrained(model, tmp_path)
+    assert licence_of(tmp_path)[0] == 'apache-2.0'
+    assert {load_scales(name).provenance['license'] for name in shipped_repositories()} == {'apache-2.0'}

@@ -10,9 +10,9 @@ from timm.models import push_to_hf_hub, save_for_hf
 
 from repopt_timm import Scales, implied_scales, load_scales, make_grad_mults, plain_twin, save_pretrained
 from repopt_timm.cards.hub import HubError
-from repopt_timm.cards.publish import save_scales_card
+from repopt_timm.cards.repository import save_scales_card
 from repopt_timm.models.weights import choose_weights
-from repopt_timm.resources import shipped_repositories
+from repopt_timm.sources import shipped_repositories
 from repopt_timm.train.command import main as train
 from repopt_timm.weights_origin import merged_from
 

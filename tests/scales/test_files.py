@@ -7,9 +7,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from repopt_timm import Scales, hyper_search, load_scales
-from repopt_timm.cards.publish import save_scales_card
+from repopt_timm.cards.repository import save_scales_card
 from repopt_timm.scales import read_scale_file
-from repopt_timm.scales.files import checkpoint_entry
+from repopt_timm.scales.scale_files import checkpoint_entry
 
 from ..helpers import TINY, card_of, random_scales, tiny_model
 
@@ -24,12 +24,6 @@ def reference_keys(scales, names=('scale_conv', 'scale_1x1', 'scale_identity')):
             if branch in vectors:
                 state[f'{prefix}.{name}.weight'] = vectors[branch]
     return state
-
-
-def sketch_keys(scales):
-    """The layout of the method's published sketch: scales named after kernels, beside the rest of a block."""
-    state = reference_keys(scales, ('scale3x3', 'scale1x1', 'scale_identity'))
-    return {**state, 'stage0.conv3x3.weight': torch.ones(2, 2, 3, 3), 'fc.weight': torch.ones(3, 4)}
 
 
 def test_modules_come_in_the_order_of_the_network(tmp_path):
@@ -57,11 +51,9 @@ def test_start_and_counts_survive_file_card_and_checkpoint(tmp_path):
 @pytest.mark.parametrize('kind', ['_hs', '_csla'])
 def test_scales_are_read_from_the_checkpoints_of_twins(tmp_path, kind):
     model = tiny_model(kind, scales=random_scales())
-    state = model.state_dict()
-    torch.save({'state_dict': state, 'arch': f'{TINY}_hs', 'args': argparse.Namespace()}, tmp_path / 'last.pth.tar')
-    torch.save(state, tmp_path / 'bare.pth')
-    save_file(state, tmp_path / 'model.safetensors')
-    for file in ('last.pth.tar', 'bare.pth', 'model.safetensors'):
+    torch.save({'state_dict': model.state_dict(), 'args': argparse.Namespace()}, tmp_path / 'last.pth.tar')
+    save_file(model.state_dict(), tmp_path / 'model.safetensors')
+    for file in ('last.pth.tar', 'model.safetensors'):
         assert load_scales(tmp_path / file, tiny_model()) == Scales.from_model(model)
 
 
@@ -84,10 +76,11 @@ def test_a_checkpoint_is_held_to_the_geometry_that_it_states(tmp_path):
         tiny_model(scales=tmp_path / 'last.pth')
 
 
-@pytest.mark.parametrize('keys', [reference_keys, sketch_keys])
-def test_published_layouts_are_read_by_name(tmp_path, keys):
+@pytest.mark.parametrize('names', [('scale_conv', 'scale_1x1'), ('scale3x3', 'scale1x1')])
+def test_published_layouts_are_read_by_name(tmp_path, names):
     scales = random_scales()
-    torch.save({'model': keys(scales)}, tmp_path / 'published.pth')
+    keys = reference_keys(scales, (*names, 'scale_identity')) | {'stage0.conv3x3.weight': torch.ones(2, 2, 3, 3)}
+    torch.save({'model': keys}, tmp_path / 'published.pth')
     assert load_scales(tmp_path / 'published.pth', tiny_model()) == scales
 
 
@@ -102,13 +95,12 @@ def test_the_network_of_a_published_file_is_found_by_its_widths_or_by_who_asks(t
     ('change', 'name'),
     [
         (lambda state: {k: v for k, v in state.items() if 'stages.3' not in k}, r'stages\.3\.0\.conv'),
-        (lambda state: state | {k.replace('3.0', '4.0'): v + 1 for k, v in state.items()}, r'stages\.4\.0\.conv'),
         (lambda state: {k: v for k, v in state.items() if 'stem' not in k or 'scales.1x1' not in k}, r'stem\.conv'),
         (lambda state: tiny_model().state_dict(), 'no scales'),
         (lambda state: {'stage1.0.rbr_dense.conv.weight': torch.ones(1)}, 'RepVGG.*--scales implied'),
         (lambda state: {'stage1.0.rbr_reparam.weight': torch.ones(1)}, 'already fused.*rbr_reparam'),
     ],
-    ids=['missing', 'left over', 'branch', 'plain', 'RepVGG', 'deployed RepVGG'],
+    ids=['missing', 'branch', 'plain', 'RepVGG', 'deployed RepVGG'],
 )
 def test_a_file_without_the_scales_of_the_network_says_what_it_is(tmp_path, change, name):
     torch.save(change(tiny_model('_hs').state_dict()), tmp_path / 'last.pth')

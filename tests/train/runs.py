@@ -10,6 +10,7 @@ import torch
 from repopt_timm.cli import main as command
 
 from ..helpers import TINY, python_path
+from ..processes import SERVER
 
 # The order of sums, and so the last bit, depends on the number of threads.
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': python_path()}
@@ -22,20 +23,22 @@ def short_run(images, output, extra='', model=TINY, experiment='run'):
     return f'{where} {defaults} {extra}'.split()
 
 
-def in_child(words, log=os.devnull, prepare=lambda: None, **environment):
-    """Starts a run in a forked process and group; an interpreter would take longer to start than to train."""
-
-    def run():
-        os.setsid()
-        os.environ.update(environment)
-        prepare()
-        with open(log, 'w') as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-            code = command(['train', *words])
-        sys.exit(code)
-
-    process = multiprocessing.get_context('fork').Process(target=run)
+def in_child(words, log=os.devnull, prepare=contextlib.nullcontext, **environment):
+    """Starts a run in a process and group of its own; an interpreter would take longer to start than to train."""
+    process = SERVER.Process(target=_run, args=(words, log, prepare, environment))
     process.start()
     return process
+
+
+def _run(words, log, prepare, environment):
+    os.setsid()
+    # Of its loaders' workers.
+    multiprocessing.set_start_method('fork', force=True)
+    os.environ.update(environment)
+    prepare()
+    with open(log, 'w') as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        code = command(['train', *words])
+    sys.exit(code)
 
 
 def read(folder, name='last.pth.tar'):

@@ -159,26 +159,27 @@ def test_a_signal_to_the_whole_group_reaches_a_run_whenever_it_comes(arguments, 
     assert f'{signal.Signals(signum).name}: continue with  repopt-timm train ' in told.strip().splitlines()[-1]
 
 
+def kill_at(fatal):
+    """Kills this process at a call of the system's while the checkpoint of an epoch is written."""
+    calls = []
+
+    def counted(function, *args, **kwargs):
+        if len(calls) == fatal:
+            os.kill(os.getpid(), signal.SIGKILL)
+        calls.append(function)
+        return function(*args, **kwargs)
+
+    def save(*args):
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ('replace', 'link', 'unlink'):
+                patch.setattr(os, name, partial(counted, getattr(os, name)))
+            saved(*args)
+
+    saved, run.save = run_checkpoints.save, save
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_any_write_of_an_epoch_goes_on_as_if_it_was_not(train, arguments, tmp_path):
-    def kill_at(fatal):
-        """Kills this process at a call of the system's while the checkpoint of an epoch is written."""
-        calls = []
-
-        def counted(function, *args, **kwargs):
-            if len(calls) == fatal:
-                os.kill(os.getpid(), signal.SIGKILL)
-            calls.append(function)
-            return function(*args, **kwargs)
-
-        def save(*args):
-            with pytest.MonkeyPatch.context() as patch:
-                for name in ('replace', 'link', 'unlink'):
-                    patch.setattr(os, name, partial(counted, getattr(os, name)))
-                saved(*args)
-
-        saved, run.save = run_checkpoints.save, save
-
     extra = '--checkpoint-hist 1 --epochs 2'
     train(extra, experiment='whole')
     train(f'{extra} --checkpoint-hist 2', experiment='begun')
@@ -188,7 +189,7 @@ def test_a_run_that_is_killed_at_any_write_of_an_epoch_goes_on_as_if_it_was_not(
         folder.mkdir()
         (folder / 'last.pth.tar').write_bytes(begun)
         words = arguments(f'{extra} --resume', experiment=folder.name)
-        process = in_child(words, prepare=lambda: kill_at(fatal))  # noqa: B023
+        process = in_child(words, prepare=partial(kill_at, fatal))
         process.join()
         # What others read meanwhile is whole.
         assert read(folder, 'model_best.pth.tar')['history']

@@ -1,10 +1,8 @@
 import re
 from pathlib import Path
 
-import yaml
-
 import repopt_timm
-from repopt_timm.resources import shipped_repositories
+from repopt_timm.sources import shipped_repositories
 
 PYPROJECT = Path(__file__).parents[1] / 'pyproject.toml'
 
@@ -19,9 +17,3 @@ def test_all_shipped_repositories_go_into_the_wheel():
 def test_the_version_is_stated_once():
     assert re.search(r'dynamic = \["version"\].*path = "repopt_timm/__init__\.py"', PYPROJECT.read_text(), re.DOTALL)
     assert repopt_timm.__version__ in (PYPROJECT.parent / 'CHANGELOG.md').read_text()
-
-
-def test_the_package_is_typed_and_its_citation_names_the_paper():
-    assert Path(repopt_timm.__file__).with_name('py.typed').is_file()
-    citation = yaml.safe_load((PYPROJECT.parent / 'CITATION.cff').read_text())
-    assert len(citation['preferred-citation']['authors']) == 6
