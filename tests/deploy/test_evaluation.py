@@ -8,7 +8,8 @@ from repopt_timm.cli import main
 from repopt_timm.datasets import Images, core_count, open_evaluation
 from repopt_timm.deploy import evaluate, save_onnx
 from repopt_timm.deploy.classifier import Classifier, load_classifier
-from repopt_timm.deploy.evaluation import check_classes, class_table, classify, is_steady, write_confusion
+from repopt_timm.deploy.evaluation import check_classes, class_table, classify, write_confusion
+from repopt_timm.deploy.int8_table import is_steady
 
 CONFIG = {'input_size': (3, 32, 32)}
 
