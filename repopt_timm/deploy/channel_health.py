@@ -59,18 +59,14 @@ def health_warnings(
     dead: Mapping[str, int], outliers: Mapping[str, int], still: Mapping[str, int], images: int = 0
 ) -> list[str]:
     """Returns a line for each kind of channel and weight that was counted, on so many `images`."""
-    kinds = (
-        (still, 'channels hardly changed in training, by the variance of their BatchNorm', 'removes dead channels'),
-        (
-            dead,
-            f'input channels never changed on these {images} images',
-            'removes a channel if it never changes on other images either',
-        ),
-        (outliers, f'weights are over {_OUTLIER} times the 99th percentile of their kernel', 'may help'),
-    )
+    kinds = {
+        'channels hardly changed in training, by the variance of their BatchNorm': still,
+        f'input channels never changed on these {images} images': dead,
+        f'weights are over {_OUTLIER} times the 99th percentile of their kernel': outliers,
+    }
     return [
-        f'{sum(found.values())} {what}: {", ".join(f"{name} {count}" for name, count in found.items())}. '
-        f'`quantize --equalize` {effect}.'
-        for found, what, effect in kinds
+        f'{sum(found.values())} {what}: {", ".join(f"{name} {count}" for name, count in found.items())}. `quantize '
+        f'--equalize` removes channels that are dead on other images too, and equalizes layers.'
+        for what, found in kinds.items()
         if found
     ]

@@ -1,7 +1,6 @@
 """Accuracy, classes, latency, throughput and size of a model, and what it takes images for."""
 
 import csv
-import io
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -199,11 +198,10 @@ def _confusion(labels: Tensor, predictions: Tensor, count: int) -> np.ndarray:
 
 def write_csv(path: str | os.PathLike, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """Writes a table, whole or not at all."""
-    buffer = io.StringIO(newline='')
-    csv.writer(buffer).writerows([head, *rows])
     with replacing(path) as temporary:
         # Names of files may have bytes that are no text.
-        temporary.write_bytes(buffer.getvalue().encode(errors='surrogateescape'))
+        with temporary.open('w', encoding='utf-8', errors='surrogateescape', newline='') as file:
+            csv.writer(file).writerows([head, *rows])
 
 
 def check_classes(classifier: Classifier, images: Images) -> None:
