@@ -34,11 +34,12 @@ def add_commands(commands: Any) -> None:
     compared = add_command(commands, 'compare-int8', _compare)
     evaluated = add_command(commands, 'evaluate', _evaluate)
     predicted = add_command(commands, 'predict', _predict)
-    for parser in (export, quantized, evaluated):
-        parser.add_argument('model', help=_MODEL if parser is export else f'{_MODEL}, or .onnx file')
-    for parser, purpose in ((quantized, ', to calibrate on'), (compared, '; validation is evaluated'), (evaluated, '')):
-        data_help = f'folder of images, <class>/..., or one with a folder for each split{purpose}'
-        parser.add_argument('--data', metavar='DIR', required=True, help=data_help)
+    export.add_argument('model', help=_MODEL)
+    for parser in (quantized, evaluated):
+        parser.add_argument('model', help=f'{_MODEL}, or .onnx file')
+    for parser in (quantized, compared, evaluated):
+        text = 'folder of images, <class>/..., or one with a folder for each split'
+        parser.add_argument('--data', metavar='DIR', required=True, help=text)
         add_class_map(parser)
 
     add = export.add_argument
@@ -51,32 +52,28 @@ def add_commands(commands: Any) -> None:
     add('--split', default='train', help='split to calibrate on')
     add('--out', metavar='FILE', type=_onnx_file, required=True, help='file to write')
     add('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale per output channel, or one per tensor')
-    text = 'ranges of activations; auto tries all, and takes the one that agrees best with float32'
-    add('--calibration', choices=(*CALIBRATIONS, 'auto'), default='minmax', help=text)
+    add(
+        '--calibration', choices=(*CALIBRATIONS, 'auto'), default='minmax', help='ranges of activations; auto: the best'
+    )
     add('--target', choices=TARGETS, default=TARGETS[0], help='runtime; ort is for OpenVINO too')
     add('--report', metavar='DIR', type=Path, help='write layers.png and layers.json, on each layer')
     add('--versus', metavar='MODEL', help='with --report, another model to draw beside')
-    text = 'write sensitivity.md and .json: accuracy with one layer at a time in INT8'
-    add('--sensitivity', metavar='DIR', type=Path, help=text)
+    add('--sensitivity', metavar='DIR', type=Path, help='write what each layer alone costs in INT8')
 
     add = compared.add_argument
     add('models', nargs='+', metavar='[LABEL=]MODEL', help=f'{_MODEL}, or .onnx file')
     add('--out', metavar='DIR', type=Path, help='write int8.md and int8.json')
-    text = 'ways to find the ranges of activations, each measured'
-    add('--calibrations', nargs='+', choices=CALIBRATIONS, default=tuple(CALIBRATIONS), help=text)
+    add('--calibrations', nargs='+', choices=CALIBRATIONS, default=tuple(CALIBRATIONS), help='calibrations to measure')
     add('--targets', nargs='+', choices=TARGETS, default=TARGETS[:1], help='forms to measure')
     add('--latency-batches', nargs='*', type=positive(int), default=(1, 32), help='batch sizes to time')
 
     for parser in (quantized, compared):
         add = parser.add_argument
-        when = 'for a second row of each model' if parser is compared else 'first'
-        text = f'remove dead channels and equalize layers {when}; no logit changes'
-        add('--equalize', action='store_true', help=text)
+        add('--equalize', action='store_true', help='remove dead channels and equalize layers; no logit changes')
         add('--images', type=positive(int), default=512, help='images to calibrate on')
         add('--seed', type=int, default=0, help='seed for choosing calibration images')
         add('--reduce-range', action='store_true', help='7-bit weights, for x86 without VNNI')
-        text = "leave in float32, such as head.fc, 'stages.3.*', Add"
-        add('--exclude', nargs='+', default=(), metavar='LAYER', help=text)
+        add('--exclude', nargs='+', default=(), metavar='LAYER', help="left in float32: head.fc, 'stages.3.*', Add")
 
     add = evaluated.add_argument
     add('--split', default='validation', help='split to evaluate')
@@ -92,8 +89,7 @@ def add_commands(commands: Any) -> None:
 
     for parser in (export, quantized, evaluated, predicted):
         add = parser.add_argument_group("preprocessing, where it differs from the model's own").add_argument
-        text = 'channels, height and width of the images'
-        add('--input-size', nargs=3, type=positive(int), metavar=('C', 'H', 'W'), help=text)
+        add('--input-size', nargs=3, type=positive(int), metavar=('C', 'H', 'W'), help='size of the images')
         add('--mean', nargs='+', type=float, help='mean pixel value, or one for each channel')
         add('--std', nargs='+', type=float, help='standard deviation of pixel values, or one for each channel')
         interpolations = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')

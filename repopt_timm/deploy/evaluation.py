@@ -198,10 +198,12 @@ def _confusion(labels: Tensor, predictions: Tensor, count: int) -> np.ndarray:
 
 def write_csv(path: str | os.PathLike, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """Writes a table, whole or not at all."""
-    with replacing(path) as temporary:
-        # Names of files may have bytes that are no text.
-        with temporary.open('w', encoding='utf-8', errors='surrogateescape', newline='') as file:
-            csv.writer(file).writerows([head, *rows])
+    # Names of files may have bytes that are no text.
+    with (
+        replacing(path) as temporary,
+        temporary.open('w', encoding='utf-8', errors='surrogateescape', newline='') as file,
+    ):
+        csv.writer(file).writerows([head, *rows])
 
 
 def check_classes(classifier: Classifier, images: Images) -> None:

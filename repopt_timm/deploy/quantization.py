@@ -86,10 +86,10 @@ class Quantization:
     Attributes:
         model: The float `onnx.ModelProto`.
         quantized: The same in QDQ format.
-        images: Where calibration images came from.
-        indices: Which these were.
+        images: The folder.
+        indices: Its images that calibrated.
         options: How it was quantized; of `auto`, with the best calibration.
-        ranges: ONNX Runtime's calibration cache on them.
+        ranges: ONNX Runtime's calibration cache.
         equalization: What equalizing did to the float model, if it was asked for.
         judged: The images that both were compared on: as many others, or the same if the folder has no others.
         agreement: Percentage of these for which both choose the same class.
