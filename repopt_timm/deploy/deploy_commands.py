@@ -52,9 +52,7 @@ def add_commands(commands: Any) -> None:
     add('--split', default='train', help='split to calibrate on')
     add('--out', metavar='FILE', type=_onnx_file, required=True, help='file to write')
     add('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale per output channel, or one per tensor')
-    add(
-        '--calibration', choices=(*CALIBRATIONS, 'auto'), default='minmax', help='ranges of activations; auto: the best'
-    )
+    add('--calibration', choices=(*CALIBRATIONS, 'auto'), default='minmax', help='ranges of activations; auto: best')
     add('--target', choices=TARGETS, default=TARGETS[0], help='runtime; ort is for OpenVINO too')
     add('--report', metavar='DIR', type=Path, help='write layers.png and layers.json, on each layer')
     add('--versus', metavar='MODEL', help='with --report, another model to draw beside')

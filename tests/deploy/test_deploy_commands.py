@@ -80,7 +80,10 @@ def test_export_warns_of_outliers_and_still_channels_and_takes_the_form_of_the_f
 @pytest.mark.parametrize(
     ('command', 'message'),
     [
-        ('export runs/nowhere --onnx {tmp}/new.onnx', 'runs/nowhere'),
+        ('export nowhere/last.pth.tar --onnx {tmp}/new.onnx', 'nowhere/last.pth.tar'),
+        ('export no_such_model --onnx {tmp}/new.onnx', 'no_such_model'),
+        ('export test_repopt_vgg --onnx {tmp}/new.onnx', 'There are no trained weights'),
+        ('export {tmp}/broken --onnx {tmp}/new.onnx', 'cannot be made'),
         ('export {five} --onnx {five}/new.onnx', 'cannot be written'),
         ('export {five} --onnx {tmp}/new.txt', '.onnx'),
         ('predict {tmp}/empty --model {model}', 'There are no images'),
@@ -106,6 +109,7 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'broken' / 'train' / 'a').mkdir(parents=True)
     (tmp_path / 'broken' / 'train' / 'a' / '1.png').write_bytes(b'no image')
+    (tmp_path / 'broken' / 'config.json').write_text('{}')
     (tmp_path / 'text.onnx').write_text('no model')
     graph = Graph(exported)
     graph.biases['head.fc'][0] = np.nan

@@ -46,20 +46,3 @@ def test_the_twin_in_a_folder_or_repository_is_the_one_that_its_config_names(tmp
     HfApi().create_repo('ann/mine')
     HfApi().upload_folder(repo_id='ann/mine', folder_path=tmp_path / 'published')
     assert_same_function(load_model('hf-hub:ann/mine'), model)
-
-
-@pytest.mark.parametrize(
-    ('source', 'message'),
-    [
-        ('nowhere/last.pth.tar', 'nowhere/last.pth.tar'),
-        ('no_such_model', 'no_such_model'),
-        (TINY, 'There are no trained weights'),
-        ('empty', 'cannot be made'),
-    ],
-)
-def test_what_cannot_be_loaded_is_named(source, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / 'empty').mkdir()
-    (tmp_path / 'empty' / 'config.json').write_text('{}')
-    with pytest.raises((FileNotFoundError, ValueError), match=message):
-        load_model(source)
