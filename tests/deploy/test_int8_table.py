@@ -21,8 +21,10 @@ def test_every_model_is_measured_in_every_way(results):
     names = ('model', 'equalized', 'calibration', 'target')
     found = [tuple(row[name] for name in names) for row in results['accuracy'] if row['weights'] != 'float32']
     assert found == [(model, *way) for model, way in product(('run', 'file'), WAYS)]
-    reference, first = results['accuracy'][:2]
-    assert first['drop'] == reference['top1'] - first['top1']
+    references = {
+        row['model']: row['top1'] for row in results['accuracy'] if not row['equalized'] and not row['target']
+    }
+    assert all(row['drop'] == references[row['model']] - row['top1'] for row in results['accuracy'])
     assert (results['settings']['validation_images'], results['settings']['calibration_images']) == (36, 20)
 
 
