@@ -1,5 +1,6 @@
 """From a trained model to an INT8 one with measured accuracy and speed: ONNX, and ONNX Runtime on the CPU."""
 
+from .classifier import load_model
 from .deploy_commands import add_class_map
 from .equalization import Equalization, equalize
 from .evaluation import evaluate, predict
@@ -8,7 +9,6 @@ from .layer_reports import layer_report, layer_sensitivity
 from .onnx_export import export_onnx
 from .quantization import Quantization, QuantizationOptions, quantize_onnx
 from .runtime import save_onnx
-from .trained_model import load_model
 
 __all__ = [
     'Equalization',

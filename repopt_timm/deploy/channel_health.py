@@ -12,9 +12,6 @@ from .onnx_graph import feeds, layers_of, tensor_values
 # Of the 99th percentile: one scale of 8 bits then rounds 99 % of the kernel to -1, 0 and 1.
 _OUTLIER = 100
 
-# Of the largest variance of the same BatchNorm; one whose inputs are all small is healthy.
-_STILL = 1e-3
-
 
 def constant_inputs(model: Any, images: Images, indices: Sequence[int]) -> dict[str, np.ndarray]:
     """Maps layers to the value of each input channel that never changes on these images; NaN for the others."""
@@ -39,38 +36,37 @@ def kernel_outliers(model: Any) -> dict[str, int]:
         sizes = np.abs(node.inputs[1].const_value.numpy())
         # Kernels that are mostly zeros are pruned, not broken.
         usual = np.percentile(sizes[sizes > 0], 99) if sizes.any() else np.inf
-        if count := int((sizes > _OUTLIER * usual).sum()):
-            found[layer] = count
-    return found
+        found[layer] = (sizes > _OUTLIER * usual).sum()
+    return counted(found)
 
 
 def still_channels(model: nn.Module) -> dict[str, int]:
     """Maps BatchNorms to the number of their channels that hardly changed in training, where there are any."""
     found = {}
     for name, norm in model.named_modules():
-        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.running_var is not None:
-            variance = norm.running_var
-            if count := int((variance < (_STILL * variance.max()).clamp(max=norm.eps)).sum()):
-                found[name] = count
-    return found
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm) and (variance := norm.running_var) is not None:
+            # One whose inputs are all small is healthy.
+            found[name] = (variance < (1e-3 * variance.max()).clamp(max=norm.eps)).sum()
+    return counted(found)
+
+
+def counted(found: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the numbers that are not 0."""
+    return {name: int(count) for name, count in found.items() if count}
 
 
 def health_warnings(
     dead: Mapping[str, int], outliers: Mapping[str, int], still: Mapping[str, int], images: int = 0
 ) -> list[str]:
     """Returns a line for each kind of channel and weight that was counted, on so many `images`."""
-    kinds = (
-        (still, 'channels hardly changed in training, by the variance of their BatchNorm', 'removes dead channels'),
-        (
-            dead,
-            f'input channels never changed on these {images} images',
-            'removes a channel if it never changes on other images either',
-        ),
-        (outliers, f'weights are over {_OUTLIER} times the 99th percentile of their kernel', 'may help'),
-    )
+    kinds = {
+        'channels hardly changed in training, by the variance of their BatchNorm': still,
+        f'input channels never changed on these {images} images': dead,
+        f'weights are over {_OUTLIER} times the 99th percentile of their kernel': outliers,
+    }
     return [
-        f'{sum(found.values())} {what}: {", ".join(f"{name} {count}" for name, count in found.items())}. '
-        f'`quantize --equalize` {effect}.'
-        for found, what, effect in kinds
+        f'{sum(found.values())} {what}: {", ".join(f"{name} {count}" for name, count in found.items())}. `quantize '
+        f'--equalize` removes channels that are dead on other images too, and equalizes layers.'
+        for what, found in kinds.items()
         if found
     ]

@@ -1,4 +1,4 @@
-"""What is evaluated: a PyTorch model or an ONNX one behind one call."""
+"""Loads what is deployed, and puts a PyTorch model or an ONNX one behind one call."""
 
 import json
 import os
@@ -8,15 +8,66 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
+from timm.layers import ConvNormAct
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from ..checkpoint_model import model_from_checkpoint
 from ..datasets import Images, core_count
 from ..errors import explaining
+from ..models import resolve_model, to_plain
+from ..reparam import kind_of
+from ..train.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT
 from .onnx_graph import image_input
 from .runtime import load_onnx, open_session
-from .trained_model import load_model
+
+
+def load_model(source: str | os.PathLike) -> nn.Module:
+    """Loads a trained model, ready for inference in PyTorch.
+
+    Multi-branch models become plain: `_hs`, `_csla`, and whatever timm can reparameterize, such as `repvgg_*`.
+
+    Args:
+        source: A checkpoint or folder of a training run, a folder in timm's format, or a name for `timm.create_model`.
+
+    Returns:
+        The model, in evaluation mode on the CPU, with its data configuration in `pretrained_cfg`.
+
+    Raises:
+        OSError: If there is no such checkpoint or folder, or weights cannot be downloaded.
+        ValueError: If timm does not know the model, has no weights for it, or the weights do not fit.
+    """
+    model = reparameterize_model(load_trained(source))
+    # ONNX files need none of this, as PyTorch's exporter folds; PyTorch itself is slower with BatchNorm.
+    for block in model.modules():
+        if not isinstance(block, ConvNormAct):
+            continue
+        conv, norm = block.conv, block.bn
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            block.conv, block.bn = fuse_conv_bn_eval(conv, norm), getattr(norm, 'act', nn.Identity())
+    return model
+
+
+def load_trained(source: str | os.PathLike) -> nn.Module:
+    """Loads a model with its BatchNorm and the branches of others' models; `_hs` and `_csla` ones as targets."""
+    path = Path(source)
+    best, last = path / BEST_CHECKPOINT, path / LAST_CHECKPOINT
+    if last.is_file():
+        path = best if best.is_file() else last
+    if path.is_file() or path.suffix in ('.tar', '.pth', '.pt', '.safetensors'):
+        model = model_from_checkpoint(path, need_scales=False)
+    else:
+        name = f'local-dir:{path}' if path.is_dir() else os.fspath(source)
+        with explaining(f"'{name}' cannot be made"):
+            resolve_model(name)
+            model = timm.create_model(name, pretrained=True)
+    if kind_of(model) != 'target':
+        model = to_plain(model)
+    return model.eval().float().requires_grad_(False)
 
 
 @dataclass(frozen=True)
@@ -37,10 +88,7 @@ class Classifier:
         logits = self.run(images).float()
         # Those that are not numbers would count as the first class.
         if not logits.isfinite().all():
-            raise ValueError(
-                'The model gives logits that are not finite, as after a training that diverged: it classifies nothing. '
-                'Name an earlier checkpoint.'
-            )
+            raise ValueError('The model gives logits that are not finite, as after a training that diverged.')
         return logits.sort(dim=1, descending=True, stable=True)
 
     def images_for(self, count: int) -> int:
@@ -55,16 +103,10 @@ def is_onnx(source: str | os.PathLike) -> bool:
 def load_classifier(
     source: str | os.PathLike, threads: int | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Classifier:
-    """Loads an `.onnx` file, or what `load_model` takes; `threads` are no more than there are cores."""
+    """Loads an `.onnx` file, or what `load_model` takes, whose `threads` are those of the whole process."""
     if is_onnx(source):
         return onnx_classifier(load_onnx(source), threads, overrides)
-    return torch_classifier(load_model(source), threads, overrides)
-
-
-def torch_classifier(
-    model: nn.Module, threads: int | None = None, overrides: Mapping[str, Any] | None = None
-) -> Classifier:
-    """Wraps a PyTorch model; `threads` applies to the whole process."""
+    model = load_model(source)
     if threads:
         torch.set_num_threads(min(threads, core_count()))
 

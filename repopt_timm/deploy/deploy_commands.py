@@ -13,7 +13,7 @@ from ..files import check_output, check_output_folder, write_text
 from ..reporting import add_command, markdown_table, positive, print_result
 from .channel_health import health_warnings, kernel_outliers
 from .equalization import describe
-from .evaluation import UNSTEADY, evaluate, predict, write_csv
+from .evaluation import evaluate, predict, write_csv
 from .int8_table import compare_int8, comparison_table
 from .layer_reports import layer_report, layer_sensitivity, sensitivity_table, write_reports
 from .onnx_export import OPSET, export_onnx
@@ -24,6 +24,7 @@ _logger = logging.getLogger(__name__)
 
 _MODEL = 'checkpoint or folder of a run, folder in the format of timm, or name for timm.create_model'
 _MOST_CLASSES = 20
+_PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 
 def add_commands(commands: Any) -> None:
@@ -33,11 +34,12 @@ def add_commands(commands: Any) -> None:
     compared = add_command(commands, 'compare-int8', _compare)
     evaluated = add_command(commands, 'evaluate', _evaluate)
     predicted = add_command(commands, 'predict', _predict)
-    for parser in (export, quantized, evaluated):
-        parser.add_argument('model', help=_MODEL if parser is export else f'{_MODEL}, or .onnx file')
-    for parser, purpose in ((quantized, ', to calibrate on'), (compared, '; validation is evaluated'), (evaluated, '')):
-        data_help = f'folder of images, <class>/..., or one with a folder for each split{purpose}'
-        parser.add_argument('--data', metavar='DIR', required=True, help=data_help)
+    export.add_argument('model', help=_MODEL)
+    for parser in (quantized, evaluated):
+        parser.add_argument('model', help=f'{_MODEL}, or .onnx file')
+    for parser in (quantized, compared, evaluated):
+        text = 'folder of images, <class>/..., or one with a folder for each split'
+        parser.add_argument('--data', metavar='DIR', required=True, help=text)
         add_class_map(parser)
 
     add = export.add_argument
@@ -50,25 +52,31 @@ def add_commands(commands: Any) -> None:
     add('--split', default='train', help='split to calibrate on')
     add('--out', metavar='FILE', type=_onnx_file, required=True, help='file to write')
     add('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale per output channel, or one per tensor')
-    calibration_help = 'ranges of activations; auto tries all, and takes the one that agrees best with float32'
-    add('--calibration', choices=(*CALIBRATIONS, 'auto'), default='minmax', help=calibration_help)
+    add('--calibration', choices=(*CALIBRATIONS, 'auto'), default='minmax', help='ranges of activations; auto: best')
     add('--target', choices=TARGETS, default=TARGETS[0], help='runtime; ort is for OpenVINO too')
     add('--report', metavar='DIR', type=Path, help='write layers.png and layers.json, on each layer')
     add('--versus', metavar='MODEL', help='with --report, another model to draw beside')
-    sensitivity_help = 'write sensitivity.md and .json: accuracy with one layer at a time in INT8'
-    add('--sensitivity', metavar='DIR', type=Path, help=sensitivity_help)
+    add('--sensitivity', metavar='DIR', type=Path, help='write what each layer alone costs in INT8')
 
     add = compared.add_argument
     add('models', nargs='+', metavar='[LABEL=]MODEL', help=f'{_MODEL}, or .onnx file')
     add('--out', metavar='DIR', type=Path, help='write int8.md and int8.json')
-    calibrations_help = 'ways to find the ranges of activations, each measured'
-    add('--calibrations', nargs='+', choices=CALIBRATIONS, default=tuple(CALIBRATIONS), help=calibrations_help)
+    add('--calibrations', nargs='+', choices=CALIBRATIONS, default=tuple(CALIBRATIONS), help='calibrations to measure')
     add('--targets', nargs='+', choices=TARGETS, default=TARGETS[:1], help='forms to measure')
     add('--latency-batches', nargs='*', type=positive(int), default=(1, 32), help='batch sizes to time')
+
+    for parser in (quantized, compared):
+        add = parser.add_argument
+        add('--equalize', action='store_true', help='remove dead channels and equalize layers; no logit changes')
+        add('--images', type=positive(int), default=512, help='images to calibrate on')
+        add('--seed', type=int, default=0, help='seed for choosing calibration images')
+        add('--reduce-range', action='store_true', help='7-bit weights, for x86 without VNNI')
+        add('--exclude', nargs='+', default=(), metavar='LAYER', help="left in float32: head.fc, 'stages.3.*', Add")
 
     add = evaluated.add_argument
     add('--split', default='validation', help='split to evaluate')
     add('-b', '--batch-size', type=positive(int), default=32, help='images at a time')
+    add('--threads', type=positive(int), help='threads of the model, at most one for each core [all cores]')
     add('--out', metavar='DIR', type=Path, help='write classes.csv, confusion.csv and confusion.png')
 
     add = predicted.add_argument
@@ -77,24 +85,9 @@ def add_commands(commands: Any) -> None:
     add('--top', type=positive(int), default=5, help='classes to show')
     add('--csv', metavar='FILE', help='write a table with a row for each image')
 
-    for parser in (quantized, compared):
-        add = parser.add_argument
-        when = 'for a second row of each model' if parser is compared else 'first'
-        add(
-            '--equalize', action='store_true', help=f'remove dead channels and equalize layers {when}; no logit changes'
-        )
-        add('--images', type=positive(int), default=512, help='images to calibrate on')
-        add('--seed', type=int, default=0, help='seed for choosing calibration images')
-        add('--reduce-range', action='store_true', help='7-bit weights, for x86 without VNNI')
-        exclude_help = "leave in float32, such as head.fc, 'stages.3.*', Add"
-        add('--exclude', nargs='+', default=(), metavar='LAYER', help=exclude_help)
-    for parser in (compared, evaluated):
-        threads_help = 'threads of the model, at most one for each core [all cores]'
-        parser.add_argument('--threads', type=positive(int), help=threads_help)
     for parser in (export, quantized, evaluated, predicted):
         add = parser.add_argument_group("preprocessing, where it differs from the model's own").add_argument
-        size_help = 'channels, height and width of the images'
-        add('--input-size', nargs=3, type=positive(int), metavar=('C', 'H', 'W'), help=size_help)
+        add('--input-size', nargs=3, type=positive(int), metavar=('C', 'H', 'W'), help='size of the images')
         add('--mean', nargs='+', type=float, help='mean pixel value, or one for each channel')
         add('--std', nargs='+', type=float, help='standard deviation of pixel values, or one for each channel')
         interpolations = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
@@ -116,8 +109,7 @@ def _onnx_file(text: str) -> str:
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:
-    names = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {name: getattr(args, name) for name in _PREPROCESSING if getattr(args, name) is not None}
 
 
 def _options(args: argparse.Namespace, **chosen: Any) -> QuantizationOptions:
@@ -140,16 +132,17 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    if args.report:
-        require('matplotlib')
     check_output(args.out, *filter(None, (args.model, args.versus)))
     for folder in filter(None, (args.report, args.sensitivity)):
         check_output_folder(folder)
+    if args.report:
+        require('matplotlib')
     how = args.data, _options(args), args.split, _overrides(args), args.class_map
     done = quantize_onnx(args.model, *how)
     for line in done.warnings():
         _logger.warning(line)
     result = {
+        'out': args.out,
         'bytes': done.quantized.ByteSize(),
         'float_bytes': done.model.ByteSize(),
         'images': len(done.indices),
@@ -166,7 +159,6 @@ def _quantize(args: argparse.Namespace) -> None:
         f'calibrated on {result["images"]} images of {result["folder"]} ({result["calibration"]}); of '
         f'{len(done.judged)} {judged} {done.agreement:.1f} % are classified as before',
     ]
-    result |= {name: str(getattr(args, name)) for name in ('out', 'report', 'sensitivity') if getattr(args, name)}
     if done.equalization:
         result['equalization'] = done.equalization.counts
         lines.append(describe(done.equalization.counts))
@@ -196,10 +188,12 @@ def _compare(args: argparse.Namespace) -> None:
         raise ValueError('Two models have the same label: name them as LABEL=MODEL.')
     if args.out:
         check_output_folder(args.out)
-    names = ('equalize', 'calibration', 'target', 'weights')
     kinds = product(dict.fromkeys((False, args.equalize)), args.calibrations, args.targets, WEIGHTS)
-    ways = [_options(args, **dict(zip(names, kind))) for kind in kinds]
-    results = compare_int8(models, args.data, ways, args.latency_batches, args.threads, args.class_map)
+    ways = [
+        _options(args, equalize=equalize, calibration=calibration, target=target, weights=weights)
+        for equalize, calibration, target, weights in kinds
+    ]
+    results = compare_int8(models, args.data, ways, args.latency_batches, class_map=args.class_map)
     table = comparison_table(results)
     if args.out:
         write_text(args.out / 'int8.md', table + '\n')
@@ -215,19 +209,16 @@ def _evaluate(args: argparse.Namespace) -> None:
     result = evaluate(
         args.model, args.data, args.split, args.batch_size, args.threads, _overrides(args), args.class_map, args.out
     )
-    ties = f'ties        {result["ties"]} images have two equal largest logits; the lower class counts'
     lines = [
         f'top-1       {result["top1"]:.2f} %',
         f'top-5       {result["top5"]:.2f} %  of {result["images"]} images',
-        *([ties] if result['ties'] else []),
+        f'ties        {result["ties"]} images have two equal largest logits; the lower class counts',
         f'latency     {result["latency_ms"]:.2f} ms median, {result["latency_p90_ms"]:.2f} ms p90 at batch '
         f'{result["latency_batch"]}',
         f'throughput  {result["throughput"]:.0f} images/s at batch {result["batch_size"]}',
         f'size        {result["bytes"] / 1e6:.1f} MB, {result["backend"]}',
         '',
     ]
-    if not result['steady']:
-        _logger.warning(UNSTEADY)
     seen = sorted((row for row in result['classes'] if row['images']), key=lambda row: row['accuracy'])
     if len(seen) > _MOST_CLASSES:
         lines += [f'The {_MOST_CLASSES} classes of the lowest accuracy; --out writes all of them.', '']
@@ -236,8 +227,7 @@ def _evaluate(args: argparse.Namespace) -> None:
         for row in seen[:_MOST_CLASSES]
     ]
     head = ['class', 'images', 'top-1 %', 'most often taken for', 'images']
-    lines.append(markdown_table(head, rows, align=True))
-    print_result(args, result, '\n'.join(lines))
+    print_result(args, result, '\n'.join([*lines, markdown_table(head, rows, align=True)]))
 
 
 def _predict(args: argparse.Namespace) -> None:

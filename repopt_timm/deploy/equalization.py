@@ -12,12 +12,9 @@ from typing import Any
 import numpy as np
 
 from ..datasets import Images
-from .channel_health import constant_inputs
+from .channel_health import constant_inputs, counted
 from .classifier import largest_difference, logits_of
 from .onnx_graph import Graph
-
-# Images to compare the logits on at least.
-_LEAST = 32
 
 
 @dataclass(frozen=True)
@@ -84,7 +81,7 @@ def equalize(
     """
     used, fresh = list(indices), list(others)
     while True:
-        count = max(len(used), _LEAST)
+        count = max(len(used), 32)
         checked, fresh = [*used, *fresh[:count]], fresh[count:]
         graph = Graph(model)
         removed, unread, kept = _remove_dead_channels(graph, constant_inputs(model, images, used))
@@ -100,8 +97,7 @@ def equalize(
         if len(checked) == len(used) or not np.isfinite(difference):
             raise ValueError(
                 f'The equalized model differs: a logit by {difference:.1e} of the largest, expected at most '
-                f'{tolerance:.0e}; weights that are not trained can amplify rounding that much. Quantize without '
-                f'--equalize.'
+                f'{tolerance:.0e}. Quantize without --equalize.'
             )
         used = checked
 
@@ -117,14 +113,14 @@ def _remove_dead_channels(graph: Graph, constants: Mapping[str, np.ndarray]) -> 
         dead = (values == 0) | ~(np.isnan(values) | padded)
         graph.biases[layer] += (kernel.sum(3) * np.where(dead, values, 0)).sum(2).reshape(-1)
         kernel *= ~dead[..., None]
-        removed[layer], kept[layer] = int(dead.sum()), int((~np.isnan(values) & ~dead).sum())
+        removed[layer], kept[layer] = dead.sum(), (~np.isnan(values) & ~dead).sum()
     # What becomes unread by this is further up.
     for layer in reversed(graph.readers):
         rows, columns = graph.kernels[layer], _read_columns(graph, layer)
-        unread[layer] = int(((columns == 0) & (_row_sizes(rows) > 0)).sum())
+        unread[layer] = ((columns == 0) & (_row_sizes(rows) > 0)).sum()
         rows *= (columns > 0).reshape(*rows.shape[:2], 1, 1)
         graph.biases[layer] *= columns > 0
-    return [{layer: count for layer, count in found.items() if count} for found in (removed, unread, kept)]
+    return [*map(counted, (removed, unread, kept))]
 
 
 def _equalize_pair(graph: Graph, layer: str) -> float:

@@ -24,17 +24,6 @@ from .runtime import require
 
 _T = TypeVar('_T')
 
-# The 90th percentile of times, of their median. With twice as many busy processes as cores it is 1.2 to 3.2.
-_STEADY = 1.25
-
-# Most classes of a picture with their names.
-_LEGIBLE = 40
-
-UNSTEADY = (
-    f'The times are not steady, their 90th percentile is over {_STEADY} times their median: speed-ups are not stated. '
-    'Repeat it on an idle machine.'
-)
-
 
 @dataclass(frozen=True)
 class Predictions:
@@ -77,8 +66,7 @@ def evaluate(
         `model`, `backend`, `images`, `top1` and `top5` in percent (`top5` over as many classes as there are if fewer),
         `ties`, the number of images whose two largest logits are equal, `classes`, a row for each, `latency_ms` and
         `latency_p90_ms` of a batch of `latency_batch` images, which is one where the model takes one, `throughput` in
-        images per second, at `batch_size`, whether these times are `steady`, and `bytes` on disk. The times exclude
-        decoding.
+        images per second, at `batch_size`, and `bytes` on disk. The times exclude decoding.
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
@@ -91,11 +79,8 @@ def evaluate(
     names = class_names(images) or list(map(str, range(count_classes(images) or 0)))
     if out is not None:
         write_confusion(found.labels, found.ranked[:, 0], names, out)
-    latency_batch, batch_size = map(classifier.images_for, (1, batch_size))
-    single, many = (
-        time_runs(partial(classifier.run, random_images(classifier.config, count)))
-        for count in (latency_batch, batch_size)
-    )
+    batches = [classifier.images_for(count) for count in (1, batch_size)]
+    single, many = (time_runs(partial(classifier.run, random_images(classifier.config, count))) for count in batches)
     return {
         'model': os.fspath(source),
         'backend': classifier.backend,
@@ -103,12 +88,11 @@ def evaluate(
         'top1': found.accuracy(1),
         'top5': found.accuracy(5),
         'ties': found.ties,
-        'latency_batch': latency_batch,
+        'latency_batch': batches[0],
         'latency_ms': 1000 * median(single),
         'latency_p90_ms': 1000 * quantiles(single, n=10)[-1],
-        'throughput': batch_size / median(many),
-        'steady': is_steady(single) and is_steady(many),
-        'batch_size': batch_size,
+        'throughput': batches[1] / median(many),
+        'batch_size': batches[1],
         'bytes': classifier.size,
         'classes': class_table(found.labels, found.ranked[:, 0], names),
     }
@@ -144,10 +128,10 @@ def predict(
     rows: list[dict[str, Any]] = []
     for batch, _ in found.batches(range(len(found)), 32, 'predict'):
         logits, order = classifier.ranked(batch)
-        for pairs in zip(order[:, :top].tolist(), logits.softmax(1).tolist()):
+        for classes, values in zip(order[:, :top].tolist(), logits.softmax(1).tolist()):
             best = [
-                {'class': index, 'name': names[index] if names else None, 'probability': value}
-                for index, value in zip(*pairs)
+                {'class': number, 'name': names[number] if names else None, 'probability': value}
+                for number, value in zip(classes, values)
             ]
             rows.append({'image': found.files[len(rows)], 'classes': best})
     return rows
@@ -179,15 +163,8 @@ def class_table(labels: Tensor, predictions: Tensor, classes: Sequence[str]) -> 
         images, right = int(counts.sum()), int(counts[number])
         counts[number] = 0
         worst = int(counts.argmax())
-        rows.append(
-            {
-                'class': classes[number],
-                'images': images,
-                'accuracy': 100 * right / images if images else None,
-                'confused_with': classes[worst] if counts[worst] else '',
-                'confused': int(counts[worst]),
-            }
-        )
+        row = {'class': classes[number], 'images': images, 'accuracy': 100 * right / images if images else None}
+        rows.append({**row, 'confused_with': classes[worst] if counts[worst] else '', 'confused': int(counts[worst])})
     return rows
 
 
@@ -195,26 +172,20 @@ def write_confusion(labels: Tensor, predictions: Tensor, classes: Sequence[str],
     """Writes `classes.csv`, see `class_table`, and `confusion.csv` and `confusion.png`, how many images of which class
     the model takes for which. Needs matplotlib and scikit-learn.
     """
-    names, legible = [f'{name:.30}' for name in classes], len(classes) <= _LEGIBLE
+    legible = len(classes) <= 40
     side = 3 + 0.4 * len(classes) if legible else 7
     figure, axes = subplots(1, 1, (side + 1, side), 'constrained')
-    require('sklearn.metrics').ConfusionMatrixDisplay.from_predictions(
-        labels,
-        predictions,
-        labels=range(len(classes)),
-        display_labels=names,
-        normalize='true',
-        include_values=legible,
-        values_format='.0%',
-        xticks_rotation='vertical',
-        cmap='Blues',
-        ax=axes,
+    counts = _confusion(labels, predictions, len(classes))
+    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    names = [f'{name:.30}' for name in classes]
+    require('sklearn.metrics').ConfusionMatrixDisplay(shares, display_labels=names).plot(
+        include_values=legible, values_format='.0%', xticks_rotation='vertical', cmap='Blues', ax=axes
     )
     axes.set(xlabel='predicted class', ylabel='class of the image', title='Share of the images of a class')
     if not legible:
         axes.set(xticks=[], yticks=[])
     save_figure(figure, Path(folder, 'confusion.png'))
-    table, counts = class_table(labels, predictions, classes), _confusion(labels, predictions, len(classes))
+    table = class_table(labels, predictions, classes)
     write_csv(Path(folder, 'classes.csv'), table[0], map(dict.values, table))
     write_csv(Path(folder, 'confusion.csv'), ['', *classes], ([name, *row] for name, row in zip(classes, counts)))
 
@@ -230,7 +201,7 @@ def write_csv(path: str | os.PathLike, head: Iterable[str], rows: Iterable[Itera
     # Names of files may have bytes that are no text.
     with (
         replacing(path) as temporary,
-        open(temporary, 'w', newline='', encoding='utf-8', errors='surrogateescape') as file,
+        temporary.open('w', encoding='utf-8', errors='surrogateescape', newline='') as file,
     ):
         csv.writer(file).writerows([head, *rows])
 
@@ -265,8 +236,3 @@ def time_runs(run: Callable[[], Any], seconds: float = 1.0) -> list[float]:
     while len(times) < 20 or sum(times) < seconds:
         times.append(time_call(run))
     return times
-
-
-def is_steady(times: Sequence[float]) -> bool:
-    """Returns whether times of single runs are worth comparing: their 90th percentile is close to their median."""
-    return quantiles(times, n=10, method='inclusive')[-1] <= _STEADY * median(times)

@@ -3,8 +3,8 @@
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import chain, compress, product
-from statistics import median
+from itertools import chain, compress
+from statistics import median, quantiles
 from typing import Any
 
 import timm
@@ -12,13 +12,15 @@ import torch
 
 from ..datasets import open_evaluation
 from ..reporting import cpu_name, markdown_table, package_versions, take_turns
-from .classifier import Classifier, is_onnx, onnx_classifier, torch_classifier
+from .classifier import Classifier, is_onnx, load_classifier, onnx_classifier
 from .equalization import describe
-from .evaluation import UNSTEADY, check_classes, classify, is_steady, random_images, time_runs
+from .evaluation import check_classes, classify, random_images, time_runs
 from .onnx_export import float_onnx
 from .quantization import PERCENTILE, WEIGHTS, QuantizationOptions, quantize_in
 from .runtime import require
-from .trained_model import load_model
+
+# The 90th percentile of times, of their median. With twice as many busy processes as cores it is 1.2 to 3.2.
+_STEADY = 1.25
 
 
 def compare_int8(
@@ -34,15 +36,16 @@ def compare_int8(
     Args:
         models: Label to `.onnx` file, or to what `load_model` takes.
         data: Image folder whose `train` split is calibrated on, and whose `validation` split is evaluated.
-        ways: How to quantize, on the same images; no `auto`. The first way of each granularity is timed.
+        ways: How to quantize; they differ in weights, calibration (no `auto`), target and equalization alone. The first
+            way of each granularity is timed.
         latency_batches: Batch sizes to time, rounded up to multiples of the batch of a fixed-batch ONNX file.
         threads: Number of threads. Defaults to all cores.
         class_map: See `open_split`; the one that the models were trained with.
 
     Returns:
         Plain data: `settings`; `accuracy`, a row for each model and way with `top1`, `top5` and `drop` from float32 in
-        points; `latency`, a row for each model and batch size with milliseconds, and `speedups` of each kind of INT8,
-        medians of the ratios in the same round, or None where times are not steady; `equalization`, what that did.
+        points; `latency`, a row for each model and batch size with milliseconds, and `speedups` of each granularity
+        over ONNX in float32, or None where times are not steady; `equalization`, what that did.
 
     Raises:
         FileNotFoundError: If there is no such model or folder.
@@ -59,33 +62,31 @@ def compare_int8(
         )
         # Before the calibrations, which take long.
         check_classes(float32, images)
-        classifiers: dict[tuple[bool, QuantizationOptions | None], Classifier] = {(False, None): float32}
+        # By equalization, target, weights and calibration.
+        classifiers = {(False, '', 'float32', ''): float32}
+        timed = {} if is_onnx(source) else {'pytorch': load_classifier(source, threads)}
+        timed['float32'] = float32
         for done in quantize_in(ways, model, pool):
+            way = done.options
             if done.equalization:
                 equalization[label] = done.equalization.counts
-                classifiers.setdefault((True, None), onnx_classifier(done.model, threads))
-            classifiers[done.options.equalize, done.options] = onnx_classifier(done.quantized, threads)
+                classifiers.setdefault((True, '', 'float32', ''), onnx_classifier(done.model, threads))
+            quantized = onnx_classifier(done.quantized, threads)
+            classifiers[way.equalize, way.target, way.weights, way.calibration] = quantized
+            timed.setdefault(way.weights, quantized)
             counted = {'validation_images': len(images), 'calibration_images': len(done.indices)}
         found = classify(classifiers, images, title=f'{label}: evaluation')
-        best = found[False, None].accuracy()
-        for (equalized, way), each in found.items():
-            row = {'model': label, 'weights': 'float32', 'calibration': '', 'target': '', 'equalized': equalized}
-            if way:
-                row |= {name: getattr(way, name) for name in ('weights', 'calibration', 'target')}
+        best = next(iter(found.values())).accuracy()
+        for kind, each in found.items():
+            row = {'model': label, **dict(zip(('equalized', 'target', 'weights', 'calibration'), kind))}
             row |= {'top1': each.accuracy(), 'top5': each.accuracy(5), 'drop': best - each.accuracy()}
             accuracy.append(row)
-        timed = {} if is_onnx(source) else {'pytorch': torch_classifier(load_model(source), threads)}
-        timed['float32'] = float32
-        for way in ways:
-            timed.setdefault(way.weights, classifiers[way.equalize, way])
-        batches = dict.fromkeys(map(float32.images_for, latency_batches))
-        latency += [_latency_row(label, timed, batch) for batch in batches]
+        for batch in dict.fromkeys(map(float32.images_for, latency_batches)):
+            latency.append({'model': label, 'batch': batch, **_latency(timed, batch)})
     cpu, vnni = cpu_name()
-    # The other options are counted, or varied.
     settings = {
-        'percentile': PERCENTILE,
-        **{name: getattr(ways[0], name) for name in ('seed', 'reduce_range', 'exclude')},
         **counted,
+        **{name: getattr(ways[0], name) for name in ('seed', 'reduce_range', 'exclude')},
         'threads': threads or os.cpu_count(),
         'cpu': f'{cpu} {"with" if vnni else "without"} VNNI',
         'versions': package_versions(require('onnxruntime'), torch, timm),
@@ -93,24 +94,23 @@ def compare_int8(
     return {'settings': settings, 'accuracy': accuracy, 'latency': latency, 'equalization': equalization}
 
 
-def _latency_row(label: str, classifiers: Mapping[str, Classifier], batch: int) -> dict[str, Any]:
+def _latency(classifiers: Mapping[str, Classifier], batch: int) -> dict[str, Any]:
     images = random_images(classifiers['float32'].config, batch)
-    runs = {name: partial(classifier.run, images) for name, classifier in classifiers.items()}
-    turns = take_turns({name: partial(time_runs, run, 0.3) for name, run in runs.items()}, 5)
-    times = {name: [median(turn) for turn in found] for name, found in turns.items()}
+    runs = {name: partial(time_runs, partial(each.run, images), 0.3) for name, each in classifiers.items()}
+    turns = take_turns(runs, 5)
+    times = {name: [1000 * median(turn) for turn in found] for name, found in turns.items()}
     steady = {name: is_steady([*chain.from_iterable(found)]) for name, found in turns.items()}
-    speedups: dict[str, dict[str, float | None]] = {}
-    for kind, base in product(WEIGHTS, ('pytorch', 'float32')):
-        if kind in times and base in times:
-            ratio = median(slow / fast for slow, fast in zip(times[base], times[kind]))
-            speedups.setdefault(kind, {})[base] = ratio if steady[base] and steady[kind] else None
-    return {
-        'model': label,
-        'batch': batch,
-        'ms': {name: 1000 * median(values) for name, values in times.items()},
-        'speedups': speedups,
-        'bytes': {name: classifier.size for name, classifier in classifiers.items()},
-    }
+    speedups: dict[str, float | None] = {}
+    for kind in filter(times.__contains__, WEIGHTS):
+        # Of the same round.
+        ratio = median(slow / fast for slow, fast in zip(times['float32'], times[kind]))
+        speedups[kind] = ratio if steady['float32'] and steady[kind] else None
+    return {'ms': {name: median(values) for name, values in times.items()}, 'speedups': speedups}
+
+
+def is_steady(times: Sequence[float]) -> bool:
+    """Returns whether times of single runs are worth comparing."""
+    return quantiles(times, n=10, method='inclusive')[-1] <= _STEADY * median(times)
 
 
 def comparison_table(results: Mapping[str, Any]) -> str:
@@ -122,47 +122,48 @@ def comparison_table(results: Mapping[str, Any]) -> str:
         _accuracy_table(results['accuracy']),
         *(f'{label}: {describe(counts)}.' for label, counts in results['equalization'].items()),
     ]
-    if results['latency']:
+    cells = []
+    for row in results['latency']:
+        for kind, ratio in row['speedups'].items():
+            times = (row['ms'].get(name) for name in ('pytorch', 'float32', kind))
+            texts = (f'{time:.2f}' if time else '' for time in times)
+            cells.append([row['model'], str(row['batch']), kind, *texts, f'{ratio:.2f}x' if ratio else '-'])
+    if cells:
         versions = ', '.join(f'{name} {version}' for name, version in settings['versions'].items())
         parts += [
             f'Milliseconds per batch, and how many times faster INT8 is: medians, measured in turn. {settings["cpu"]}, '
             f'{settings["threads"]} threads, {versions}.',
-            _latency_table(results['latency']),
+            markdown_table(['model', 'batch', 'weights', 'PyTorch', 'ONNX float32', 'INT8', 'vs ONNX'], cells),
         ]
-        if any(None in speedups.values() for row in results['latency'] for speedups in row['speedups'].values()):
-            parts.append(UNSTEADY)
+        if any(row[-1] == '-' for row in cells):
+            parts.append(
+                f'The times are not steady, their 90th percentile is over {_STEADY} times their median: speed-ups are '
+                f'not stated. Repeat it on an idle machine.'
+            )
     return '\n\n'.join(parts)
 
 
 def _accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    reference = {(row['model'], row['equalized']): f'{row["top1"]:.2f}' for row in rows if row['weights'] == 'float32'}
-    cells: dict[tuple[Any, ...], dict[str, str]] = {}
+    found: dict[tuple[str, bool, str, str], dict[str, str]] = {}
     for row in rows:
-        if row['weights'] != 'float32':
-            key = row['model'], row['equalized'], row['target'], row['weights']
-            cells.setdefault(key, {})[row['calibration']] = f'{row["top1"]:.2f} ({0 - row["drop"]:+.2f})'
-    # Columns in which all rows are the same say nothing.
-    several = [True, *(len({key[place] for key in cells}) > 1 for place in (1, 2)), True]
+        key = row['model'], row['equalized'], row['target'], row['weights']
+        drop = '' if row['weights'] == 'float32' else f' ({0 - row["drop"]:+.2f})'
+        found.setdefault(key, {})[row['calibration']] = f'{row["top1"]:.2f}{drop}'
     body = [
-        [*compress((model, 'yes' if equalized else '', *way), several), reference[model, equalized], *found.values()]
-        for (model, equalized, *way), found in cells.items()
+        [
+            model,
+            'yes' if equalized else '',
+            target,
+            weights,
+            found[model, equalized, '', 'float32'][''],
+            *cells.values(),
+        ]
+        for (model, equalized, target, weights), cells in found.items()
+        if target
     ]
-    calibrations = (f'INT8 {name}' for name in next(iter(cells.values())))
-    head = compress(('model', 'equalized', 'target', 'weights'), several)
-    return markdown_table([*head, 'float32', *calibrations], body)
-
-
-def _latency_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    body = []
-    for row in rows:
-        for kind, speedups in row['speedups'].items():
-            times = (row['ms'].get(name) for name in ('pytorch', 'float32', kind))
-            ratios = (speedups.get(base, '') for base in ('pytorch', 'float32'))
-            cells = [
-                *('' if time is None else f'{time:.2f}' for time in times),
-                *('-' if ratio is None else ratio and f'{ratio:.2f}x' for ratio in ratios),
-            ]
-            size = f'{row["bytes"]["float32"] / 1e6:.1f} -> {row["bytes"][kind] / 1e6:.1f}'
-            body.append([row['model'], str(row['batch']), kind, *cells, size])
-    head = ['model', 'batch', 'weights', 'PyTorch', 'ONNX float32', 'INT8', 'vs PyTorch', 'vs ONNX', 'MB']
-    return markdown_table(head, body)
+    calibrations = next(cells for (*_, target, _), cells in found.items() if target)
+    head = ['model', 'equalized', 'target', 'weights', 'float32', *(f'INT8 {name}' for name in calibrations)]
+    # Of these a column in which all rows are the same says nothing.
+    optional = ('equalized', 'target')
+    kept = [name not in optional or len(set(column)) > 1 for name, column in zip(head, zip(*body))]
+    return markdown_table([*compress(head, kept)], [[*compress(row, kept)] for row in body])

@@ -61,27 +61,20 @@ def layer_report(done: Quantization, images: int = 16) -> dict[str, Any]:
 def write_reports(reports: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
     """Writes `layer_report`s by their titles as `layers.json`, and draws them side by side as `layers.png`."""
     write_text(folder / 'layers.json', json.dumps(reports, indent=2) + '\n')
-    panels = {
-        'standard deviation of weights': {'std': ''},
-        'kurtosis of weights, 3 if normal': {'kurtosis': ''},
-        'signal to noise (dB)': {
-            'weight_snr_db': 'weights',
-            'accumulated_snr_db': "layer's input",
-        },
-    }
+    panels = ('standard deviation of weights', 'kurtosis of weights, 3 if normal', 'signal to noise (dB)')
+    curves = {'std': (0, ''), 'kurtosis': (1, ''), 'weight_snr_db': (2, 'weights')}
+    curves['accumulated_snr_db'] = 2, "layer's input"
     size = 7 * len(reports), 9.5
     figure, grid = subplots(3, len(reports), size, layout='constrained', sharey='row', sharex='col', squeeze=False)
     for column, (title, report) in zip(grid.T, reports.items()):
-        rows, options = report['layers'], report['options']
-        for axes, (label, curves) in zip(column, panels.items()):
-            for key, name in curves.items():
-                # Layers in float32 leave a gap.
-                axes.plot(
-                    [row['layer'] for row in rows], [row.get(key, np.nan) for row in rows], 'o-', ms=4, label=name
-                )
+        rows = report['layers']
+        for key, (place, name) in curves.items():
+            # Layers in float32 leave a gap.
+            values = [row.get(key, np.nan) for row in rows]
+            column[place].plot([row['layer'] for row in rows], values, 'o-', ms=4, label=name)
+        for axes, label in zip(column, panels):
             axes.set(ylabel=label, yscale='linear' if 'dB' in label else 'log')
-        settings = f'{options["weights"]} weights, {options["calibration"]} calibration'
-        column[0].set_title(f'{title}\n{settings}: logits {report["logits_snr_db"]:.1f} dB', fontsize=11)
+        column[0].set_title(f'{title}: logits {report["logits_snr_db"]:.1f} dB', fontsize=11)
         column[2].tick_params('x', rotation=90, labelsize=7)
         column[2].legend(frameon=False)
     save_figure(figure, folder / 'layers.png')
@@ -115,9 +108,9 @@ def layer_sensitivity(done: Quantization) -> dict[str, Any]:
 
     def compare(model: Any) -> dict[str, float]:
         found = logits(model)
-        lost = (expected.argmax(1) == labels).double().mean() - (found.argmax(1) == labels).double().mean()
+        right = [(each.argmax(1) == labels).double().mean().item() for each in (expected, found)]
         distance = F.kl_div(found.log_softmax(1), expected.log_softmax(1), reduction='batchmean', log_target=True)
-        return {**({'drop': 100 * lost.item()} if labelled else {}), 'kl': distance.item()}
+        return {**({'drop': 100 * (right[0] - right[1])} if labelled else {}), 'kl': distance.item()}
 
     expected = logits(done.model)
     inputs, restored = _inputs(done.quantized)
@@ -136,8 +129,9 @@ def layer_sensitivity(done: Quantization) -> dict[str, Any]:
 
 def _inputs(quantized: Any) -> tuple[dict[str, Any], set[str]]:
     """Returns the inputs of each node, and the tensors that were in INT8."""
-    inputs = {node.name: node.input for node in quantized.graph.node}
-    return inputs, {node.output[0] for node in quantized.graph.node if node.op_type == 'DequantizeLinear'}
+    nodes = quantized.graph.node
+    restored = {node.output[0] for node in nodes if node.op_type == 'DequantizeLinear'}
+    return {node.name: node.input for node in nodes}, restored
 
 
 def sensitivity_table(ranking: Mapping[str, Any], most: int | None = None) -> str:

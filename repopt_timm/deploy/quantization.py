@@ -4,6 +4,7 @@ import fnmatch
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..datasets import Images, open_evaluation
-from .channel_health import constant_inputs, health_warnings, kernel_outliers
+from .channel_health import constant_inputs, counted, health_warnings, kernel_outliers
 from .classifier import logits_of, onnx_classifier
 from .equalization import Equalization, equalize
 from .onnx_export import float_onnx
@@ -45,10 +46,9 @@ _TENSORRT = {
 class QuantizationOptions:
     """How to quantize.
 
-    Weights become signed 8-bit integers. For `ort` activations become unsigned ones, the pair that x86 has dot-product
-    instructions for (VNNI). For `tensorrt` they are signed, with zero points of 0, rounded before each layer by a pair
-    of nodes of its own; biases stay in float32, and so do weights in the file, followed by a pair of nodes. The logits
-    stay in float32 as the last layer gives them.
+    Weights become signed 8-bit integers. For `ort` activations become unsigned ones. For `tensorrt` they are signed,
+    with zero points of 0, rounded before each layer by a pair of nodes of its own; biases stay in float32, and so do
+    weights in the file, followed by a pair of nodes. The logits stay in float32.
 
     Attributes:
         weights: One scale `per-channel` or `per-tensor`.
@@ -86,11 +86,10 @@ class Quantization:
     Attributes:
         model: The float `onnx.ModelProto`.
         quantized: The same in QDQ format.
-        images: Where calibration images came from.
-        indices: Which these were.
+        images: The folder.
+        indices: Its images that calibrated.
         options: How it was quantized; of `auto`, with the best calibration.
-        ranges: ONNX Runtime's calibration cache on them.
-        dead: Layer to the number of its input channels that never changed on these images; none if equalized.
+        ranges: ONNX Runtime's calibration cache.
         equalization: What equalizing did to the float model, if it was asked for.
         judged: The images that both were compared on: as many others, or the same if the folder has no others.
         agreement: Percentage of these for which both choose the same class.
@@ -103,11 +102,18 @@ class Quantization:
     indices: Sequence[int]
     options: QuantizationOptions
     ranges: bytes
-    dead: Mapping[str, int]
     equalization: Equalization | None
     judged: Sequence[int]
     agreement: float
     logits_snr_db: float
+
+    @cached_property
+    def dead(self) -> dict[str, int]:
+        """Layer to the number of its input channels that never changed on these images; none if equalized."""
+        if self.equalization:
+            return {}
+        values = constant_inputs(self.model, self.images, self.indices)
+        return counted({layer: np.isfinite(constants).sum() for layer, constants in values.items()})
 
     def warnings(self) -> list[str]:
         """Returns a line for each problem: dead channels, outliers in kernels, a result unlike the model."""
@@ -162,13 +168,9 @@ def quantize_in(ways: Sequence[QuantizationOptions], model: Any, images: Images)
     chosen = set(indices)
     others = [index for index in images.sample(len(images), ways[0].seed + 1) if index not in chosen]
     judged = others[: len(indices)] or indices
-    dead, equalization = {}, None
+    equalization = None
     if any(options.equalize for options in ways):
         equalization = equalize(model, images, [*indices, *others[: len(indices)]], others[len(indices) :])
-    if not all(options.equalize for options in ways):
-        for layer, values in constant_inputs(model, images, indices).items():
-            if count := int((~np.isnan(values)).sum()):
-                dead[layer] = count
     signal_to_noise = require('onnxruntime.quantization.qdq_loss_debug').compute_signal_to_quantization_noice_ratio
     ranges: dict[tuple[bool, str], bytes] = {}
     for options in ways:
@@ -179,7 +181,7 @@ def quantize_in(ways: Sequence[QuantizationOptions], model: Any, images: Images)
         exact, rounded = logits_of((form, quantized), images, judged, 'agreement')
         agreement = 100 * (exact.argmax(1) == rounded.argmax(1)).float().mean().item()
         decibels = signal_to_noise(exact.numpy(), rounded.numpy())
-        known = form, quantized, images, indices, options, ranges[key], {} if done else dead, done, judged
+        known = form, quantized, images, indices, options, ranges[key], done, judged
         yield Quantization(*known, agreement, decibels)
 
 

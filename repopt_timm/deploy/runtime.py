@@ -26,9 +26,14 @@ def require(module: str) -> Any:
 def load_onnx(path: str | os.PathLike) -> Any:
     """Reads an ONNX file with one input and one output as an `onnx.ModelProto`."""
     onnx = require('onnx')
-    with explained(f"'{path}' is not a readable ONNX model"):
+    try:
         model = onnx.load(os.fspath(path))
         onnx.checker.check_model(model)
+    except OSError:
+        raise
+    # Errors of ONNX and its runtime have no common base class.
+    except Exception as error:
+        raise ValueError(f"'{path}' is not a readable ONNX model: {reason_of(error)}.") from None
     graph = model.graph
     # Names of nodes are optional in ONNX, but are what ONNX Runtime quantizes by.
     for number, node in enumerate(graph.node):
@@ -61,19 +66,11 @@ def open_session(model: Any, threads: int | None = None, optimize: bool = True) 
     options.log_severity_level = 4
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    with explained(f'ONNX Runtime {onnxruntime.__version__} cannot run the model'):
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
-
-
-@contextmanager
-def explained(problem: str) -> Iterator[None]:
-    """Turns errors of ONNX and its runtime, which have no common base class, into a ValueError: `problem`, reason."""
     try:
-        yield
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=['CPUExecutionProvider'])
     except Exception as error:
-        if not type(error).__module__.startswith(('onnx', 'google.protobuf')):
-            raise
-        raise ValueError(f'{problem}: {reason_of(error)}.') from None
+        problem = f'ONNX Runtime {onnxruntime.__version__} cannot run the model: {reason_of(error)}.'
+        raise ValueError(problem) from None
 
 
 @contextmanager

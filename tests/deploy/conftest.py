@@ -48,8 +48,8 @@ def trained(name, **kwargs):
     model = timm.create_model(name, num_classes=3, **kwargs)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (ARGS.mean, ARGS.std))
+    targets = torch.arange(24) % 3
     for _ in range(25):
-        targets = torch.arange(24) % 3
         pixels = 60 + 50 * targets.view(-1, 1, 1, 1) + 40 * torch.randn(24, 3, 32, 32)
         loss = torch.nn.functional.cross_entropy(model((pixels.clamp(0, 255) / 255 - mean) / std), targets)
         optimizer.zero_grad()
@@ -119,8 +119,3 @@ def damaged(exported, tmp_path_factory):
     path = tmp_path_factory.mktemp('damaged') / 'model.onnx'
     save_onnx(graph.model, path)
     return path
-
-
-@pytest.fixture(scope='session')
-def broken_by_int8(damaged, images):
-    return quantize_onnx(damaged, images, QuantizationOptions(images=20, weights='per-tensor'))

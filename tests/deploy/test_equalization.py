@@ -80,27 +80,13 @@ def test_dead_channels_are_removed_where_that_changes_no_logit(equalized):
 
 
 def test_layers_are_equalized_through_homogeneous_functions_only(equalized):
-    assert equalized.pairs == {
-        'stem': ['depthwise'],
-        'depthwise': ['grouped'],
-        'last': ['first_fc'],
-        'first_fc': ['second_fc'],
-    }
-    reasons = {name: reason for name, reason in equalized.left.items() if 'tied' not in name and 'conv2d' not in name}
-    assert reasons == {
-        'grouped': 'Add',
-        'residual': 'Add',
-        'gated': 'Sigmoid',
-        'padded': 'Concat',
-        'second_fc': 'output',
-    }
-    assert 'shared kernel' in equalized.left.values()
-
-
-def test_both_sides_of_a_pair_have_equal_weights(equalized):
+    pairs = ('stem', 'depthwise'), ('depthwise', 'grouped'), ('last', 'first_fc'), ('first_fc', 'second_fc')
+    assert equalized.pairs == {layer: [reader] for layer, reader in pairs}
     kernels = Graph(equalized.model).kernels
     rows = np.abs(kernels['last']).max((2, 3)).reshape(-1)
     np.testing.assert_allclose(rows, np.abs(kernels['first_fc']).max((1, 3)).reshape(len(rows), -1).max(1), rtol=0.01)
+    reasons = {'grouped': 'Add', 'residual': 'Add', 'gated': 'Sigmoid', 'padded': 'Concat', 'second_fc': 'output'}
+    assert reasons.items() <= equalized.left.items() and 'shared kernel' in equalized.left.values()
 
 
 def test_a_channel_that_lives_on_other_images_is_not_dead(network):

@@ -6,19 +6,17 @@ from PIL import Image
 
 from repopt_timm.cli import main
 from repopt_timm.datasets import Images, core_count, open_evaluation
-from repopt_timm.deploy import evaluate, save_onnx
+from repopt_timm.deploy import evaluate
 from repopt_timm.deploy.classifier import Classifier, load_classifier
-from repopt_timm.deploy.evaluation import check_classes, class_table, classify, is_steady, write_confusion
+from repopt_timm.deploy.evaluation import check_classes, class_table, classify, write_confusion
 
 CONFIG = {'input_size': (3, 32, 32)}
 
 
-def test_pytorch_and_onnx_are_equally_accurate_and_int8_nearly(checkpoint, onnx_file, quantization, images, tmp_path):
-    save_onnx(quantization().quantized, tmp_path / 'int8.onnx')
-    found = [evaluate(source, images, batch_size=9) for source in (checkpoint, onnx_file, tmp_path / 'int8.onnx')]
-    assert [row['backend'] for row in found] == ['pytorch', 'onnxruntime', 'onnxruntime']
+def test_pytorch_and_onnx_are_equally_accurate(checkpoint, onnx_file, images):
+    found = [evaluate(source, images, batch_size=9) for source in (checkpoint, onnx_file)]
+    assert [row['backend'] for row in found] == ['pytorch', 'onnxruntime']
     assert found[0]['top1'] == found[1]['top1'] > 80 and found[0]['classes'] == found[1]['classes']
-    assert abs(found[2]['top1'] - found[0]['top1']) < 10
     for row in found:
         assert (row['images'], row['top5'], row['batch_size']) == (36, 100, 9)
         assert 0 < row['latency_ms'] <= row['latency_p90_ms'] and row['throughput'] > 0
@@ -37,7 +35,6 @@ def classifier(scores, names=()):
         ([0] * 9 + [3, 3, 1], 100 / 3, 100, 36),
         # Tied for the fifth place.
         ([5, 4, 3, 2] + [0] * 5 + [1] * 3, 0, 100 / 3, 0),
-        (range(12, 0, -1), 0, 0, 0),
     ],
 )
 def test_top_1_is_argmax_and_ties_are_counted(scores, top1, top5, ties, images):
@@ -66,8 +63,7 @@ def test_the_folder_of_a_run_is_evaluated_at_its_best_and_ties_are_printed(check
     (tmp_path / 'last.pth.tar').symlink_to(checkpoint)
     words = ['evaluate', str(tmp_path), '--data', str(images)]
     assert main([*words, '--out', str(tmp_path / 'out')]) == 0
-    told = capsys.readouterr().out
-    assert 'dark' in told and 'light' in told and 'ties  ' not in told
+    assert 'ties        0 images' in capsys.readouterr().out
     assert {path.name for path in (tmp_path / 'out').iterdir()} == {'classes.csv', 'confusion.csv', 'confusion.png'}
     state = torch.load(checkpoint, weights_only=False)
     for name in ('head.fc.weight', 'head.fc.bias'):
@@ -84,11 +80,6 @@ def test_the_class_names_of_a_model_decide_and_a_class_map_where_it_has_none(che
     torch.save({**torch.load(checkpoint, weights_only=False), 'label_names': ['light', 'grey', 'dark']}, named)
     as_map = evaluate(checkpoint, images, class_map=str(tmp_path / 'map.txt'))['top1']
     assert evaluate(named, images)['top1'] == as_map < 40 < evaluate(checkpoint, images)['top1']
-
-
-def test_times_with_a_long_tail_are_not_steady():
-    assert is_steady([1.0] * 19 + [9.0])
-    assert not is_steady([1.0] * 17 + [9.0] * 3)
 
 
 def test_logits_that_are_not_numbers_are_no_accuracy(images):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from repopt_timm.deploy import QuantizationOptions, export_onnx, load_model, quantize_onnx, save_onnx
+from repopt_timm.deploy.channel_health import still_channels
 from repopt_timm.deploy.onnx_export import to_onnx
 from repopt_timm.deploy.onnx_graph import image_input
 
@@ -29,14 +30,17 @@ def test_an_exported_file_gives_the_logits_of_pytorch_at_every_batch_size(checkp
     assert [file.name for file in tmp_path.iterdir()] == ['model.onnx']
     # Paths of this machine.
     assert b'site-packages' not in path.read_bytes()
+    facts = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert facts['architecture'] == 'test_repopt_vgg'
+    assert all(facts[name] == getattr(ARGS, name) for name in ('input_size', 'mean', 'crop_pct'))
 
 
-def test_it_is_made_of_convolutions_and_tells_its_preprocessing(exported):
-    operators = {node.op_type for node in exported.graph.node}
-    assert operators == {'Conv', 'Relu', 'ReduceMean', 'Reshape', 'Gemm'}
-    found = {entry.key: json.loads(entry.value) for entry in exported.metadata_props}
-    assert found['architecture'] == 'test_repopt_vgg'
-    assert all(found[name] == getattr(ARGS, name) for name in ('input_size', 'mean', 'crop_pct'))
+def test_channels_that_hardly_changed_in_training_are_counted_beside_others():
+    norms = nn.ModuleDict({name: nn.BatchNorm2d(4) for name in ('some', 'all small', 'healthy')})
+    norms['some'].running_var[:2] = 1e-9
+    norms['all small'].running_var[:] = 1e-9
+    norms['healthy'].running_var[0] = 1e-4
+    assert still_channels(norms) == {'some': 2}
 
 
 def small(bias=0.0):

@@ -1,5 +1,4 @@
 import copy
-import re
 
 import numpy as np
 import onnx_ir
@@ -7,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from repopt_timm.deploy import QuantizationOptions, evaluate, layer_report, quantize_onnx, save_onnx
+from repopt_timm.deploy import QuantizationOptions, quantize_onnx, save_onnx
 from repopt_timm.deploy.classifier import onnx_classifier
 from repopt_timm.deploy.onnx_export import to_onnx
 from repopt_timm.deploy.onnx_graph import layers_of
-from repopt_timm.deploy.quantization import CALIBRATIONS, WEIGHTS
+from repopt_timm.deploy.quantization import CALIBRATIONS
 from repopt_timm.deploy.runtime import open_session
 
 
@@ -30,10 +29,9 @@ def weight_scales(done):
     return {name: constant(source.inputs[1]) for name, source in sources.items() if source}
 
 
-@pytest.mark.parametrize('weights', WEIGHTS)
 @pytest.mark.parametrize('calibration', CALIBRATIONS)
-def test_int8_is_small_and_nearly_the_same(weights, calibration, quantization):
-    done = quantization(weights=weights, calibration=calibration)
+def test_int8_is_small_and_nearly_the_same(calibration, quantization):
+    done = quantization(weights='per-tensor', calibration=calibration)
     assert done.quantized.ByteSize() < 0.3 * done.model.ByteSize()
     assert 90 < done.agreement <= 100
     assert 14 < done.logits_snr_db < 60
@@ -79,27 +77,14 @@ def test_auto_takes_the_calibration_that_agrees_best(quantization):
     assert done.quantized == tried[best].quantized
 
 
-def test_a_file_whose_batch_is_fixed_runs_that_many_images_at_once(exported, checkpoint, images, tmp_path):
-    model = onnx_ir.from_proto(exported)
-    for value in (*model.graph.inputs, *model.graph.outputs):
-        value.shape = onnx_ir.Shape([8, *value.shape[1:]])
-    save_onnx(onnx_ir.to_proto(model), tmp_path / 'fixed.onnx')
-    done = quantize_onnx(tmp_path / 'fixed.onnx', images, QuantizationOptions(images=5))
-    assert done.agreement >= 80
-    assert len(layer_report(done)['layers']) == len(layers_of(exported))
-    assert evaluate(tmp_path / 'fixed.onnx', images)['top1'] == evaluate(checkpoint, images)['top1']
-
-
 def test_the_same_seed_gives_the_same_file_with_the_preprocessing_and_leaves_the_model(
     onnx_file, images, quantization, exported
 ):
-    first, other = quantization(seed=3), quantization(seed=4)
-    second = quantize_onnx(onnx_file, images, first.options)
-    assert first.quantized.SerializeToString() == second.quantized.SerializeToString()
-    assert list(other.indices) != list(first.indices)
-    assert first.model.SerializeToString() == exported.SerializeToString()
+    first = quantization(seed=3)
+    assert quantize_onnx(onnx_file, images, first.options).quantized == first.quantized
+    assert list(quantization().indices) != list(first.indices)
+    assert first.model == exported
     assert list(first.quantized.metadata_props) == list(exported.metadata_props)
-    assert onnx_classifier(first.quantized).config['mean'] == [0.5, 0.4, 0.3]
 
 
 @pytest.mark.parametrize('options', [{'weights': 'per-layer'}, {'calibration': 'mse'}, {'target': 'tflite'}])
@@ -108,22 +93,18 @@ def test_options_are_checked(options):
         QuantizationOptions(**options)
 
 
-@pytest.mark.parametrize('exclude', [('stem.conv',), ('head.fc',), ('stages.1.*',)])
-def test_onnx_runtime_leaves_excluded_layers_in_float_too(exclude, quantization):
-    done = quantization(exclude=exclude, weights='per-tensor')
-    exact = open_session(done.quantized, optimize=False).run(None, {'input': pixels(done).numpy()})[0]
-    found = onnx_classifier(done.quantized).run(pixels(done)).numpy()
-    assert np.linalg.norm(found - exact) < 0.02 * np.linalg.norm(exact)
-
-
-def test_a_layer_that_onnx_runtime_would_quantize_itself_is_refused(quantization):
-    with pytest.raises(ValueError, match=re.escape("'stages.1.0.conv' alone")):
+def test_onnx_runtime_leaves_excluded_layers_in_float_too_or_they_are_refused(quantization):
+    for layer in ('stem.conv', 'head.fc', 'stages.1.*'):
+        done = quantization(exclude=(layer,), weights='per-tensor')
+        exact = open_session(done.quantized, optimize=False).run(None, {'input': pixels(done).numpy()})[0]
+        found = onnx_classifier(done.quantized).run(pixels(done)).numpy()
+        assert np.linalg.norm(found - exact) < 0.02 * np.linalg.norm(exact)
+    with pytest.raises(ValueError, match='alone'):
         quantization(exclude=('stages.1.0.conv',))
 
 
-@pytest.mark.parametrize('weights', WEIGHTS)
-def test_the_form_for_tensorrt_is_symmetric_with_a_pair_for_each_layer(weights, quantization):
-    done = quantization(weights=weights, target='tensorrt')
+def test_the_form_for_tensorrt_is_symmetric_with_a_pair_for_each_layer(quantization):
+    done = quantization(target='tensorrt')
     pairs = nodes(done, 'QuantizeLinear', 'DequantizeLinear')
     # Each layer's input and weights, and nothing else, have a pair of their own.
     assert len(pairs) == 4 * len(layers_of(done.model))
@@ -167,11 +148,3 @@ def test_nodes_without_a_name_are_layers_too(exported, images, tmp_path):
     save_onnx(model, tmp_path / 'unnamed.onnx')
     done = quantize_onnx(tmp_path / 'unnamed.onnx', images, QuantizationOptions(images=4, exclude=('head.fc',)))
     assert len(weight_scales(done)) == len(layers_of(exported)) - 1
-
-
-def test_float16_is_not_quantized(exported, images, tmp_path):
-    half = copy.deepcopy(exported)
-    half.graph.initializer[0].CopyFrom(onnx_ir.to_proto(onnx_ir.tensor(np.zeros(3, np.float16), name='half')))
-    save_onnx(half, tmp_path / 'half.onnx')
-    with pytest.raises(ValueError, match='float16'):
-        quantize_onnx(tmp_path / 'half.onnx', images)
