@@ -45,8 +45,7 @@ def measure_networks(trial: Trial, num_classes: int | None, device: torch.device
     `parameters` in training, `convolutions`, `activations` (bytes that a forward pass saves for each image, in the
     precision of the trial), and `step_seconds` (median of a training step, in turns).
     """
-    # Until something has trained they may be of other arguments.
-    known = read_networks(trial) if trial.has_trained() else {}
+    known = read_networks(trial)
     if set(trial.settings.arms) <= set(known):
         return
     shared = trial.shared

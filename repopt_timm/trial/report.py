@@ -19,9 +19,6 @@ from .results import ArmResult, TrialResult
 from .statistics import Interval, is_guessing, seeds_to_show
 from .trial_folder import protocol
 
-# Smaller differences in time are noise on a busy machine.
-_FASTER = 1.15
-
 # Times that differ by this factor at most count as equal: they vary from run to run.
 _SAME_TIME = 1.05
 
@@ -50,30 +47,32 @@ def report_trial(result: TrialResult) -> str:
     how += ''.join(f' {arm}: {arm_of(arm).rate:g} times these.' for arm in settings.arms if arm_of(arm).rate != 1)
     head = ['arm', 'lr', 'seeds', 'top-1, 95 %', f'difference to {result.reference}, 95 %']
     head += ['s per epoch', 'step', 'activations', 'parameters']
+    rows = []
+    for arm in result.arms.values():
+        row = [f'{arm.name}: {arm_of(arm.name).title}', *_scores(result, arm), _number(arm.epoch_seconds, '.1f'), '-']
+        costs, base = arm.costs, result.arms[result.reference].costs
+        if costs and base:
+            row[-1] = f'{costs["step_seconds"] / base["step_seconds"]:.2f} x'
+        units = {'activations': 'MB', 'parameters': 'M'}
+        rows.append(row + [f'{costs[name] / 1e6:.2f} {unit}' if costs else '-' for name, unit in units.items()])
     parts = [
         f'# {settings.model} on {Path(shared["data_dir"] or shared["dataset"]).name}',
         f'{"; ".join(what)}. {how} Top-1 accuracy in percent on the validation images after the last epoch.',
-        markdown_table(head, [_row(result, arm) for arm in result.arms.values()], align=True),
+        markdown_table(head, rows, align=True),
         _bullets(_verdict(result)),
     ]
-    if times := _time_table(result):
-        parts += [
-            'At equal wall time of training, from the curves; a run that is cut off has not finished lowering its '
-            'learning rate, so that a run planned for that time would do better:',
-            times,
-        ]
     return _write(result.trial.folder, parts, _values(result), [result], partial(draw_trial, result))
 
 
 def report_trials(results: Sequence[TrialResult], folder: Path) -> str:
     """Writes one report of several trials, with budgets compared at equal wall time if the trials share all else."""
-    in_turn = sorted(results, key=lambda result: (result.convolutions, result.length))
+    in_turn = sorted(results, key=lambda result: (result.convolutions, result.trial.length))
     arms = in_order(arm for result in in_turn for arm in result.arms)
     searched = any(arm.search_seconds for result in in_turn for arm in result.arms.values())
     beside, rows, sections = [], [], []
     for result in in_turn:
         name, each = result.trial.folder.name, result.arms
-        cells = [name, str(result.convolutions or '-'), str(result.length)]
+        cells = [name, str(result.convolutions or '-'), str(result.trial.length)]
         beside.append([*cells, *(_accuracy(each[arm]) if arm in each else '-' for arm in arms)])
         for arm in each.values():
             rows.append([*cells, arm.name, *_scores(result, arm), _number(arm.seconds, '.0f', ' s')])
@@ -149,12 +148,12 @@ def _values(result: TrialResult) -> dict[str, Any]:
     }
 
 
-def _accuracy(arm: ArmResult, mean: Interval | None = None) -> str:
-    """Formats a mean accuracy, by default that of all finished runs, and how many runs diverged."""
-    mean, diverged = mean or arm.mean, len(arm.failures)
+def _accuracy(arm: ArmResult) -> str:
+    """Formats the mean accuracy of the finished runs, and how many runs diverged."""
+    diverged = len(arm.failures)
     if arm.is_hopeless or diverged == len(arm.top1):
         return 'all diverged'
-    text = [mean.text(sign='')] if mean.count or not diverged else []
+    text = [arm.mean.text(sign='')] if arm.mean.count or not diverged else []
     return ', '.join(text + [f'diverged: {diverged}'] * bool(diverged))
 
 
@@ -166,18 +165,6 @@ def _scores(result: TrialResult, arm: ArmResult) -> list[str]:
     """Returns what all tables show of an arm: learning rate, seeds, accuracy and difference."""
     difference = '' if arm.name == result.reference else arm.difference.text()
     return [_number(arm.choice.best, 'g'), str(arm.mean.count), _accuracy(arm), difference]
-
-
-def _row(result: TrialResult, arm: ArmResult) -> list[str]:
-    costs, base = arm.costs, result.arms[result.reference].costs
-    return [
-        f'{arm.name}: {arm_of(arm.name).title}',
-        *_scores(result, arm),
-        _number(arm.epoch_seconds, '.1f'),
-        f'{costs["step_seconds"] / base["step_seconds"]:.2f} x' if costs and base else '-',
-        f'{costs["activations"] / 1e6:.2f} MB' if costs else '-',
-        f'{costs["parameters"] / 1e6:.2f} M' if costs else '-',
-    ]
 
 
 def _among(*arms: ArmResult) -> str:
@@ -242,23 +229,6 @@ def _troubles(result: TrialResult, arm: ArmResult) -> list[str]:
     return found
 
 
-def _time_table(result: TrialResult) -> str:
-    """Returns accuracies at the wall time of the fastest arm's runs; nothing if all arms take about as long."""
-    times = [arm.seconds for arm in result.timed]
-    if not times or max(times) < _FASTER * min(times):
-        return ''
-    rows, evaluated = [], result.epochs.dropna(subset='eval_top1')
-    for arm in result.timed:
-        own = evaluated[(evaluated['arm'] == arm.name) & evaluated['seed'].isin(arm.top1.dropna().index)]
-        reached = own[arm.seconds_of(own['epoch']) <= min(times) * _SAME_TIME].groupby('seed').last()
-        done = 0 if reached.empty else reached['epoch'].max()
-        accuracy = _accuracy(arm, Interval.of(reached['eval_top1']))
-        rows.append([arm.name, f'{arm.seconds:.0f} s', f'{done} of {result.length}', accuracy])
-    fastest = ', '.join(arm.name for arm in result.timed if arm.seconds == min(times))
-    title = f'epochs in {min(times):.0f} s ({fastest})'
-    return markdown_table(['arm', 'wall time of a run', title, 'top-1 by then, 95 %'], rows, align=True)
-
-
 def _equal_times(results: Sequence[TrialResult]) -> Iterator[str]:
     """Compares the slowest arm of each trial with the longest runs of other arms that take no more time."""
     for result in results:
@@ -268,7 +238,7 @@ def _equal_times(results: Sequence[TrialResult]) -> Iterator[str]:
         rivals = [
             arm
             for other in results
-            if other.length > result.length and _task(other) == _task(result)
+            if other.trial.length > result.trial.length and _task(other) == _task(result)
             for arm in other.timed
             if arm.name != slowest.name and arm.seconds <= slowest.seconds * _SAME_TIME
         ]

@@ -16,7 +16,7 @@ from ..files import write_text
 from ..names import ModelName
 from ..tables import read_mapping, read_table
 from ..train.parsing import parse_arguments, write_config
-from ..train.run_folder import DIVERGED_FILE, SCALES_FILE, SUMMARY_FILE, TIMES_FILE, is_busy
+from ..train.run_folder import DIVERGED_FILE, SCALES_FILE, SUMMARY_FILE, TIMES_FILE
 from .arms import GIVEN, SEARCHED, arm_of, in_order
 from .statistics import Choice, choose_rate
 from .trial_settings import TrialSettings
@@ -91,6 +91,11 @@ class Trial:
     settings: TrialSettings
     shared: dict[str, Any]
 
+    @property
+    def length(self) -> int:
+        """Epochs of a run."""
+        return int(self.shared['epochs'] + self.shared['cooldown_epochs'])
+
     def training(self, arm: str, seed: int, lr: float) -> Run:
         """Returns the run of an arm with a seed."""
         return self._run(arm, 'runs', f'seed-{seed}', self.shared['epochs'], {'seed': seed}, {'lr': lr})
@@ -118,23 +123,24 @@ class Trial:
 
     def _run(self, arm: str, kind: str, name: str, epochs: int, alike: dict[str, Any], own: dict[str, Any]) -> Run:
         """Returns a run of an arm; a search before it shares the arguments `alike`."""
-
-        def run(folder: Path, kind: str, epochs: int, arguments: dict[str, Any], search: Run | None = None) -> Run:
-            warmup = self.shared['warmup_epochs']
-            if warmup:
-                # A shorter schedule has the same shape.
-                warmup = max(min(1, epochs - 1), round(warmup * epochs / self.shared['epochs']))
-            arguments = {'epochs': epochs, 'warmup_epochs': warmup, **arguments}
-            return Run(folder, kind, arguments, epochs + self.shared['cooldown_epochs'], search)
-
         arguments, search = self.arguments_of(arm), None
         if arguments.get('scales') == SEARCHED:
+            folder = self.folder / 'searches' / (name if kind == 'runs' else kind)
+            arguments['scales'] = str(folder / SCALES_FILE)
             # Strongly decayed identities leave targets that learn slowly.
             what = {'model': self.settings.model + '_hs', 'opt': 'sgd', 'weight_decay': 4e-5, **alike}
-            folder = self.folder / 'searches' / (name if kind == 'runs' else kind)
-            search = run(folder, 'searches', self.settings.search or 0, what)
-            arguments['scales'] = str(folder / SCALES_FILE)
-        return run(self.folder / kind / arm / name, kind, epochs, {**arguments, **alike, **own}, search)
+            search = self._scheduled(folder, 'searches', self.settings.search or 0, what)
+        return self._scheduled(self.folder / kind / arm / name, kind, epochs, {**arguments, **alike, **own}, search)
+
+    def _scheduled(
+        self, folder: Path, kind: str, epochs: int, arguments: dict[str, Any], search: Run | None = None
+    ) -> Run:
+        warmup = self.shared['warmup_epochs']
+        if warmup:
+            # A shorter schedule has the same shape.
+            warmup = max(min(1, epochs - 1), round(warmup * epochs / self.shared['epochs']))
+        arguments = {'epochs': epochs, 'warmup_epochs': warmup, **arguments}
+        return Run(folder, kind, arguments, epochs + self.shared['cooldown_epochs'], search)
 
     def choice(self, arm: str) -> Choice:
         """Returns what is known of an arm's learning rate."""
@@ -162,17 +168,12 @@ class Trial:
         ready = [run.search if run.search and run.search.is_open else run for run in wanted if run.is_open]
         return list({run.folder: run for run in ready}.values())
 
-    def has_trained(self) -> bool:
-        """Returns whether a run trains, or has trained an epoch; before that the arguments can still change."""
-        runs = [run for pattern in ('tuning/*/*', 'searches/*', 'runs/*/*') for run in self.folder.glob(pattern)]
-        return any((run / SUMMARY_FILE).exists() or (run / DIVERGED_FILE).exists() or is_busy(run) for run in runs)
-
     def joined(self, reference: str | None = None) -> 'Trial':
         """Returns the trial with the arms and seeds of all calls in its folder, whose runs must be of one protocol.
 
         The reference arm of the folder stays unless this call names one.
         """
-        if not (self.folder / _SETTINGS_FILE).exists() or not self.has_trained():
+        if not (self.folder / _SETTINGS_FILE).exists():
             return self
         before, new = open_trial(self.folder), self.settings
         old = before.settings
@@ -201,7 +202,7 @@ class Trial:
         each = asdict(self.settings)
         names = ['model', 'lrs', 'lr', 'holdout', 'tuning_epochs', 'tuning_seed']
         names += ['search'] * ('search' in self.settings.arms)
-        # Unknown in folders of older trials.
+        # Known once the data have been read.
         names += [name for name in ('classes', 'held_out') if each[name] is not None]
         found = protocol(self.shared) | {name: each[name] for name in names}
         for what in ('scales', 'fingerprints'):
@@ -225,7 +226,7 @@ def open_trial(folder: Path) -> Trial:
 def protocol(shared: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the shared arguments that make accuracies, or their times, comparable.
 
-    An argument that is not there, as in the folder of an older version, has its default.
+    An argument that is not there, as it is new, has its default.
     """
     default: dict[str, Any] = yaml.safe_load(write_config(parse_arguments([])))
     return {name: shared.get(name, value) for name, value in default.items() if name not in _FREE}

@@ -56,23 +56,15 @@ class TrialSettings:
     @classmethod
     def read(cls, path: Path) -> 'TrialSettings':
         """Reads `trial.yaml`; a ValueError names the file if it is not as a trial writes it."""
-        names = [each.name for each in fields(cls)]
-        saved = read_mapping(path, names[: names.index('fingerprints')])
-        if not isinstance(saved['scales'], dict):
-            # Folders of older trials: one source of scales, or none.
-            saved['scales'] = {'scales': saved['scales']} if saved['scales'] else {}
+        saved = read_mapping(path, [each.name for each in fields(cls)])
         try:
             for name, kind in {'arms': str, 'seeds': int, 'lrs': float}.items():
                 saved[name] = [kind(value) for value in saved[name]]
-            for name, kind in {'lr': float, 'holdout': float, 'tuning_epochs': int, 'search': int}.items():
-                saved[name] = None if saved[name] is None else kind(saved[name])
             if unknown := {*saved['arms'], saved['reference']} - {*ARMS, *saved['scales']}:
                 raise ValueError(f'it has the arms {", ".join(map(str, unknown))}, which are none')
-            if taken := set(saved['scales']) & set(ARMS) - {'scales'}:
-                raise ValueError(f"'{min(taken)}' is the name of an arm: rename these scales, here and in all folders")
+            return cls(**saved)
         except (TypeError, ValueError) as error:
             raise ValueError(f"'{path}' is damaged: {error}.") from None
-        return cls(**{name: saved[name] for name in names if name in saved})
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -15,7 +15,6 @@ EDITS = [
     ('trial.yaml', b'lrs:\n', b'lrs: 0\nothers:\n'),
     ('trial.yaml', b'reference: sgd', b'reference: none'),
     ('trial.yaml', b'- repopt\n', b'- repot\n'),
-    ('trial.yaml', b'scales: {}', b'scales: {identity: initial}'),
     ('shared.yaml', b'\nepochs:', b'\nepoch:'),
     ('networks.json', b'"step_seconds": 0.1', b'"step_seconds": "fast"'),
     (SUMMARY, b'\n2,', b'\n3,'),

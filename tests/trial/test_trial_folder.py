@@ -69,12 +69,6 @@ def test_an_argument_that_an_older_folder_lacks_had_its_default(trial, trained):
     trial(*words)
 
 
-def test_a_folder_in_which_nothing_has_trained_takes_other_arguments(trial):
-    trial('--lr', '0.1', '--arms', 'init', '--epochs', '3')
-    found = open_trial(trial('--lr', '0.2', '--arms', 'sgd', '--batch-size', '7').folder)
-    assert (found.settings.arms, found.settings.lr, found.shared['batch_size']) == (['sgd'], 0.2, 7)
-
-
 def test_a_network_that_cannot_be_made_changes_nothing(images, trained, tmp_path, capsys):
     words = ['--data', str(images), '--device', 'cpu', '--channels-last', '--img-size', '96']
     folder = trained(*words, '--arms', 'sgd').folder
@@ -115,14 +109,12 @@ def test_given_scales_are_known_by_their_fingerprint(trial, tmp_path):
     path = tmp_path / 'mine.safetensors'
 
     def call(seeds):
-        made = trial('--arms', 'sgd', 'mine', '--scales', f'mine={path}', '--lr', '0.1', '--seeds', str(seeds))
+        made = trial('--arms', 'mine', '--scales', f'mine={path}', '--lr', '0.1', '--seeds', str(seeds))
         found = replace(made, settings=replace(made.settings, fingerprints=read_fingerprints(made)))
         found.joined().write()
         return found
 
-    with pytest.raises(FileNotFoundError, match=r'mine\.safetensors'):
-        call(1)
-    initial = Scales.initial(make_network(trial()))
+    initial = Scales.initial(make_network(trial(folder='other')))
     initial.save(path)
     fake_run(call(1).training('mine', 0, 0.1), 50)
     spread(initial).save(path)
