@@ -96,6 +96,10 @@ class Trial:
         """Epochs of a run."""
         return int(self.shared['epochs'] + self.shared['cooldown_epochs'])
 
+    @property
+    def num_classes(self) -> int:
+        return self.shared['num_classes'] or self.settings.classes or 1000
+
     def training(self, arm: str, seed: int, lr: float) -> Run:
         """Returns the run of an arm with a seed."""
         return self._run(arm, 'runs', f'seed-{seed}', self.shared['epochs'], {'seed': seed}, {'lr': lr})

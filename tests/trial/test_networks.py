@@ -7,10 +7,10 @@ from repopt_timm.trial.networks import activation_bytes, measure_networks, read_
 
 def test_numbers_are_measured_once_for_each_network(trial):
     made = trial('--arms', 'sgd', 'init', '--lr', '0.1', '--batch-size', '4', '--input-size', '3', '32', '32')
-    measure_networks(made, 10, torch.device('cpu'))
+    measure_networks(made, torch.device('cpu'))
     found = read_networks(made)
     assert list(found) == ['sgd', 'init'] and found['sgd'] == found['init'] and found['sgd']['step_seconds'] > 0
-    measure_networks(made, 10, torch.device('cpu'))
+    measure_networks(made, torch.device('cpu'))
     assert read_networks(made) == found
 
 
