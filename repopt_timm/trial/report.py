@@ -19,9 +19,6 @@ from .results import ArmResult, TrialResult
 from .statistics import Interval, is_guessing, seeds_to_show
 from .trial_folder import protocol
 
-# Times that differ by this factor at most count as equal: they vary from run to run.
-_SAME_TIME = 1.05
-
 # A difference that a trial should be able to show, in points.
 _POINTS = 2.0
 
@@ -153,8 +150,7 @@ def _accuracy(arm: ArmResult) -> str:
     diverged = len(arm.failures)
     if arm.is_hopeless or diverged == len(arm.top1):
         return 'all diverged'
-    text = [arm.mean.text(sign='')] if arm.mean.count or not diverged else []
-    return ', '.join(text + [f'diverged: {diverged}'] * bool(diverged))
+    return arm.mean.text(sign='') + (f', diverged: {diverged}' if diverged else '')
 
 
 def _number(value: float | None, form: str, unit: str = '') -> str:
@@ -175,8 +171,7 @@ def _verdict(result: TrialResult) -> list[str]:
     """Returns sentences: each arm against the reference, what failed, what a search did."""
     reference = result.arms[result.reference]
     sentences = [_against(reference, arm) for arm in result.arms.values() if arm is not reference]
-    for arm in result.arms.values():
-        sentences += _troubles(result, arm)
+    sentences += [sentence for arm in result.arms.values() for sentence in _troubles(result, arm)]
     return sentences if result.search is None else [*sentences, result.search.sentence()]
 
 
@@ -187,13 +182,11 @@ def _against(reference: ArmResult, arm: ArmResult) -> str:
         return f'{pair}: no seed with which both are finished.'
     if found.count == 1:
         return f'{pair}{among}: one seed, {found.mean:+.2f} points. One seed cannot say how much of that is chance.'
-    seeds = f'{found.count} seeds'
-    numbers = f'{found.mean:+.2f} points, 95 % interval {found.lower:+.2f} to {found.upper:+.2f}'
+    numbers = f'({found.mean:+.2f} points, 95 % interval {found.lower:+.2f} to {found.upper:+.2f}'
     if found.excludes_zero:
-        better = 'better' if found.mean > 0 else 'worse'
-        points = f'{abs(found.mean):.2f} points{among}'
-        return f'{arm.name} is {better} than {reference.name} by {points} ({numbers}, {seeds}).'
-    text = f'{pair}{among}: no difference that {seeds} can show ({numbers}).'
+        better = f'{"better" if found.mean > 0 else "worse"} than {reference.name} by {abs(found.mean):.2f} points'
+        return f'{arm.name} is {better}{among} {numbers}, {found.count} seeds).'
+    text = f'{pair}{among}: no difference that {found.count} seeds can show {numbers}).'
     if found.half > _POINTS:
         few, many = seeds_to_show(_POINTS, found)
         text += f' About {few} seeds would show {_POINTS:g} points, or {many} if the spread is underestimated.'
@@ -235,15 +228,15 @@ def _equal_times(results: Sequence[TrialResult]) -> Iterator[str]:
         if not result.timed:
             continue
         slowest = max(result.timed, key=lambda arm: arm.seconds)
-        rivals = [
-            arm
+        # Times vary by some percent from run to run. The last one is the longest, as results are in that order.
+        longest = {
+            arm.name: arm
             for other in results
             if other.trial.length > result.trial.length and _task(other) == _task(result)
             for arm in other.timed
-            if arm.name != slowest.name and arm.seconds <= slowest.seconds * _SAME_TIME
-        ]
-        longest = {arm.name: arm for arm in sorted(rivals, key=lambda arm: arm.seconds)}
-        for rival in [longest[name] for name in result.arms if name in longest]:
+            if arm.name != slowest.name and arm.seconds <= 1.05 * slowest.seconds
+        }
+        for rival in longest.values():
             difference = Interval.of(rival.top1 - slowest.top1)
             known = difference.count < 2 or difference.excludes_zero
             runs = [f'{arm.name} in {arm.length} epochs ({arm.seconds:.0f} s)' for arm in (rival, slowest)]

@@ -23,7 +23,7 @@ from .trial_settings import TrialSettings
 
 _SETTINGS_FILE, _SHARED_FILE = 'trial.yaml', 'shared.yaml'
 
-# What a report shows of the arguments that all runs share.
+# What reports and runs read of the arguments that all runs share.
 _NEEDED = (
     *('model_kwargs', 'epochs', 'cooldown_epochs', 'warmup_epochs', 'batch_size', 'train_images', 'data_dir'),
     'dataset',
@@ -39,14 +39,11 @@ _FREE = {
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run of the training command.
-
-    It is one of the `tuning`, `searches` or `runs`, has `epochs` in the end, and needs the result of `search`, if any.
-    Its `arguments` are those that it does not share with the other runs.
-    """
+    """A run of the training command, of the `tuning`, `searches` or `runs`; it waits for `search`, if any."""
 
     folder: Path
     kind: str
+    # Those that it does not share with the other runs.
     arguments: Mapping[str, Any]
     epochs: int
     search: 'Run | None' = None
@@ -185,8 +182,7 @@ class Trial:
         if changed := [name for name in values if name in saved and saved[name] != values[name]]:
             differences = ', '.join(f'{name} {saved[name]!r} -> {values[name]!r}' for name in changed)
             raise ValueError(
-                f"'{self.folder}' is the folder of a trial with other arguments: {differences}. Continue it with its "
-                f'own, or choose another --output.'
+                f"'{self.folder}' is of a trial with other arguments: {differences}. Choose another --output."
             )
         settings = replace(
             new,

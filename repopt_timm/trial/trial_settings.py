@@ -26,17 +26,12 @@ _NOT_SHARED = (
 # A training of 300 epochs has other needs than a trial of ten.
 _DEFAULTS = {'epochs': 10, 'sched_on_updates': True, 'workers': 0, 'checkpoint_hist': 1}
 
-# Of runs that a learning rate is chosen by.
 _TUNING_SEED = 1000
 
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """What a trial is of: the content of `trial.yaml`.
-
-    `lr` and `search` are None without them, `classes` and `held_out` (images that learning rates are compared on) if
-    unknown. `scales` and `fingerprints` are by arm.
-    """
+    """What a trial is of: the content of `trial.yaml`; `scales` and `fingerprints` are by arm."""
 
     model: str
     arms: list[str]
@@ -50,6 +45,7 @@ class TrialSettings:
     search: int | None
     reference: str
     fingerprints: dict[str, str] = field(default_factory=dict)
+    # None if unknown; the images are those that learning rates are compared on.
     classes: int | None = None
     held_out: int | None = None
 
@@ -81,32 +77,18 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add('model', nargs='?', help='plain network, such as repopt_vgg_a0, or any timm model')
     add('-c', '--config', metavar='FILE', help='YAML file of training arguments, or the name of a shipped one')
     add('--data', metavar='DIR', help='path to dataset: image folders, or .tar files')
-    add(
-        '--arms',
-        nargs='+',
-        help=f'ways to train: {", ".join(ARMS)}, or NAMEs of --scales [all possible but {" and ".join(EXTRA)}]',
-    )
+    extra = f'NAMEs of --scales [all possible but {" and ".join(EXTRA)}]'
+    add('--arms', nargs='+', help=f'ways to train: {", ".join(ARMS)}, or {extra}')
     add('--seeds', type=count, default=3, help='number of seeds of each arm')
     add('--first-seed', type=int, default=0, help='the first of them')
-    add(
-        '--lrs',
-        nargs='+',
-        type=rate,
-        default=[0.05, 0.1, 0.2],
-        help='learning rates to choose from, for each arm; beyond the lowest and highest if those are the best',
-    )
+    lrs = 'learning rates to choose from, for each arm; beyond the lowest and highest if those are the best'
+    add('--lrs', nargs='+', type=rate, default=[0.05, 0.1, 0.2], help=lrs)
     add('--lr', type=rate, help='learning rate of all arms, instead of choosing')
-    add(
-        '--holdout', type=number(float, above=0, below=1), default=0.1, help='share of the training images to choose on'
-    )
+    share = number(float, above=0, below=1)
+    add('--holdout', type=share, default=0.1, help='share of the training images to choose on')
     add('--tuning-epochs', type=count, help='epochs of these runs [--epochs]')
-    add(
-        '--scales',
-        nargs='+',
-        default=[],
-        metavar='[NAME=]SOURCE',
-        help="scales for the arm 'scales', or for an arm of that NAME: all that `repopt-timm train --scales` takes",
-    )
+    scales = "scales for the arm 'scales', or for an arm of that NAME: all that `repopt-timm train --scales` takes"
+    add('--scales', nargs='+', default=[], metavar='[NAME=]SOURCE', help=scales)
     add('--search', type=count, help="epochs of the search before each run of the arm 'search'")
     add('--reference', help='arm that the others are compared with [sgd, or the first]')
     add('--jobs', type=count, default=1, help='number of runs side by side')
