@@ -53,7 +53,7 @@ def report_trial(result: TrialResult) -> str:
         units = {'activations': 'MB', 'parameters': 'M'}
         rows.append(row + [f'{costs[name] / 1e6:.2f} {unit}' if costs else '-' for name, unit in units.items()])
     parts = [
-        f'# {settings.model} on {Path(shared["data_dir"] or shared["dataset"]).name}',
+        f'# {settings.model} on {Path(shared["data_dir"] or shared["dataset"]).absolute().name}',
         f'{"; ".join(what)}. {how} Top-1 accuracy in percent on the validation images after the last epoch.',
         markdown_table(head, rows, align=True),
         _bullets(_verdict(result)),

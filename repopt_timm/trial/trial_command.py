@@ -24,7 +24,6 @@ from ..sources import load_scales
 from ..train.interruption import InterruptedRunError, postponed_signals, raise_if_interrupted
 from ..train.loaders import make_datasets
 from ..train.run import prepare_device
-from ..train.run_folder import is_busy
 from ..train.validation import check_arguments
 from .arms import target_name
 from .networks import make_network, measure_networks
@@ -114,10 +113,7 @@ def run_all(
             while True:
                 taken = [run.folder for run in (*running.values(), *failed)]
                 ready = [run for run in trial.open_runs() if run.folder not in taken]
-                if not running and not ready:
-                    return failed
-                # A process of a trial that was killed may still be at it.
-                for run in [run for run in ready if not is_busy(run.folder)][: jobs - len(running)]:
+                for run in ready[: jobs - len(running)]:
                     run.folder.mkdir(parents=True, exist_ok=True)
                     _logger.info(f'{run.folder} starts.')
                     with open(run.folder / LOG_FILE, 'a', encoding='utf-8') as log:
@@ -126,9 +122,9 @@ def run_all(
                         words = command(run, trial)
                         process = subprocess.Popen(words, env=environment, start_new_session=True, **streams)
                     running[process] = run
-                raise_if_interrupted()
-                time.sleep(0.2)
-                while running and all(process.poll() is None for process in running):
+                if not running:
+                    return failed
+                while all(process.poll() is None for process in running):
                     raise_if_interrupted()
                     time.sleep(0.2)
                 for run in [running.pop(process) for process in list(running) if process.poll() is not None]:

@@ -65,7 +65,7 @@ class Run:
         if self.search and self.search.failure:
             return f'Its search diverged: {self.search.failure}'
         path = self.folder / DIVERGED_FILE
-        return (path.read_text(encoding='utf-8').strip() or 'it diverged') if path.exists() else ''
+        return path.read_text(encoding='utf-8').strip() if path.exists() else ''
 
     @property
     def top1(self) -> float:
@@ -201,8 +201,8 @@ class Trial:
         """Returns what stays as it is from call to call; of scales, those of these arms."""
         each = asdict(self.settings)
         names = ['model', 'lrs', 'lr', 'holdout', 'tuning_epochs', 'tuning_seed']
+        # What only some calls know.
         names += ['search'] * ('search' in self.settings.arms)
-        # Known once the data have been read.
         names += [name for name in ('classes', 'held_out') if each[name] is not None]
         found = protocol(self.shared) | {name: each[name] for name in names}
         for what in ('scales', 'fingerprints'):

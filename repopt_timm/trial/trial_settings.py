@@ -118,8 +118,6 @@ def read_settings(args: argparse.Namespace, model: str, epochs: int) -> TrialSet
             )
         scales[name] = source
     arms = arms_of(model, args.arms, scales, args.search)
-    if args.lr is None and args.first_seed <= _TUNING_SEED < args.first_seed + args.seeds:
-        raise ValueError(f'--first-seed: learning rates are chosen with the seed {_TUNING_SEED}; take other seeds.')
     reference = args.reference or ('sgd' if 'sgd' in arms else arms[0])
     if reference not in arms:
         raise ValueError(f"--reference is '{reference}', expected one of the arms: {', '.join(arms)}.")
@@ -145,17 +143,12 @@ def read_shared(model: str, config: str | None, data: str | None, words: Sequenc
         flag = '--' + refused[0].replace('_', '-')
         raise ValueError(f'{flag} is not for the runs of a trial. `repopt-timm trial --help` shows its own arguments.')
     values: dict[str, Any] = read_config(config) if config else {}
-    folder = data or values.get('data_dir')
-    if folder and Path(folder).name in ('', '..'):
-        # It has a name in the report.
-        folder = str(Path(folder).resolve())
-    values = {name: value for name, value in values.items() if name not in _NOT_SHARED}
+    shared = {name: value for name, value in values.items() if name not in _NOT_SHARED}
     parser = make_parser()
-    parser.set_defaults(**{**_DEFAULTS, **values, 'model': model, 'data_dir': folder})
+    parser.set_defaults(**{**_DEFAULTS, **shared, 'model': model, 'data_dir': data or values.get('data_dir')})
     args = parser.parse_args(words)
     # Images are prepared alike for all arms, whose models may state different defaults.
     found = resolve_data_config(vars(args), pretrained_cfg=resolve_pretrained_cfg(model).to_dict())
     for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct'):
         setattr(args, name, list(found[name]) if isinstance(found[name], tuple) else found[name])
-    shared: dict[str, Any] = yaml.safe_load(write_config(args))
-    return shared
+    return dict(yaml.safe_load(write_config(args)))
