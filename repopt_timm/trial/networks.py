@@ -44,7 +44,7 @@ def measure_networks(trial: Trial, device: torch.device) -> None:
     `activations` are the bytes that a forward pass saves for each image, `step_seconds` the median of a training step.
     """
     known, shared = read_networks(trial), trial.shared
-    if set(trial.settings.arms) <= set(known):
+    if set(trial.arms) <= set(known):
         return
     size, batch = tuple(shared['input_size']), shared['batch_size']
     dtype = getattr(torch, shared['amp_dtype']) if shared['amp'] else None
@@ -52,7 +52,7 @@ def measure_networks(trial: Trial, device: torch.device) -> None:
     images = torch.randn(max(batch, 3), *size, device=device).to(memory_format=layout)
     labels = torch.randint(trial.num_classes, images.shape[:1], device=device)
     _logger.info(f'Measures training steps on {device}, {batch} images of {size} each.')
-    keys = {arm: arm_of(arm).network_key for arm in trial.settings.arms}
+    keys = {arm: arm_of(arm).network_key for arm in trial.arms}
     found: dict[str, dict[str, float]] = {}
     steps: dict[str, Callable[[], float]] = {}
     for key, arm in {key: arm for arm, key in keys.items()}.items():

@@ -27,21 +27,21 @@ _logger = logging.getLogger(__name__)
 
 def report_trial(result: TrialResult) -> str:
     """Writes `report.md`, `report.json`, `epochs.csv` and `report.png` into a trial's folder; returns the first."""
-    settings, shared = result.trial.settings, result.trial.shared
-    seeds = ', '.join(map(str, settings.seeds))
+    trial, shared = result.trial, result.trial.shared
+    seeds = ', '.join(map(str, trial.seeds))
     what = [f'{shared["epochs"]} epochs', f'batch {shared["batch_size"]}', f'seeds {seeds}']
     if shared['train_images']:
         what.append(f'{shared["train_images"]} training images')
     if shared['model_kwargs']:
         what.append(', '.join(f'{name}={value}' for name, value in shared['model_kwargs'].items()))
-    if settings.lr is not None:
-        how = f'All arms at learning rate {settings.lr:g}.'
+    if trial.lr is not None:
+        how = f'All arms at learning rate {trial.lr:g}.'
     else:
         how = (
-            f'Learning rates: the best in runs of {settings.tuning_epochs} epochs on a held-out {settings.holdout:.0%} '
-            f'of the training images, from {", ".join(f"{lr:g}" for lr in settings.lrs)} and beyond.'
+            f'Learning rates: the best in runs of {trial.tuning_epochs} epochs on a held-out {trial.holdout:.0%} '
+            f'of the training images, from {", ".join(f"{lr:g}" for lr in trial.lrs)} and beyond.'
         )
-    how += ''.join(f' {arm}: {arm_of(arm).rate:g} times these.' for arm in settings.arms if arm_of(arm).rate != 1)
+    how += ''.join(f' {arm}: {arm_of(arm).rate:g} times these.' for arm in trial.arms if arm_of(arm).rate != 1)
     head = ['arm', 'lr', 'seeds', 'top-1, 95 %', f'difference to {result.reference}, 95 %']
     head += ['s per epoch', 'step', 'activations', 'parameters']
     rows = []
@@ -53,7 +53,7 @@ def report_trial(result: TrialResult) -> str:
         units = {'activations': 'MB', 'parameters': 'M'}
         rows.append(row + [f'{costs[name] / 1e6:.2f} {unit}' if costs else '-' for name, unit in units.items()])
     parts = [
-        f'# {settings.model} on {Path(shared["data_dir"] or shared["dataset"]).absolute().name}',
+        f'# {trial.model} on {Path(shared["data_dir"] or shared["dataset"]).absolute().name}',
         f'{"; ".join(what)}. {how} Top-1 accuracy in percent on the validation images after the last epoch.',
         markdown_table(head, rows, align=True),
         _bullets(_verdict(result)),
@@ -136,7 +136,7 @@ def _values(result: TrialResult) -> dict[str, Any]:
         for name, arm in result.arms.items()
     }
     return {
-        'settings': {**asdict(result.trial.settings), 'reference': result.reference},
+        'settings': {**result.trial.settings, 'reference': result.reference},
         'epochs': result.trial.shared['epochs'],
         'convolutions': result.convolutions,
         'arms': arms,
@@ -194,7 +194,7 @@ def _against(reference: ArmResult, arm: ArmResult) -> str:
 
 
 def _troubles(result: TrialResult, arm: ArmResult) -> list[str]:
-    settings, name, best = result.trial.settings, arm.name, arm.choice.best
+    trial, name, best = result.trial, arm.name, arm.choice.best
     found = [
         f'The search in searches/{folder} diverged, and what needs its scales does not train: {failure} Repeat the '
         f'trial in another --output with gradients clipped, --clip-grad 5, or search beforehand at a lower learning '
@@ -204,10 +204,10 @@ def _troubles(result: TrialResult, arm: ArmResult) -> list[str]:
     if arm.is_hopeless:
         return found or [f'{name} diverged at every learning rate that was tried.']
     top1 = math.nan if best is None else arm.tuning.get(best, math.nan)
-    if settings.classes and settings.held_out and is_guessing(top1, settings.classes, settings.held_out):
+    if trial.classes and trial.held_out and is_guessing(top1, trial.classes, trial.held_out):
         found.append(
-            f'No learning rate that was tried is known to train {name}: {top1:.2f} % of {settings.classes} classes at '
-            f'{best:g}, the best, does not exceed what guessing may reach on {settings.held_out} held-out images.'
+            f'No learning rate that was tried is known to train {name}: {top1:.2f} % of {trial.classes} classes at '
+            f'{best:g}, the best, does not exceed what guessing may reach on {trial.held_out} held-out images.'
         )
     elif arm.choice.at_edge:
         found.append(
@@ -251,4 +251,4 @@ def _task(result: TrialResult) -> dict[str, Any]:
     """Returns all that runs of several lengths have to have in common."""
     length = ('epochs', 'warmup_epochs', 'val_interval')
     values = {name: value for name, value in protocol(result.trial.shared).items() if name not in length}
-    return {**values, 'model': result.trial.settings.model}
+    return {**values, 'model': result.trial.model}

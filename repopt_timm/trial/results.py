@@ -27,7 +27,7 @@ class ArmResult:
     def __init__(self, trial: Trial, name: str, costs: dict[str, float]):
         self.name, self.costs, self.length = name, costs, trial.length
         self.choice = trial.choice(name)
-        seeds, best = trial.settings.seeds, self.choice.best
+        seeds, best = trial.seeds, self.choice.best
         runs = {seed: trial.training(name, seed, best) for seed in seeds} if best else {}
         self.top1 = pd.Series({seed: run.top1 for seed, run in runs.items()}, seeds, float)
         self.mean = Interval.of(self.top1)
@@ -66,11 +66,11 @@ class TrialResult:
 
     def __init__(self, folder: Path, reference: str | None = None):
         self.trial = open_trial(folder)
-        settings, networks = self.trial.settings, read_networks(self.trial)
-        self.reference = reference or settings.reference
-        if self.reference not in settings.arms:
-            raise ValueError(f"'{folder}' has no arm {reference}, expected one of {', '.join(settings.arms)}.")
-        self.arms = {name: ArmResult(self.trial, name, networks.get(name, {})) for name in settings.arms}
+        networks = read_networks(self.trial)
+        self.reference = reference or self.trial.reference
+        if self.reference not in self.trial.arms:
+            raise ValueError(f"'{folder}' has no arm {reference}, expected one of {', '.join(self.trial.arms)}.")
+        self.arms = {name: ArmResult(self.trial, name, networks.get(name, {})) for name in self.trial.arms}
         epochs = pd.DataFrame(row for arm in self.arms.values() for row in arm.epochs)
         needed = ('arm', 'seed', 'epoch', 'train_seconds', 'eval_top1')
         # A row for each epoch of each run.
@@ -84,7 +84,7 @@ class TrialResult:
         # 0 if unknown.
         plain = [int(costs['convolutions']) for arm, costs in networks.items() if arm_of(arm).kind == 'target']
         self.convolutions = plain[0] if plain else 0
-        found = sorted((folder / 'searches').glob(f'seed-*/{SCALES_FILE}')) if settings.search else []
+        found = sorted((folder / 'searches').glob(f'seed-*/{SCALES_FILE}')) if self.trial.search else []
         self.search = None
         if found:
             self.search = movement(list(map(read_scale_file, found)), Scales.initial(make_network(self.trial)))

@@ -30,7 +30,7 @@ from .networks import make_network, measure_networks
 from .report import report_trial, report_trials
 from .results import TrialResult
 from .trial_folder import Run, Trial
-from .trial_settings import read_arguments, read_settings, read_shared
+from .trial_settings import read_arguments, read_shared, read_trial
 
 LOG_FILE = 'train.log'
 
@@ -48,20 +48,16 @@ def main(argv: Sequence[str]) -> None:
         return
     model = target_name(args.model)
     shared = read_shared(model, args.config, args.data, words)
-    settings = read_settings(args, model, shared['epochs'])
+    trial = read_trial(args, model, shared)
     # Whatever is wrong is found before anything trains.
-    holdout = settings.holdout if settings.lr is None else 0.0
+    holdout = trial.holdout if trial.lr is None else 0.0
     checked = argparse.Namespace(**{**shared, 'holdout': holdout, 'resume': None, 'override': False})
     prepare_device(checked)
     check_arguments(checked)
     train, validation = make_datasets(checked)
-    settings = replace(
-        settings,
-        classes=count_classes(train) or checked.num_classes,
-        held_out=len(validation) if holdout else None,
-    )
-    trial = Trial(Path(args.output or f'output/{model}-trial'), settings, shared)
-    trial = replace(trial, settings=replace(settings, fingerprints=read_fingerprints(trial)))
+    classes = count_classes(train) or checked.num_classes
+    trial = replace(trial, classes=classes, held_out=len(validation) if holdout else None)
+    trial = replace(trial, fingerprints=read_fingerprints(trial))
     joined = trial.joined(args.reference)
     threads = args.threads or int(os.environ.get('OMP_NUM_THREADS') or max(1, torch.get_num_threads() // args.jobs))
     torch.set_num_threads(threads)
@@ -83,8 +79,8 @@ def main(argv: Sequence[str]) -> None:
 def read_fingerprints(trial: Trial) -> dict[str, str]:
     """Returns arm to fingerprint of the given scales that runs still train with; finished runs need no files."""
     needed = {run.arguments.get('scales') for run in trial.open_runs()}
-    given = trial.settings.scales
-    sources = {arm: given[arm] for arm in trial.settings.arms if arm in given and given[arm] in needed}
+    given = trial.scales
+    sources = {arm: given[arm] for arm in trial.arms if arm in given and given[arm] in needed}
     network = make_network(trial) if sources else None
     return {arm: load_scales(source, network).fingerprint for arm, source in sources.items()}
 

@@ -3,7 +3,6 @@
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from timm.data import resolve_data_config
 from timm.models import resolve_pretrained_cfg
 
 from ..console import CommandParser, number
-from ..tables import read_mapping
 from ..train.parsing import make_parser, parse_arguments, read_config, write_config
 from .arms import ARMS, EXTRA, arms_of
+from .trial_folder import Trial
 
 # What the trial sets itself, or what would not be the same start for each arm.
 _NOT_SHARED = (
@@ -27,40 +26,6 @@ _NOT_SHARED = (
 _DEFAULTS = {'epochs': 10, 'sched_on_updates': True, 'workers': 0, 'checkpoint_hist': 1}
 
 _TUNING_SEED = 1000
-
-
-@dataclass(frozen=True)
-class TrialSettings:
-    """What a trial is of: the content of `trial.yaml`; `scales` and `fingerprints` are by arm."""
-
-    model: str
-    arms: list[str]
-    seeds: list[int]
-    lrs: list[float]
-    lr: float | None
-    holdout: float
-    tuning_epochs: int
-    tuning_seed: int
-    scales: dict[str, str]
-    search: int | None
-    reference: str
-    fingerprints: dict[str, str] = field(default_factory=dict)
-    # None if unknown; the images are those that learning rates are compared on.
-    classes: int | None = None
-    held_out: int | None = None
-
-    @classmethod
-    def read(cls, path: Path) -> 'TrialSettings':
-        """Reads `trial.yaml`; a ValueError names the file if it is not as a trial writes it."""
-        saved = read_mapping(path, [each.name for each in fields(cls)])
-        try:
-            for name, kind in {'arms': str, 'seeds': int, 'lrs': float}.items():
-                saved[name] = [kind(value) for value in saved[name]]
-            if unknown := {*saved['arms'], saved['reference']} - {*ARMS, *saved['scales']}:
-                raise ValueError(f'it has the arms {", ".join(map(str, unknown))}, which are none')
-            return cls(**saved)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"'{path}' is damaged: {error}.") from None
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -105,8 +70,8 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, rest
 
 
-def read_settings(args: argparse.Namespace, model: str, epochs: int) -> TrialSettings:
-    """Returns what a trial of runs of so many epochs is of."""
+def read_trial(args: argparse.Namespace, model: str, shared: dict[str, Any]) -> Trial:
+    """Returns the trial of a command line, whose runs share these arguments."""
     scales: dict[str, str] = {}
     for word in args.scales:
         name, _, source = word.partition('=')
@@ -121,14 +86,16 @@ def read_settings(args: argparse.Namespace, model: str, epochs: int) -> TrialSet
     reference = args.reference or ('sgd' if 'sgd' in arms else arms[0])
     if reference not in arms:
         raise ValueError(f"--reference is '{reference}', expected one of the arms: {', '.join(arms)}.")
-    return TrialSettings(
+    return Trial(
+        folder=Path(args.output or f'output/{model}-trial'),
+        shared=shared,
         model=model,
         arms=arms,
         seeds=list(range(args.first_seed, args.first_seed + args.seeds)),
         lrs=sorted(set(args.lrs)),
         lr=args.lr,
         holdout=args.holdout,
-        tuning_epochs=args.tuning_epochs or epochs,
+        tuning_epochs=args.tuning_epochs or shared['epochs'],
         tuning_seed=_TUNING_SEED,
         scales=scales,
         search=args.search,

@@ -73,7 +73,7 @@ def test_a_finished_trial_learns_from_the_data_what_guessing_is(images, trial, c
     made = trial(*words)
     run_trial(made, lambda run: 100 if run.arguments['opt'] == 'sgd' and run.arguments['lr'] == 0.1 else 70)
     assert main(['trial', TINY, *words, '--output', str(made.folder)]) == 0
-    found = open_trial(made.folder).settings
+    found = open_trial(made.folder)
     assert (found.classes, found.held_out) == (2, 43)
     text = capsys.readouterr().out
     assert 'No learning rate that was tried is known to train repopt: 70.00 % of 2 classes at 0.00625' in text

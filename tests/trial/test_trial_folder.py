@@ -24,7 +24,7 @@ def test_learning_rates_come_first_and_then_seed_after_seed(trial):
     tuning = [f'tuning/sgd/lr-{lr}' for lr in (0.05, 0.1, 0.2)] + [f'tuning/repopt/lr-{lr}' for lr in (0.05, 0.1, 0.2)]
     assert order[:6] == tuning and order[6] == 'tuning/repopt/lr-0.4'
     assert order[7:] == [f'runs/{arm}/seed-{seed}' for seed in (0, 1) for arm in ('sgd', 'repopt')]
-    assert {arm: made.choice(arm).best for arm in made.settings.arms} == {'sgd': 0.1, 'repopt': 0.2}
+    assert {arm: made.choice(arm).best for arm in made.arms} == {'sgd': 0.1, 'repopt': 0.2}
     assert made.tuning('sgd', 0.1).arguments['holdout'] == 0.1
     assert 'holdout' not in made.training('sgd', 0, 0.1).arguments
 
@@ -85,10 +85,10 @@ def test_a_network_that_cannot_be_made_changes_nothing(images, trained, tmp_path
 def test_the_reference_and_the_search_stay_until_others_are_named(trial, trained):
     folder = trained('--arms', 'sgd', 'search', '--search', '3', '--reference', 'search').folder
     trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5')
-    found = open_trial(folder).settings
+    found = open_trial(folder)
     assert (found.arms, found.search, found.reference, len(found.seeds)) == (['sgd', 'search'], 3, 'search', 5)
     trial('--lr', '0.1', '--arms', 'sgd', '--reference', 'sgd')
-    assert open_trial(folder).settings.reference == 'sgd'
+    assert open_trial(folder).reference == 'sgd'
     with pytest.raises(ValueError, match='search 3 -> 4'):
         trial('--lr', '0.1', '--arms', 'search', '--search', '4')
 
@@ -96,11 +96,11 @@ def test_the_reference_and_the_search_stay_until_others_are_named(trial, trained
 def test_given_scales_have_an_arm_each(trial, trained):
     words = ['--scales', 'mine.safetensors', 'published=b1.csv', '--arms', 'published', 'scales', 'sgd']
     made = trained(*words)
-    given = {arm: made.training(arm, 0, 0.1).arguments.get('scales') for arm in made.settings.arms}
+    given = {arm: made.training(arm, 0, 0.1).arguments.get('scales') for arm in made.arms}
     assert given == {'sgd': None, 'scales': 'mine.safetensors', 'published': 'b1.csv'}
     trial('--lr', '0.1', '--scales', 'third=c.csv')
-    assert open_trial(made.folder).settings.arms[-3:] == ['scales', 'published', 'third']
-    assert open_trial(made.folder).settings.scales['published'] == 'b1.csv'
+    assert open_trial(made.folder).arms[-3:] == ['scales', 'published', 'third']
+    assert open_trial(made.folder).scales['published'] == 'b1.csv'
     with pytest.raises(ValueError, match=r'published.*b1\.csv.* -> .*b2\.csv'):
         trial('--lr', '0.1', '--scales', 'published=b2.csv')
 
@@ -110,7 +110,7 @@ def test_given_scales_are_known_by_their_fingerprint(trial, tmp_path):
 
     def call(seeds):
         made = trial('--arms', 'mine', '--scales', f'mine={path}', '--lr', '0.1', '--seeds', str(seeds))
-        found = replace(made, settings=replace(made.settings, fingerprints=read_fingerprints(made)))
+        found = replace(made, fingerprints=read_fingerprints(made))
         found.joined().write()
         return found
 
@@ -124,4 +124,4 @@ def test_given_scales_are_known_by_their_fingerprint(trial, tmp_path):
     run_trial(call(2), lambda run: 50)
     # A trial whose runs are all finished can do without the file.
     path.unlink()
-    assert call(2).settings.fingerprints == {}
+    assert call(2).fingerprints == {}

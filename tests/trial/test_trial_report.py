@@ -35,7 +35,7 @@ def finished(trial):
             for seed, gain in enumerate(own):
                 # Seeds vary by 3 points, paired differences by much less.
                 fake_run(made.training(arm, seed, 0.1), None if gain is None else 50 + 3 * seed + gain)
-        costs = {arm: {**COSTS, 'convolutions': convolutions} for arm in made.settings.arms}
+        costs = {arm: {**COSTS, 'convolutions': convolutions} for arm in made.arms}
         (made.folder / 'networks.json').write_text(json.dumps(costs) + '\n')
         return made
 
@@ -163,10 +163,10 @@ def test_all_arms_and_given_scales_look_different(trial, tmp_path):
     given = {'scales': 'a.csv', **{name: f'{name}=b.csv' for name in 'xyz'}}
     words = ['--arms', *{**ALL, **given}, '--scales', *given.values(), '--search', '2', '--lr', '0.1', '--seeds', '1']
     made = trial(*words)
-    for arm in made.settings.arms:
+    for arm in made.arms:
         fake_run(made.training(arm, 0, 0.1), 50)
     bars = [bar for bar, *_ in draw_trials([TrialResult(made.folder)], tmp_path / 'picture.png').axes[0].containers]
-    assert len({(bar.get_color(), bar.get_marker()) for bar in bars}) == len(made.settings.arms)
+    assert len({(bar.get_color(), bar.get_marker()) for bar in bars}) == len(made.arms)
 
 
 def test_budgets_are_compared_at_equal_wall_time(trial):

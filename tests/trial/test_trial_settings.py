@@ -21,8 +21,8 @@ def arguments_of(trial, run):
 
 
 def test_arms_are_those_that_the_model_and_the_arguments_allow(trial):
-    assert trial().settings.arms == ['branches', 'sgd', 'dirac', 'init', 'repopt', 'identity']
-    assert trial('--scales', 'x', '--search', '2').settings.arms[-2:] == ['scales', 'search']
+    assert trial().arms == ['branches', 'sgd', 'dirac', 'init', 'repopt', 'identity']
+    assert trial('--scales', 'x', '--search', '2').arms[-2:] == ['scales', 'search']
 
 
 def test_learning_rates_are_those_that_were_given_and_adamw_has_a_hundredth(trial):
@@ -88,7 +88,7 @@ def test_branches_are_trained_from_timms_batchnorms_and_from_neutral_ones(trial)
     words = ['--lr', '0.1', '--model-kwargs', 'depths=(1,1,1,1)', 'widths=(8,8,8,8,8)']
     made = trial('--arms', 'branches', 'unit_branches', *words)
     norms = {}
-    for arm in made.settings.arms:
+    for arm in made.arms:
         args = arguments_of(made, made.training(arm, 0, 0.1))
         model = timm.create_model(args.model, **args.model_kwargs)
         assert len(model.stages[0]) == 1
@@ -101,7 +101,7 @@ def test_images_are_prepared_alike_for_all_arms(trial, monkeypatch):
     monkeypatch.setitem(_model_pretrained_cfgs, f'{TINY}_branches', other)
     made = trial('--arms', 'branches', 'sgd', '--lr', '0.1', '--input-size', '3', '32', '32')
     own, found = [], []
-    for arm in made.settings.arms:
+    for arm in made.arms:
         args = arguments_of(made, made.training(arm, 0, 0.1))
         model = timm.create_model(args.model)
         own.append(data_config_of({}, model))
