@@ -47,17 +47,14 @@ def test_a_search_precedes_what_trains_with_its_scales_and_does_not_see_held_out
     assert made.training('search', 0, 0.2).arguments['scales'].endswith('searches/seed-0/scales.safetensors')
 
 
-@pytest.mark.parametrize('words', ['--epochs 9', '--crop-pct 0.5', '--val-interval 2', '--channels-last', '--lr 0.2'])
-def test_seeds_of_two_protocols_are_not_pooled(trial, trained, words):
+def test_seeds_of_two_protocols_are_not_pooled_but_where_they_are_computed_may_change(trial, trained):
+    words = ['--lr', '0.1', '--arms', 'sgd', '--seeds', '5']
     trained('--arms', 'sgd')
-    with pytest.raises(ValueError, match=f'arguments: {words.split()[0][2:].replace("-", "_")} '):
-        trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5', *words.split())
-
-
-def test_where_a_trial_is_computed_may_change(trial, trained):
-    trained('--arms', 'sgd')
-    words = '--workers 2 --pin-mem --device cpu --jobs 2 --threads 1 --validation-batch-size 9 --checkpoint-hist 9'
-    trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5', '--log-interval', '9', '--log-tensorboard', *words.split())
+    for other in ('--epochs 9', '--crop-pct 0.5', '--val-interval 2', '--channels-last', '--lr 0.2'):
+        with pytest.raises(ValueError, match=f'arguments: {other.split()[0][2:].replace("-", "_")} '):
+            trial(*words, *other.split())
+    free = '--workers 2 --pin-mem --device cpu --jobs 2 --threads 1 --validation-batch-size 9 --checkpoint-hist 9'
+    trial(*words, *free.split(), '--log-interval', '9', '--log-tensorboard')
 
 
 def test_an_argument_that_an_older_folder_lacks_had_its_default(trial, trained):
