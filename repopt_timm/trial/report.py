@@ -1,7 +1,6 @@
 """Reports of one trial or of several: tables, what they show in plain words, JSON, CSV and a picture."""
 
 import json
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -21,8 +20,6 @@ from .trial_folder import protocol
 
 # A difference that a trial should be able to show, in points.
 _POINTS = 2.0
-
-_logger = logging.getLogger(__name__)
 
 
 def report_trial(result: TrialResult) -> str:
@@ -107,10 +104,7 @@ def _write(
     tables = [result.epochs.assign(trial=result.trial.folder.name) for result in results]
     epochs = pd.concat([table for table in tables if len(table)] or tables[:1])
     write_text(folder / 'epochs.csv', epochs[['trial', *epochs.columns.drop('trial')]].to_csv(index=False))
-    try:
-        draw(folder / 'report.png')
-    except ImportError as error:
-        _logger.warning(f'No picture: {error}')
+    draw(folder / 'report.png')
     return text
 
 

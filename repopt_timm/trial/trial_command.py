@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 try:
+    import matplotlib  # noqa: F401
     import pandas  # noqa: F401
 except ImportError:
-    raise ImportError("A trial needs pandas: pip install 'repopt-timm[trial]'.") from None
+    raise ImportError("A trial needs pandas and matplotlib: pip install 'repopt-timm[trial]'.") from None
 import torch
 import yaml
 

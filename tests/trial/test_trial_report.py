@@ -5,7 +5,6 @@ import pytest
 
 from repopt_timm import Scales
 from repopt_timm.cli import main
-from repopt_timm.trial.arms import ARMS as ALL
 from repopt_timm.trial.networks import make_network
 from repopt_timm.trial.pictures import draw_trials
 from repopt_timm.trial.report import report_trial, report_trials
@@ -143,16 +142,6 @@ def test_trials_of_several_depths_have_one_report(finished, tmp_path):
     for results, panels in ([deep, shallow], ['convolutions', 'seconds']), ([deep, deep], ['seconds']):
         figure = draw_trials([TrialResult(each.folder) for each in results], tmp_path / 'picture.png')
         assert [axes.get_xlabel().split()[0] for axes in figure.axes] == panels
-
-
-def test_all_arms_and_given_scales_look_different(trial, tmp_path):
-    given = {'scales': 'a.csv', **{name: f'{name}=b.csv' for name in 'xyz'}}
-    words = ['--arms', *{**ALL, **given}, '--scales', *given.values(), '--search', '2', '--lr', '0.1', '--seeds', '1']
-    made = trial(*words)
-    for arm in made.arms:
-        fake_run(made.training(arm, 0, 0.1), 50)
-    bars = [bar for bar, *_ in draw_trials([TrialResult(made.folder)], tmp_path / 'picture.png').axes[0].containers]
-    assert len({(bar.get_color(), bar.get_marker()) for bar in bars}) == len(made.arms)
 
 
 def test_budgets_are_compared_at_equal_wall_time(trial):
