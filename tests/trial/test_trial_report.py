@@ -154,9 +154,11 @@ def test_budgets_are_compared_at_equal_wall_time(trial):
         return made
 
     short = make('2', 40, folder='short')
-    text = reports(short, make('8', 60, '--val-interval', '4', folder='long'))
+    longest = make('16', 80, '--val-interval', '8', folder='longest')
+    text = reports(short, make('8', 60, '--val-interval', '4', folder='long'), longest)
     assert '| 2      | 40.50 (34.15 to 46.85) | 41.50 (35.15 to 47.85) |' in text
     assert 'repopt in 8 epochs (8 s) and branches in 2 epochs (8 s): +21.00 (21.00 to 21.00) points, 2 seeds.' in text
+    assert 'repopt in 16 epochs (16 s) and branches in 2' not in text
     assert '## Equal wall time' not in reports(short, make('8', 60, '--batch-size', '9', folder='other'))
 
 
