@@ -29,9 +29,8 @@ def add_commands(commands: Any) -> None:
     parser = add_command(commands, 'doctor', _doctor)
     parser.add_argument('--model', default='repopt_vgg_a0', help='target to train on this machine')
     parser.add_argument('--model-kwargs', nargs='*', default=[], metavar='K=V', help='further model arguments')
-    parser.add_argument(
-        '--scales', metavar='SOURCE', help='scales to train it with [the shipped ones of the model, else initial]'
-    )
+    scales = 'scales to train it with [the shipped ones of the model, else initial]'
+    parser.add_argument('--scales', metavar='SOURCE', help=scales)
     parser.add_argument('--steps', type=positive(int), default=20, metavar='N', help='steps to train')
     parser.add_argument('--img-size', type=positive(int), default=64, metavar='N', help='height and width')
     parser.add_argument('--device', help='device to train on [cuda if available, else cpu]')
@@ -80,13 +79,15 @@ def check_equivalence(
     ensure_registered(model_name)
     name = ModelName.parse(model_name)
     if not timm.is_model(name.of_kind('csla')):
-        raise ValueError(
-            f"There is no CSLA network of '{model_name}', expected a target such as repopt_vgg_a0, or "
-            f"repopt_resnet18 for timm's resnet18."
-        )
+        raise ValueError(f"There is no CSLA network of '{model_name}', expected a name such as repopt_resnet18.")
     kwargs = {'num_classes': 10, **(model_kwargs or {})}
     torch.manual_seed(0)
-    found = load_scales(scales or _default(model_name), timm.create_model(name.of_kind('target'), **kwargs))
+    if scales is None:
+        try:
+            scales = default_scales(model_name)
+        except ValueError:
+            scales = 'initial'
+    found = load_scales(scales, timm.create_model(name.of_kind('target'), **kwargs))
     csla: Any = timm.create_model(name.of_kind('csla'), scales=found, **kwargs).to(device, torch.float64)
     channels = kwargs.get('in_chans') or csla.pretrained_cfg['input_size'][0]
     shape = (8, channels, img_size, img_size)
@@ -109,19 +110,9 @@ def check_equivalence(
             loss.backward()
             optimizer.step()
         if not loss.isfinite():
-            raise ValueError(
-                f'{model_name} diverges in step {step + 1} of {steps} on random images of {img_size} px, which shows '
-                f'nothing. Try a larger --img-size.'
-            )
+            raise ValueError(f'{model_name} diverges in step {step + 1}, which shows nothing. Try a larger --img-size.')
     merged, other = to_plain(csla).state_dict(), plain.state_dict()
     tensors = [(a.double(), other[key].double()) for key, a in merged.items() if a.is_floating_point()]
     # Of a tensor, as Python's own would pass over a NaN.
     deviation = torch.stack([(a - b).norm() / b.norm().clamp_min(1e-300) for a, b in tensors]).max().item()
     return {'model': model_name, 'scales': found.fingerprint, 'deviation': deviation, 'right': deviation <= _TOLERANCE}
-
-
-def _default(model_name: str) -> ScalesSource:
-    try:
-        return default_scales(model_name)
-    except ValueError:
-        return 'initial'

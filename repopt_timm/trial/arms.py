@@ -15,18 +15,12 @@ GIVEN, SEARCHED = 'given', 'searched'
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train.
-
-    Attributes:
-        title: What it is, in words.
-        arguments: Arguments of the training command that make the arm.
-        kind: Kind of the model.
-        rate: What the learning rates of the command line are multiplied with.
-    """
+    """One way to train: words for it, and arguments of the training command that make it."""
 
     title: str
     arguments: Mapping[str, Any]
     kind: str = 'target'
+    # What the learning rates of the command line are multiplied with.
     rate: float = 1.0
 
     @property

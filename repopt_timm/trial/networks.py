@@ -24,7 +24,6 @@ from .trial_folder import Trial
 
 _FILE = 'networks.json'
 _COSTS = ('parameters', 'convolutions', 'activations', 'step_seconds')
-_ROUNDS = 5
 
 _logger = logging.getLogger(__name__)
 
@@ -39,29 +38,26 @@ def read_networks(trial: Trial) -> dict[str, dict[str, float]]:
         raise ValueError(f"'{path}' is damaged: {error!r}.") from None
 
 
-def measure_networks(trial: Trial, num_classes: int | None, device: torch.device) -> None:
+def measure_networks(trial: Trial, device: torch.device) -> None:
     """Measures the network of each arm, and writes `networks.json`: arm to numbers.
 
-    `parameters` in training, `convolutions`, `activations` (bytes that a forward pass saves for each image, in the
-    precision of the trial), and `step_seconds` (median of a training step, in turns).
+    `activations` are the bytes that a forward pass saves for each image, `step_seconds` the median of a training step.
     """
-    # Until something has trained they may be of other arguments.
-    known = read_networks(trial) if trial.has_trained() else {}
-    if set(trial.settings.arms) <= set(known):
+    known, shared = read_networks(trial), trial.shared
+    if set(trial.arms) <= set(known):
         return
-    shared = trial.shared
     size, batch = tuple(shared['input_size']), shared['batch_size']
     dtype = getattr(torch, shared['amp_dtype']) if shared['amp'] else None
     layout = torch.channels_last if shared['channels_last'] else torch.contiguous_format
     images = torch.randn(max(batch, 3), *size, device=device).to(memory_format=layout)
-    labels = torch.randint(shared['num_classes'] or num_classes or 1000, images.shape[:1], device=device)
+    labels = torch.randint(trial.num_classes, images.shape[:1], device=device)
     _logger.info(f'Measures training steps on {device}, {batch} images of {size} each.')
-    keys = {arm: arm_of(arm).network_key for arm in trial.settings.arms}
+    keys = {arm: arm_of(arm).network_key for arm in trial.arms}
     found: dict[str, dict[str, float]] = {}
     steps: dict[str, Callable[[], float]] = {}
     for key, arm in {key: arm for arm, key in keys.items()}.items():
         with explaining(f'The network of arm {arm} cannot be made with these --model-kwargs, or trained on {size}'):
-            model = make_network(trial, arm, num_classes).to(device).to(memory_format=layout)
+            model = make_network(trial, arm).to(device).to(memory_format=layout)
             if shared['channels_last']:
                 check_layout(model, size, device)
             step = training_step(model, images[:batch], labels[:batch], dtype)
@@ -72,7 +68,7 @@ def measure_networks(trial: Trial, num_classes: int | None, device: torch.device
                 'activations': activation_bytes(model, images, labels, dtype),
             }
         steps[key] = partial(time_call, step)
-    for key, seconds in take_turns(steps, _ROUNDS, warmup=1).items():
+    for key, seconds in take_turns(steps, 5, warmup=1).items():
         found[key]['step_seconds'] = statistics.median(seconds)
     write_text(trial.folder / _FILE, json.dumps({**known, **{a: found[k] for a, k in keys.items()}}, indent=2) + '\n')
     # The runs are other processes, which need the memory.
@@ -80,12 +76,12 @@ def measure_networks(trial: Trial, num_classes: int | None, device: torch.device
     torch.cuda.empty_cache()
 
 
-def make_network(trial: Trial, arm: str = 'sgd', num_classes: int | None = 1000) -> nn.Module:
+def make_network(trial: Trial, arm: str = 'sgd') -> nn.Module:
     """Makes the network of an arm, by default the plain one."""
     shared, arguments = trial.shared, trial.arguments_of(arm)
     model: nn.Module = timm.create_model(
         arguments['model'],
-        num_classes=shared['num_classes'] or num_classes,
+        num_classes=trial.num_classes,
         in_chans=shared['in_chans'] or shared['input_size'][0],
         global_pool=shared['gp'],
         **arguments['model_kwargs'],

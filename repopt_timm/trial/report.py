@@ -1,7 +1,6 @@
 """Reports of one trial or of several: tables, what they show in plain words, JSON, CSV and a picture."""
 
 import json
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -19,61 +18,55 @@ from .results import ArmResult, TrialResult
 from .statistics import Interval, is_guessing, seeds_to_show
 from .trial_folder import protocol
 
-# Smaller differences in time are noise on a busy machine.
-_FASTER = 1.15
-
-# Times that differ by this factor at most count as equal: they vary from run to run.
-_SAME_TIME = 1.05
-
 # A difference that a trial should be able to show, in points.
 _POINTS = 2.0
-
-_logger = logging.getLogger(__name__)
 
 
 def report_trial(result: TrialResult) -> str:
     """Writes `report.md`, `report.json`, `epochs.csv` and `report.png` into a trial's folder; returns the first."""
-    settings, shared = result.trial.settings, result.trial.shared
-    seeds = ', '.join(map(str, settings.seeds))
+    trial, shared = result.trial, result.trial.shared
+    seeds = ', '.join(map(str, trial.seeds))
     what = [f'{shared["epochs"]} epochs', f'batch {shared["batch_size"]}', f'seeds {seeds}']
     if shared['train_images']:
         what.append(f'{shared["train_images"]} training images')
     if shared['model_kwargs']:
         what.append(', '.join(f'{name}={value}' for name, value in shared['model_kwargs'].items()))
-    if settings.lr is not None:
-        how = f'All arms at learning rate {settings.lr:g}.'
+    if trial.lr is not None:
+        how = f'All arms at learning rate {trial.lr:g}.'
     else:
         how = (
-            f'Learning rates: the best in runs of {settings.tuning_epochs} epochs on a held-out {settings.holdout:.0%} '
-            f'of the training images, from {", ".join(f"{lr:g}" for lr in settings.lrs)} and beyond.'
+            f'Learning rates: the best in runs of {trial.tuning_epochs} epochs on a held-out {trial.holdout:.0%} '
+            f'of the training images, from {", ".join(f"{lr:g}" for lr in trial.lrs)} and beyond.'
         )
-    how += ''.join(f' {arm}: {arm_of(arm).rate:g} times these.' for arm in settings.arms if arm_of(arm).rate != 1)
+    how += ''.join(f' {arm}: {arm_of(arm).rate:g} times these.' for arm in trial.arms if arm_of(arm).rate != 1)
     head = ['arm', 'lr', 'seeds', 'top-1, 95 %', f'difference to {result.reference}, 95 %']
     head += ['s per epoch', 'step', 'activations', 'parameters']
+    rows = []
+    for arm in result.arms.values():
+        row = [f'{arm.name}: {arm_of(arm.name).title}', *_scores(result, arm), _number(arm.epoch_seconds, '.1f'), '-']
+        costs, base = arm.costs, result.arms[result.reference].costs
+        if costs and base:
+            row[-1] = f'{costs["step_seconds"] / base["step_seconds"]:.2f} x'
+        units = {'activations': 'MB', 'parameters': 'M'}
+        rows.append(row + [f'{costs[name] / 1e6:.2f} {unit}' if costs else '-' for name, unit in units.items()])
     parts = [
-        f'# {settings.model} on {Path(shared["data_dir"] or shared["dataset"]).name}',
+        f'# {trial.model} on {Path(shared["data_dir"] or shared["dataset"]).absolute().name}',
         f'{"; ".join(what)}. {how} Top-1 accuracy in percent on the validation images after the last epoch.',
-        markdown_table(head, [_row(result, arm) for arm in result.arms.values()], align=True),
+        markdown_table(head, rows, align=True),
         _bullets(_verdict(result)),
     ]
-    if times := _time_table(result):
-        parts += [
-            'At equal wall time of training, from the curves; a run that is cut off has not finished lowering its '
-            'learning rate, so that a run planned for that time would do better:',
-            times,
-        ]
     return _write(result.trial.folder, parts, _values(result), [result], partial(draw_trial, result))
 
 
 def report_trials(results: Sequence[TrialResult], folder: Path) -> str:
     """Writes one report of several trials, with budgets compared at equal wall time if the trials share all else."""
-    in_turn = sorted(results, key=lambda result: (result.convolutions, result.length))
+    in_turn = sorted(results, key=lambda result: (result.convolutions, result.trial.length))
     arms = in_order(arm for result in in_turn for arm in result.arms)
     searched = any(arm.search_seconds for result in in_turn for arm in result.arms.values())
     beside, rows, sections = [], [], []
     for result in in_turn:
         name, each = result.trial.folder.name, result.arms
-        cells = [name, str(result.convolutions or '-'), str(result.length)]
+        cells = [name, str(result.convolutions or '-'), str(result.trial.length)]
         beside.append([*cells, *(_accuracy(each[arm]) if arm in each else '-' for arm in arms)])
         for arm in each.values():
             rows.append([*cells, arm.name, *_scores(result, arm), _number(arm.seconds, '.0f', ' s')])
@@ -111,10 +104,7 @@ def _write(
     tables = [result.epochs.assign(trial=result.trial.folder.name) for result in results]
     epochs = pd.concat([table for table in tables if len(table)] or tables[:1])
     write_text(folder / 'epochs.csv', epochs[['trial', *epochs.columns.drop('trial')]].to_csv(index=False))
-    try:
-        draw(folder / 'report.png')
-    except ImportError as error:
-        _logger.warning(f'No picture: {error}')
+    draw(folder / 'report.png')
     return text
 
 
@@ -140,7 +130,7 @@ def _values(result: TrialResult) -> dict[str, Any]:
         for name, arm in result.arms.items()
     }
     return {
-        'settings': {**asdict(result.trial.settings), 'reference': result.reference},
+        'settings': {**result.trial.settings, 'reference': result.reference},
         'epochs': result.trial.shared['epochs'],
         'convolutions': result.convolutions,
         'arms': arms,
@@ -149,13 +139,12 @@ def _values(result: TrialResult) -> dict[str, Any]:
     }
 
 
-def _accuracy(arm: ArmResult, mean: Interval | None = None) -> str:
-    """Formats a mean accuracy, by default that of all finished runs, and how many runs diverged."""
-    mean, diverged = mean or arm.mean, len(arm.failures)
+def _accuracy(arm: ArmResult) -> str:
+    """Formats the mean accuracy of the finished runs, and how many runs diverged."""
+    diverged = len(arm.failures)
     if arm.is_hopeless or diverged == len(arm.top1):
         return 'all diverged'
-    text = [mean.text(sign='')] if mean.count or not diverged else []
-    return ', '.join(text + [f'diverged: {diverged}'] * bool(diverged))
+    return arm.mean.text(sign='') + (f', diverged: {diverged}' if diverged else '')
 
 
 def _number(value: float | None, form: str, unit: str = '') -> str:
@@ -168,18 +157,6 @@ def _scores(result: TrialResult, arm: ArmResult) -> list[str]:
     return [_number(arm.choice.best, 'g'), str(arm.mean.count), _accuracy(arm), difference]
 
 
-def _row(result: TrialResult, arm: ArmResult) -> list[str]:
-    costs, base = arm.costs, result.arms[result.reference].costs
-    return [
-        f'{arm.name}: {arm_of(arm.name).title}',
-        *_scores(result, arm),
-        _number(arm.epoch_seconds, '.1f'),
-        f'{costs["step_seconds"] / base["step_seconds"]:.2f} x' if costs and base else '-',
-        f'{costs["activations"] / 1e6:.2f} MB' if costs else '-',
-        f'{costs["parameters"] / 1e6:.2f} M' if costs else '-',
-    ]
-
-
 def _among(*arms: ArmResult) -> str:
     return ', among the seeds that did not diverge' if any(arm.failures for arm in arms) else ''
 
@@ -188,8 +165,7 @@ def _verdict(result: TrialResult) -> list[str]:
     """Returns sentences: each arm against the reference, what failed, what a search did."""
     reference = result.arms[result.reference]
     sentences = [_against(reference, arm) for arm in result.arms.values() if arm is not reference]
-    for arm in result.arms.values():
-        sentences += _troubles(result, arm)
+    sentences += [sentence for arm in result.arms.values() for sentence in _troubles(result, arm)]
     return sentences if result.search is None else [*sentences, result.search.sentence()]
 
 
@@ -200,13 +176,11 @@ def _against(reference: ArmResult, arm: ArmResult) -> str:
         return f'{pair}: no seed with which both are finished.'
     if found.count == 1:
         return f'{pair}{among}: one seed, {found.mean:+.2f} points. One seed cannot say how much of that is chance.'
-    seeds = f'{found.count} seeds'
-    numbers = f'{found.mean:+.2f} points, 95 % interval {found.lower:+.2f} to {found.upper:+.2f}'
+    numbers = f'({found.mean:+.2f} points, 95 % interval {found.lower:+.2f} to {found.upper:+.2f}'
     if found.excludes_zero:
-        better = 'better' if found.mean > 0 else 'worse'
-        points = f'{abs(found.mean):.2f} points{among}'
-        return f'{arm.name} is {better} than {reference.name} by {points} ({numbers}, {seeds}).'
-    text = f'{pair}{among}: no difference that {seeds} can show ({numbers}).'
+        better = f'{"better" if found.mean > 0 else "worse"} than {reference.name} by {abs(found.mean):.2f} points'
+        return f'{arm.name} is {better}{among} {numbers}, {found.count} seeds).'
+    text = f'{pair}{among}: no difference that {found.count} seeds can show {numbers}).'
     if found.half > _POINTS:
         few, many = seeds_to_show(_POINTS, found)
         text += f' About {few} seeds would show {_POINTS:g} points, or {many} if the spread is underestimated.'
@@ -214,7 +188,7 @@ def _against(reference: ArmResult, arm: ArmResult) -> str:
 
 
 def _troubles(result: TrialResult, arm: ArmResult) -> list[str]:
-    settings, name, best = result.trial.settings, arm.name, arm.choice.best
+    trial, name, best = result.trial, arm.name, arm.choice.best
     found = [
         f'The search in searches/{folder} diverged, and what needs its scales does not train: {failure} Repeat the '
         f'trial in another --output with gradients clipped, --clip-grad 5, or search beforehand at a lower learning '
@@ -224,10 +198,10 @@ def _troubles(result: TrialResult, arm: ArmResult) -> list[str]:
     if arm.is_hopeless:
         return found or [f'{name} diverged at every learning rate that was tried.']
     top1 = math.nan if best is None else arm.tuning.get(best, math.nan)
-    if settings.classes and settings.held_out and is_guessing(top1, settings.classes, settings.held_out):
+    if trial.classes and trial.held_out and is_guessing(top1, trial.classes, trial.held_out):
         found.append(
-            f'No learning rate that was tried is known to train {name}: {top1:.2f} % of {settings.classes} classes at '
-            f'{best:g}, the best, does not exceed what guessing may reach on {settings.held_out} held-out images.'
+            f'No learning rate that was tried is known to train {name}: {top1:.2f} % of {trial.classes} classes at '
+            f'{best:g}, the best, does not exceed what guessing may reach on {trial.held_out} held-out images.'
         )
     elif arm.choice.at_edge:
         found.append(
@@ -242,38 +216,21 @@ def _troubles(result: TrialResult, arm: ArmResult) -> list[str]:
     return found
 
 
-def _time_table(result: TrialResult) -> str:
-    """Returns accuracies at the wall time of the fastest arm's runs; nothing if all arms take about as long."""
-    times = [arm.seconds for arm in result.timed]
-    if not times or max(times) < _FASTER * min(times):
-        return ''
-    rows, evaluated = [], result.epochs.dropna(subset='eval_top1')
-    for arm in result.timed:
-        own = evaluated[(evaluated['arm'] == arm.name) & evaluated['seed'].isin(arm.top1.dropna().index)]
-        reached = own[arm.seconds_of(own['epoch']) <= min(times) * _SAME_TIME].groupby('seed').last()
-        done = 0 if reached.empty else reached['epoch'].max()
-        accuracy = _accuracy(arm, Interval.of(reached['eval_top1']))
-        rows.append([arm.name, f'{arm.seconds:.0f} s', f'{done} of {result.length}', accuracy])
-    fastest = ', '.join(arm.name for arm in result.timed if arm.seconds == min(times))
-    title = f'epochs in {min(times):.0f} s ({fastest})'
-    return markdown_table(['arm', 'wall time of a run', title, 'top-1 by then, 95 %'], rows, align=True)
-
-
 def _equal_times(results: Sequence[TrialResult]) -> Iterator[str]:
     """Compares the slowest arm of each trial with the longest runs of other arms that take no more time."""
     for result in results:
         if not result.timed:
             continue
         slowest = max(result.timed, key=lambda arm: arm.seconds)
-        rivals = [
-            arm
+        # Times vary by some percent from run to run. The last one is the longest, as results are in that order.
+        longest = {
+            arm.name: arm
             for other in results
-            if other.length > result.length and _task(other) == _task(result)
+            if other.trial.length > result.trial.length and _task(other) == _task(result)
             for arm in other.timed
-            if arm.name != slowest.name and arm.seconds <= slowest.seconds * _SAME_TIME
-        ]
-        longest = {arm.name: arm for arm in sorted(rivals, key=lambda arm: arm.seconds)}
-        for rival in [longest[name] for name in result.arms if name in longest]:
+            if arm.name != slowest.name and arm.seconds <= 1.05 * slowest.seconds
+        }
+        for rival in longest.values():
             difference = Interval.of(rival.top1 - slowest.top1)
             known = difference.count < 2 or difference.excludes_zero
             runs = [f'{arm.name} in {arm.length} epochs ({arm.seconds:.0f} s)' for arm in (rival, slowest)]
@@ -288,4 +245,4 @@ def _task(result: TrialResult) -> dict[str, Any]:
     """Returns all that runs of several lengths have to have in common."""
     length = ('epochs', 'warmup_epochs', 'val_interval')
     values = {name: value for name, value in protocol(result.trial.shared).items() if name not in length}
-    return {**values, 'model': result.trial.settings.model}
+    return {**values, 'model': result.trial.model}

@@ -2,20 +2,20 @@
 
 import argparse
 import logging
-import math
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 try:
+    import matplotlib  # noqa: F401
     import pandas  # noqa: F401
 except ImportError:
-    raise ImportError("A trial needs pandas: pip install 'repopt-timm[trial]'.") from None
+    raise ImportError("A trial needs pandas and matplotlib: pip install 'repopt-timm[trial]'.") from None
 import torch
 import yaml
 
@@ -25,14 +25,13 @@ from ..sources import load_scales
 from ..train.interruption import InterruptedRunError, postponed_signals, raise_if_interrupted
 from ..train.loaders import make_datasets
 from ..train.run import prepare_device
-from ..train.run_folder import is_busy
 from ..train.validation import check_arguments
 from .arms import target_name
 from .networks import make_network, measure_networks
 from .report import report_trial, report_trials
 from .results import TrialResult
 from .trial_folder import Run, Trial
-from .trial_settings import read_arguments, read_settings, read_shared
+from .trial_settings import read_arguments, read_shared, read_trial
 
 LOG_FILE = 'train.log'
 
@@ -50,13 +49,20 @@ def main(argv: Sequence[str]) -> None:
         return
     model = target_name(args.model)
     shared = read_shared(model, args.config, args.data, words)
-    folder = Path(args.output or f'output/{model}-trial')
-    trial, device = _check(Trial(folder, read_settings(args, model, shared['epochs']), shared))
-    trial = replace(trial, settings=replace(trial.settings, fingerprints=read_fingerprints(trial)))
+    trial = read_trial(args, model, shared)
+    # Whatever is wrong is found before anything trains.
+    holdout = trial.holdout if trial.lr is None else 0.0
+    checked = argparse.Namespace(**{**shared, 'holdout': holdout, 'resume': None, 'override': False})
+    prepare_device(checked)
+    check_arguments(checked)
+    train, validation = make_datasets(checked)
+    classes = count_classes(train) or checked.num_classes
+    trial = replace(trial, classes=classes, held_out=len(validation) if holdout else None)
+    trial = replace(trial, fingerprints=read_fingerprints(trial))
     joined = trial.joined(args.reference)
     threads = args.threads or int(os.environ.get('OMP_NUM_THREADS') or max(1, torch.get_num_threads() // args.jobs))
     torch.set_num_threads(threads)
-    measure_networks(trial, trial.settings.classes, device)
+    measure_networks(trial, torch.device(checked.device))
     # Only now: a network that cannot be made leaves the folder to the command that is right.
     joined.write()
     try:
@@ -72,28 +78,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def read_fingerprints(trial: Trial) -> dict[str, str]:
-    """Returns the fingerprints of the given scales that runs still train with, by arm.
-
-    A trial whose runs are all finished can do without the files.
-    """
+    """Returns arm to fingerprint of the given scales that runs still train with; finished runs need no files."""
     needed = {run.arguments.get('scales') for run in trial.open_runs()}
-    given = trial.settings.scales
-    sources = {arm: given[arm] for arm in trial.settings.arms if arm in given and given[arm] in needed}
-    network = make_network(trial, num_classes=trial.settings.classes) if sources else None
+    given = trial.scales
+    sources = {arm: given[arm] for arm in trial.arms if arm in given and given[arm] in needed}
+    network = make_network(trial) if sources else None
     return {arm: load_scales(source, network).fingerprint for arm, source in sources.items()}
-
-
-def _check(trial: Trial) -> tuple[Trial, torch.device]:
-    """Finds what is wrong with the arguments before anything trains; returns what the data add, and the device."""
-    settings = trial.settings
-    holdout = settings.holdout if settings.lr is None else 0.0
-    checked = argparse.Namespace(**{**trial.shared, 'holdout': holdout, 'resume': None, 'override': False})
-    prepare_device(checked)
-    check_arguments(checked)
-    train, validation = make_datasets(checked)
-    classes = count_classes(train) or checked.num_classes
-    settings = replace(settings, classes=classes, held_out=len(validation) if holdout else None)
-    return replace(trial, settings=settings), torch.device(checked.device)
 
 
 def command_of(run: Run, trial: Trial) -> list[str]:
@@ -108,10 +98,9 @@ def command_of(run: Run, trial: Trial) -> list[str]:
 def run_all(
     trial: Trial, jobs: int, threads: int, command: Callable[[Run, Trial], list[str]] = command_of
 ) -> list[Run]:
-    """Runs what there is to run until nothing is left, in so many processes of so many threads.
+    """Runs what there is to run in so many processes of so many threads, and returns the runs that ended with an error.
 
-    Returns the runs that ended with an error other than that they diverged. On Ctrl-C or SIGTERM the processes end
-    after their batch, and an InterruptedRunError is raised.
+    On Ctrl-C or SIGTERM the processes end after their batch, and an InterruptedRunError is raised.
     """
     running: dict[subprocess.Popen, Run] = {}
     failed: list[Run] = []
@@ -121,10 +110,7 @@ def run_all(
             while True:
                 taken = [run.folder for run in (*running.values(), *failed)]
                 ready = [run for run in trial.open_runs() if run.folder not in taken]
-                if not running and not ready:
-                    return failed
-                # A process of a trial that was killed may still be at it.
-                for run in [run for run in ready if not is_busy(run.folder)][: jobs - len(running)]:
+                for run in ready[: jobs - len(running)]:
                     run.folder.mkdir(parents=True, exist_ok=True)
                     _logger.info(f'{run.folder} starts.')
                     with open(run.folder / LOG_FILE, 'a', encoding='utf-8') as log:
@@ -133,38 +119,27 @@ def run_all(
                         words = command(run, trial)
                         process = subprocess.Popen(words, env=environment, start_new_session=True, **streams)
                     running[process] = run
-                ended: list[subprocess.Popen] = []
-                while not ended:
+                if not running:
+                    return failed
+                while all(process.poll() is None for process in running):
                     raise_if_interrupted()
                     time.sleep(0.2)
-                    ended = [process for process in running if process.poll() is not None]
-                    if not running:
-                        break
-                failed += [run for run in map(running.pop, ended) if not _has_outcome(run)]
+                for run in [running.pop(process) for process in list(running) if process.poll() is not None]:
+                    if run.is_open:
+                        failed.append(run)
+                        _logger.warning(f"{run.folder} ended with an error: see '{run.folder / LOG_FILE}'.")
+                        continue
+                    _logger.info(f'{run.folder} is done: {run.failure or f"top-1 {run.top1:.2f} %"}')
+                    if run.kind == 'tuning':
+                        for path in run.folder.glob('*.pth.tar'):
+                            path.unlink()
         finally:
-            _stop(running)
-
-
-def _has_outcome(run: Run) -> bool:
-    """Notes the end of a run's process, and returns whether it finished or diverged."""
-    if not math.isnan(run.top1):
-        for path in run.folder.glob('*.pth.tar') if run.kind == 'tuning' else ():
-            path.unlink()
-        _logger.info(f'{run.folder} is done: top-1 {run.top1:.2f} %.')
-    elif run.failure:
-        _logger.warning(f'{run.folder} diverged: {run.failure}')
-    else:
-        _logger.warning(f"{run.folder} ended with an error: see '{run.folder / LOG_FILE}'.")
-    return not run.is_open
-
-
-def _stop(processes: Iterable[subprocess.Popen]) -> None:
-    """Lets processes end after their batch; a second Ctrl-C ends them at once."""
-    for process in processes:
-        process.terminate()
-    try:
-        for process in processes:
-            process.wait()
-    except KeyboardInterrupt:
-        for process in processes:
-            process.kill()
+            # A second Ctrl-C ends them at once.
+            for process in running:
+                process.terminate()
+            try:
+                for process in running:
+                    process.wait()
+            except KeyboardInterrupt:
+                for process in running:
+                    process.kill()

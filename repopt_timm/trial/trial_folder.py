@@ -6,7 +6,7 @@ trial knows of its progress is read from there.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,13 @@ from ..files import write_text
 from ..names import ModelName
 from ..tables import read_mapping, read_table
 from ..train.parsing import parse_arguments, write_config
-from ..train.run_folder import DIVERGED_FILE, SCALES_FILE, SUMMARY_FILE, TIMES_FILE, is_busy
-from .arms import GIVEN, SEARCHED, arm_of, in_order
+from ..train.run_folder import DIVERGED_FILE, SCALES_FILE, SUMMARY_FILE, TIMES_FILE
+from .arms import ARMS, GIVEN, SEARCHED, arm_of, in_order
 from .statistics import Choice, choose_rate
-from .trial_settings import TrialSettings
 
 _SETTINGS_FILE, _SHARED_FILE = 'trial.yaml', 'shared.yaml'
 
-# What a report shows of the arguments that all runs share.
+# What reports and runs read of the arguments that all runs share.
 _NEEDED = (
     *('model_kwargs', 'epochs', 'cooldown_epochs', 'warmup_epochs', 'batch_size', 'train_images', 'data_dir'),
     'dataset',
@@ -39,14 +38,11 @@ _FREE = {
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """A run of the training command.
-
-    It is one of the `tuning`, `searches` or `runs`, has `epochs` in the end, and needs the result of `search`, if any.
-    Its `arguments` are those that it does not share with the other runs.
-    """
+    """A run of the training command, of the `tuning`, `searches` or `runs`; it waits for `search`, if any."""
 
     folder: Path
     kind: str
+    # Those that it does not share with the other runs.
     arguments: Mapping[str, Any]
     epochs: int
     search: 'Run | None' = None
@@ -68,7 +64,7 @@ class Run:
         if self.search and self.search.failure:
             return f'Its search diverged: {self.search.failure}'
         path = self.folder / DIVERGED_FILE
-        return (path.read_text(encoding='utf-8').strip() or 'it diverged') if path.exists() else ''
+        return path.read_text(encoding='utf-8').strip() if path.exists() else ''
 
     @property
     def top1(self) -> float:
@@ -85,11 +81,39 @@ class Run:
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial: its folder, what it is of, and the arguments that its runs share."""
+    """A trial: the arguments that its runs share, and what it is of; `scales` and `fingerprints` are by arm."""
 
     folder: Path
-    settings: TrialSettings
     shared: dict[str, Any]
+    model: str
+    arms: list[str]
+    seeds: list[int]
+    lrs: list[float]
+    lr: float | None
+    holdout: float
+    tuning_epochs: int
+    tuning_seed: int
+    scales: dict[str, str]
+    search: int | None
+    reference: str
+    fingerprints: dict[str, str] = field(default_factory=dict)
+    # None if unknown; the images are those that learning rates are compared on.
+    classes: int | None = None
+    held_out: int | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The content of `trial.yaml`."""
+        return {name: value for name, value in vars(self).items() if name not in ('folder', 'shared')}
+
+    @property
+    def length(self) -> int:
+        """Epochs of a run."""
+        return int(self.shared['epochs'] + self.shared['cooldown_epochs'])
+
+    @property
+    def num_classes(self) -> int:
+        return self.shared['num_classes'] or self.classes or 1000
 
     def training(self, arm: str, seed: int, lr: float) -> Run:
         """Returns the run of an arm with a seed."""
@@ -97,51 +121,52 @@ class Trial:
 
     def tuning(self, arm: str, lr: float) -> Run:
         """Returns the run that shows what a learning rate is worth."""
-        epochs = self.settings.tuning_epochs
-        alike = {'seed': self.settings.tuning_seed, 'holdout': self.settings.holdout}
+        epochs = self.tuning_epochs
+        alike = {'seed': self.tuning_seed, 'holdout': self.holdout}
         return self._run(arm, 'tuning', f'lr-{lr:g}', epochs, alike, {'lr': lr, 'val_interval': epochs})
 
     def searches(self, arm: str) -> list[Run]:
         """Returns the searches that the runs of an arm wait for, the one before learning rates are chosen first."""
-        runs = [self.tuning(arm, 0.1)] if self.settings.lr is None else []
-        runs += [self.training(arm, seed, 0.1) for seed in self.settings.seeds]
+        runs = [self.tuning(arm, 0.1)] if self.lr is None else []
+        runs += [self.training(arm, seed, 0.1) for seed in self.seeds]
         return [run.search for run in runs if run.search]
 
     def arguments_of(self, arm: str) -> dict[str, Any]:
         """Returns the arguments that make an arm; `model` and `model_kwargs` make its network."""
         each = arm_of(arm)
-        arguments = {'model': ModelName.parse(self.settings.model).of_kind(each.kind), **each.arguments}
+        arguments = {'model': ModelName.parse(self.model).of_kind(each.kind), **each.arguments}
         arguments['model_kwargs'] = {**self.shared['model_kwargs'], **each.arguments.get('model_kwargs', {})}
         if arguments.get('scales') == GIVEN:
-            arguments['scales'] = self.settings.scales[arm]
+            arguments['scales'] = self.scales[arm]
         return arguments
 
     def _run(self, arm: str, kind: str, name: str, epochs: int, alike: dict[str, Any], own: dict[str, Any]) -> Run:
         """Returns a run of an arm; a search before it shares the arguments `alike`."""
-
-        def run(folder: Path, kind: str, epochs: int, arguments: dict[str, Any], search: Run | None = None) -> Run:
-            warmup = self.shared['warmup_epochs']
-            if warmup:
-                # A shorter schedule has the same shape.
-                warmup = max(min(1, epochs - 1), round(warmup * epochs / self.shared['epochs']))
-            arguments = {'epochs': epochs, 'warmup_epochs': warmup, **arguments}
-            return Run(folder, kind, arguments, epochs + self.shared['cooldown_epochs'], search)
-
         arguments, search = self.arguments_of(arm), None
         if arguments.get('scales') == SEARCHED:
-            # Strongly decayed identities leave targets that learn slowly.
-            what = {'model': self.settings.model + '_hs', 'opt': 'sgd', 'weight_decay': 4e-5, **alike}
             folder = self.folder / 'searches' / (name if kind == 'runs' else kind)
-            search = run(folder, 'searches', self.settings.search or 0, what)
             arguments['scales'] = str(folder / SCALES_FILE)
-        return run(self.folder / kind / arm / name, kind, epochs, {**arguments, **alike, **own}, search)
+            # Strongly decayed identities leave targets that learn slowly.
+            what = {'model': self.model + '_hs', 'opt': 'sgd', 'weight_decay': 4e-5, **alike}
+            search = self._scheduled(folder, 'searches', self.search or 0, what)
+        return self._scheduled(self.folder / kind / arm / name, kind, epochs, {**arguments, **alike, **own}, search)
+
+    def _scheduled(
+        self, folder: Path, kind: str, epochs: int, arguments: dict[str, Any], search: Run | None = None
+    ) -> Run:
+        warmup = self.shared['warmup_epochs']
+        if warmup:
+            # A shorter schedule has the same shape.
+            warmup = max(min(1, epochs - 1), round(warmup * epochs / self.shared['epochs']))
+        arguments = {'epochs': epochs, 'warmup_epochs': warmup, **arguments}
+        return Run(folder, kind, arguments, epochs + self.shared['cooldown_epochs'], search)
 
     def choice(self, arm: str) -> Choice:
         """Returns what is known of an arm's learning rate."""
         rate = arm_of(arm).rate
-        if self.settings.lr is not None:
-            return Choice((), rate * self.settings.lr)
-        grid = [lr if rate == 1 else float(f'{rate * lr:.3g}') for lr in self.settings.lrs]
+        if self.lr is not None:
+            return Choice((), rate * self.lr)
+        grid = [lr if rate == 1 else float(f'{rate * lr:.3g}') for lr in self.lrs]
         scores: dict[float, float] = {}
         while (choice := choose_rate(grid, scores)).missing:
             runs = {lr: self.tuning(arm, lr) for lr in choice.missing}
@@ -155,53 +180,45 @@ class Trial:
 
         Learning rates come first, as the other runs wait for them, then seed after seed.
         """
-        choices = {arm: self.choice(arm) for arm in self.settings.arms}
+        choices = {arm: self.choice(arm) for arm in self.arms}
         wanted = [self.tuning(arm, lr) for arm, choice in choices.items() for lr in choice.missing]
-        for seed in self.settings.seeds:
+        for seed in self.seeds:
             wanted += [self.training(arm, seed, choice.best) for arm, choice in choices.items() if choice.best]
         ready = [run.search if run.search and run.search.is_open else run for run in wanted if run.is_open]
         return list({run.folder: run for run in ready}.values())
-
-    def has_trained(self) -> bool:
-        """Returns whether a run trains, or has trained an epoch; before that the arguments can still change."""
-        runs = [run for pattern in ('tuning/*/*', 'searches/*', 'runs/*/*') for run in self.folder.glob(pattern)]
-        return any((run / SUMMARY_FILE).exists() or (run / DIVERGED_FILE).exists() or is_busy(run) for run in runs)
 
     def joined(self, reference: str | None = None) -> 'Trial':
         """Returns the trial with the arms and seeds of all calls in its folder, whose runs must be of one protocol.
 
         The reference arm of the folder stays unless this call names one.
         """
-        if not (self.folder / _SETTINGS_FILE).exists() or not self.has_trained():
+        if not (self.folder / _SETTINGS_FILE).exists():
             return self
-        before, new = open_trial(self.folder), self.settings
-        old = before.settings
-        saved, values = before._fixed(old.arms), self._fixed(old.arms)
+        old = open_trial(self.folder)
+        saved, values = old._fixed(old.arms), self._fixed(old.arms)
         if changed := [name for name in values if name in saved and saved[name] != values[name]]:
             differences = ', '.join(f'{name} {saved[name]!r} -> {values[name]!r}' for name in changed)
             raise ValueError(
-                f"'{self.folder}' is the folder of a trial with other arguments: {differences}. Continue it with its "
-                f'own, or choose another --output.'
+                f"'{self.folder}' is of a trial with other arguments: {differences}. Choose another --output."
             )
-        settings = replace(
-            new,
-            arms=in_order([*old.arms, *new.arms]),
-            seeds=sorted({*old.seeds, *new.seeds}),
-            scales={**old.scales, **new.scales},
-            search=old.search if 'search' in old.arms else new.search,
+        return replace(
+            self,
+            arms=in_order([*old.arms, *self.arms]),
+            seeds=sorted({*old.seeds, *self.seeds}),
+            scales={**old.scales, **self.scales},
+            search=old.search if 'search' in old.arms else self.search,
             reference=reference or old.reference,
-            fingerprints={**old.fingerprints, **new.fingerprints},
-            classes=new.classes or old.classes,
-            held_out=new.held_out or old.held_out,
+            fingerprints={**old.fingerprints, **self.fingerprints},
+            classes=self.classes or old.classes,
+            held_out=self.held_out or old.held_out,
         )
-        return replace(self, settings=settings)
 
     def _fixed(self, arms: Sequence[str]) -> dict[str, Any]:
         """Returns what stays as it is from call to call; of scales, those of these arms."""
-        each = asdict(self.settings)
+        each = self.settings
         names = ['model', 'lrs', 'lr', 'holdout', 'tuning_epochs', 'tuning_seed']
-        names += ['search'] * ('search' in self.settings.arms)
-        # Unknown in folders of older trials.
+        # What only some calls know.
+        names += ['search'] * ('search' in self.arms)
         names += [name for name in ('classes', 'held_out') if each[name] is not None]
         found = protocol(self.shared) | {name: each[name] for name in names}
         for what in ('scales', 'fingerprints'):
@@ -211,7 +228,7 @@ class Trial:
     def write(self) -> None:
         """Writes `trial.yaml` and `shared.yaml`."""
         write_text(self.folder / _SHARED_FILE, yaml.safe_dump(self.shared, sort_keys=False))
-        write_text(self.folder / _SETTINGS_FILE, yaml.safe_dump(asdict(self.settings), sort_keys=False))
+        write_text(self.folder / _SETTINGS_FILE, yaml.safe_dump(self.settings, sort_keys=False))
 
 
 def open_trial(folder: Path) -> Trial:
@@ -219,13 +236,22 @@ def open_trial(folder: Path) -> Trial:
     path = folder / _SETTINGS_FILE
     if not path.is_file():
         raise FileNotFoundError(f"'{folder}' is not the folder of a trial: it has no {_SETTINGS_FILE}.")
-    return Trial(folder, TrialSettings.read(path), read_mapping(folder / _SHARED_FILE, _NEEDED))
+    shared = read_mapping(folder / _SHARED_FILE, _NEEDED)
+    saved = read_mapping(path, [each.name for each in fields(Trial) if each.name not in ('folder', 'shared')])
+    try:
+        for name, kind in {'arms': str, 'seeds': int, 'lrs': float}.items():
+            saved[name] = [kind(value) for value in saved[name]]
+        if unknown := {*saved['arms'], saved['reference']} - {*ARMS, *saved['scales']}:
+            raise ValueError(f'it has the arms {", ".join(map(str, unknown))}, which are none')
+        return Trial(folder, shared, **saved)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"'{path}' is damaged: {error}.") from None
 
 
 def protocol(shared: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the shared arguments that make accuracies, or their times, comparable.
 
-    An argument that is not there, as in the folder of an older version, has its default.
+    An argument that is not there, as it is new, has its default.
     """
     default: dict[str, Any] = yaml.safe_load(write_config(parse_arguments([])))
     return {name: shared.get(name, value) for name, value in default.items() if name not in _FREE}

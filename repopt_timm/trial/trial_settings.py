@@ -3,7 +3,6 @@
 import argparse
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,9 @@ from timm.data import resolve_data_config
 from timm.models import resolve_pretrained_cfg
 
 from ..console import CommandParser, number
-from ..tables import read_mapping
 from ..train.parsing import make_parser, parse_arguments, read_config, write_config
 from .arms import ARMS, EXTRA, arms_of
+from .trial_folder import Trial
 
 # What the trial sets itself, or what would not be the same start for each arm.
 _NOT_SHARED = (
@@ -26,53 +25,7 @@ _NOT_SHARED = (
 # A training of 300 epochs has other needs than a trial of ten.
 _DEFAULTS = {'epochs': 10, 'sched_on_updates': True, 'workers': 0, 'checkpoint_hist': 1}
 
-# Of runs that a learning rate is chosen by.
 _TUNING_SEED = 1000
-
-
-@dataclass(frozen=True)
-class TrialSettings:
-    """What a trial is of: the content of `trial.yaml`.
-
-    `lr` and `search` are None without them, `classes` and `held_out` (images that learning rates are compared on) if
-    unknown. `scales` and `fingerprints` are by arm.
-    """
-
-    model: str
-    arms: list[str]
-    seeds: list[int]
-    lrs: list[float]
-    lr: float | None
-    holdout: float
-    tuning_epochs: int
-    tuning_seed: int
-    scales: dict[str, str]
-    search: int | None
-    reference: str
-    fingerprints: dict[str, str] = field(default_factory=dict)
-    classes: int | None = None
-    held_out: int | None = None
-
-    @classmethod
-    def read(cls, path: Path) -> 'TrialSettings':
-        """Reads `trial.yaml`; a ValueError names the file if it is not as a trial writes it."""
-        names = [each.name for each in fields(cls)]
-        saved = read_mapping(path, names[: names.index('fingerprints')])
-        if not isinstance(saved['scales'], dict):
-            # Folders of older trials: one source of scales, or none.
-            saved['scales'] = {'scales': saved['scales']} if saved['scales'] else {}
-        try:
-            for name, kind in {'arms': str, 'seeds': int, 'lrs': float}.items():
-                saved[name] = [kind(value) for value in saved[name]]
-            for name, kind in {'lr': float, 'holdout': float, 'tuning_epochs': int, 'search': int}.items():
-                saved[name] = None if saved[name] is None else kind(saved[name])
-            if unknown := {*saved['arms'], saved['reference']} - {*ARMS, *saved['scales']}:
-                raise ValueError(f'it has the arms {", ".join(map(str, unknown))}, which are none')
-            if taken := set(saved['scales']) & set(ARMS) - {'scales'}:
-                raise ValueError(f"'{min(taken)}' is the name of an arm: rename these scales, here and in all folders")
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"'{path}' is damaged: {error}.") from None
-        return cls(**{name: saved[name] for name in names if name in saved})
 
 
 def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -89,32 +42,18 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     add('model', nargs='?', help='plain network, such as repopt_vgg_a0, or any timm model')
     add('-c', '--config', metavar='FILE', help='YAML file of training arguments, or the name of a shipped one')
     add('--data', metavar='DIR', help='path to dataset: image folders, or .tar files')
-    add(
-        '--arms',
-        nargs='+',
-        help=f'ways to train: {", ".join(ARMS)}, or NAMEs of --scales [all possible but {" and ".join(EXTRA)}]',
-    )
+    extra = f'NAMEs of --scales [all possible but {" and ".join(EXTRA)}]'
+    add('--arms', nargs='+', help=f'ways to train: {", ".join(ARMS)}, or {extra}')
     add('--seeds', type=count, default=3, help='number of seeds of each arm')
     add('--first-seed', type=int, default=0, help='the first of them')
-    add(
-        '--lrs',
-        nargs='+',
-        type=rate,
-        default=[0.05, 0.1, 0.2],
-        help='learning rates to choose from, for each arm; beyond the lowest and highest if those are the best',
-    )
+    lrs = 'learning rates to choose from, for each arm; beyond the lowest and highest if those are the best'
+    add('--lrs', nargs='+', type=rate, default=[0.05, 0.1, 0.2], help=lrs)
     add('--lr', type=rate, help='learning rate of all arms, instead of choosing')
-    add(
-        '--holdout', type=number(float, above=0, below=1), default=0.1, help='share of the training images to choose on'
-    )
+    share = number(float, above=0, below=1)
+    add('--holdout', type=share, default=0.1, help='share of the training images to choose on')
     add('--tuning-epochs', type=count, help='epochs of these runs [--epochs]')
-    add(
-        '--scales',
-        nargs='+',
-        default=[],
-        metavar='[NAME=]SOURCE',
-        help="scales for the arm 'scales', or for an arm of that NAME: all that `repopt-timm train --scales` takes",
-    )
+    scales = "scales for the arm 'scales', or for an arm of that NAME: all that `repopt-timm train --scales` takes"
+    add('--scales', nargs='+', default=[], metavar='[NAME=]SOURCE', help=scales)
     add('--search', type=count, help="epochs of the search before each run of the arm 'search'")
     add('--reference', help='arm that the others are compared with [sgd, or the first]')
     add('--jobs', type=count, default=1, help='number of runs side by side')
@@ -131,8 +70,8 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return args, rest
 
 
-def read_settings(args: argparse.Namespace, model: str, epochs: int) -> TrialSettings:
-    """Returns what a trial of runs of so many epochs is of."""
+def read_trial(args: argparse.Namespace, model: str, shared: dict[str, Any]) -> Trial:
+    """Returns the trial of a command line, whose runs share these arguments."""
     scales: dict[str, str] = {}
     for word in args.scales:
         name, _, source = word.partition('=')
@@ -144,19 +83,19 @@ def read_settings(args: argparse.Namespace, model: str, epochs: int) -> TrialSet
             )
         scales[name] = source
     arms = arms_of(model, args.arms, scales, args.search)
-    if args.lr is None and args.first_seed <= _TUNING_SEED < args.first_seed + args.seeds:
-        raise ValueError(f'--first-seed: learning rates are chosen with the seed {_TUNING_SEED}; take other seeds.')
     reference = args.reference or ('sgd' if 'sgd' in arms else arms[0])
     if reference not in arms:
         raise ValueError(f"--reference is '{reference}', expected one of the arms: {', '.join(arms)}.")
-    return TrialSettings(
+    return Trial(
+        folder=Path(args.output or f'output/{model}-trial'),
+        shared=shared,
         model=model,
         arms=arms,
         seeds=list(range(args.first_seed, args.first_seed + args.seeds)),
         lrs=sorted(set(args.lrs)),
         lr=args.lr,
         holdout=args.holdout,
-        tuning_epochs=args.tuning_epochs or epochs,
+        tuning_epochs=args.tuning_epochs or shared['epochs'],
         tuning_seed=_TUNING_SEED,
         scales=scales,
         search=args.search,
@@ -171,17 +110,12 @@ def read_shared(model: str, config: str | None, data: str | None, words: Sequenc
         flag = '--' + refused[0].replace('_', '-')
         raise ValueError(f'{flag} is not for the runs of a trial. `repopt-timm trial --help` shows its own arguments.')
     values: dict[str, Any] = read_config(config) if config else {}
-    folder = data or values.get('data_dir')
-    if folder and Path(folder).name in ('', '..'):
-        # It has a name in the report.
-        folder = str(Path(folder).resolve())
-    values = {name: value for name, value in values.items() if name not in _NOT_SHARED}
+    shared = {name: value for name, value in values.items() if name not in _NOT_SHARED}
     parser = make_parser()
-    parser.set_defaults(**{**_DEFAULTS, **values, 'model': model, 'data_dir': folder})
+    parser.set_defaults(**{**_DEFAULTS, **shared, 'model': model, 'data_dir': data or values.get('data_dir')})
     args = parser.parse_args(words)
     # Images are prepared alike for all arms, whose models may state different defaults.
     found = resolve_data_config(vars(args), pretrained_cfg=resolve_pretrained_cfg(model).to_dict())
     for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct'):
         setattr(args, name, list(found[name]) if isinstance(found[name], tuple) else found[name])
-    shared: dict[str, Any] = yaml.safe_load(write_config(args))
-    return shared
+    return dict(yaml.safe_load(write_config(args)))

@@ -1,7 +1,6 @@
 import pytest
 
-from repopt_timm.trial.trial_folder import Trial
-from repopt_timm.trial.trial_settings import read_arguments, read_settings, read_shared
+from repopt_timm.trial.trial_settings import read_arguments, read_shared, read_trial
 
 from ..helpers import TINY
 
@@ -11,9 +10,9 @@ def trial(tmp_path):
     """Makes a trial of a model of six convolutions on images that nobody reads, and writes its folder."""
 
     def make(*words, folder='trial'):
-        args, rest = read_arguments([TINY, '--data', 'images', *words])
+        args, rest = read_arguments([TINY, '--data', 'images', '--output', str(tmp_path / folder), *words])
         shared = read_shared(TINY, args.config, args.data, rest)
-        made = Trial(tmp_path / folder, read_settings(args, TINY, shared['epochs']), shared)
+        made = read_trial(args, TINY, shared)
         made.joined(args.reference).write()
         return made
 
@@ -26,7 +25,7 @@ def trained(trial):
 
     def make(*words):
         made = trial('--lr', '0.1', *words)
-        for arm in made.settings.arms:
+        for arm in made.arms:
             fake_run(made.training(arm, 0, 0.1), 50)
         return made
 

@@ -15,7 +15,6 @@ EDITS = [
     ('trial.yaml', b'lrs:\n', b'lrs: 0\nothers:\n'),
     ('trial.yaml', b'reference: sgd', b'reference: none'),
     ('trial.yaml', b'- repopt\n', b'- repot\n'),
-    ('trial.yaml', b'scales: {}', b'scales: {identity: initial}'),
     ('shared.yaml', b'\nepochs:', b'\nepoch:'),
     ('networks.json', b'"step_seconds": 0.1', b'"step_seconds": "fast"'),
     (SUMMARY, b'\n2,', b'\n3,'),
@@ -30,7 +29,7 @@ EDITS = [
 def finished(trial):
     """The folder of a trial of two arms and two seeds."""
     made = trial('--arms', 'sgd', 'repopt', '--lr', '0.1', '--epochs', '4', '--seeds', '2')
-    for arm in made.settings.arms:
+    for arm in made.arms:
         for seed in (0, 1):
             fake_run(made.training(arm, seed, 0.1), 51.25 + seed)
     costs = {'parameters': 1, 'activations': 2, 'convolutions': 6, 'step_seconds': 0.1}

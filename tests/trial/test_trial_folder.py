@@ -24,7 +24,7 @@ def test_learning_rates_come_first_and_then_seed_after_seed(trial):
     tuning = [f'tuning/sgd/lr-{lr}' for lr in (0.05, 0.1, 0.2)] + [f'tuning/repopt/lr-{lr}' for lr in (0.05, 0.1, 0.2)]
     assert order[:6] == tuning and order[6] == 'tuning/repopt/lr-0.4'
     assert order[7:] == [f'runs/{arm}/seed-{seed}' for seed in (0, 1) for arm in ('sgd', 'repopt')]
-    assert {arm: made.choice(arm).best for arm in made.settings.arms} == {'sgd': 0.1, 'repopt': 0.2}
+    assert {arm: made.choice(arm).best for arm in made.arms} == {'sgd': 0.1, 'repopt': 0.2}
     assert made.tuning('sgd', 0.1).arguments['holdout'] == 0.1
     assert 'holdout' not in made.training('sgd', 0, 0.1).arguments
 
@@ -47,17 +47,14 @@ def test_a_search_precedes_what_trains_with_its_scales_and_does_not_see_held_out
     assert made.training('search', 0, 0.2).arguments['scales'].endswith('searches/seed-0/scales.safetensors')
 
 
-@pytest.mark.parametrize('words', ['--epochs 9', '--crop-pct 0.5', '--val-interval 2', '--channels-last', '--lr 0.2'])
-def test_seeds_of_two_protocols_are_not_pooled(trial, trained, words):
+def test_seeds_of_two_protocols_are_not_pooled_but_where_they_are_computed_may_change(trial, trained):
+    words = ['--lr', '0.1', '--arms', 'sgd', '--seeds', '5']
     trained('--arms', 'sgd')
-    with pytest.raises(ValueError, match=f'with other arguments: {words.split()[0][2:].replace("-", "_")} '):
-        trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5', *words.split())
-
-
-def test_where_a_trial_is_computed_may_change(trial, trained):
-    trained('--arms', 'sgd')
-    words = '--workers 2 --pin-mem --device cpu --jobs 2 --threads 1 --validation-batch-size 9 --checkpoint-hist 9'
-    trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5', '--log-interval', '9', '--log-tensorboard', *words.split())
+    for other in ('--epochs 9', '--crop-pct 0.5', '--val-interval 2', '--channels-last', '--lr 0.2'):
+        with pytest.raises(ValueError, match=f'arguments: {other.split()[0][2:].replace("-", "_")} '):
+            trial(*words, *other.split())
+    free = '--workers 2 --pin-mem --device cpu --jobs 2 --threads 1 --validation-batch-size 9 --checkpoint-hist 9'
+    trial(*words, *free.split(), '--log-interval', '9', '--log-tensorboard')
 
 
 def test_an_argument_that_an_older_folder_lacks_had_its_default(trial, trained):
@@ -67,12 +64,6 @@ def test_an_argument_that_an_older_folder_lacks_had_its_default(trial, trained):
     with pytest.raises(ValueError, match=r'smoothing 0\.1 -> 0\.3'):
         trial(*words, '--smoothing', '0.3')
     trial(*words)
-
-
-def test_a_folder_in_which_nothing_has_trained_takes_other_arguments(trial):
-    trial('--lr', '0.1', '--arms', 'init', '--epochs', '3')
-    found = open_trial(trial('--lr', '0.2', '--arms', 'sgd', '--batch-size', '7').folder)
-    assert (found.settings.arms, found.settings.lr, found.shared['batch_size']) == (['sgd'], 0.2, 7)
 
 
 def test_a_network_that_cannot_be_made_changes_nothing(images, trained, tmp_path, capsys):
@@ -91,10 +82,10 @@ def test_a_network_that_cannot_be_made_changes_nothing(images, trained, tmp_path
 def test_the_reference_and_the_search_stay_until_others_are_named(trial, trained):
     folder = trained('--arms', 'sgd', 'search', '--search', '3', '--reference', 'search').folder
     trial('--lr', '0.1', '--arms', 'sgd', '--seeds', '5')
-    found = open_trial(folder).settings
+    found = open_trial(folder)
     assert (found.arms, found.search, found.reference, len(found.seeds)) == (['sgd', 'search'], 3, 'search', 5)
     trial('--lr', '0.1', '--arms', 'sgd', '--reference', 'sgd')
-    assert open_trial(folder).settings.reference == 'sgd'
+    assert open_trial(folder).reference == 'sgd'
     with pytest.raises(ValueError, match='search 3 -> 4'):
         trial('--lr', '0.1', '--arms', 'search', '--search', '4')
 
@@ -102,11 +93,11 @@ def test_the_reference_and_the_search_stay_until_others_are_named(trial, trained
 def test_given_scales_have_an_arm_each(trial, trained):
     words = ['--scales', 'mine.safetensors', 'published=b1.csv', '--arms', 'published', 'scales', 'sgd']
     made = trained(*words)
-    given = {arm: made.training(arm, 0, 0.1).arguments.get('scales') for arm in made.settings.arms}
+    given = {arm: made.training(arm, 0, 0.1).arguments.get('scales') for arm in made.arms}
     assert given == {'sgd': None, 'scales': 'mine.safetensors', 'published': 'b1.csv'}
     trial('--lr', '0.1', '--scales', 'third=c.csv')
-    assert open_trial(made.folder).settings.arms[-3:] == ['scales', 'published', 'third']
-    assert open_trial(made.folder).settings.scales['published'] == 'b1.csv'
+    assert open_trial(made.folder).arms[-3:] == ['scales', 'published', 'third']
+    assert open_trial(made.folder).scales['published'] == 'b1.csv'
     with pytest.raises(ValueError, match=r'published.*b1\.csv.* -> .*b2\.csv'):
         trial('--lr', '0.1', '--scales', 'published=b2.csv')
 
@@ -115,14 +106,12 @@ def test_given_scales_are_known_by_their_fingerprint(trial, tmp_path):
     path = tmp_path / 'mine.safetensors'
 
     def call(seeds):
-        made = trial('--arms', 'sgd', 'mine', '--scales', f'mine={path}', '--lr', '0.1', '--seeds', str(seeds))
-        found = replace(made, settings=replace(made.settings, fingerprints=read_fingerprints(made)))
+        made = trial('--arms', 'mine', '--scales', f'mine={path}', '--lr', '0.1', '--seeds', str(seeds))
+        found = replace(made, fingerprints=read_fingerprints(made))
         found.joined().write()
         return found
 
-    with pytest.raises(FileNotFoundError, match=r'mine\.safetensors'):
-        call(1)
-    initial = Scales.initial(make_network(trial()))
+    initial = Scales.initial(make_network(trial(folder='other')))
     initial.save(path)
     fake_run(call(1).training('mine', 0, 0.1), 50)
     spread(initial).save(path)
@@ -132,4 +121,4 @@ def test_given_scales_are_known_by_their_fingerprint(trial, tmp_path):
     run_trial(call(2), lambda run: 50)
     # A trial whose runs are all finished can do without the file.
     path.unlink()
-    assert call(2).settings.fingerprints == {}
+    assert call(2).fingerprints == {}
