@@ -18,8 +18,8 @@ def raising(error):
     ('error', 'line'),
     [
         (ValueError('two\n  lines'), 'error: two lines\n'),
-        (KeyError('step'), "error: KeyError: 'step'. This was not foreseen: run the command with --debug"),
-        (RuntimeError(), 'error: RuntimeError: no message. This was not foreseen'),
+        (KeyError('step'), "error: KeyError: 'step'."),
+        (RuntimeError(), 'error: RuntimeError: no message.'),
         (ValueError('x is refused: Weights only load failed. Set `weights_only` to False.'), 'error: x is refused'),
         (
             ValueError("Caught.\nOriginal Traceback (most recent call last):\n  x\nValueError: the image 'a' is bad"),
