@@ -84,6 +84,7 @@ def test_what_ships_loads_offline_with_its_scales(client):
     file = load_file(shipped_repositories()['repopt_vgg_a0.cifar10'] / 'model.safetensors')
     assert torch.equal(model.stages[2][3].conv.weight, file['stages.2.3.conv.weight'].float())
     assert (model.num_classes, model.scales) == (10, load_scales('repopt_vgg_a0.cifar10'))
+    assert model.eval().forward_features(torch.zeros(1, 3, 32, 32)).shape[2:] == model.pretrained_cfg['pool_size']
 
 
 @pytest.mark.parametrize(('name', 'tag'), [('repopt_vgg_b1', 'cifar10'), ('repopt_vgg_b3', 'rvgg_in1k')])
