@@ -94,6 +94,8 @@ class Pairs(argparse.Action):
             key, separator, text = word.partition('=')
             if not (key and separator):
                 raise argparse.ArgumentError(self, f"expected K=V, such as name=value, but got '{word}'")
+            if key in pairs:
+                raise argparse.ArgumentError(self, f"'{key}' is given twice")
             pairs[key] = text
             for read in (ast.literal_eval, yaml.safe_load):
                 with suppress(ValueError, SyntaxError, MemoryError, RecursionError, yaml.YAMLError):

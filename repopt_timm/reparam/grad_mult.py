@@ -1,5 +1,6 @@
 """Grad Mults, the Rule of Iteration (section 3.3 and appendix A of arXiv 2205.15242)."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -96,20 +97,27 @@ def make_grad_mults(model: nn.Module, scales: ScalesMapping | None = None, updat
                 f"'{name}' of {type(model).__name__} is a CSLA convolution: its branches are scaled already, Grad "
                 f'Mults would scale them twice. Train it with an ordinary optimizer, or train to_plain(model).'
             )
+    modules: dict[str, Any] = modules_of(model)
+    graph = isinstance(model, torch.fx.GraphModule)
     if scales is None:
         kernels = _carrying_kernels(model)
-    elif isinstance(model, torch.fx.GraphModule):
+    elif graph and not all(isinstance(modules.get(name), nn.Conv2d) for name in scales):
         kernels = _kernels_of_graph(model, scales)
     else:
-        fitting = scales_for(model, scales)
-        modules: dict[str, Any] = modules_of(model)
+        if graph and isinstance(scales, Scales):
+            # A graph has the name of its class, not that of the network.
+            fitting = scales.renamed('').for_model(model).renamed(scales.architecture)
+        else:
+            fitting = scales_for(model, scales)
         kernels = {name: (modules[name].weight, CarriedScales(fitting, name)) for name in fitting}
     if not kernels:
         raise ValueError(
             f'No convolution of {type(model).__name__} carries scales: no gradient would be multiplied. Create the '
             f'model with scales=..., call prepare(model, scales), or name the scales: make_grad_mults(model, scales).'
         )
-    log_convs_without(model, kernels, 'have no Grad Mult and train as without scales')
+    weights = {weight for weight, _ in kernels.values()}
+    having = [name for name, each in modules.items() if isinstance(each, nn.Conv2d) and each.weight in weights]
+    log_convs_without(model, having, 'have no Grad Mult and train as without scales', logging.WARNING)
     names: dict[Tensor, str] = {}
     masks: dict[Tensor, Tensor] = {}
     zeros: dict[Tensor, Tensor] = {}

@@ -118,7 +118,7 @@ def resolve_prior(model: nn.Module, prior: Prior | None = None) -> dict[str, Con
         )
     mapping: dict[str, Any] = dict(prior(model) if callable(prior) else prior)
     if not mapping:
-        raise ValueError(f'The prior is empty. See refused_convs(model) for what {type(model).__name__} cannot have.')
+        raise ValueError(f'The prior names no convolution of {type(model).__name__}: see refused_convs(model) for why.')
     resolved = {}
     position, channels = 0, 0
     for name, conv in modules_of(model).items():
@@ -146,7 +146,7 @@ def refused_convs(model: nn.Module) -> list[RefusedConv]:
     return [RefusedConv(name, type(conv).__name__, reason) for name, conv in convs if (reason := refusal(conv))]
 
 
-def log_convs_without(model: nn.Module, having: Collection[str], what: str) -> None:
+def log_convs_without(model: nn.Module, having: Collection[str], what: str, level: int = logging.INFO) -> None:
     """Logs one line with the convolutions of a model that are not among the names in `having`, and why."""
     without = [
         f'{name} ({refusal(conv) or "no scales"})'
@@ -154,7 +154,7 @@ def log_convs_without(model: nn.Module, having: Collection[str], what: str) -> N
         if isinstance(conv, nn.Conv2d) and name not in having
     ]
     if without:
-        _logger.info(f'{type(model).__name__}: {len(without)} convolutions {what}: {", ".join(without)}')
+        _logger.log(level, f'{type(model).__name__}: {len(without)} convolution(s) {what}: {", ".join(without)}')
 
 
 def refusal(conv: nn.Module) -> str | None:

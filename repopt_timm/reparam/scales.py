@@ -446,9 +446,8 @@ def _checked(vectors: Mapping[str, Tensor], counts: Mapping[str, int], geometry:
     if unknown := set(counts) - set(vectors):
         raise ValueError(f"there is a count of the branch '{min(unknown)}', but no scale")
     # Any window may fit an unknown kernel.
-    geometry = geometry or Geometry(None, len(next(iter(vectors.values()))), (2**31 - 1, 2**31 - 1), (1, 1), 1)
-    channels = geometry.out_channels
-    make_branches(counts, geometry)
+    channels = geometry.out_channels if geometry else max((each.numel() for each in vectors.values()), default=0)
+    make_branches(counts, geometry or Geometry(None, channels, (2**31 - 1, 2**31 - 1), (1, 1), 1))
     found: dict[str, Tensor] = {}
     for branch, vector in sorted(vectors.items()):
         here = f"the scale of branch '{branch}'"

@@ -38,6 +38,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError(f'--min-lr is {args.min_lr} and --lr {args.lr}, expected a lower bound: lower --min-lr.')
     if args.decay_milestones != sorted(set(args.decay_milestones)):
         raise ValueError(f'--decay-milestones are {args.decay_milestones}, expected rising epochs.')
+    if args.sync_bn and args.device and not args.device.startswith('cuda'):
+        raise ValueError(f'--sync-bn works on GPUs, not on {args.device}. Remove it; --dist-bn averages statistics.')
     if (args.mixup > 0 or args.cutmix > 0) and args.batch_size % 2:
         raise ValueError(f'--mixup and --cutmix mix pairs of images: --batch-size {args.batch_size} is odd.')
     # timm passes over an option without a number.
@@ -65,7 +67,7 @@ def _check_images_read(args: argparse.Namespace) -> None:
 
 def _check_optimizer(args: argparse.Namespace) -> None:
     name = args.opt.removeprefix('lookahead_')
-    # One name each, of the two that the factory knows. Of a name with an unknown prefix timm takes the rest.
+    # The factory knows two names for each of ours; one is enough. timm ignores an unknown prefix of a name.
     known = {*map(str, list_optimizers()), *_REPOPT} - {each.replace('_', '') for each in _REPOPT}
     if name not in known:
         raise ValueError(f"--opt '{args.opt}' is unknown.{did_you_mean(name, known)}")

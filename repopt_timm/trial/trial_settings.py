@@ -65,6 +65,9 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     is_named = bool(argv) and argv[0] == args.model
     if bool(args.report) == is_named or (args.report and rest):
         raise ValueError('Name the MODEL of a trial before all flags, or else give --report the folders of trials.')
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    if args.report and (others := sorted(given - {'report', 'output', 'reference'})):
+        raise ValueError(f'--report goes with --output and --reference alone, not with {", ".join(others)}.')
     if len(args.report or ()) > 1 and not args.output:
         raise ValueError('--report of several trials needs --output, the folder of their report.')
     return args, rest
@@ -86,12 +89,15 @@ def read_trial(args: argparse.Namespace, model: str, shared: dict[str, Any]) -> 
     reference = args.reference or ('sgd' if 'sgd' in arms else arms[0])
     if reference not in arms:
         raise ValueError(f"--reference is '{reference}', expected one of the arms: {', '.join(arms)}.")
+    seeds = list(range(args.first_seed, args.first_seed + args.seeds))
+    if args.lr is None and _TUNING_SEED in seeds:
+        raise ValueError(f'--first-seed: learning rates are chosen with the seed {_TUNING_SEED}; take other seeds.')
     return Trial(
         folder=Path(args.output or f'output/{model}-trial'),
         shared=shared,
         model=model,
         arms=arms,
-        seeds=list(range(args.first_seed, args.first_seed + args.seeds)),
+        seeds=seeds,
         lrs=sorted(set(args.lrs)),
         lr=args.lr,
         holdout=args.holdout,

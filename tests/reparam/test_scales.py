@@ -157,6 +157,8 @@ def test_wrong_vectors_are_refused_with_their_module(vectors, thing):
     [
         ({'modules': {}}, ValueError),
         ({'modules': {'0': {'kxk': torch.ones(8), '1x1': torch.ones(4)}}}, ValueError),
+        ({'modules': {'0': {}}}, ValueError),
+        ({'modules': {'0': {'kxk': torch.tensor(1.0)}}}, ValueError),
         ({'counts': {'1': {'kxk': 1}}}, ValueError),
         ({'counts': {'0': {'1x1': 1}}}, ValueError),
         ({'counts': {'0': {'kxk': 1.5}}}, ValueError),

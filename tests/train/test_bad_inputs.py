@@ -33,6 +33,8 @@ ROWS = [
     ('--opt repopt_sdg', "Did you mean 'repopt_sgd'"),
     ('--opt adamw --opt-betas 0.9', 'adamw'),
     ('--model-kwargs num_classes=3', "'num_classes'"),
+    ('--model-kwargs depths=1 depths=2', "'depths'"),
+    ('--device cpu --sync-bn', '--sync-bn'),
     ('--model-kwargs scales=initial', '--scales'),
     ('--device bogus', '--device'),
     ('--device meta', '--device'),

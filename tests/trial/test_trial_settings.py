@@ -47,6 +47,8 @@ def test_learning_rates_are_those_that_were_given_and_adamw_has_a_hundredth(tria
         (f'{TINY} --search-kwargs lr=3', 'search'),
         (f'{TINY} --epochs x', '--epochs'),
         (f'{TINY} --report x', '--report'),
+        ('--report x --seeds 5', 'seeds'),
+        (f'{TINY} --first-seed 999', '--first-seed'),
         ('nonesuch', 'nonesuch'),
         ('repopt_vgg_a0_hs', 'repopt_vgg_a0_hs'),
         ('repopt_vgg_a0.cifar10', 'repopt_vgg_a0.cifar10'),
