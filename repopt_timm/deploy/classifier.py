@@ -111,7 +111,7 @@ def load_classifier(
         torch.set_num_threads(min(threads, core_count()))
 
     def run(images: Tensor) -> Tensor:
-        with torch.inference_mode():
+        with explaining(f'The model does not run on images of shape {tuple(images.shape[1:])}'), torch.inference_mode():
             return model(images)
 
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
@@ -135,7 +135,8 @@ def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[s
         # A model whose batch size is fixed gets that many at once; repeat the last image to fill the last part.
         missing = -len(images) % batch if batch else 0
         filled = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
-        parts = [session.run(None, {images_name: part.numpy()})[0] for part in filled.split(batch or len(filled))]
+        with explaining(f'The model does not run on images of shape {tuple(images.shape[1:])}'):
+            parts = [session.run(None, {images_name: part.numpy()})[0] for part in filled.split(batch or len(filled))]
         return torch.cat([*map(torch.from_numpy, parts)])[: len(images)]
 
     config = preprocessing(overrides, pretrained_cfg=metadata)
@@ -157,7 +158,11 @@ def largest_difference(found: Tensor, expected: Tensor) -> float:
 def preprocessing(overrides: Mapping[str, Any] | None = None, **model: Any) -> dict[str, Any]:
     """Returns what `timm.data.resolve_data_config` makes of the overrides and a model."""
     with explaining(f'Images cannot be prepared with {dict(overrides or {}) or "what the model states"}'):
-        return resolve_data_config(dict(overrides or {}), **model)
+        config = resolve_data_config(dict(overrides or {}), **model)
+    # A smaller share would enlarge an image a hundred times.
+    if not 0.1 <= config['crop_pct'] <= 1:
+        raise ValueError(f'Images cannot be prepared with crop_pct {config["crop_pct"]}, expected 0.1 to 1.')
+    return config
 
 
 def label_names(model: nn.Module) -> list[str]:

@@ -54,13 +54,13 @@ def add_commands(commands: Any) -> None:
     add('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale per output channel, or one per tensor')
     add('--calibration', choices=(*CALIBRATIONS, 'auto'), default='minmax', help='ranges of activations; auto: best')
     add('--target', choices=TARGETS, default=TARGETS[0], help='runtime; ort is for OpenVINO too')
-    add('--report', metavar='DIR', type=Path, help='write layers.png and layers.json, on each layer')
+    add('--report', metavar='DIR', type=_folder, help='write layers.png and layers.json, on each layer')
     add('--versus', metavar='MODEL', help='with --report, another model to draw beside')
-    add('--sensitivity', metavar='DIR', type=Path, help='write what each layer alone costs in INT8')
+    add('--sensitivity', metavar='DIR', type=_folder, help='write what each layer alone costs in INT8')
 
     add = compared.add_argument
     add('models', nargs='+', metavar='[LABEL=]MODEL', help=f'{_MODEL}, or .onnx file')
-    add('--out', metavar='DIR', type=Path, help='write int8.md and int8.json')
+    add('--out', metavar='DIR', type=_folder, help='write int8.md and int8.json')
     add('--calibrations', nargs='+', choices=CALIBRATIONS, default=tuple(CALIBRATIONS), help='calibrations to measure')
     add('--targets', nargs='+', choices=TARGETS, default=TARGETS[:1], help='forms to measure')
     add('--latency-batches', nargs='*', type=positive(int), default=(1, 32), help='batch sizes to time')
@@ -77,7 +77,7 @@ def add_commands(commands: Any) -> None:
     add('--split', default='validation', help='split to evaluate')
     add('-b', '--batch-size', type=positive(int), default=32, help='images at a time')
     add('--threads', type=positive(int), help='threads of the model, at most one for each core [all cores]')
-    add('--out', metavar='DIR', type=Path, help='write classes.csv, confusion.csv and confusion.png')
+    add('--out', metavar='DIR', type=_folder, help='write classes.csv, confusion.csv and confusion.png')
 
     add = predicted.add_argument
     add('images', nargs='+', metavar='IMAGE', help='file, or folder of images')
@@ -100,6 +100,12 @@ def add_class_map(parser: argparse.ArgumentParser) -> None:
     """Adds `--class-map` to a command that reads labelled images."""
     help_text = 'class map used in training; needed only for a model that does not name its classes'
     parser.add_argument('--class-map', default='', metavar='FILE', help=help_text)
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError('expected the name of a folder')
+    return Path(text)
 
 
 def _onnx_file(text: str) -> str:
@@ -212,7 +218,10 @@ def _evaluate(args: argparse.Namespace) -> None:
     lines = [
         f'top-1       {result["top1"]:.2f} %',
         f'top-5       {result["top5"]:.2f} %  of {result["images"]} images',
-        f'ties        {result["ties"]} images have two equal largest logits; the lower class counts',
+        *(
+            [f'ties        {result["ties"]} images have two equal largest logits; the lower class counts']
+            * bool(result['ties'])
+        ),
         f'latency     {result["latency_ms"]:.2f} ms median, {result["latency_p90_ms"]:.2f} ms p90 at batch '
         f'{result["latency_batch"]}',
         f'throughput  {result["throughput"]:.0f} images/s at batch {result["batch_size"]}',

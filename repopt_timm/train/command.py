@@ -12,7 +12,7 @@ from ..names import ModelName
 from .arguments import SEARCH_DECAY
 from .interruption import InterruptedRunError
 from .parsing import make_parser, parse_arguments
-from .resolution import find_variant
+from .resolution import resolve
 from .run import prepare_device, train
 from .run_folder import LAST_CHECKPOINT, SCALES_FILE
 from .validation import check_arguments
@@ -54,10 +54,10 @@ def main(argv: Sequence[str], command: str = 'train') -> None:
 def _search_and_train(args: argparse.Namespace) -> None:
     """Searches, and trains the target with what was found."""
     # Before the search, whose errors would name another model.
-    find_variant(args.model)
     check_arguments(args)
     folder = Path(args.output) / (args.experiment or args.model)
     both = {**vars(args), 'output': str(folder), 'search_first': False}
+    resolve(argparse.Namespace(**{**both, 'experiment': 'target'}), choose_scales=False)
     model = ModelName.parse(args.model).of_kind('hs')
     # What else is given is for the target.
     ours = {'opt': 'sgd', 'opt_kwargs': {}, 'weight_decay': SEARCH_DECAY}

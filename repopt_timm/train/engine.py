@@ -188,7 +188,10 @@ def validate(
         sums += torch.stack([loss, top1, top5, torch.ones_like(loss)]) * count
         found.append(torch.stack([target, output.argmax(1)]))
     loss, top1, top5, count = _reduce(sums, args).tolist()
-    return {'loss': loss / count, 'top1': top1 / count, 'top5': top5 / count}, torch.cat(found, 1).cpu()
+    predictions = [torch.cat(found, 1).cpu()] * args.world_size
+    if args.distributed:
+        dist.all_gather_object(predictions, predictions[0])
+    return {'loss': loss / count, 'top1': top1 / count, 'top5': top5 / count}, torch.cat(predictions, 1)
 
 
 def _reduce(sums: Tensor, args: argparse.Namespace) -> Tensor:

@@ -16,8 +16,7 @@ from .arguments import add_arguments
 # What leads to a run, not what it is.
 _NOT_IN_CONFIGS = ('resume', 'override', 'debug')
 
-# Of timm's script, whose args.yaml holds all of its arguments: what is not built here, at its defaults that say
-# something.
+# Defaults of arguments of timm's script that are not built here: its args.yaml holds them all.
 _TIMM_DEFAULTS = {
     'amp_impl': 'native',
     'aug_splits': 0,
@@ -121,10 +120,10 @@ def read_config(name: str) -> dict[str, Any]:
 def _parsed(key: str, value: Any) -> Any:
     """Returns a value as the command line would have it; null is a default, or no color jitter."""
     action = ARGUMENTS[key]
-    if value in (None, '') and key in ('resume', 'output'):
-        return action.default
-    if value is None and (action.default is None or key == 'color_jitter'):
+    if value is None and key == 'color_jitter':
         return None
+    if value in (None, '') and (key in ('resume', 'output') or action.default in (None, '', {})):
+        return action.default
     if action.nargs in (0, '*') and isinstance(value, dict if isinstance(action, Pairs) else bool):
         return value
     if action.nargs == 0:

@@ -233,7 +233,7 @@ def _make_loggers(args: argparse.Namespace, folder: Path) -> list[Callable[[dict
     if args.log_wandb:
         import wandb
 
-        # Of a search before this training, into which its numbers would go.
+        # Otherwise the training after a search would log into the search's run.
         wandb.finish()
         run = wandb.init(project='repopt-timm', name=folder.name, dir=str(folder), config=vars(args))
         loggers.append(lambda row: run.log(row, step=row['epoch']))

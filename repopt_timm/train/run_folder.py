@@ -53,20 +53,6 @@ def run_folder(folder: Path) -> Iterator[None]:
             raise
 
 
-def is_busy(folder: Path) -> bool:
-    """Returns whether another process trains in a run's folder."""
-    if fcntl is None:
-        return False
-    try:
-        with open(folder / _LOCK_FILE) as lock:
-            # Shared, for which one need not be allowed to write the file.
-            fcntl.lockf(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        # Either is a lock of another process, but with its name it is a file that may not be read.
-        return isinstance(error, BlockingIOError | PermissionError) and error.filename is None
-    return False
-
-
 def write_epochs(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Writes a row for each epoch as CSV. Epochs are counted from 1 there, as in the log."""
     names = list(dict.fromkeys(name for row in rows for name in row))

@@ -167,9 +167,12 @@ def _next(folder: Path, args: argparse.Namespace, search: bool) -> list[str]:
         checkpoint = best if best.exists() else folder / LAST_CHECKPOINT
         commands = [['predict', 'IMAGE', '--model', checkpoint], ['push', checkpoint, 'USER/REPO']]
         if (images := image_folder(args)) is not None:
-            seen, held_out = (['--data', images, '--split', split] for split in (args.train_split, args.val_split))
-            commands.insert(0, ['evaluate', checkpoint, *held_out])
-            commands.insert(2, ['quantize', checkpoint, *seen, '--out', folder / 'int8.onnx'])
+            data = ['--data', images, *(['--class-map', args.class_map] if args.class_map else [])]
+            quantize = ['quantize', checkpoint, *data, '--split', args.train_split, '--out', folder / 'int8.onnx']
+            commands.insert(1, quantize)
+            # Another split would be other images than the share that was held out.
+            if not args.holdout:
+                commands.insert(0, ['evaluate', checkpoint, *data, '--split', args.val_split])
     return [shlex.join([PROGRAM, *map(str, words)]) for words in commands]
 
 

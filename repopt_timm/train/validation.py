@@ -14,6 +14,7 @@ from ..datasets import color_mode
 from ..errors import explaining
 from ..names import PREFIX, ModelName
 from ..reparam.modules import pair
+from ..sources import UNSEARCHED
 
 _REPOPT = {'repopt_sgd', 'repopt_adamw'}
 _PREFIXES = ('torch', 'hfds', 'hfids', 'tfds', 'wds')
@@ -23,13 +24,25 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Checks all that can be known without data, model or network."""
     if not args.data_dir and not args.dataset:
         raise ValueError('No data: give the path of an image folder, or --dataset, or try -c quickstart.')
-    if args.resume not in (None, 'auto') and not Path(args.resume).is_file():
-        raise FileNotFoundError(f"There is no checkpoint file '{args.resume}'.")
+    for path in (args.initial_checkpoint, args.resume):
+        if path and path != 'auto' and not Path(path).is_file():
+            raise FileNotFoundError(f"There is no checkpoint file '{path}'.")
+    if not args.output or Path(args.experiment).is_absolute() or '..' in Path(args.experiment).parts:
+        raise ValueError(
+            f"--output is '{args.output}' and --experiment '{args.experiment}', expected a name inside it."
+        )
     _check_images_read(args)
     if args.opt is not None:
         _check_optimizer(args)
     if args.search_first:
         _check_search(args)
+    source, name = parse_model_name(args.model)
+    kind = ModelName.parse(name).kind
+    if source is None and args.scales and (kind == 'branches' or (kind == 'hs' and args.scales not in UNSEARCHED)):
+        raise ValueError(
+            f'--model {args.model} does not take --scales {args.scales}: it has branches instead, or searches scales '
+            f"from 'initial' or 'identity'."
+        )
     if 'scales' in args.model_kwargs:
         raise ValueError('Give scales with --scales instead of --model-kwargs.')
     if args.init and (args.pretrained or args.initial_checkpoint):

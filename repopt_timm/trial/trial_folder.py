@@ -60,7 +60,7 @@ class Run:
 
     @property
     def failure(self) -> str:
-        """What it, or the search before it, diverged with; nothing if neither did."""
+        """The error that ended this run or its search; '' if none."""
         if self.search and self.search.failure:
             return f'Its search diverged: {self.search.failure}'
         path = self.folder / DIVERGED_FILE
@@ -241,6 +241,9 @@ def open_trial(folder: Path) -> Trial:
     try:
         for name, kind in {'arms': str, 'seeds': int, 'lrs': float}.items():
             saved[name] = [kind(value) for value in saved[name]]
+        for name in ('lr', 'holdout', 'tuning_epochs', 'tuning_seed', 'search', 'classes', 'held_out'):
+            if not isinstance(saved[name], int | float | None):
+                raise ValueError(f'{name} is {saved[name]!r}, expected a number')
         if unknown := {*saved['arms'], saved['reference']} - {*ARMS, *saved['scales']}:
             raise ValueError(f'it has the arms {", ".join(map(str, unknown))}, which are none')
         return Trial(folder, shared, **saved)

@@ -19,7 +19,7 @@ from .trial_folder import Trial
 _NOT_SHARED = (
     *('data', 'data_dir', 'model', 'scales', 'pretrained', 'initial_checkpoint', 'resume', 'override', 'opt', 'lr'),
     *('init', 'lr_base', 'lr_base_size', 'lr_base_scale', 'seed', 'output', 'experiment', 'search_first'),
-    *('search_kwargs', 'holdout', 'log_wandb', 'debug'),
+    *('holdout', 'patience', 'log_wandb', 'debug'),
 )
 
 # A training of 300 epochs has other needs than a trial of ten.

@@ -14,6 +14,7 @@ EDITS = [
     ('trial.yaml', b'- 0\n', b'- zero\n'),
     ('trial.yaml', b'lrs:\n', b'lrs: 0\nothers:\n'),
     ('trial.yaml', b'reference: sgd', b'reference: none'),
+    ('trial.yaml', b'\nlr: 0.1', b'\nlr: x'),
     ('trial.yaml', b'- repopt\n', b'- repot\n'),
     ('shared.yaml', b'\nepochs:', b'\nepoch:'),
     ('networks.json', b'"step_seconds": 0.1', b'"step_seconds": "fast"'),
