@@ -86,6 +86,7 @@ def test_export_warns_of_outliers_and_still_channels_and_takes_the_form_of_the_f
         ('export {tmp}/broken --onnx {tmp}/new.onnx', 'cannot be made'),
         ('export {five} --onnx {five}/new.onnx', 'cannot be written'),
         ('export {five} --onnx {tmp}/new.txt', '.onnx'),
+        ('export {five} --onnx {tmp}/new.onnx --opset 40', 'no opset 40'),
         ('predict {tmp}/empty --model {model}', 'There are no images'),
         ('predict {tmp}/none.png --model {model}', 'none.png'),
         ('quantize {model} --data {tmp}/broken {out}', "broken/train/a/1.png' is damaged"),
