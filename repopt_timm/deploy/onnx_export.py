@@ -44,6 +44,8 @@ def export_onnx(
         ValueError: If the model cannot be loaded or exported, or the result differs from PyTorch.
         ImportError: If the `[deploy]` extra is not installed.
     """
+    if is_onnx(source) and os.path.isfile(source):
+        raise ValueError(f"'{source}' is an ONNX file already.")
     model = load_trained(source)
     still = still_channels(model)
     proto, difference = to_onnx(model, preprocessing(overrides, model=model), **form)
