@@ -246,7 +246,7 @@ def _in_tar(path: Path) -> tuple[Any, list[str], list[str]]:
     """Returns a reader of a .tar file, the names of the images in it, and the class of each."""
     set_img_extensions(sorted(_suffixes()))
     try:
-        # Of one open file, forked workers and threads would share the position.
+        # With one open file, forked workers and threads would share its position.
         reader: Any = ReaderImageInTar(os.fspath(path), cache_tarfiles=False)
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise ValueError(f"'{path}' is not a readable .tar file of images: {error}.") from None

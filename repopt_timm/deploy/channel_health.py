@@ -9,7 +9,8 @@ from torch import nn
 from ..datasets import Images
 from .onnx_graph import feeds, layers_of, tensor_values
 
-# Of the 99th percentile: one scale of 8 bits then rounds 99 % of the kernel to -1, 0 and 1.
+# Outliers are weights over this multiple of their kernel's 99th percentile: one scale of 8 bits then rounds 99 % of the
+# kernel to -1, 0 and 1.
 _OUTLIER = 100
 
 

@@ -138,6 +138,8 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
+    if args.versus and not args.report:
+        raise ValueError('--versus draws another model into the report: name a folder for it with --report.')
     check_output(args.out, *filter(None, (args.model, args.versus)))
     for folder in filter(None, (args.report, args.sensitivity)):
         check_output_folder(folder)
@@ -159,11 +161,12 @@ def _quantize(args: argparse.Namespace) -> None:
         'dead_channels': done.dead,
         'outliers': kernel_outliers(done.model),
     }
-    judged = 'others' if set(done.judged).isdisjoint(done.indices) else 'them'
+    others = set(done.judged).isdisjoint(done.indices)
+    judged = f'{len(done.judged)} other images' if others else f'these {len(done.judged)} images'
     lines = [
         f'{args.model} -> {args.out}: {result["float_bytes"] / 1e6:.1f} MB -> {result["bytes"] / 1e6:.1f} MB',
-        f'calibrated on {result["images"]} images of {result["folder"]} ({result["calibration"]}); of '
-        f'{len(done.judged)} {judged} {done.agreement:.1f} % are classified as before',
+        f'calibrated on {result["images"]} images of {result["folder"]} ({result["calibration"]}); '
+        f'{done.agreement:.1f} % of {judged} are classified as before',
     ]
     if done.equalization:
         result['equalization'] = done.equalization.counts

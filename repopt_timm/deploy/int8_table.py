@@ -102,7 +102,7 @@ def _latency(classifiers: Mapping[str, Classifier], batch: int) -> dict[str, Any
     steady = {name: is_steady([*chain.from_iterable(found)]) for name, found in turns.items()}
     speedups: dict[str, float | None] = {}
     for kind in filter(times.__contains__, WEIGHTS):
-        # Of the same round.
+        # Divides times of the same round.
         ratio = median(slow / fast for slow, fast in zip(times['float32'], times[kind]))
         speedups[kind] = ratio if steady['float32'] and steady[kind] else None
     return {'ms': {name: median(values) for name, values in times.items()}, 'speedups': speedups}
@@ -163,7 +163,7 @@ def _accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
     ]
     calibrations = next(cells for (*_, target, _), cells in found.items() if target)
     head = ['model', 'equalized', 'target', 'weights', 'float32', *(f'INT8 {name}' for name in calibrations)]
-    # Of these a column in which all rows are the same says nothing.
+    # These columns are left out if all their rows are the same.
     optional = ('equalized', 'target')
     kept = [name not in optional or len(set(column)) > 1 for name, column in zip(head, zip(*body))]
     return markdown_table([*compress(head, kept)], [[*compress(row, kept)] for row in body])

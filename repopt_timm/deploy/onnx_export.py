@@ -44,14 +44,15 @@ def export_onnx(
         ValueError: If the model cannot be loaded or exported, or the result differs from PyTorch.
         ImportError: If the `[deploy]` extra is not installed.
     """
+    if is_onnx(source) and os.path.isfile(source):
+        raise ValueError(f"'{source}' is an ONNX file already.")
     model = load_trained(source)
     still = still_channels(model)
     proto, difference = to_onnx(model, preprocessing(overrides, model=model), **form)
     save_onnx(proto, path)
     return {
         'out': os.fspath(path),
-        # PyTorch leaves out the conversion to one that it does not know.
-        'opset': next(entry.version for entry in proto.opset_import if not entry.domain),
+        'opset': _opset_of(proto),
         'bytes': proto.ByteSize(),
         'batchnorms': sum(node.op_type == 'BatchNormalization' for node in proto.graph.node),
         'difference': difference,
@@ -80,6 +81,9 @@ def to_onnx(
     """
     require('onnxscript')
     name, model = type(model).__name__, reparameterize_model(model.eval())
+    highest = require('onnx').defs.onnx_opset_version()
+    if opset > highest:
+        raise ValueError(f'There is no opset {opset}: the installed ONNX has opsets up to {highest}.')
     # The exporter takes a batch of one image for a constant.
     example = torch.randn(batch or 2, *config['input_size'], generator=torch.Generator().manual_seed(0))
     try:
@@ -100,6 +104,9 @@ def to_onnx(
     # The exporter records the line of code that each node comes from, with the paths of this machine.
     require('onnx_ir.passes.common').ClearMetadataAndDocStringPass()(program.model)
     proto = program.model_proto
+    # If PyTorch cannot convert to an opset, it writes another one without an error.
+    if (written := _opset_of(proto)) != opset:
+        raise ValueError(f'{name} cannot be exported to opset {opset}: PyTorch wrote opset {written}.')
     if half:
         with quiet():
             convert = require('onnxruntime.transformers.float16').convert_float_to_float16
@@ -111,6 +118,10 @@ def to_onnx(
     for key, value in {**config, **facts}.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     return proto, _verify(model, proto, example, half)
+
+
+def _opset_of(proto: Any) -> int:
+    return next(entry.version for entry in proto.opset_import if not entry.domain)
 
 
 @torch.inference_mode()

@@ -154,7 +154,7 @@ def _keeps_channels(node: Any) -> bool:
         return node.attributes.get_int('axis', 1) == 1
     if node.op_type == 'Reshape':  # to (batch, features)
         return constant is not None and constant.size == 2
-    # Of an opset in which axes are an attribute, a reduction stays as it is.
+    # Before opset 18 these axes are an attribute: layers before such a reduction stay as they are.
     return not node.op_type.startswith('Reduce') or (
         constant is not None and constant.size and {*constant.numpy()} <= {-2, -1, 2, 3}
     )

@@ -88,7 +88,7 @@ class Quantization:
         quantized: The same in QDQ format.
         images: The folder.
         indices: Its images that calibrated.
-        options: How it was quantized; of `auto`, with the best calibration.
+        options: How it was quantized, with the best calibration in place of `auto`.
         ranges: ONNX Runtime's calibration cache.
         equalization: What equalizing did to the float model, if it was asked for.
         judged: The images that both were compared on: as many others, or the same if the folder has no others.
@@ -155,6 +155,11 @@ def quantize_onnx(
     model = float_onnx(source, overrides)
     classifier = onnx_classifier(model, overrides=overrides)
     images = open_evaluation(data, split, classifier.config, class_map, classifier.class_names)
+    if options.calibration == 'auto' and options.images >= len(images):
+        raise ValueError(
+            f"'{images.folder}' has {len(images)} images. Calibrate on fewer (--images), so that 'auto' can compare "
+            f'the calibrations on others.'
+        )
     calibrations = CALIBRATIONS if options.calibration == 'auto' else [options.calibration]
     ways = [replace(options, calibration=calibration) for calibration in calibrations]
     return max(quantize_in(ways, model, images), key=lambda done: (done.agreement, done.logits_snr_db))
@@ -196,7 +201,7 @@ def quantize(
     tensorrt = options.target == 'tensorrt'
     others = [node.name for node in model.graph.node if tensorrt and node.op_type not in LAYERS]
     with TemporaryDirectory(prefix='repopt-timm-') as folder, quiet():
-        # Of a model in memory ONNX Runtime moves the weights to a file.
+        # ONNX Runtime moves the weights of a model in memory to a file.
         source, result, cache = (Path(folder, name) for name in ('model.onnx', 'int8.onnx', 'ranges.json'))
         save_onnx(model, source)
         if ranges:

@@ -113,6 +113,6 @@ def check_equivalence(
             raise ValueError(f'{model_name} diverges in step {step + 1}, which shows nothing. Try a larger --img-size.')
     merged, other = to_plain(csla).state_dict(), plain.state_dict()
     tensors = [(a.double(), other[key].double()) for key, a in merged.items() if a.is_floating_point()]
-    # Of a tensor, as Python's own would pass over a NaN.
+    # Python's `max` would pass over a NaN; a tensor's does not.
     deviation = torch.stack([(a - b).norm() / b.norm().clamp_min(1e-300) for a, b in tensors]).max().item()
     return {'model': model_name, 'scales': found.fingerprint, 'deviation': deviation, 'right': deviation <= _TOLERANCE}

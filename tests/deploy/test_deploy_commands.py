@@ -20,12 +20,17 @@ def test_from_a_checkpoint_to_a_measured_int8_file(checkpoint, damaged, images, 
     folders = f'--report {tmp_path}/report --versus {damaged} --sensitivity {tmp_path}/layers'
     assert main(f'{arguments} --weights per-tensor {folders}'.split()) == 0
     out = capsys.readouterr().out
-    assert 'calibrated on 12 images' in out and 'of 12 others' in out and '| all ' in out
+    assert 'calibrated on 12 images' in out and 'of 12 other images are' in out and '| all ' in out
     names = {path.name for path in tmp_path.glob('*/*')}
     assert names == {'layers.json', 'layers.png', 'sensitivity.json', 'sensitivity.md'}
     assert len(json.loads((tmp_path / 'report' / 'layers.json').read_text())) == 2
     assert main(['evaluate', f'{tmp_path}/int8.onnx', '--data', str(images), '--json']) == 0
     assert json.loads(capsys.readouterr().out)['top1'] > 80
+
+
+def test_images_that_calibrate_and_judge_are_named_as_the_same(onnx_file, images, tmp_path, capsys):
+    assert main(f'quantize {onnx_file} --data {images} --out {tmp_path}/int8.onnx --images 60'.split()) == 0
+    assert '% of these 60 images are' in capsys.readouterr().out
 
 
 def test_what_breaks_int8_is_a_warning_and_equalizing_mends_it(damaged, images, tmp_path, capsys, caplog):
@@ -86,11 +91,15 @@ def test_export_warns_of_outliers_and_still_channels_and_takes_the_form_of_the_f
         ('export {tmp}/broken --onnx {tmp}/new.onnx', 'cannot be made'),
         ('export {five} --onnx {five}/new.onnx', 'cannot be written'),
         ('export {five} --onnx {tmp}/new.txt', '.onnx'),
+        ('export {five} --onnx {tmp}/new.onnx --opset 40', 'no opset 40'),
+        ('export {model} --onnx {tmp}/new.onnx', 'is an ONNX file already'),
         ('predict {tmp}/empty --model {model}', 'There are no images'),
         ('predict {tmp}/none.png --model {model}', 'none.png'),
         ('quantize {model} --data {tmp}/broken {out}', "broken/train/a/1.png' is damaged"),
         ('quantize {model} --data {images} {out} --exclude conv9', "'conv9': no layer"),
         ('quantize {model} --data {images} --out {model}', 'is the input itself'),
+        ('quantize {model} --data {images} {out} --images 60 --calibration auto', 'has 60 images'),
+        ('quantize {model} --data {images} {out} --versus {model}', '--report'),
         ('quantize {model} --data {images} {out} --class-map nowhere.txt', 'nowhere.txt'),
         ('quantize {tmp}/nan.onnx --data {images} {out}', "'head.fc.bias'"),
         ('quantize {tmp}/half.onnx --data {images} {out}', 'float16'),

@@ -60,6 +60,11 @@ def test_a_file_in_float16_takes_and_gives_float32():
     assert {value.type.tensor_type.elem_type for value in ends} == {onnx.TensorProto.FLOAT}
 
 
+def test_an_opset_that_pytorch_does_not_write_is_an_error():
+    with pytest.raises(ValueError, match='opset 7: '):
+        to_onnx(small(), CONFIG, opset=7)
+
+
 class SingularValues(nn.Module):
     def forward(self, x):
         return torch.linalg.svd(x)[1].sum(-1)
