@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..checkpoint_model import model_from_checkpoint
 from ..datasets import Images, core_count
-from ..errors import explaining
+from ..errors import explaining, reason_of
 from ..models import resolve_model, to_plain
 from ..reparam import kind_of
 from ..train.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT
@@ -135,8 +135,13 @@ def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[s
         # A model whose batch size is fixed gets that many at once; repeat the last image to fill the last part.
         missing = -len(images) % batch if batch else 0
         filled = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
-        with explaining(f'The model does not run on images of shape {tuple(images.shape[1:])}'):
+        try:
             parts = [session.run(None, {images_name: part.numpy()})[0] for part in filled.split(batch or len(filled))]
+        # ONNX Runtime has errors of its own, which are exceptions and nothing else.
+        except Exception as error:
+            raise ValueError(
+                f'The model does not run on images of shape {tuple(images.shape[1:])}: {reason_of(error)}'
+            ) from None
         return torch.cat([*map(torch.from_numpy, parts)])[: len(images)]
 
     config = preprocessing(overrides, pretrained_cfg=metadata)

@@ -221,10 +221,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     lines = [
         f'top-1       {result["top1"]:.2f} %',
         f'top-5       {result["top5"]:.2f} %  of {result["images"]} images',
-        *(
-            [f'ties        {result["ties"]} images have two equal largest logits; the lower class counts']
-            * bool(result['ties'])
-        ),
+        f'ties        {result["ties"]} images have two equal largest logits; the lower class counts',
         f'latency     {result["latency_ms"]:.2f} ms median, {result["latency_p90_ms"]:.2f} ms p90 at batch '
         f'{result["latency_batch"]}',
         f'throughput  {result["throughput"]:.0f} images/s at batch {result["batch_size"]}',
