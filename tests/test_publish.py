@@ -95,6 +95,17 @@ def test_other_weights_do_not_take_over_accuracy_and_curves(hub, client, tmp_pat
         assert (saved / 'curves.png').exists() == (weights is path)
 
 
+@pytest.mark.parametrize('scales_file', [False, True])
+def test_new_weights_without_scales_do_not_take_over_the_scales_of_old_ones(hub, client, tmp_path, scales_file):
+    saved = tmp_path / 'saved'
+    for weights in (trained(), tiny_model().eval()):
+        save_pretrained(weights, saved, scales_file=scales_file)
+        push_to_hub(weights, REPO, scales_file=scales_file)
+    for card in (card_of(saved), ModelCard.load(REPO)):
+        assert 'repopt' not in card.data and 'cales that' not in card.text and 'scales.png' not in card.text
+    assert set(read_tree(saved)) == TREE - {'scales.png'}
+
+
 def snippets(folder, **names):
     """Runs the Python blocks of a card, with the repository read from its folder; yields their variables."""
     text = (folder / 'README.md').read_text().replace(f'hf-hub:USER/{folder.name}', f'local-dir:{folder}')
