@@ -22,7 +22,7 @@ COMMANDS = {
     'train': Command('search scales or train a model', _TRAIN),
     'quickstart': Command('train on handwritten digits, in a minute', _TRAIN),
     'trial': Command('train a network in several ways, and say whether they differ', '.trial.trial_command'),
-    'scales': Command('list, show, convert, draw and share scales', _PUBLISH),
+    'scales': Command('list, show, write, draw and share scales', _PUBLISH),
     'save': Command('write a checkpoint as a folder in the format of the Hub', _PUBLISH),
     'push': Command('publish a checkpoint as a model on the Hub, with its scales in the card', _PUBLISH),
     'convert-checkpoint': Command("convert the reference repository's weights, and merge trained branches", _PUBLISH),

@@ -49,7 +49,7 @@ def plot_scales(
         axes.vlines([*found], lowest, highest, color=color, alpha=0.4)
         starts = enumerate((initial or {}).get(module, {}) for module in scales)
         began = {depth: vectors[branch].mean().item() for depth, vectors in starts if branch in vectors}
-        # Of scales that were not searched they would be the same points again.
+        # Scales that were not searched are their own initial values: one set of points is enough.
         if began and [*began.values()] != means:
             axes.plot([*began], [*began.values()], '_', color=color, ms=9, label=f'{branch}, initial')
     axes.set(title=title, xlabel='convolution, from the stem on', ylabel='scale: mean, and range over channels')

@@ -128,7 +128,7 @@ def _prepare(
             last = history[-1] if history else {}
             measured = {key: round(last[f'eval_{key}'], 3) for key in METRICS if last.get(f'eval_{key}') is not None}
         if precision == 'int8':
-            # Those of the rounded weights are others.
+            # Rounded weights have other accuracies.
             facts |= {f'{key}_before_rounding': value for key, value in measured.items()}
         elif metrics is None:
             metrics = measured

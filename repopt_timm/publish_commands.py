@@ -12,6 +12,7 @@ from .cards.repository import push_scales, save_scales_card
 from .checkpoints.packing import PRECISIONS
 from .commands import COMMANDS
 from .deploy import add_class_map, evaluate
+from .errors import explaining
 from .files import check_output, check_output_folder
 from .merge_checkpoint import merge_trained
 from .models import ensure_registered
@@ -96,6 +97,8 @@ def _options(args: argparse.Namespace) -> dict[str, Any]:
 
 def _save(args: argparse.Namespace) -> None:
     check_output_folder(args.out)
+    if args.class_map and not args.data:
+        raise ValueError('--class-map is for the images of --data, which is missing.')
     metrics: dict[str, Any] | None = None
     values, text = {'checkpoint': args.checkpoint, 'out': args.out}, f'{args.checkpoint} -> {args.out}'
     if args.data:
@@ -134,9 +137,10 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
 def _load(args: argparse.Namespace) -> Scales:
     if args.architecture is None:
         return load_scales(args.source)
-    ensure_registered(args.architecture)
-    with torch.device('meta'):
-        model = timm.create_model(ModelName.parse(args.architecture).of_kind('target'))
+    with explaining(f"--architecture is '{args.architecture}'"):
+        ensure_registered(args.architecture)
+        with torch.device('meta'):
+            model = timm.create_model(ModelName.parse(args.architecture).of_kind('target'))
     return load_scales(args.source, model)
 
 

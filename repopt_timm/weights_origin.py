@@ -17,7 +17,7 @@ def origin_of(model: Any) -> dict[str, Any]:
 
 
 def restore_origin(model: Any, origin: Any) -> None:
-    """Gives a timm model the `origin_of` the weights that it took over; anything else counts as none."""
+    """Replaces the licence and notes of a timm model by what `origin_of` returned; anything else removes them."""
     others = {key: value for key, value in model.pretrained_cfg.items() if key not in ('license', 'notes')}
     model.pretrained_cfg = {**others, **_checked(origin)}
 

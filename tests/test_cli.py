@@ -47,6 +47,8 @@ def test_scales_go_from_a_checkpoint_to_files_and_folders(tmp_path, capsys):
         ('save nowhere.pth {file}', 'is not a folder'),
         ('save {tmp}/model.safetensors {tmp}', "model.safetensors' cannot be written: it is the input itself"),
         ('convert-checkpoint nowhere.pth --out {file}', 'is not a folder'),
+        ('save nowhere.pth {tmp}/new --class-map map.txt', '--data'),
+        ('scales show initial --architecture nosuch', "--architecture is 'nosuch'"),
     ],
 )
 def test_an_error_is_one_clear_line_before_the_work_and_leaves_no_file(arguments, named, tmp_path, capsys):

@@ -11,6 +11,7 @@ from PIL import Image
 from repopt_timm import Scales, prepare, push_scales, push_to_hub, save_pretrained
 from repopt_timm.cards.repository import save_scales_card
 from repopt_timm.cli import main
+from repopt_timm.model_size import count_parameters
 from repopt_timm.optim import build_repopt_sgd
 from repopt_timm.reparam import kind_of
 
@@ -93,6 +94,29 @@ def test_other_weights_do_not_take_over_accuracy_and_curves(hub, client, tmp_pat
         for card in (card_of(saved), ModelCard.load(REPO)):
             assert bool(card.data.eval_results) == ('(curves.png)' in card.text) == (weights is path)
         assert (saved / 'curves.png').exists() == (weights is path)
+
+
+@pytest.mark.parametrize('scales_file', [False, True])
+def test_new_weights_without_scales_do_not_take_over_the_scales_of_old_ones(hub, client, tmp_path, scales_file):
+    saved = tmp_path / 'saved'
+    for weights in (trained(), tiny_model().eval()):
+        save_pretrained(weights, saved, scales_file=scales_file)
+        push_to_hub(weights, REPO, scales_file=scales_file)
+    for card in (card_of(saved), ModelCard.load(REPO)):
+        assert 'repopt' not in card.data and 'cales that' not in card.text and 'scales.png' not in card.text
+    assert set(read_tree(saved)) == TREE - {'scales.png'}
+
+
+def test_a_card_says_what_its_reader_has_to_fill_in_and_to_build(tmp_path):
+    model = timm.create_model('repopt_mobileone_s0', num_classes=5, strides=(1, 1, 2, 2, 2), scales='initial')
+    training = {'seed': 12345, 'parameters': 1}
+    for repo_id in (None, REPO):
+        save_pretrained(model, tmp_path, training=training, repo_id=repo_id)
+        text = card_of(tmp_path).text
+        assert ('`USER`' in text) == (repo_id is None)
+        assert '| seed | 12345 |' in text and f'| parameters | {count_parameters(model):,} |' in text
+        # The snippet does not state the strides of a network of timm's.
+        assert 'strides at stages.1.0.conv, stages.2.0.conv, stages.3.0.conv.\n' in text
 
 
 def snippets(folder, **names):

@@ -25,7 +25,6 @@ from .card import (
     METRICS,
     SCALES_FILE,
     checked_license,
-    decode_scales,
     encode_scales,
     read_metadata,
     stated_license,
@@ -118,8 +117,10 @@ def save_folder(
             # safetensors makes private files, `replacing` ordinary ones.
             with replacing(directory / file) as temporary:
                 os.replace(folder / file, temporary)
-        if WEIGHTS_FILE in made and CURVES_FILE not in made:
-            (directory / CURVES_FILE).unlink(missing_ok=True)
+        if WEIGHTS_FILE in made:
+            # What describes the weights that were replaced.
+            for file in {CURVES_FILE, SCALES_PICTURE, SCALES_FILE}.difference(made):
+                (directory / file).unlink(missing_ok=True)
 
 
 def write_card(
@@ -139,7 +140,8 @@ def write_card(
     """Writes the card of a folder, and the picture of its scales; what else an existing card says survives.
 
     `published` are files that the repository has besides, `source` is what errors call the folder, and `training` is
-    None if the weights stay as they are. `scales` and licences default to what the card has, or the scales state.
+    None if the weights stay as they are. Licences default to what the card has, or the scales state. Without `scales`,
+    the card loses the ones that it has: they belong to other weights.
     """
     path, where = folder / CARD_FILE, f'{source or repo_id}/{CARD_FILE}'
     if not path.is_file():
@@ -152,8 +154,6 @@ def write_card(
         # Several models, or results in a form of their own.
         raise ValueError(f"{where}: its 'model-index' would not survive, as huggingface_hub reads it otherwise.")
     found, title = before.get(METADATA_KEY, {}), repo_id.split('/')[-1]
-    if scales is None and found:
-        scales = decode_scales(found, where, folder.joinpath)
     facts = found.get('training') if training is None else training
     files = {*os.listdir(folder), *published} - {SCALES_FILE, SCALES_PICTURE}
     if CURVES_FILE not in os.listdir(folder) and (training is not None or f'({CURVES_FILE})' not in card.text):
@@ -173,8 +173,18 @@ def write_card(
             files.add(SCALES_PICTURE)
         if WEIGHTS_FILE not in files:
             weights_license = license_identifier(scales.provenance.get('license'))
+    else:
+        data.pop(METADATA_KEY, None)
+        if 'file' in found:
+            (folder / SCALES_FILE).unlink(missing_ok=True)
     facts, stated = facts or {}, stated_license(before)
+    known = dict.fromkeys((license_name, weights_license))
     license_name = stated or license_name or weights_license
+    if differing := [each for each in known if each and each.lower() != license_name.lower()]:
+        _logger.warning(
+            f'The card of {title} states the licence {license_name}, but {" and ".join(differing)} was given, or is '
+            f'known of its content. Mend `license` in the card if it is wrong.'
+        )
     if not license_name:
         _logger.warning(f'The card of {title} states no licence, as none is known. Give one with --license (license=).')
     elif not stated:

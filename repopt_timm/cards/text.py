@@ -69,9 +69,10 @@ def render_body(
             f'Scales of `{model_name}` for {_PAPER}: the constants by which a RepOptimizer initializes and trains the '
             f'plain model, on any data. They are {place}; there are no weights in this repository.'
         )
+    owner = ' Replace `USER` by the owner of the repository.' if repo_id.startswith('USER/') else ''
     sections += [
         '## Usage',
-        '`pip install repopt-timm`; `import repopt_timm` makes its models and optimizers known to timm.',
+        f'`pip install repopt-timm`; `import repopt_timm` makes its models and optimizers known to timm.{owner}',
         *_usage(f"'hf-hub:{repo_id}'", ModelName.parse(model_name), weights, scales, training),
     ]
     if scales is not None:
@@ -82,12 +83,13 @@ def render_body(
     if CURVES_FILE in files:
         sections.append(f'![Training loss and accuracy against epochs]({CURVES_FILE})')
     if scales is not None:
-        table = scales_table(scales)
+        table, strided = scales_table(scales), [name for name, each in scales.geometry.items() if max(each.stride) > 1]
+        searched = f' Searched with strides at {", ".join(strided)}.' if strided else ''
         rows = [[f'{cell:.4f}' if isinstance(cell, float) else _cell(cell) for cell in row.values()] for row in table]
         sections += [
             '## Scales',
             f'One value per branch and channel of {len(scales)} convolutions. Start of the operators: {scales.start}. '
-            f'Fingerprint `{scales.fingerprint}`.',
+            f'Fingerprint `{scales.fingerprint}`.{searched}',
             markdown_table(('stage', 'branch', 'mean', 'min', 'max'), rows),
         ]
         if SCALES_PICTURE in files:
@@ -151,7 +153,11 @@ def _python(*lines: str) -> str:
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
-    rows = [(_cell(name.replace('_', ' ')), _cell(value)) for name, value in facts.items()]
+    counts = ('parameters', 'multiply_adds')
+    rows = [
+        (_cell(name.replace('_', ' ')), f'{value:,}' if name in counts and isinstance(value, int) else _cell(value))
+        for name, value in facts.items()
+    ]
     return markdown_table(('what', 'value'), rows) if rows else ''
 
 
@@ -161,7 +167,5 @@ def _cell(value: Any) -> str:
         value = ', '.join(f'{key} {item}' for key, item in value.items())
     elif isinstance(value, list | tuple):
         value = ' x '.join(map(str, value))
-    elif type(value) is int:
-        value = f'{value:,}'
     text = ' '.join(str(value).split()).replace('&', '&amp;').replace('<', '&lt;')
     return text.replace('\\', '\\\\').replace('|', '\\|').replace('[', '\\[')

@@ -170,6 +170,14 @@ def test_a_card_keeps_its_licence_or_states_the_given_or_the_known_one(front, gi
     assert load_scales(tmp_path).provenance['license']
 
 
+def test_a_licence_other_than_the_one_that_stays_is_a_warning(tmp_path, caplog):
+    for known, given in (('mit', None), ('apache-2.0', 'GPL-3.0'), ('MIT', 'mit')):
+        caplog.clear()
+        save_scales_card(random_scales().with_provenance({'license': known}), tmp_path, license=given)
+        others = {known.lower(), (given or known).lower()} - {'mit'}
+        assert len(caplog.messages) == bool(others) and all(other in caplog.text for other in others)
+
+
 def test_weights_have_a_licence_of_their_own_or_none_and_then_somebody_is_told(tmp_path, caplog):
     model = tiny_model(scales=random_scales().with_provenance({'license': 'mit'}))
     save_pretrained(model, tmp_path)
