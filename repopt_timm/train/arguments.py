@@ -104,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--warmup-lr', 'learning rate that the warm-up starts from', 1e-5, _nonnegative)
     add('--min-lr', 'lower bound of the learning rate', 0.0, _nonnegative)
     add('--epochs', 'number of epochs', 300, _count)
-    add('--warmup-epochs', 'epochs of warm-up [a tenth of --epochs, 5 at most]', None, _nonnegative)
+    add('--warmup-epochs', 'epochs of warm-up [a fifth of --epochs, 5 at most]', None, _nonnegative)
     switch('--warmup-prefix', 'start the schedule after the warm-up, which then adds to --epochs')
     add('--cooldown-epochs', 'epochs at the lowest learning rate, after the schedule', 0, _natural)
     add('--decay-epochs', 'interval of the step schedule', 90.0, _positive)

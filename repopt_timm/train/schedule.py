@@ -21,7 +21,7 @@ def choose_schedule(
     """
     on_updates = on_updates or (epochs < 50 and sched not in ('plateau', 'none'))
     if warmup is None:
-        warmup = min(5.0, epochs / 10)
+        warmup = min(5.0, epochs / 5)
         warmup = warmup if on_updates else math.floor(warmup)
     return warmup, on_updates
 

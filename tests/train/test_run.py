@@ -176,14 +176,15 @@ def test_a_run_that_gets_fewer_epochs_than_it_was_to_have_is_evaluated(train, tm
 @pytest.mark.parametrize(
     ('given', 'chosen'),
     [
-        ((49,), (4.9, True)),
+        ((20,), (4, True)),
+        ((49,), (5, True)),
         ((50,), (5, False)),
         ((5, 'cosine', 3), (3, True)),
         # It waits for the accuracy after an epoch.
-        ((25, 'plateau'), (2, False)),
+        ((14, 'plateau'), (2, False)),
     ],
 )
-def test_a_run_warms_up_for_a_tenth_of_its_epochs_and_by_updates_if_they_are_few(given, chosen):
+def test_a_run_warms_up_for_a_fifth_of_its_epochs_and_by_updates_if_they_are_few(given, chosen):
     assert choose_schedule(*given) == chosen
 
 
@@ -195,7 +196,7 @@ def test_a_run_that_is_resumed_keeps_its_warm_up(arguments, tmp_path):
     main([*words, '--epochs', '5', '--resume'])
     args, history = read(tmp_path / 'run')['args'], read(tmp_path / 'run')['history']
     assert [row['lr'] for row in history] == [1e-5, *[0.02] * 4]
-    assert (args.warmup_epochs, args.sched_on_updates) == (0.4, True)
+    assert (args.warmup_epochs, args.sched_on_updates) == (0.8, True)
 
 
 def test_a_schedule_that_timm_does_not_have_is_refused_and_a_warm_up_that_is_never_over_is_said(
