@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     if not argv or not Path(argv[0]).is_file():
         raise FileNotFoundError(
             f"There is no script '{''.join(argv[:1])}', expected one as in {PROGRAM} run validate.py DATA --model X. "
-            f'Those of timm are in https://github.com/huggingface/pytorch-image-models, not in its package.'
+            f"timm's scripts are in https://github.com/huggingface/pytorch-image-models, not in its package."
         )
     for word in argv[1:]:
         # Also as --model=NAME. What is wrong with it, and with words that are not models, the script says.

@@ -59,7 +59,7 @@ class PlainBlock(nn.Module):
         norm: Any = self.bn
         if branches_of(conv):
             merge_branches(conv)
-        # Also those of a frozen or synchronized BatchNorm, which is of another class.
+        # A frozen or synchronized BatchNorm is of another class.
         if getattr(norm, 'running_var', None) is not None:
             # Their Grad Mult is of the kernel without the normalization.
             drop_scales(conv)
@@ -87,7 +87,7 @@ def plain_twin(model: nn.Module, weights: bool = False) -> nn.Module:
 
     Args:
         model: The network; any part of one will do. It is not changed.
-        weights: Merge the trained branches into the twin, whose logits in evaluation mode are then those of the model.
+        weights: Merge the trained branches into the twin, whose logits in evaluation mode then equal the model's.
             By default kernels are those of the first branch of full size, as timm initialized them, and added
             BatchNorms are neutral: a start for training from scratch.
 

@@ -117,7 +117,7 @@ def push_folder(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not create_pr and not revision.startswith('refs/'):
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # Of several pushes that meet, one gets through each time; the others read what it wrote, and try again.
+        # If several pushes meet, one gets through each time; the others read what it wrote, and try again.
         attempt = 0
         while True:
             attempt += 1

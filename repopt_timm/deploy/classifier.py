@@ -103,7 +103,7 @@ def is_onnx(source: str | os.PathLike) -> bool:
 def load_classifier(
     source: str | os.PathLike, threads: int | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Classifier:
-    """Loads an `.onnx` file, or what `load_model` takes, whose `threads` are those of the whole process."""
+    """Loads an `.onnx` file, or what `load_model` takes, whose `threads` hold for the whole process."""
     if is_onnx(source):
         return onnx_classifier(load_onnx(source), threads, overrides)
     model = load_model(source)

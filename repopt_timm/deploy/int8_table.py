@@ -19,7 +19,8 @@ from .onnx_export import float_onnx
 from .quantization import PERCENTILE, WEIGHTS, QuantizationOptions, quantize_in
 from .runtime import require
 
-# The 90th percentile of times, of their median. With twice as many busy processes as cores it is 1.2 to 3.2.
+# Largest ratio of the 90th percentile to the median of steady times. On a machine with twice as many busy processes as
+# cores the ratio is 1.2 to 3.2.
 _STEADY = 1.25
 
 

@@ -47,7 +47,7 @@ def register_twins(name: str) -> None:
     """Registers `repopt_<name>`, `repopt_<name>_hs` and `repopt_<name>_csla` of a timm model with timm.
 
     All of the model's arguments work, and `scales=`. `pretrained=True` of the target takes timm's weights; with scales
-    they stay as they are, for fine-tuning. Safe to call again. Those of timm's own multi-branch networks are there
+    they stay as they are, for fine-tuning. Safe to call again. Twins of timm's own multi-branch networks are there
     already: `repopt_mobileone_s0`.
 
     Args:

@@ -34,7 +34,7 @@ def clip_grad_norm_(
         The norm before clipping, a scalar.
 
     Raises:
-        ValueError: If the Grad Mults are those of another update rule, or of none of the kernels.
+        ValueError: If the Grad Mults are for another update rule, or for none of the kernels.
         RuntimeError: If the norm is not finite and `error_if_nonfinite` is set.
     """
     if grad_mults.update_rule != 'sgd':

@@ -17,7 +17,7 @@ from .branches import BranchCounts, make_branches
 from .modules import modules_of, pair
 
 FOLDING_CLASSES: set[str] = set()
-"""Names of classes whose `fuse()` or `reparameterize()` has no branches to merge: it only folds normalization."""
+"""Names of classes whose `fuse()` or `reparameterize()` only folds normalization."""
 
 _logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def repvgg_branches(conv: nn.Conv2d) -> dict[str, int]:
 def repvgg_prior(model: nn.Module) -> dict[str, ConvPrior]:
     """Gives each convolution that can be converted the branches of a RepVGG block.
 
-    A model whose convolutions carry a prior, as those of RepOpt-VGG do, states its own, which is returned. In others,
+    A model whose convolutions carry a prior, as RepOpt-VGG's do, states its own, which is returned. In others,
     scales start at `sqrt(2 / (n + 1))`, where n = 1, 2, … counts the convolutions of a run of equal channels and stride
     1, and starts again where one of them changes. Convolutions that cannot be converted are left out; `refused_convs`
     lists them.

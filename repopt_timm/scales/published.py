@@ -16,7 +16,7 @@ from ..reparam import Scales
 from .scale_files import read_scale_file
 
 PUBLISHED = 'published'
-"""The tag of these scales, and what means those of a model at hand."""
+"""The tag of published scales; alone it means the scales published for the model at hand."""
 
 ADDRESS = 'https://raw.githubusercontent.com'
 """Where files of GitHub's repositories are: <address>/<repository>/<commit>/<file>."""

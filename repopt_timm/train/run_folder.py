@@ -32,7 +32,7 @@ def run_folder(folder: Path) -> Iterator[None]:
     with open(folder / _LOCK_FILE, 'a+') as lock:
         try:
             if fcntl is not None:
-                # Of this process alone, unlike flock's, which the workers of loaders would hold after its death.
+                # The workers of loaders would hold a lock of flock's after the death of this process.
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(

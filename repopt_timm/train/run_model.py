@@ -65,7 +65,7 @@ def make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: A
     if args.initial_checkpoint:
         with explaining(f"'{args.initial_checkpoint}' does not hold the weights of this model"):
             _load_weights(model, args.initial_checkpoint, args.rank == 0)
-    # Not those of the data that pretrained weights come from.
+    # Pretrained weights name the classes of their own data.
     model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names if len(names) == model.num_classes else None}
     if args.grad_checkpointing:
         model.set_grad_checkpointing()

@@ -9,7 +9,7 @@ import timm
 from ..models import ensure_registered
 from ..names import PREFIX, ModelName
 
-# Scales of an arm: those of the command line, and those of a search that precedes each run.
+# Scales of an arm: from the command line, or from a search that precedes each run.
 GIVEN, SEARCHED = 'given', 'searched'
 
 

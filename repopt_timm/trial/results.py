@@ -43,7 +43,7 @@ class ArmResult:
         self.search_failures = {run.folder.name: run.failure for run in searches if run.failure}
         searches = [run for run in searches if run.folder.name != 'tuning']
         seconds = [row.get('train_seconds', math.nan) for run in searches for row in run.history()]
-        # As all times NaN if unknown.
+        # NaN if unknown, like all times.
         self.search_seconds = searches[0].epochs * float(pd.Series(seconds, dtype=float).median()) if searches else 0.0
 
     @property

@@ -214,7 +214,7 @@ class Trial:
         )
 
     def _fixed(self, arms: Sequence[str]) -> dict[str, Any]:
-        """Returns what stays as it is from call to call; of scales, those of these arms."""
+        """Returns what stays as it is from call to call, with the scales of these arms alone."""
         each = self.settings
         names = ['model', 'lrs', 'lr', 'holdout', 'tuning_epochs', 'tuning_seed']
         # What only some calls know.
