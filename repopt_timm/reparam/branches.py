@@ -124,9 +124,7 @@ def draw_operators(
 
 
 def embed(operator: Tensor, kernel_shape: Sequence[int], branch: Branch) -> Tensor:
-    """Embeds an operator in a kernel of shape (O, I/g, k_h, k_w): `A_b theta_b`, the sum over equal branches."""
-    if branch.count > 1:
-        operator = operator.unflatten(0, (branch.count, -1)).sum(0)
+    """Embeds an operator in a kernel of shape (O, I/g, k_h, k_w): `A_b theta_b`, of one of equal branches or their sum."""
     if not branch.scaled:
         # The kernels of each group are square: entry (g, i, i) is on the diagonal.
         operator = torch.diag_embed(operator.reshape(-1, kernel_shape[1])).reshape(*kernel_shape[:2], 1, 1)
@@ -150,8 +148,11 @@ def merge(
     terms = []
     # The kernel takes its memory format from the first term.
     for branch in sorted(branches, key=lambda branch: branch.name != 'kxk'):
-        term = embed(operators[branch.name].to(exact), kernel_shape, branch)
+        operator = operators[branch.name].to(exact)
+        if branch.count > 1:
+            operator = operator.unflatten(0, (branch.count, -1)).sum(0)
         if branch.scaled:
-            term = term * scales[branch.name].to(term.device, exact).view(-1, 1, 1, 1)
-        terms.append(term)
+            # Before it is embedded, as it may be a ninth of the kernel's size.
+            operator = operator * scales[branch.name].to(operator.device, exact).view(-1, 1, 1, 1)
+        terms.append(embed(operator, kernel_shape, branch))
     return sum(terms[1:], terms[0]).to(dtype)
