@@ -124,7 +124,7 @@ def draw_operators(
 
 
 def embed(operator: Tensor, kernel_shape: Sequence[int], branch: Branch) -> Tensor:
-    """Embeds an operator in a kernel of shape (O, I/g, k_h, k_w): `A_b theta_b`, one operator or the sum of equal ones."""
+    """Embeds an operator, or the sum of equal ones, in a kernel of shape (O, I/g, k_h, k_w): `A_b theta_b`."""
     if not branch.scaled:
         # The kernels of each group are square: entry (g, i, i) is on the diagonal.
         operator = torch.diag_embed(operator.reshape(-1, kernel_shape[1])).reshape(*kernel_shape[:2], 1, 1)
