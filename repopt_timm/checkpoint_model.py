@@ -65,7 +65,7 @@ def model_of(
                     f'{source}: its {name} is already fused: there are no branches to merge or to read scales from. '
                     f'Name the checkpoint of its training.'
                 ) from None
-            raise ValueError(f'{source}: its weights are not those of {name}: {error}') from None
+            raise ValueError(f'{source}: its weights do not fit {name}: {error}') from None
         for branches in filter(None, map(branches_of, model.modules())):
             # No tensor states it.
             branches.start = (checkpoint.get(CHECKPOINT_KEY) or {}).get('start', 'paper')

@@ -28,7 +28,7 @@ _PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'cro
 
 
 def add_commands(commands: Any) -> None:
-    """Adds the five commands to those of `repopt-timm`."""
+    """Adds the five commands of deployment to `repopt-timm`."""
     export = add_command(commands, 'export', _export)
     quantized = add_command(commands, 'quantize', _quantize)
     compared = add_command(commands, 'compare-int8', _compare)

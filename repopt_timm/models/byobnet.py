@@ -25,7 +25,7 @@ from ..names import ModelName
 
 
 class StridedByobNet(ByobNet):
-    """ByobNet with chosen strides of the stem and of each stage's first block; by default those of `cfg`."""
+    """ByobNet with chosen strides of the stem and of each stage's first block; the default is the strides of `cfg`."""
 
     def __init__(
         self,

@@ -121,7 +121,7 @@ def create(
     config = choose_weights(variant, pretrained, pretrained_cfg, pretrained_cfg_overlay)
     if not pretrained:
         config = replace(config, license=None, notes=None)
-    # Other weights are those of timm's original.
+    # Other weights belong to timm's original.
     own = config.source in ('hf-hub', 'local-dir') or (
         timm.is_model(name.of_kind('branches')) and bool(config.file or config.state_dict)
     )

@@ -53,7 +53,7 @@ class GradMultOptimizer(torch.optim.Optimizer):
                     f'None of the {len(params)} parameters given to {name} has a Grad Mult: it would train them as '
                     f'without scales. Make the Grad Mults from the very model whose parameters these are.'
                 )
-            # As when a head is trained alone; kernels may be those of another copy of a frozen model.
+            # A head may be trained alone, on another copy of a frozen model.
             self._warn_of_bare_kernels(params, grad_mults, stacklevel=4)
         self.grad_mults = grad_mults
         self._check_groups()

@@ -105,7 +105,7 @@ def make_grad_mults(model: nn.Module, scales: ScalesMapping | None = None, updat
         kernels = _kernels_of_graph(model, scales)
     else:
         if graph and isinstance(scales, Scales):
-            # A graph has the name of its class, not that of the network.
+            # A graph is named after its class, not after the network.
             fitting = scales.renamed('').for_model(model).renamed(scales.architecture)
         else:
             fitting = scales_for(model, scales)

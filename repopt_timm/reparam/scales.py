@@ -423,7 +423,7 @@ def drop_scales(conv: nn.Module) -> None:
 
 
 def scales_for(model: nn.Module, scales: ScalesMapping) -> Scales:
-    """Makes `Scales` that fit a model of any mapping, whose counts are those of the model's priors, else 1."""
+    """Makes `Scales` that fit a model of any mapping, with the counts of the model's priors, else 1."""
     if not isinstance(scales, Scales):
         priors = carried_priors(unwrap(model))
         counts = {

@@ -76,7 +76,7 @@ def _batches(
                 images = images.contiguous(memory_format=torch.channels_last)
             yield images, target.to(args.device, non_blocking=True)
             bar.update(1)
-            # The end of an epoch is told by the run.
+            # The run logs the end of an epoch.
             if not bar.disable and done % args.log_interval == 0 and done < len(loader):
                 bar.set_postfix_str(describe(done), refresh=False)
                 if lines:

@@ -117,7 +117,7 @@ class SelectedImages(Dataset):
             raise ValueError('--sampler needs data that list their labels, such as a folder of images.')
 
     def set_epoch(self, epoch: int) -> None:
-        """Draws the images of an epoch; its random numbers are those of the epoch."""
+        """Draws the images of an epoch; its random numbers depend on the epoch alone."""
         if self.balanced and self.labels is not None:
             weights = 1 / self.labels.bincount()[self.labels].double()
             # The same on all ranks, whose samplers share the images out.

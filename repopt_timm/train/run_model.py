@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 
 
 def scales_of_run(args: argparse.Namespace) -> ScalesSource | None:
-    """Returns the scales that a run creates its model with: `--scales`, or those of its pretrained weights."""
+    """Returns the scales that a run creates its model with: `--scales`, or the scales of its pretrained weights."""
     if args.scales:
         return args.scales
     # The model of a repository brings the scales of its card.

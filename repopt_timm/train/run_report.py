@@ -1,4 +1,4 @@
-"""What a finished run tells: `report.md` with pictures and the next commands, and the scales of a search."""
+"""Writes the files of a finished run: `report.md` with pictures and the next commands, and the scales of a search."""
 
 import argparse
 import logging
@@ -65,7 +65,7 @@ def _data_of(args: argparse.Namespace) -> str:
 def write_report(
     folder: Path, model: nn.Module, args: argparse.Namespace, state: TrainState, seconds: float, dataset: Any
 ) -> None:
-    """Writes `report.md` and its pictures, and tells the result and the next command."""
+    """Writes `report.md` and its pictures, and logs the result and the next command."""
     history, search = state.history, kind_of(model) == 'hs'
     top1 = f'top-1 {history[-1]["eval_top1"]:.2f} % after {len(history)} epochs'
     for row in ranked(history)[:1]:

@@ -74,7 +74,7 @@ def target_name(model: str) -> str:
 
 
 def arms_of(model: str, names: Sequence[str] | None, scales: Iterable[str], search: int | None) -> list[str]:
-    """Returns the arms of a trial: those of `names`, or all that there can be but `EXTRA`."""
+    """Returns the arms of a trial: the ones in `names`, or all possible ones except `EXTRA`."""
     possible = in_order([*ARMS, *scales])
     branches = ModelName.parse(model).of_kind('branches')
     lacking = {}

@@ -110,7 +110,7 @@ def read_trial(args: argparse.Namespace, model: str, shared: dict[str, Any]) -> 
 
 
 def read_shared(model: str, config: str | None, data: str | None, words: Sequence[str]) -> dict[str, Any]:
-    """Returns the arguments that all runs share: those of a config, replaced by words of the training command."""
+    """Returns the arguments that all runs share: a config, in which words of the training command replace values."""
     given, default = vars(parse_arguments(words)), vars(parse_arguments([]))
     if refused := [name for name in _NOT_SHARED if given.get(name) != default.get(name)]:
         flag = '--' + refused[0].replace('_', '-')
