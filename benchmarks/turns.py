@@ -44,7 +44,7 @@ def images_and_labels(args: argparse.Namespace) -> tuple[torch.Tensor, torch.Ten
 def memory_format(args: argparse.Namespace) -> torch.memory_format:
     """Returns the layout that is fastest on a device, and safe.
 
-    On CPUs torch 2.14 corrupts memory in the backward pass of RepVGG's 1x1 stem at 224 px in channels_last.
+    On CPUs torch 2.14 corrupts memory in the backward pass of RepVGG's 1x1 stem in channels_last.
     """
     return torch.channels_last if args.device.startswith('cuda') else torch.contiguous_format
 

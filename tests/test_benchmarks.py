@@ -1,5 +1,8 @@
+import argparse
+import importlib
 import runpy
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,3 +32,12 @@ def test_a_benchmark_compares_its_contenders(script, contenders, monkeypatch, ca
     assert not first[1].strip() and float(last[1].split()[0]) > 0
     # On a busy machine two rounds say no more of the times.
     assert all(time.strip().endswith('ms') for time, *_ in (first, last))
+
+
+def test_the_ratio_of_a_slower_contender_is_above_one(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    turns = importlib.import_module('turns')
+    args = argparse.Namespace(rounds=3, threads=1)
+    table = turns.time_table('step', {'fast': int, 'slow': lambda: time.sleep(0.01)}, args)
+    *_, ratio, _ = table.splitlines()[-1].split('|')
+    assert float(ratio.split()[0]) > 1

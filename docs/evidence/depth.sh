@@ -7,9 +7,10 @@ set -eu
 data=$1 output=$2
 trial() {
     name=$1 depths=$2 epochs=$3 control=$4
-    repopt-timm trial repopt_vgg -c cifar10_trial --amp --amp-dtype bfloat16 --data "$data" --train-images 20000 \
-        --model-kwargs "depths=$depths" 'widths=(24,24,48,96,192)' --epochs "$epochs" --warmup-epochs $((epochs / 4)) \
-        --val-interval $((epochs > 4 ? 4 : 2)) --tuning-epochs 4 --seeds 3 --jobs 2 --threads 1 \
+    repopt-timm trial repopt_vgg -c cifar10_trial --amp --amp-dtype bfloat16 --channels-last --data "$data" \
+        --train-images 20000 --model-kwargs "depths=$depths" 'widths=(24,24,48,96,192)' --epochs "$epochs" \
+        --warmup-epochs $((epochs / 4)) --val-interval $((epochs > 4 ? 4 : 2)) --tuning-epochs 4 --seeds 3 \
+        --jobs 2 --threads 1 \
         --arms branches $control sgd init repopt --output "$output/$name"
 }
 long() {

@@ -8,9 +8,9 @@ data=$1 output=$2
 trial() {
     name=$1 epochs=$2 seeds=$3
     shift 3
-    repopt-timm trial repopt_mobileone_s0 -c cifar10_trial --data "$data" --train-images 20000 --epochs "$epochs" \
-        --warmup-epochs $((epochs / 8)) --val-interval 4 --model-kwargs 'strides=(1,2,2,2,2)' --lr 0.1 \
-        --seeds "$seeds" --jobs 2 --threads 1 --output "$output/$name" "$@"
+    repopt-timm trial repopt_mobileone_s0 -c cifar10_trial --channels-last --data "$data" --train-images 20000 \
+        --epochs "$epochs" --warmup-epochs $((epochs / 8)) --val-interval 4 --model-kwargs 'strides=(1,2,2,2,2)' \
+        --lr 0.1 --seeds "$seeds" --jobs 2 --threads 1 --output "$output/$name" "$@"
 }
 trial mobileone_s0 8 3 --arms branches sgd dirac init repopt identity --reference branches
 # 3.6 times the epochs: an epoch with branches takes that much longer.

@@ -118,9 +118,9 @@ def search(name: str, data: str, output: Path) -> Path:
         words = ['-c', 'cifar10_trial', '--model', 'repopt_vgg_hs', '--opt', 'sgd', '--data-dir', data]
         words += ['--model-kwargs', f'depths={DEPTHS}', f'widths={WIDTHS}', '--train-images', '20000']
         words += ['--epochs', str(EPOCHS), '--warmup-epochs', str(EPOCHS // 4), '--val-interval', '4', '--lr', '0.1']
-        words += ['--weight-decay', '4e-5', '--clip-grad', '5', '--amp', '--amp-dtype', 'bfloat16', '--workers', '0']
+        words += ['--weight-decay', '4e-5', '--clip-grad', '5', '--amp', '--amp-dtype', 'bfloat16', '--channels-last']
         words += ['--output', str(output), '--experiment', name, '--resume', '--checkpoint-hist', '1']
-        words += ['--seed', str(seed)]
+        words += ['--seed', str(seed), '--workers', '0']
         args = parse_arguments(words)
         prepare_device(args)
         train(args, make)

@@ -16,9 +16,9 @@ scales=$(for arm in published formula; do echo "$arm=$output/searches/$arm.safet
 trial() {
     name=$1 arms=$2
     shift 2
-    repopt-timm trial repopt_vgg -c cifar10_trial --amp --amp-dtype bfloat16 --data "$data" --train-images 20000 \
-        --model-kwargs 'depths=(4,6,16,1)' 'widths=(16,32,64,128,512)' --epochs 8 --warmup-epochs 2 --val-interval 4 \
-        --jobs 2 --threads 1 --arms repopt $arms --reference repopt --output "$output/$name" "$@"
+    repopt-timm trial repopt_vgg -c cifar10_trial --amp --amp-dtype bfloat16 --channels-last --data "$data" \
+        --train-images 20000 --model-kwargs 'depths=(4,6,16,1)' 'widths=(16,32,64,128,512)' --epochs 8 \
+        --warmup-epochs 2 --val-interval 4 --jobs 2 --threads 1 --arms repopt $arms --reference repopt --output "$output/$name" "$@"
 }
 trial search 'published formula short fast layer_wise' --seeds 2 --tuning-epochs 4 --scales $scales
 trial search-lr0.1 'published formula short fast layer_wise' --seeds 2 --lr 0.1 --scales $scales
