@@ -27,7 +27,7 @@ def parse(description: str | None) -> argparse.Namespace:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     load = f', load {os.getloadavg()[0]:.2f}' if hasattr(os, 'getloadavg') else ''
-    place = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else cpu_name()[0]
+    place = torch.cuda.get_device_name(args.device) if args.device.startswith('cuda') else cpu_name()
     print(
         f'{place}, {args.threads} threads{load}; torch {torch.__version__}, timm {timm.__version__}, repopt-timm '
         f'{repopt_timm.__version__}; {args.rounds} rounds\n'

@@ -44,14 +44,21 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], align: bo
     return '\n'.join(f'| {" | ".join(map(str.ljust, line, widths))} |' for line in lines)
 
 
-def cpu_name() -> tuple[str, bool]:
-    """Returns the name of the CPU, and whether it has VNNI instructions."""
-    try:
-        text = Path('/proc/cpuinfo').read_text(encoding='utf-8')
-    except OSError:
-        text = ''
-    names = [line.partition(':')[2].strip() for line in text.splitlines() if line.startswith('model name')]
-    return names[0] if names else platform.processor() or platform.machine(), 'vnni' in text
+def cpu_name() -> str:
+    """Returns the name of the CPU."""
+    names = [line.partition(':')[2].strip() for line in _cpu_info().splitlines() if line.startswith('model name')]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def lacks_vnni() -> bool:
+    """Returns whether this is an x86 CPU without VNNI instructions, as far as the system tells."""
+    flags = _cpu_info().split()
+    return 'sse2' in flags and not any('vnni' in flag for flag in flags)
+
+
+def _cpu_info() -> str:
+    path = Path('/proc/cpuinfo')
+    return path.read_text(encoding='utf-8') if path.exists() else ''
 
 
 def package_versions(*packages: ModuleType) -> dict[str, str]:

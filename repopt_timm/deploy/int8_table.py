@@ -11,7 +11,7 @@ import timm
 import torch
 
 from ..datasets import open_evaluation
-from ..reporting import cpu_name, markdown_table, package_versions, take_turns
+from ..reporting import cpu_name, lacks_vnni, markdown_table, package_versions, take_turns
 from .classifier import Classifier, is_onnx, load_classifier, onnx_classifier
 from .equalization import describe
 from .evaluation import check_classes, classify, random_images, time_runs
@@ -84,12 +84,11 @@ def compare_int8(
             accuracy.append(row)
         for batch in dict.fromkeys(map(float32.images_for, latency_batches)):
             latency.append({'model': label, 'batch': batch, **_latency(timed, batch)})
-    cpu, vnni = cpu_name()
     settings = {
         **counted,
         **{name: getattr(ways[0], name) for name in ('seed', 'reduce_range', 'exclude')},
         'threads': threads or os.cpu_count(),
-        'cpu': f'{cpu} {"with" if vnni else "without"} VNNI',
+        'cpu': f'{cpu_name()}, {"no VNNI" if lacks_vnni() else "VNNI"}',
         'versions': package_versions(require('onnxruntime'), torch, timm),
     }
     return {'settings': settings, 'accuracy': accuracy, 'latency': latency, 'equalization': equalization}

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..datasets import Images, open_evaluation
+from ..reporting import lacks_vnni
 from .channel_health import constant_inputs, counted, health_warnings, kernel_outliers
 from .classifier import logits_of, onnx_classifier
 from .equalization import Equalization, equalize
@@ -118,6 +119,11 @@ class Quantization:
     def warnings(self) -> list[str]:
         """Returns a line for each problem: dead channels, outliers in kernels, a result unlike the model."""
         lines = health_warnings(self.dead, kernel_outliers(self.model), {}, len(self.indices))
+        if lacks_vnni() and not self.options.reduce_range:
+            lines.append(
+                'This processor has no VNNI: ONNX Runtime adds up 8-bit products in 16 bits here, which overflow. For '
+                'processors like it quantize with --reduce-range.'
+            )
         if self.agreement < _AGREEMENT or self.logits_snr_db < _DECIBELS:
             lines.append(
                 f'INT8 changes this model: {self.agreement:.1f} % of {len(self.judged)} images are classified as '

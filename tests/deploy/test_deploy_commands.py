@@ -42,7 +42,8 @@ def test_what_breaks_int8_is_a_warning_and_equalizing_mends_it(damaged, images, 
     steps = ('--calibration auto', '--equalize', 'per-channel', '--sensitivity', 'stages.1.1.conv 1')
     assert all(step in caplog.text for step in steps)
     caplog.clear()
-    assert main([*common.split(), '--equalize']) == 0
+    # On a processor without VNNI a warning would ask for 7 bits.
+    assert main([*common.split(), '--equalize', '--reduce-range']) == 0
     mended = json.loads(capsys.readouterr().out)
     assert mended['agreement'] > 90
     assert mended['equalization']['removed']['stages.1.1.conv'] >= 1

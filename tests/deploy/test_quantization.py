@@ -69,6 +69,13 @@ def test_logits_are_not_rounded(target, quantization):
     assert len(found.unique()) > 600
 
 
+@pytest.mark.parametrize('lacks', [False, True])
+def test_a_processor_on_which_8_bits_overflow_is_told_of_7_bits(lacks, quantization, monkeypatch):
+    monkeypatch.setattr('repopt_timm.deploy.quantization.lacks_vnni', lambda: lacks)
+    told = ['--reduce-range' in '\n'.join(quantization(reduce_range=each).warnings()) for each in (False, True)]
+    assert told == [lacks, False]
+
+
 def test_auto_takes_the_calibration_that_agrees_best(quantization):
     done = quantization(calibration='auto', weights='per-tensor')
     tried = {name: quantization(calibration=name, weights='per-tensor') for name in CALIBRATIONS}
