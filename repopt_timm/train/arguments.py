@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def switch(flag: str, text: str) -> None:
         group.add_argument(flag, action='store_true', help=text)
 
+    def toggle(flag: str, text: str) -> None:
+        """Adds a switch that the command line can turn off again, as shipped configs set it."""
+        # Set afterwards, as argparse adds the default to its help.
+        group.add_argument(flag, action=argparse.BooleanOptionalAction, default=False).help = text
+
     group = parser.add_argument_group('Data')
     add('--data-dir', 'path to dataset: image folders, or .tar files')
     add('--dataset', 'dataset type, such as torch/cifar10, hfds/NAME, wds/NAME, digits [folder or .tar]', '')
@@ -72,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--interpolation', "resize interpolation [the model's]", '', ('', *_INTERPOLATIONS))
     add('-b --batch-size', 'batch size of each process', 128, _count)
     add('-vb --validation-batch-size', 'batch size for validation [--batch-size]', None, _count)
-    switch('--channels-last', 'channels_last memory layout')
+    toggle('--channels-last', 'channels_last memory layout')
     add('--grad-accum-steps', 'batches to accumulate gradients of before a step', 1, _count)
     switch('--grad-checkpointing', 'recompute activations in the backward pass')
     add('--model-kwargs', 'further model arguments', {}, nargs='*', action=Pairs, metavar='K=V')
@@ -80,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     group = parser.add_argument_group('Device')
     add('--device', 'device to train on [cuda if available, else cpu]')
-    switch('--amp', 'mixed precision')
+    toggle('--amp', 'mixed precision')
     add('--amp-dtype', 'lower precision of --amp', 'float16', ('float16', 'bfloat16'))
 
     group = parser.add_argument_group('Optimizer')

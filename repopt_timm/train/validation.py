@@ -143,6 +143,6 @@ def check_layout(
         if tuple(conv.kernel_size) == (1, 1) and max(pair(conv.stride)) > 1:
             raise ValueError(
                 f"--channels-last: torch corrupts memory on a CPU as it trains '{name}', a strided 1x1 convolution of "
-                f'{conv.in_channels} channels. Remove the flag, train on a GPU, or on images of at most 64 px with '
-                f'--amp --amp-dtype bfloat16.'
+                f'{conv.in_channels} channels. Add --no-channels-last; up to 64 px '
+                f'--amp --amp-dtype bfloat16 is safe as well.'
             )

@@ -31,6 +31,12 @@ def test_a_config_gives_defaults_that_the_command_line_overrides(tmp_path):
         assert (args.data_dir, args.lr) == ('given', 0.4)
 
 
+def test_the_command_line_turns_off_what_shipped_configs_turn_on():
+    assert parse_arguments(['x', '-c', 'cifar10_target']).amp
+    args = parse_arguments(['x', '-c', 'cifar10_target', '--no-amp', '--no-channels-last'])
+    assert not args.amp and not args.channels_last
+
+
 @pytest.mark.parametrize(
     ('text', 'value'),
     [

@@ -13,6 +13,7 @@ from repopt_timm.checkpoint_model import model_from_checkpoint
 from repopt_timm.scales import read_scale_file
 from repopt_timm.train import run, schedule
 from repopt_timm.train.command import main
+from repopt_timm.train.parsing import parse_arguments
 from repopt_timm.train.schedule import choose_schedule
 
 from ..helpers import TINY, random_scales, tiny_model
@@ -109,6 +110,15 @@ def test_other_networks_and_recipes_train_too(train, tmp_path, model, extra):
     train(f'--epochs 1 {extra}', model=model)
     groups = read(tmp_path / 'run')['optimizer']['param_groups']
     assert {(group['momentum'], group['nesterov']) for group in groups} == {(0.8, 'nesterov' not in extra)}
+
+
+@pytest.mark.parametrize('capability', ['AVX2', 'AVX512'])
+def test_a_processor_that_is_slow_in_lower_precision_is_told(capability, monkeypatch, caplog):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    for words in (['--device', 'cpu'], ['--device', 'cpu', '--amp', '--amp-dtype', 'bfloat16']):
+        caplog.clear()
+        run.prepare_device(parse_arguments(words))
+        assert ('--no-amp' in caplog.text) == ('--amp' in words and capability == 'AVX2')
 
 
 @pytest.mark.parametrize('name', ['repopt_sgd', 'repopt_adamw', 'sgd'])
