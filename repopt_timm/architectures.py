@@ -68,16 +68,16 @@ def infer_architecture(channels: Mapping[str, int], preferred: str | None = None
 def chosen_numbers(scales: Any) -> dict[str, Any]:
     """Returns the arguments of `timm.create_model` by which the network of `Scales` differs from its architecture."""
     own = ARCHITECTURES.get(scales.architecture)
-    if own is None or 'stem.conv' not in scales:
+    if 'stem.conv' not in scales or not (own or scales.architecture.startswith('mobileone_')):
         return {}
     stages: dict[str, list[str]] = {}
     for name in scales:
         stages.setdefault(name.removesuffix('.conv').rpartition('.')[0], []).append(name)
     firsts = [names[0] for names in stages.values()]
-    numbers = {
-        'depths': tuple(map(len, list(stages.values())[1:])),
-        'widths': tuple(len(scales[name]['kxk']) for name in firsts),
-        'strides': tuple(scales.geometry[name].stride[0] if scales.geometry else 2 for name in firsts),
-    }
-    theirs = {'depths': own.depths, 'widths': own.widths, 'strides': (2,) * len(firsts)}
+    theirs: dict[str, tuple[int, ...]] = {'strides': (2,) * len(firsts)}
+    numbers = {'strides': tuple(scales.geometry[name].stride[0] if scales.geometry else 2 for name in firsts)}
+    if own:
+        theirs |= {'depths': own.depths, 'widths': own.widths}
+        numbers['depths'] = tuple(map(len, list(stages.values())[1:]))
+        numbers['widths'] = tuple(len(scales[name]['kxk']) for name in firsts)
     return {name: each for name, each in numbers.items() if each != theirs[name]}

@@ -5,6 +5,7 @@ from timm.utils import reparameterize_model
 from torch import nn
 
 from repopt_timm import Scales, make_grad_mults, save_pretrained
+from repopt_timm.models.initial_values import initial_values
 from repopt_timm.models.records import stated_arguments
 
 from ..helpers import tiny_model
@@ -64,3 +65,13 @@ def test_scales_and_repositories_belong_to_the_chosen_numbers(tmp_path, kind):
         assert str(NUMBERS['widths']) in (tmp_path / 'README.md').read_text()
         with pytest.raises(ValueError, match='Make the model alike'):
             tiny_model(kind, scales=scales)
+
+
+@pytest.mark.parametrize('strides', [(1, 1, 2, 2, 2), (2, 2, 2, 2, 1)])
+def test_a_card_states_the_strides_of_a_mobileone(tmp_path, strides):
+    model = timm.create_model('repopt_mobileone_s0', strides=strides, scales='initial')
+    save_pretrained(model, tmp_path)
+    assert f'strides={strides}' in (tmp_path / 'README.md').read_text()
+    scales = Scales.from_model(model)
+    assert initial_values(scales) == scales
+    assert timm.create_model('repopt_mobileone_s0', strides=strides, scales=str(tmp_path)).num_classes == 1000
