@@ -45,7 +45,7 @@ def _doctor(args: argparse.Namespace) -> None:
         'python': platform.python_version(),
         **package_versions(torch, timm),
         'system': platform.platform(terse=True),
-        'cpu': f'{cpu_name()}, {torch.get_num_threads()} threads',
+        'cpu': f'{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads',
         'gpu': ', '.join(map(torch.cuda.get_device_name, range(torch.cuda.device_count()))) or 'none',
     }
     found = check_equivalence(args.model, args.scales, args.steps, args.img_size, device, kwargs)

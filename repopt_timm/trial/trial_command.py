@@ -38,8 +38,11 @@ LOG_FILE = 'train.log'
 _logger = logging.getLogger(__name__)
 
 
-def main(argv: Sequence[str]) -> None:
-    """Runs a trial, or makes reports of trials, from the words after `repopt-timm trial`."""
+def main(argv: Sequence[str], command: Callable[[Run, Trial], list[str]] | None = None) -> None:
+    """Runs a trial, or makes reports of trials, from the words after `repopt-timm trial`.
+
+    `command` writes the config of a run and returns its command, in place of `command_of`.
+    """
     logging.basicConfig(level=logging.WARNING, format='%(message)s', force=True)
     logging.getLogger('repopt_timm').setLevel(logging.INFO)
     args, words = read_arguments(argv)
@@ -66,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     # Only now: a network that cannot be made leaves the folder to the command that is right.
     joined.write()
     try:
-        failed = run_all(trial, args.jobs, threads)
+        failed = run_all(trial, args.jobs, threads, command or command_of)
     except InterruptedRunError:
         print('Stopped. The same command continues the trial.', file=sys.stderr)
         raise KeyboardInterrupt from None
@@ -95,9 +98,7 @@ def command_of(run: Run, trial: Trial) -> list[str]:
     return [sys.executable, '-m', 'repopt_timm.cli', 'train', '-c', str(config), *where]
 
 
-def run_all(
-    trial: Trial, jobs: int, threads: int, command: Callable[[Run, Trial], list[str]] = command_of
-) -> list[Run]:
+def run_all(trial: Trial, jobs: int, threads: int, command: Callable[[Run, Trial], list[str]]) -> list[Run]:
     """Runs what there is to run in so many processes of so many threads, and returns the runs that ended with an error.
 
     On Ctrl-C or SIGTERM the processes end after their batch, and an InterruptedRunError is raised.
