@@ -1,9 +1,11 @@
 """Datasets and loaders, from timm's factories, parts of the training images, and the quickstart's data."""
 
 import argparse
+import multiprocessing
 import signal
 from collections.abc import Sequence
 from functools import partial
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +160,9 @@ def make_loaders(
     Workers are started anew each epoch: only then do their random numbers depend on the epoch's seed alone, and a
     resumed run sees what an uninterrupted one does.
     """
+    if args.workers:
+        # Before multiprocessing, at the exit of this process, sends them a SIGTERM and waits.
+        Finalize(None, _kill_workers, exitpriority=0)
     mix = None
     if args.mixup > 0 or args.cutmix > 0:
         mix = FastCollateMixup(
@@ -203,10 +208,16 @@ def make_loaders(
 
 def _seed_worker(worker: Any) -> int:
     """Returns the seed of a loader's worker, as timm's default does, and lets the worker outlive a SIGTERM."""
-    # A batch system sends it to the whole group, where a worker that ends first is an error in the run. A worker ends
-    # with its run.
+    # A batch system sends it to the whole group, where a worker that ends first is an error in the run.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     return worker.seed
+
+
+def _kill_workers() -> None:
+    """Ends the workers that an interrupted epoch has left."""
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def write_digits(root: Path) -> None:
