@@ -20,5 +20,6 @@ def in_processes(count, function, tmp_path, *args):
 def _run(rank, count, folder, function, args):
     dist.init_process_group('gloo', init_method=f'file://{folder}/rendezvous', rank=rank, world_size=count)
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     torch.save(function(rank, count, *args), folder / str(rank))
     dist.destroy_process_group()

@@ -35,6 +35,7 @@ def _run(words, log, prepare, environment):
     # Of its loaders' workers.
     multiprocessing.set_start_method('fork', force=True)
     os.environ.update(environment)
+    torch.set_num_threads(1)
     prepare()
     with open(log, 'w') as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         code = command(['train', *words])
