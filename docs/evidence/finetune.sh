@@ -15,7 +15,9 @@ tune() {
         --threads 1 --output "$output/$name" "$@"
 }
 tune finetune 6 --arms branches sgd repopt --reference branches
-# At equal wall time: an epoch with branches takes 1.3 times as long. Learning rates are the ones of the shorter runs.
+# At equal time by steps: one with branches takes 1.36 times as long. Learning rates are the ones of the shorter runs.
 mkdir -p "$output/finetune-long"
 [ -d "$output/finetune-long/tuning" ] || cp -r "$output/finetune/tuning" "$output/finetune-long/"
 tune finetune-long 8 --arms sgd repopt --reference repopt
+repopt-timm trial --report "$output/finetune" "$output/finetune-long" --reference repopt \
+    --output "$output/finetune-report"

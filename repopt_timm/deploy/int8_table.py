@@ -88,7 +88,7 @@ def compare_int8(
         **counted,
         **{name: getattr(ways[0], name) for name in ('seed', 'reduce_range', 'exclude')},
         'threads': threads or os.cpu_count(),
-        'cpu': f'{cpu_name()}, {"no VNNI" if lacks_vnni() else "VNNI"}',
+        'cpu': cpu_name() + ', no VNNI' * lacks_vnni(),
         'versions': package_versions(require('onnxruntime'), torch, timm),
     }
     return {'settings': settings, 'accuracy': accuracy, 'latency': latency, 'equalization': equalization}

@@ -121,8 +121,8 @@ class Quantization:
         lines = health_warnings(self.dead, kernel_outliers(self.model), {}, len(self.indices))
         if lacks_vnni() and not self.options.reduce_range:
             lines.append(
-                'This processor has no VNNI: ONNX Runtime adds up 8-bit products in 16 bits here, which overflow. For '
-                'processors like it quantize with --reduce-range.'
+                'This processor has no VNNI: ONNX Runtime adds up 8-bit products in 16 bits here, and they can '
+                'overflow. Quantize with --reduce-range for such processors.'
             )
         if self.agreement < _AGREEMENT or self.logits_snr_db < _DECIBELS:
             lines.append(

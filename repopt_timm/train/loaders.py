@@ -161,8 +161,8 @@ def make_loaders(
     resumed run sees what an uninterrupted one does.
     """
     if args.workers:
-        # Before multiprocessing, at the exit of this process, sends them a SIGTERM and waits.
-        Finalize(None, _kill_workers, exitpriority=0)
+        # Runs before multiprocessing's own exit handler, which sends workers a SIGTERM and waits.
+        Finalize(None, _kill_workers, (frozenset(multiprocessing.active_children()),), exitpriority=0)
     mix = None
     if args.mixup > 0 or args.cutmix > 0:
         mix = FastCollateMixup(
@@ -213,10 +213,13 @@ def _seed_worker(worker: Any) -> int:
     return worker.seed
 
 
-def _kill_workers() -> None:
-    """Ends the workers that an interrupted epoch has left."""
+def _kill_workers(others: frozenset[Any]) -> None:
+    """Ends the workers that an interrupted epoch has left; `others` are processes from before the run."""
+    # Torch's handler raises when it sees the first one end.
+    if hasattr(signal, 'SIGCHLD'):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for child in multiprocessing.active_children():
-        if child.daemon:
+        if child.daemon and child not in others:
             child.kill()
 
 

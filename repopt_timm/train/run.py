@@ -43,9 +43,12 @@ def prepare_device(args: argparse.Namespace) -> None:
     check_device_name(args.device)
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     args.device = str(init_distributed_device(args))
-    slow = args.device == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2'
+    slow = args.device == 'cpu' and torch.backends.cpu.get_cpu_capability() in ('AVX2', 'NO AVX')
     if slow and args.amp and args.rank == 0:
-        _logger.warning('This processor has no AVX-512: in lower precision it is several times slower. Add --no-amp.')
+        _logger.warning(
+            'This processor has no AVX-512: in lower precision it is several times slower than in float32. Remove '
+            '--amp, or add --no-amp if a config sets it.'
+        )
 
 
 def train(args: argparse.Namespace, make: Callable[..., tuple[nn.Module, dict[str, Any]]] | None = None) -> Path:

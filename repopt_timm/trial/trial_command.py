@@ -91,7 +91,7 @@ def read_fingerprints(trial: Trial) -> dict[str, str]:
 
 def command_of(run: Run, trial: Trial) -> list[str]:
     """Writes the arguments of a run into its folder, and returns its command."""
-    # A command line cannot turn a flag off, nor give null.
+    # A command line cannot turn most flags off, nor give null.
     config = run.folder / 'config.yaml'
     write_text(config, yaml.safe_dump({**trial.shared, **run.arguments}, sort_keys=False))
     where = ['--output', str(run.folder.parent), '--experiment', run.folder.name, '--resume']
