@@ -51,14 +51,16 @@ def cpu_name() -> str:
 
 
 def lacks_vnni() -> bool:
-    """Returns whether this is an x86 CPU without VNNI instructions, as far as the system tells."""
+    """Returns whether this is an x86 CPU without VNNI instructions; False if its flags are unknown."""
     flags = _cpu_info().split()
     return 'sse2' in flags and not any('vnni' in flag for flag in flags)
 
 
 def _cpu_info() -> str:
-    path = Path('/proc/cpuinfo')
-    return path.read_text(encoding='utf-8') if path.exists() else ''
+    try:
+        return Path('/proc/cpuinfo').read_text(encoding='utf-8')
+    except OSError:
+        return ''
 
 
 def package_versions(*packages: ModuleType) -> dict[str, str]:

@@ -19,7 +19,8 @@ from repopt_timm.trial.trial_folder import Run, Trial
 
 def main() -> None:
     pretrained, images, merged, *words = sys.argv[1:]
-    if not Path(merged).exists():
+    # The card is written last.
+    if not Path(merged, 'README.md').exists():
         convert = ['convert-checkpoint', pretrained, '--data', images, '--scales', 'implied', '--out', merged]
         if code := repopt_timm(convert):
             sys.exit(code)

@@ -83,7 +83,7 @@ def train(args: argparse.Namespace, make: Callable[..., tuple[nn.Module, dict[st
         )
     input_size = data_config['input_size']
     if args.channels_last:
-        check_layout(model, input_size, device, args.amp_dtype if args.amp else None)
+        check_layout(model, input_size, device, getattr(torch, args.amp_dtype) if args.amp else None)
     check_model(model, datasets, input_size, device)
     loss = make_loss(args, datasets[0], unwrap_model(model).num_classes).to(device)
     updates = -(-len(loaders[0]) // args.grad_accum_steps)

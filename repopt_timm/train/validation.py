@@ -129,13 +129,14 @@ def check_model(
 
 
 def check_layout(
-    model: torch.nn.Module, input_size: tuple[int, ...], device: torch.device, amp_dtype: str | None
+    model: torch.nn.Module, input_size: tuple[int, ...], device: torch.device, dtype: torch.dtype | None
 ) -> None:
     """Refuses channels_last where torch 2.14 writes past its memory: in the backward pass of a strided 1x1 stem.
 
-    In float32 it does so at 8 px already on a processor without AVX-512. In bfloat16, 64 px were safe on all.
+    In float32 it does so from 8 px on a processor without AVX-512; bfloat16 was safe up to 64 px on each processor that
+    was tried. `dtype` is the lower precision of the forward pass, if any.
     """
-    if device.type != 'cpu' or (amp_dtype == 'bfloat16' and max(input_size[1:]) <= 64):
+    if device.type != 'cpu' or (dtype is torch.bfloat16 and max(input_size[1:]) <= 64):
         return
     for name, conv in model.named_modules():
         if not isinstance(conv, torch.nn.Conv2d) or conv.in_channels >= 16:
@@ -143,6 +144,6 @@ def check_layout(
         if tuple(conv.kernel_size) == (1, 1) and max(pair(conv.stride)) > 1:
             raise ValueError(
                 f"--channels-last: torch corrupts memory on a CPU as it trains '{name}', a strided 1x1 convolution of "
-                f'{conv.in_channels} channels. Add --no-channels-last; up to 64 px '
-                f'--amp --amp-dtype bfloat16 is safe as well.'
+                f'{conv.in_channels} channels. Add --no-channels-last, train on a GPU, or on images of up to 64 px use '
+                f'--amp --amp-dtype bfloat16.'
             )

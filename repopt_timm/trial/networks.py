@@ -47,8 +47,7 @@ def measure_networks(trial: Trial, device: torch.device) -> None:
     if set(trial.arms) <= set(known):
         return
     size, batch = tuple(shared['input_size']), shared['batch_size']
-    amp_dtype = shared['amp_dtype'] if shared['amp'] else None
-    dtype = getattr(torch, amp_dtype) if amp_dtype else None
+    dtype = getattr(torch, shared['amp_dtype']) if shared['amp'] else None
     layout = torch.channels_last if shared['channels_last'] else torch.contiguous_format
     images = torch.randn(max(batch, 3), *size, device=device).to(memory_format=layout)
     labels = torch.randint(trial.num_classes, images.shape[:1], device=device)
@@ -60,7 +59,7 @@ def measure_networks(trial: Trial, device: torch.device) -> None:
         with explaining(f'The network of arm {arm} cannot be made with these --model-kwargs, or trained on {size}'):
             model = make_network(trial, arm).to(device).to(memory_format=layout)
             if shared['channels_last']:
-                check_layout(model, size, device, amp_dtype)
+                check_layout(model, size, device, dtype)
             step = training_step(model, images[:batch], labels[:batch], dtype)
             step()
             found[key] = {

@@ -167,15 +167,15 @@ def test_no_value_of_any_argument_comes_unforeseen(words, tmp_path, capsys, monk
 
 
 @pytest.mark.parametrize('channels', [1, 3])
-@pytest.mark.parametrize(('size', 'amp_dtype'), [(8, None), (8, 'float16'), (96, 'bfloat16')])
-def test_a_layout_in_which_torch_corrupts_memory_is_refused(channels, size, amp_dtype):
+@pytest.mark.parametrize(('size', 'dtype'), [(8, None), (8, torch.float16), (96, torch.bfloat16)])
+def test_a_layout_in_which_torch_corrupts_memory_is_refused(channels, size, dtype):
     for stride in (2, (2, 2)):
         conv: Any = torch.nn.Conv2d(channels, 8, 1)
         conv.stride = stride
         with pytest.raises(ValueError, match="'0'"):
-            check_layout(torch.nn.Sequential(conv), (channels, size, size), torch.device('cpu'), amp_dtype)
+            check_layout(torch.nn.Sequential(conv), (channels, size, size), torch.device('cpu'), dtype)
 
 
 def test_a_layout_that_is_safe_is_taken():
-    for conv, amp_dtype in ((torch.nn.Conv2d(3, 8, 1, 2), 'bfloat16'), (torch.nn.Conv2d(16, 8, 1, 2), None)):
-        check_layout(torch.nn.Sequential(conv), (3, 64, 64), torch.device('cpu'), amp_dtype)
+    for conv, dtype in ((torch.nn.Conv2d(3, 8, 1, 2), torch.bfloat16), (torch.nn.Conv2d(16, 8, 1, 2), None)):
+        check_layout(torch.nn.Sequential(conv), (3, 64, 64), torch.device('cpu'), dtype)

@@ -113,7 +113,7 @@ def test_other_networks_and_recipes_train_too(train, tmp_path, model, extra):
 
 
 @pytest.mark.parametrize('capability', ['AVX2', 'AVX512'])
-def test_a_processor_that_is_slow_in_lower_precision_is_told(capability, monkeypatch, caplog):
+def test_a_warning_names_the_flag_where_lower_precision_is_slow(capability, monkeypatch, caplog):
     monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
     for words in (['--device', 'cpu'], ['--device', 'cpu', '--amp', '--amp-dtype', 'bfloat16']):
         caplog.clear()
