@@ -30,6 +30,10 @@ TARGETS = ('ort', 'tensorrt')
 _AGREEMENT = 95.0
 _DECIBELS = 10.0
 
+# Images that a dead channel has to be dead on, beside the ones that calibrate. Some channels wake up on one image in
+# tens of thousands, and on a large data set it would take hours to wait for them.
+_MOST_OTHERS = 4096
+
 # Share of an activation's values that its range covers, in percent, for `percentile`.
 PERCENTILE = 99.99
 
@@ -178,6 +182,7 @@ def quantize_in(ways: Sequence[QuantizationOptions], model: Any, images: Images)
     indices = images.sample(ways[0].images, ways[0].seed)
     chosen = set(indices)
     others = [index for index in images.sample(len(images), ways[0].seed + 1) if index not in chosen]
+    others = others[: max(_MOST_OTHERS, len(indices))]
     judged = others[: len(indices)] or indices
     equalization = None
     if any(options.equalize for options in ways):
