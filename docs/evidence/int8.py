@@ -15,7 +15,16 @@ from pathlib import Path
 
 from repopt_timm.deploy import QuantizationOptions, compare_int8
 from repopt_timm.reporting import markdown_table
+from repopt_timm.trial.arms import ARMS
 from repopt_timm.trial.statistics import Interval
+
+WAYS = {
+    ('0', 'per-channel'): 'per channel',
+    ('0', 'per-tensor'): 'per tensor',
+    ('1', 'per-channel'): 'equalized, per channel',
+    ('1', 'per-tensor'): 'equalized, per tensor',
+}
+"""Whether it is equalized and its granularity, as in the CSV, to the heading."""
 
 COLUMNS = ['arm', 'seed', 'weights', 'equalized', 'float32', 'int8', 'drop', 'dead channels removed']
 
@@ -33,23 +42,29 @@ def losses(run: Path, images: str) -> Iterator[list[object]]:
     removed = sum(found['equalization']['network']['removed'].values())
     for row in rows:
         if row['weights'] != 'float32':
-            numbers = [float32, row['top1'], f'{row["drop"]:.2f}', removed if row['equalized'] else 0]
+            numbers = [*(f'{each:.2f}' for each in (float32, row['top1'], row['drop']))]
+            numbers.append(str(removed if row['equalized'] else 0))
             yield [run.parent.name, run.name.removeprefix('seed-'), row['weights'], int(row['equalized']), *numbers]
 
 
 def table(rows: list[dict[str, str]]) -> str:
-    """Returns mean losses with 95 % intervals, and the worst, for each arm, form and granularity."""
-    found: dict[tuple[str, str, str], list[dict[str, str]]] = defaultdict(list)
+    """Returns the mean change of top-1 in points, with 95 % intervals over seeds, of each arm in each of the ways."""
+    changes: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+    float32: dict[str, dict[str, float]] = defaultdict(dict)
     for row in rows:
-        found[row['arm'], row['equalized'], row['weights']].append(row)
-    cells = []
-    for (arm, equalized, weights), members in found.items():
-        drops = [-float(row['drop']) for row in members]
-        mean = Interval.of([float(row['float32']) for row in members]).mean
-        loss = Interval.of(drops).text()
-        form = 'yes' if equalized == '1' else ''
-        cells.append([arm, form, weights, str(len(drops)), f'{mean:.2f}', loss, f'{min(drops):+.2f}'])
-    return markdown_table(['arm', 'equalized', 'weights', 'seeds', 'float32', 'INT8, 95 %', 'worst'], cells, align=True)
+        changes[row['arm']][row['equalized'], row['weights']].append(-float(row['drop']))
+        float32[row['arm']][row['seed']] = float(row['float32'])
+    cells = [
+        [
+            arm,
+            str(len(float32[arm])),
+            f'{Interval.of([*float32[arm].values()]).mean:.2f}',
+            *(Interval.of(changes[arm][way]).text() for way in WAYS),
+        ]
+        for arm in ARMS
+        if arm in changes
+    ]
+    return markdown_table(['arm', 'seeds', 'float32', *WAYS.values()], cells, align=True)
 
 
 def main() -> None:
