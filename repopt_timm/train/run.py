@@ -33,7 +33,7 @@ from .run_folder import ARGUMENTS_FILE, DIVERGED_FILE, run_folder
 from .run_model import make_model, scales_of_run, wrap
 from .run_report import save_searched, write_report
 from .schedule import make_schedule, replay_schedule
-from .validation import check_device_name, check_layout, check_model
+from .validation import check_device_name, check_layout, check_model, warn_of_residuals
 
 _logger = logging.getLogger(__name__)
 
@@ -85,6 +85,8 @@ def train(args: argparse.Namespace, make: Callable[..., tuple[nn.Module, dict[st
     if args.channels_last:
         check_layout(model, input_size, device, getattr(torch, args.amp_dtype) if args.amp else None)
     check_model(model, datasets, input_size, device)
+    if primary:
+        warn_of_residuals(model, input_size, device)
     loss = make_loss(args, datasets[0], unwrap_model(model).num_classes).to(device)
     updates = -(-len(loaders[0]) // args.grad_accum_steps)
     scheduler, epochs = make_schedule(optimizer, args, updates)

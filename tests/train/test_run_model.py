@@ -22,6 +22,12 @@ def test_a_target_without_scales_starts_from_the_unsearched_values_and_says_so(t
     assert 'Without --scales this run uses --scales initial' in ''.join(capsys.readouterr())
 
 
+def test_residual_blocks_are_warned_of_where_a_general_rule_gives_them_scales(train, capsys):
+    for model, opt in (('repopt_test_resnet', 'repopt_sgd'), ('repopt_test_resnet', 'sgd'), (TINY, 'repopt_sgd')):
+        train(f'--epochs 1 --opt {opt}', model=model, experiment=model + opt)
+        assert ('residual blocks' in capsys.readouterr().err) == (model + opt == 'repopt_test_resnetrepopt_sgd')
+
+
 def test_a_plain_network_gets_no_scales_and_may_start_from_identities(train, tmp_path):
     train('--epochs 1 --opt sgd --init dirac --lr 0 --warmup-lr 0')
     assert read(tmp_path / 'run')['args'].scales is None
