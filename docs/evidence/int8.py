@@ -4,7 +4,7 @@
 
 Quantizes the last checkpoint of each finished run of the trial, or of these arms, as it is and equalized, calibrated on
 512 training images of the folder IMAGES by minimum and maximum. Writes OUTPUT/int8.csv, a row for each run,
-granularity and form, and OUTPUT/int8.md, their mean losses. Runs that are in int8.csv already are not quantized again.
+granularity and form, and OUTPUT/int8.md, the mean changes. Runs that are in int8.csv already are not quantized again.
 """
 
 import csv

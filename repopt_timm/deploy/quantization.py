@@ -182,7 +182,7 @@ def quantize_in(ways: Sequence[QuantizationOptions], model: Any, images: Images)
     indices = images.sample(ways[0].images, ways[0].seed)
     chosen = set(indices)
     others = [index for index in images.sample(len(images), ways[0].seed + 1) if index not in chosen]
-    others = others[: max(_MOST_OTHERS, len(indices))]
+    others = others[: max(_MOST_OTHERS, 2 * len(indices))]
     judged = others[: len(indices)] or indices
     equalization = None
     if any(options.equalize for options in ways):
