@@ -17,13 +17,13 @@ long() {
     # Learning rates are those of the short runs.
     mkdir -p "$output/$1-long"
     [ -d "$output/$1-long/tuning" ] || cp -r "$output/$1/tuning" "$output/$1-long/"
-    trial "$1-long" "$2" 16 unit_branches
+    trial "$1-long" "$2" 16 "$3"
 }
 trial 22 '(2,4,14,1)' 4 unit_branches
 trial 32 '(4,7,19,1)' 4 unit_branches
 trial 48 '(8,14,24,1)' 4 'unit_branches dirac identity'
 trial 94 '(16,28,48,1)' 4 ''
-long 22 '(2,4,14,1)'
-long 48 '(8,14,24,1)'
+long 22 '(2,4,14,1)' unit_branches
+long 48 '(8,14,24,1)' 'unit_branches dirac identity'
 repopt-timm trial --report "$output/22" "$output/32" "$output/48" "$output/94" "$output/22-long" "$output/48-long" \
     --reference repopt --output "$output/depth"
