@@ -17,8 +17,8 @@ from ..names import PREFIX, ModelName
 from ..reparam import carried_scales
 from ..reparam.modules import pair
 from ..reparam.prior import carried_priors
-from ..reparam.residual import residual_convs
 from ..sources import UNSEARCHED
+from .residual import residual_convs
 
 _logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .modules import modules_of
+from ..reparam.modules import modules_of
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 import timm
 import torch
 
-from repopt_timm.reparam.residual import residual_convs
+from repopt_timm.train.residual import residual_convs
 
 
 def test_convolutions_on_one_of_two_paths_to_a_sum_lie_in_a_residual_block():
