@@ -25,7 +25,7 @@ RECOMMENDED = {
     '22-long': ('22 convolutions', 'repopt'),
     '32': ('32 convolutions', 'repopt'),
     '48': ('48 convolutions', 'identity'),
-    '48-long': ('48 convolutions', 'repopt'),
+    '48-long': ('48 convolutions', 'identity'),
     '94': ('94 convolutions', 'repopt'),
     'a0': ('RepOpt-VGG-A0', 'repopt'),
     'mobileone_s0': ('MobileOne-S0', 'repopt'),
