@@ -42,7 +42,7 @@ def losses(run: Path, images: str) -> Iterator[list[object]]:
     removed = sum(found['equalization']['network']['removed'].values())
     for row in rows:
         if row['weights'] != 'float32':
-            numbers = [*(f'{each:.2f}' for each in (float32, row['top1'], row['drop']))]
+            numbers = [f'{each:.2f}' for each in (float32, row['top1'], row['drop'])]
             numbers.append(str(removed if row['equalized'] else 0))
             yield [run.parent.name, run.name.removeprefix('seed-'), row['weights'], int(row['equalized']), *numbers]
 

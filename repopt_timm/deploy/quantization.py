@@ -30,8 +30,8 @@ TARGETS = ('ort', 'tensorrt')
 _AGREEMENT = 95.0
 _DECIBELS = 10.0
 
-# Images that a dead channel has to be dead on, beside the ones that calibrate. Some channels wake up on one image in
-# tens of thousands, and on a large data set it would take hours to wait for them.
+# Most images, besides the calibration images, on which dead channels are checked. Some channels wake up on one image in
+# tens of thousands: to read all images of a large data set for them would take hours.
 _MOST_OTHERS = 4096
 
 # Share of an activation's values that its range covers, in percent, for `percentile`.

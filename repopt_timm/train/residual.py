@@ -1,4 +1,4 @@
-"""Which convolutions lie in residual blocks: what a network computes tells, as blocks have no common class."""
+"""Finds the convolutions in residual blocks by running the network, as such blocks share no class."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def residual_convs(model: nn.Module, images: Tensor) -> list[str]:
 
 
 class _Paths(TorchDispatchMode):
-    """Follows through each operator the convolutions that a tensor depends on."""
+    """Records the convolutions that each tensor depends on, operator by operator."""
 
     def __init__(self, convs: dict[int, str]):
         super().__init__()

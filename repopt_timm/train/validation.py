@@ -135,7 +135,7 @@ def check_model(
 
 
 def warn_of_residuals(model: torch.nn.Module, input_size: tuple[int, ...], device: torch.device) -> None:
-    """Warns of a network with residual blocks that starts from scales of a general rule: it trains worse by them."""
+    """Warns if convolutions in residual blocks get scales that come from no multi-branch block of the network."""
     ruled = {name for name, each in carried_scales(model).items() if each.initialized} - set(carried_priors(model))
     if not ruled:
         return
