@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from repopt_timm import Scales, save_pretrained
+from repopt_timm.cli import main
 
 TINY = 'test_repopt_vgg'
 
@@ -65,6 +66,18 @@ def relative_difference(first: torch.nn.Module, second: torch.nn.Module, smalles
     return torch.stack(found).max().item()
 
 
+def write_images(root: Path, counts: dict[str, int], levels: dict[str, int], noise: int) -> Path:
+    """Writes as many images to each split as `counts` says, of each class: noise around the level of the class."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in counts.items():
+        for label, level in levels.items():
+            (root / split / label).mkdir(parents=True)
+            for index in range(count):
+                pixels = (level + noise * torch.randn(32, 32, 3, generator=generator)).clamp(0, 255).byte().numpy()
+                Image.fromarray(pixels).save(root / split / label / f'{index}.png')
+    return root
+
+
 def write_tar(path: Path, count: int, folder: str = '{}') -> None:
     """Pictures of noise in two classes, no two of which are alike."""
     generator = torch.Generator().manual_seed(0)
@@ -86,3 +99,10 @@ def card_of(folder):
 def read_tree(folder):
     """The content of the files of a folder, by name."""
     return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def assert_refused(words, named, capsys):
+    """Runs a command that ends in one line, an error that names the mistake."""
+    assert main(words) == 1
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and named in error and error.count('\n') == 1, error

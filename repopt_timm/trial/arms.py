@@ -1,6 +1,6 @@
 """The arms of a trial: ways to train one network."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ def target_name(model: str) -> str:
     return full
 
 
-def arms_of(model: str, names: Sequence[str] | None, scales: Iterable[str], search: int | None) -> list[str]:
+def arms_of(model: str, names: Sequence[str] | None, scales: Collection[str], search: int | None) -> list[str]:
     """Returns the arms of a trial: the ones in `names`, or all possible ones except `EXTRA`."""
     possible = in_order([*ARMS, *scales])
     branches = ModelName.parse(model).of_kind('branches')
@@ -89,4 +89,6 @@ def arms_of(model: str, names: Sequence[str] | None, scales: Iterable[str], sear
             raise ValueError(f"--arms has '{name}', expected one of {', '.join(possible)}, or a name of --scales.")
         if name in lacking:
             raise ValueError(f"--arms has '{name}', which needs {lacking[name]}.")
+    if unused := {*scales, *(['search'] if search else [])}.difference(names or possible):
+        raise ValueError(f'--arms lacks {", ".join(sorted(unused))}, which --scales or --search asks for.')
     return [name for name in possible if name in (names or set(possible) - {*lacking, *EXTRA})]

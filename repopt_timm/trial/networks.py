@@ -43,15 +43,15 @@ def measure_networks(trial: Trial, device: torch.device) -> None:
 
     `activations` are the bytes that a forward pass saves for each image, `step_seconds` the median of a training step.
     """
-    known, shared = read_networks(trial), trial.shared
-    if set(trial.arms) <= set(known):
+    if set(trial.arms) <= set(read_networks(trial)):
         return
+    shared = trial.shared
     size, batch = tuple(shared['input_size']), shared['batch_size']
     dtype = getattr(torch, shared['amp_dtype']) if shared['amp'] else None
     layout = torch.channels_last if shared['channels_last'] else torch.contiguous_format
     images = torch.randn(max(batch, 3), *size, device=device).to(memory_format=layout)
     labels = torch.randint(trial.num_classes, images.shape[:1], device=device)
-    _logger.info(f'Measures training steps on {device}, {batch} images of {size} each.')
+    _logger.info(f'Measuring training steps on {device}, {batch} images of {size} each.')
     keys = {arm: arm_of(arm).network_key for arm in trial.arms}
     found: dict[str, dict[str, float]] = {}
     steps: dict[str, Callable[[], float]] = {}
@@ -70,7 +70,7 @@ def measure_networks(trial: Trial, device: torch.device) -> None:
         steps[key] = partial(time_call, step)
     for key, seconds in take_turns(steps, 5, warmup=1).items():
         found[key]['step_seconds'] = statistics.median(seconds)
-    write_text(trial.folder / _FILE, json.dumps({**known, **{a: found[k] for a, k in keys.items()}}, indent=2) + '\n')
+    write_text(trial.folder / _FILE, json.dumps({arm: found[key] for arm, key in keys.items()}, indent=2) + '\n')
     # The runs are other processes, which need the memory.
     del model, step, steps
     torch.cuda.empty_cache()

@@ -200,8 +200,8 @@ def _troubles(result: TrialResult, arm: ArmResult) -> list[str]:
     top1 = math.nan if best is None else arm.tuning.get(best, math.nan)
     if trial.classes and trial.held_out and is_guessing(top1, trial.classes, trial.held_out):
         found.append(
-            f'No learning rate that was tried is known to train {name}: {top1:.2f} % of {trial.classes} classes at '
-            f'{best:g}, the best, does not exceed what guessing may reach on {trial.held_out} held-out images.'
+            f'{name} may not have learned anything: at its best learning rate, {best:g}, it reached {top1:.2f} %, '
+            f'which guessing among {trial.classes} classes can reach on {trial.held_out} held-out images.'
         )
     elif arm.choice.at_edge:
         found.append(

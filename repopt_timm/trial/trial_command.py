@@ -65,7 +65,7 @@ def main(argv: Sequence[str], command: Callable[[Run, Trial], list[str]] | None 
     joined = trial.joined(args.reference)
     threads = args.threads or int(os.environ.get('OMP_NUM_THREADS') or max(1, torch.get_num_threads() // args.jobs))
     torch.set_num_threads(threads)
-    measure_networks(trial, torch.device(checked.device))
+    measure_networks(joined, torch.device(checked.device))
     # Only now: a network that cannot be made leaves the folder to the command that is right.
     joined.write()
     try:
@@ -99,7 +99,7 @@ def command_of(run: Run, trial: Trial) -> list[str]:
 
 
 def run_all(trial: Trial, jobs: int, threads: int, command: Callable[[Run, Trial], list[str]]) -> list[Run]:
-    """Runs what there is to run in so many processes of so many threads, and returns the runs that ended with an error.
+    """Runs all open runs, `jobs` at a time with `threads` threads each; returns those that ended with an error.
 
     On Ctrl-C or SIGTERM the processes end after their batch, and an InterruptedRunError is raised.
     """

@@ -15,6 +15,7 @@ import yaml
 from ..files import write_text
 from ..names import ModelName
 from ..tables import read_mapping, read_table
+from ..train.arguments import SEARCH_DECAY
 from ..train.parsing import parse_arguments, write_config
 from ..train.run_folder import DIVERGED_FILE, SCALES_FILE, SUMMARY_FILE, TIMES_FILE
 from .arms import ARMS, GIVEN, SEARCHED, arm_of, in_order
@@ -23,10 +24,7 @@ from .statistics import Choice, choose_rate
 _SETTINGS_FILE, _SHARED_FILE = 'trial.yaml', 'shared.yaml'
 
 # What reports and runs read of the arguments that all runs share.
-_NEEDED = (
-    *('model_kwargs', 'epochs', 'cooldown_epochs', 'warmup_epochs', 'batch_size', 'train_images', 'data_dir'),
-    'dataset',
-)
+_NEEDED = (*('model_kwargs', 'epochs', 'warmup_epochs', 'batch_size', 'train_images', 'data_dir', 'dataset'),)
 
 # Where and how fast a run is computed, and what it prints and keeps. Epochs between validations are not among them: a
 # comparison at equal wall time takes the last accuracy before it, of all seeds after the same epoch.
@@ -54,7 +52,6 @@ class Run:
         is_whole = len(rows) < self.epochs or 'eval_top1' in rows[-1]
         if not is_whole or [row['epoch'] for row in rows] != list(range(1, len(rows) + 1)):
             raise ValueError(f"'{path}' is damaged: it lacks an epoch, or the accuracy after the last one.")
-        # An epoch that was repeated after an interruption has a second line.
         seconds = {row['epoch']: row for row in read_table(self.folder / TIMES_FILE, ('epoch', 'train_seconds'))}
         return [{**row, **seconds.get(row['epoch'], {})} for row in rows]
 
@@ -109,7 +106,7 @@ class Trial:
     @property
     def length(self) -> int:
         """Epochs of a run."""
-        return int(self.shared['epochs'] + self.shared['cooldown_epochs'])
+        return int(self.shared['epochs'])
 
     @property
     def num_classes(self) -> int:
@@ -146,20 +143,16 @@ class Trial:
         if arguments.get('scales') == SEARCHED:
             folder = self.folder / 'searches' / (name if kind == 'runs' else kind)
             arguments['scales'] = str(folder / SCALES_FILE)
-            # Strongly decayed identities leave targets that learn slowly.
-            what = {'model': self.model + '_hs', 'opt': 'sgd', 'weight_decay': 4e-5, **alike}
+            what = {'model': self.model + '_hs', 'opt': 'sgd', 'weight_decay': SEARCH_DECAY, **alike}
             search = self._scheduled(folder, 'searches', self.search or 0, what)
         return self._scheduled(self.folder / kind / arm / name, kind, epochs, {**arguments, **alike, **own}, search)
 
     def _scheduled(
         self, folder: Path, kind: str, epochs: int, arguments: dict[str, Any], search: Run | None = None
     ) -> Run:
-        warmup = self.shared['warmup_epochs']
-        if warmup:
-            # A shorter schedule has the same shape.
-            warmup = max(min(1, epochs - 1), round(warmup * epochs / self.shared['epochs']))
-        arguments = {'epochs': epochs, 'warmup_epochs': warmup, **arguments}
-        return Run(folder, kind, arguments, epochs + self.shared['cooldown_epochs'], search)
+        # A shorter schedule has the same shape.
+        warmup = self.shared['warmup_epochs'] and self.shared['warmup_epochs'] * epochs / self.shared['epochs']
+        return Run(folder, kind, {'epochs': epochs, 'warmup_epochs': warmup, **arguments}, epochs, search)
 
     def choice(self, arm: str) -> Choice:
         """Returns what is known of an arm's learning rate."""
@@ -245,7 +238,7 @@ def open_trial(folder: Path) -> Trial:
             if not isinstance(saved[name], int | float | None):
                 raise ValueError(f'{name} is {saved[name]!r}, expected a number')
         if unknown := {*saved['arms'], saved['reference']} - {*ARMS, *saved['scales']}:
-            raise ValueError(f'it has the arms {", ".join(map(str, unknown))}, which are none')
+            raise ValueError(f'it names unknown arms: {", ".join(map(str, unknown))}')
         return Trial(folder, shared, **saved)
     except (TypeError, ValueError) as error:
         raise ValueError(f"'{path}' is damaged: {error}.") from None

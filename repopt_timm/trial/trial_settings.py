@@ -1,6 +1,7 @@
 """The arguments of a trial, its own and what it hands on to all of its runs."""
 
 import argparse
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,14 +16,16 @@ from ..train.parsing import make_parser, parse_arguments, read_config, write_con
 from .arms import ARMS, EXTRA, arms_of
 from .trial_folder import Trial
 
+_logger = logging.getLogger(__name__)
+
 # What the trial sets itself, or what would not be the same start for each arm.
 _NOT_SHARED = (
     *('data', 'data_dir', 'model', 'scales', 'pretrained', 'initial_checkpoint', 'resume', 'override', 'opt', 'lr'),
     *('init', 'lr_base', 'lr_base_size', 'lr_base_scale', 'seed', 'output', 'experiment', 'search_first'),
-    *('holdout', 'patience', 'log_wandb', 'debug'),
+    *('holdout', 'patience', 'warmup_prefix', 'cooldown_epochs', 'log_wandb', 'debug'),
 )
 
-# A training of 300 epochs has other needs than a trial of ten.
+# The defaults of `train` suit 300 epochs; these suit ten.
 _DEFAULTS = {'epochs': 10, 'sched_on_updates': True, 'workers': 0, 'checkpoint_hist': 1}
 
 _TUNING_SEED = 1000
@@ -45,7 +48,7 @@ def read_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     extra = f'NAMEs of --scales [all possible but {" and ".join(EXTRA)}]'
     add('--arms', nargs='+', help=f'ways to train: {", ".join(ARMS)}, or {extra}')
     add('--seeds', type=count, default=3, help='number of seeds of each arm')
-    add('--first-seed', type=int, default=0, help='the first of them')
+    add('--first-seed', type=number(int, low=0), default=0, help='the first of them')
     lrs = 'learning rates to choose from, for each arm; beyond the lowest and highest if those are the best'
     add('--lrs', nargs='+', type=rate, default=[0.05, 0.1, 0.2], help=lrs)
     add('--lr', type=rate, help='learning rate of all arms, instead of choosing')
@@ -82,7 +85,8 @@ def read_trial(args: argparse.Namespace, model: str, shared: dict[str, Any]) -> 
             name, source = 'scales', word
         if not re.fullmatch('[a-z][a-z0-9_]*', name) or name in scales or (name in ARMS and name != 'scales'):
             raise ValueError(
-                f"--scales has '{word}', expected NAME=SOURCE, where a NAME is of a to z, 0 to 9 and _ and no arm's."
+                f"--scales has '{word}', expected NAME=SOURCE. A NAME consists of a-z, 0-9 and _, is "
+                f'used once, and is not the name of another arm.'
             )
         scales[name] = source
     arms = arms_of(model, args.arms, scales, args.search)
@@ -116,6 +120,11 @@ def read_shared(model: str, config: str | None, data: str | None, words: Sequenc
         flag = '--' + refused[0].replace('_', '-')
         raise ValueError(f'{flag} is not for the runs of a trial. `repopt-timm trial --help` shows its own arguments.')
     values: dict[str, Any] = read_config(config) if config else {}
+    ignored = [name for name in _NOT_SHARED if name in values and values[name] != default[name] and name != 'data_dir']
+    if ignored:
+        _logger.warning(
+            f'The trial ignores arguments of {config}: {", ".join(ignored)}. Its arms set them, or none has them.'
+        )
     shared = {name: value for name, value in values.items() if name not in _NOT_SHARED}
     parser = make_parser()
     parser.set_defaults(**{**_DEFAULTS, **shared, 'model': model, 'data_dir': data or values.get('data_dir')})

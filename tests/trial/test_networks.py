@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,10 @@ def test_numbers_are_measured_once_for_each_network(trial):
     assert list(found) == ['sgd', 'init'] and found['sgd'] == found['init'] and found['sgd']['step_seconds'] > 0
     measure_networks(made, torch.device('cpu'))
     assert read_networks(made) == found
+    # An arm that is added is measured in turn with the others.
+    measure_networks(replace(made, arms=['sgd', 'init', 'dirac']), torch.device('cpu'))
+    again = read_networks(made)
+    assert again['dirac'] == again['sgd'] == again['init']
 
 
 @pytest.mark.parametrize('dtype', [None, torch.bfloat16])

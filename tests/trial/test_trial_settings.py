@@ -6,12 +6,11 @@ import torch
 from timm.models import get_pretrained_cfg
 from timm.models._registry import _model_pretrained_cfgs
 
-from repopt_timm.cli import main
 from repopt_timm.datasets import data_config_of
 from repopt_timm.train.parsing import parse_arguments
 from repopt_timm.trial.trial_command import command_of
 
-from ..helpers import TINY
+from ..helpers import TINY, assert_refused
 
 
 def arguments_of(trial, run):
@@ -45,6 +44,11 @@ def test_learning_rates_are_those_that_were_given_and_adamw_has_a_hundredth(tria
         (f'{TINY} --lrs 0', '--lrs'),
         (f'{TINY} --holdout 1', '--holdout'),
         (f'{TINY} --search-kwargs lr=3', 'search'),
+        (f'{TINY} --arms sgd --scales mine=a.csv', 'mine'),
+        (f'{TINY} --arms sgd --search 3', '--search'),
+        (f'{TINY} --cooldown-epochs 2', '--cooldown-epochs'),
+        (f'{TINY} --warmup-prefix', '--warmup-prefix'),
+        (f'{TINY} --first-seed -1', '--first-seed'),
         (f'{TINY} --epochs x', '--epochs'),
         (f'{TINY} --report x', '--report'),
         ('--report x --seeds 5', 'seeds'),
@@ -55,17 +59,17 @@ def test_learning_rates_are_those_that_were_given_and_adamw_has_a_hundredth(tria
     ],
 )
 def test_what_cannot_be_is_one_line_that_names_it(words, named, tmp_path, capsys):
-    assert main(['trial', *words.split(), '--data', 'images', '--output', str(tmp_path / 'trial')]) == 1
-    error = capsys.readouterr().err
-    assert named in error and error.count('\n') == 1
+    where = ['--data', 'images', '--output', str(tmp_path / 'trial')]
+    assert_refused(['trial', *words.split(), *where], named, capsys)
     assert not (tmp_path / 'trial').exists()
 
 
-def test_a_run_gets_the_arguments_that_all_share_and_its_own(trial, tmp_path):
+def test_a_run_gets_the_arguments_that_all_share_and_its_own(trial, tmp_path, caplog):
     config = tmp_path / 'config.yaml'
     config.write_text('model: repopt_vgg_b1\nopt: sgd\nlr: 7\nscales: x\ndata: y\nepochs: 30\ntrain_images: 100\n')
     words = ['--epochs', '20', '--tuning-epochs', '5', '--model-kwargs', 'strides=(1,1,2,2,2)', '--no-aug']
     made = trial('-c', str(config), '--arms', 'repopt', '--lr', '0.1', *words)
+    assert all(name in caplog.text for name in ('model', 'scales', 'opt', 'lr'))
     args = arguments_of(made, made.training('repopt', 1, 0.1))
     assert (args.model, args.opt, args.scales, args.lr, args.seed) == (TINY, 'repopt_sgd', 'initial', 0.1, 1)
     assert (args.epochs, args.train_images, args.no_aug, args.sched_on_updates) == (20, 100, True, True)
@@ -76,7 +80,7 @@ def test_a_run_gets_the_arguments_that_all_share_and_its_own(trial, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ('epochs', 'warmup', 'tuning', 'expected'), [(20, 10, 4, 2), (10, 1, 4, 1), (10, 1, 1, 0), (10, 0, 4, 0)]
+    ('epochs', 'warmup', 'tuning', 'expected'), [(20, 10, 4, 2), (10, 1, 4, 0.4), (10, 0.5, 10, 0.5), (10, 0, 4, 0)]
 )
 def test_a_shorter_run_warms_up_as_the_others_do(trial, epochs, warmup, tuning, expected):
     counts = ['--epochs', str(epochs), '--warmup-epochs', str(warmup), '--tuning-epochs', str(tuning)]
