@@ -25,8 +25,8 @@ def model_from_checkpoint(
 ) -> nn.Module:
     """Creates the model of a run's checkpoint, with its weights, and its data configuration in `pretrained_cfg`.
 
-    A target that was trained with scales is refused if none are given or found, as it cannot be trained on; without
-    `need_scales` it is not. The checkpoint of an `_hs` or `_csla` model has its own.
+    A target that was trained with scales is refused if none are given or found, because its training could not
+    continue; `need_scales=False` accepts it. The checkpoint of an `_hs` or `_csla` model has its own.
     """
     return model_of(read_checkpoint(path), os.fspath(path), scales, need_scales)
 
@@ -77,8 +77,9 @@ def model_of(
         if mode := args.get('input_img_mode'):
             color_mode(data['input_size'][0], mode)
         model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
-        # The tag names weights that timm publishes, not these.
-        model.pretrained_cfg.pop('tag', None)
+        for key in ('tag', 'test_input_size', 'test_crop_pct', 'test_pool_size'):
+            # They are those of weights that timm publishes.
+            model.pretrained_cfg.pop(key, None)
         if 'origin' in checkpoint or not args.get('pretrained'):
             # timm's script does not state it; it fine-tunes what timm knows for the model.
             restore_origin(model, checkpoint.get('origin'))

@@ -3,6 +3,7 @@
 import logging
 import os
 import random
+import re
 import tarfile
 import unicodedata
 from collections import Counter
@@ -19,7 +20,6 @@ from timm.data import create_transform, resolve_data_config
 from timm.data.loader import adapt_to_chs
 from timm.data.readers.img_extensions import set_img_extensions
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
-from timm.utils.misc import natural_key
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -66,7 +66,7 @@ class Images(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        # As many in a row as in timm.
+        # timm gives up after ten damaged images in a row, too.
         for place in range(index, index + 10):
             place %= len(self)
             name = self.files[place]
@@ -87,7 +87,7 @@ class Images(Dataset):
                     raise ValueError(f"The image '{name}' is damaged: {reason}. Remove or replace it.") from None
                 _logger.warning(f"The image '{name}' is damaged and skipped: {reason}")
         else:
-            raise ValueError(f"The image '{name}' and all before it are damaged: was a copy of the data broken off?")
+            raise ValueError(f"Ten images in a row, up to '{name}', are damaged: were the data copied completely?")
         # `convert` would clip values of 16 bits at 255.
         pixels: Image.Image = image
         if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):
@@ -123,10 +123,8 @@ def color_mode(channels: int, stated: str | None = None) -> str:
     """Returns Pillow's mode of the images that a model takes; another one that is stated somewhere is an error."""
     mode = _MODES.get(channels)
     if mode is None or stated not in (None, mode):
-        raise ValueError(
-            f'The model takes images of {channels} channels in the mode {stated or "of these"}, expected 1, 3 or 4 in '
-            f'the modes {", ".join(_MODES.values())}.'
-        )
+        what = f'{channels} channels' + (f' in the mode {stated}' if stated else '')
+        raise ValueError(f'Images of {what} are not supported, expected 1 (L), 3 (RGB) or 4 (RGBA) channels.')
     return mode
 
 
@@ -190,9 +188,10 @@ def open_evaluation(
     config: Mapping[str, Any],
     class_map: str = '',
     class_names: Sequence[str] = (),
+    need_split: bool = False,
 ) -> Images:
     """Opens a split whose images are prepared as `timm.data.resolve_data_config` says, see `open_split`."""
-    images = open_split(root, split, config['input_size'][0], class_map, class_names)
+    images = open_split(root, split, config['input_size'][0], class_map, class_names, need_split)
     images.transform = create_transform(**config)
     return images
 
@@ -227,9 +226,14 @@ def _find_images(folder: Path, in_classes: bool) -> list[str]:
                 others[suffix or name] += 1
     if others:
         what = ', '.join(f'{count} {suffix}' for suffix, count in others.most_common(5))
-        where = ' in folders of classes' if in_classes else ''
-        _logger.warning(f"'{folder}': {others.total()} files are left out, as no images{where}: {what}.")
-    return sorted(found, key=natural_key)
+        where = ' in class folders' if in_classes else ''
+        _logger.warning(f"'{folder}': {others.total()} files are ignored because they are not images{where}: {what}.")
+    return sorted(found, key=_in_order)
+
+
+def _in_order(name: str) -> tuple[list[Any], str]:
+    """Sort key of timm's natural order; names that differ only in case or leading zeros are in the order of letters."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())], name
 
 
 def _shown(names: Iterable[str]) -> list[str]:
@@ -272,7 +276,7 @@ def _number(classes: list[str], class_names: Sequence[str], place: Path) -> tupl
         if missing := len(known.keys() - set(spelled)):
             _logger.warning(f"'{place}' has no images of {missing} of the model's {len(known)} classes.")
         return known, spelled
-    found = sorted(set(classes), key=natural_key)
+    found = sorted(set(classes), key=_in_order)
     folders = next(os.walk(place), ((), (), ()))[1]
     if found != [''] and (empty := set(_shown(folders)) - set(found)):
         raise ValueError(
@@ -317,7 +321,7 @@ def check_same_classes(train: Any, validation: Any) -> None:
     """Raises a ValueError if both datasets name their classes, and they differ in names or numbers."""
     numbers, found = class_numbers(train), class_numbers(validation)
     if numbers and found and numbers != found:
-        names = sorted({name for name, _ in numbers.items() ^ found.items()}, key=natural_key)
+        names = sorted({name for name, _ in numbers.items() ^ found.items()}, key=_in_order)
         raise ValueError(
             f'The training images have {len(numbers)} classes and the validation images {len(found)}; they differ in '
             f'{", ".join(map(repr, names[:5]))}{", …" * (len(names) > 5)}. Give both the same folders or --class-map.'

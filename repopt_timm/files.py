@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 # In the name of a file that is being written.
 _MARK = '.tmp'
 
-# Only by setting it can it be read, which is not safe while other threads write.
+# The umask can only be read by setting it, which is unsafe while other threads write.
 _UMASK = os.umask(0)
 os.umask(_UMASK)
 

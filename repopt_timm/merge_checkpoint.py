@@ -10,7 +10,7 @@ from torch import nn
 from .architectures import ARCHITECTURES
 from .blocks import implied_scales, plain_twin, recalibrate
 from .checkpoint_model import model_of
-from .checkpoints.read import check_weights, read_checkpoint
+from .checkpoints.read import check_weights, checkpoint_of, read_checkpoint
 from .datasets import open_evaluation
 from .deploy.classifier import preprocessing
 from .models import ensure_registered, resolve_model, take_name
@@ -28,7 +28,9 @@ def merge_trained(
     `source` is a checkpoint of a run, a file of tensors or of the authors, or a name of `timm.create_model`. With
     `data` added BatchNorms are measured on images. A target of the authors, which is plain, stays as it is.
     """
-    is_file = Path(source).is_file() or not (':' in source or timm.is_model(source.split('.')[0]))
+    # A mistyped 'mobileone_s0.pth' is no tag of mobileone_s0.
+    tagged = timm.is_model(source.split('.')[0]) and Path(source).suffix not in ('.pth', '.pt', '.tar', '.safetensors')
+    is_file = checkpoint_of(source).is_file() or not (':' in source or tagged)
     checkpoint = read_checkpoint(source) if is_file else {}
     if model_name:
         checkpoint['arch'] = model_name

@@ -26,8 +26,7 @@ MULTI_BRANCH = (
 )
 """timm's names of multi-branch networks whose plain twins are registered at import, with `repopt_` in front.
 
-A RepVGG without groups is `repopt_vgg_*`. RepVGG-D2se has its squeeze-and-excitation before the ReLU, which ours has
-not.
+A RepVGG without groups is `repopt_vgg_*`. RepVGG-D2se applies squeeze-and-excitation before the ReLU, ours after it.
 """
 
 
@@ -53,7 +52,7 @@ class ModelName:
 
     @property
     def network(self) -> str:
-        """What its scales are called after: the architecture; of a converted timm model, timm's own name for it."""
+        """The network's name in scales: the architecture; of a converted timm model, timm's own name for it."""
         return self.architecture if self.architecture in ARCHITECTURES else self.architecture.removeprefix(PREFIX)
 
     @property

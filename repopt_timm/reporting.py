@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from .commands import COMMANDS
-from .console import number
 
 _T = TypeVar('_T')
 
@@ -29,11 +28,6 @@ def add_command(
 def print_result(args: argparse.Namespace, values: dict[str, Any], text: str) -> None:
     """Prints a command's result: `values` as JSON if `args.json` is set, else `text`."""
     print(json.dumps(values, indent=2) if args.json else text)
-
-
-def positive(kind: type) -> Callable[[str], Any]:
-    """Returns an argparse type that accepts positive numbers only."""
-    return number(kind, above=0)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], align: bool = False) -> str:

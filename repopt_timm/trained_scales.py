@@ -1,4 +1,4 @@
-"""The scales that a target was trained with: its checkpoint has their fingerprint, and a name of them at most."""
+"""The scales that a target was trained with: its checkpoint holds their fingerprint and at most their name."""
 
 import argparse
 from collections.abc import Mapping
@@ -40,13 +40,13 @@ def find_scales(
             scales = load_scales(named_scales(checkpoint, source), model)
         except (OSError, ValueError) as error:
             raise ValueError(
-                f'{source}: its model was trained with scales that it does not hold, and they are not found: {error} '
-                f'Name the scales of the run (scales=..., --scales).'
+                f'{source}: its model was trained with scales that it does not hold: {error} Name them (scales=..., '
+                f'--scales).'
             ) from None
     if fingerprints and fingerprints != {scales.fingerprint}:
         raise ValueError(
             f'{source}: it was trained with the scales {", ".join(fingerprints)}, but those of '
-            f"'{scales.source}' are {scales.fingerprint}. Name the scales that the run had (scales=..., --scales)."
+            f"'{scales.source or scales.title}' are {scales.fingerprint}. Name the right ones (scales=..., --scales)."
         )
     return scales
 
@@ -63,7 +63,7 @@ def named_scales(checkpoint: Mapping[str, Any], source: str) -> str:
     if name is None and isinstance(args.get('model'), str):
         name = default_scales(args['model']).source
     if not isinstance(name, str):
-        raise ValueError(f"'{source}' was trained with scales and does not name them. Give them with --scales.")
+        raise ValueError(f"'{source}' does not name the scales that it was trained with. Give them with --scales.")
     return name
 
 

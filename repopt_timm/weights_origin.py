@@ -1,6 +1,6 @@
 """Where a model's weights come from: their licence, and the weights with branches that they were merged from.
 
-Both stand in the model's `pretrained_cfg`, the second among its `notes`: timm writes them into `config.json` and reads
+Both are in the model's `pretrained_cfg`, the second among its `notes`: timm writes them into `config.json` and reads
 them from there, so that they survive saving, loading and fine-tuning.
 """
 
@@ -20,11 +20,6 @@ def restore_origin(model: Any, origin: Any) -> None:
     """Replaces the licence and notes of a timm model by what `origin_of` returned; anything else removes them."""
     others = {key: value for key, value in model.pretrained_cfg.items() if key not in ('license', 'notes')}
     model.pretrained_cfg = {**others, **_checked(origin)}
-
-
-def forget_origin(model: Any) -> None:
-    """Removes the licence and notes of weights that timm knows for a model, from one that was not loaded from them."""
-    restore_origin(model, None)
 
 
 def note_merged(model: Any, source: str) -> None:

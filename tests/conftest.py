@@ -1,12 +1,12 @@
 import pytest
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 import repopt_timm  # noqa: F401  (registers models and optimizers)
 
+from .helpers import write_images
 from .hub_server import HubServer, connect_client
 
 
@@ -25,15 +25,7 @@ def one_thread():
 def images(tmp_path_factory):
     """Two classes of noisy pictures, 24 of each for training and 8 for validation."""
     root = tmp_path_factory.mktemp('images')
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (('train', 24), ('validation', 8)):
-        for label, base in (('dark', 60), ('light', 190)):
-            folder = root / split / label
-            folder.mkdir(parents=True)
-            for index in range(count):
-                pixels = (base + 30 * torch.randn(32, 32, 3, generator=generator)).clamp(0, 255).byte().numpy()
-                Image.fromarray(pixels).save(folder / f'{index}.png')
-    return root
+    return write_images(root, {'train': 24, 'validation': 8}, {'dark': 60, 'light': 190}, 30)
 
 
 @pytest.fixture

@@ -54,6 +54,11 @@ def test_the_first_folder_of_a_split_is_the_class_whatever_lies_below_it(tmp_pat
     assert dataset.labels == [0, 1, 1, 2, 2]
 
 
+def test_names_that_differ_in_case_or_zeros_alone_have_one_order(tmp_path):
+    make_images(tmp_path, *(f'train/{name}' for name in ('b', 'a', 'B', 'A', '1²', '10', '1', '01')))
+    assert class_names(open_split(tmp_path, 'train')) == ['01', '1', '1²', '10', 'A', 'a', 'B', 'b']
+
+
 def test_all_that_pillow_reads_is_read_and_what_is_left_out_is_counted(tmp_path, caplog):
     suffixes = ('jpeg', 'png', 'bmp', 'gif', 'webp', 'tiff', 'avif', 'TIF')
     make_images(tmp_path, *(f'train/cat/a.{suffix}' for suffix in suffixes), 'train/beside.png')
@@ -61,7 +66,7 @@ def test_all_that_pillow_reads_is_read_and_what_is_left_out_is_counted(tmp_path,
         (tmp_path / 'train/cat' / name).touch()
     dataset = open_split(tmp_path, 'train')
     assert len([dataset[index] for index in range(len(dataset))]) == 8
-    assert '4 files are left out' in caplog.text and '2 .heic, 1 .png, 1 .txt' in caplog.text
+    assert '4 files' in caplog.text and '2 .heic, 1 .png, 1 .txt' in caplog.text
 
 
 def test_a_class_folder_without_images_is_refused_unless_a_map_numbers_the_classes(tmp_path):
@@ -196,13 +201,13 @@ def test_a_damaged_image_is_named_and_skipped_in_training_alone(tmp_path, caplog
         assert dataset[0][0].tobytes() == dataset[1][0].tobytes()
         assert 'dark/a.png' in caplog.text
     (tmp_path / 'dark/b.png').write_bytes(b'')
-    with pytest.raises(ValueError, match='all before it are damaged'):
+    with pytest.raises(ValueError, match='Ten images in a row'):
         dataset[0]
 
 
 @pytest.mark.parametrize(('channels', 'stated'), [(5, None), (3, 'L')])
 def test_other_images_than_grey_and_colour_ones_are_refused(channels, stated):
-    with pytest.raises(ValueError, match='L, RGB, RGBA'):
+    with pytest.raises(ValueError, match=r'L.*RGB.*RGBA'):
         color_mode(channels, stated)
 
 

@@ -39,7 +39,8 @@ def test_a_trained_checkpoint_becomes_the_plain_network_and_images_change_its_st
     plain = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
     assert plain.pretrained_cfg['architecture'] == TINY
     assert Scales.from_model(plain) == implied_scales(trained).renamed(TINY)
-    estimated = merge_trained(str(checkpoint))
+    # A folder of a run stands for its checkpoint.
+    estimated = merge_trained(str(checkpoint.parent))
     assert relative_difference(estimated, plain) > 0.01
     for model in (estimated, plain):
         torch.testing.assert_close(model(IMAGES), trained(IMAGES), rtol=1e-4, atol=1e-5)
@@ -60,6 +61,8 @@ def test_what_has_no_branches_is_refused(tmp_path):
     torch.save({'arch': TINY, 'state_dict': tiny_model().state_dict()}, tmp_path / 'plain.pth')
     with pytest.raises(ValueError, match=r'plain\.pth.*no branches.*repopt-timm save'):
         merge_trained(str(tmp_path / 'plain.pth'))
+    with pytest.raises(FileNotFoundError, match=r'mobileone_s0\.pth'):
+        merge_trained('mobileone_s0.pth')
 
 
 @pytest.mark.parametrize(

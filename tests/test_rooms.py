@@ -4,37 +4,48 @@ from pathlib import Path
 import repopt_timm
 
 PACKAGE = Path(repopt_timm.__file__).parent
-ROOMS = [
-    ['reparam', 'checkpoints'],
-    ['scales'],
-    ['optim', 'blocks', 'cards'],
-    ['models'],
-    ['train', 'deploy', 'bench', 'doctor'],
-    ['trial'],
-    ['publish', 'publish_commands', 'cli'],
-]
-LEVELS = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
+# A file imports from its own line and the ones above it.
+LINES = """
+    architectures commands console errors files names reparam tables
+    checkpoints datasets model_size reporting
+    scales weights_origin
+    plot cards blocks optim
+    sources
+    models trained_scales
+    checkpoint_model
+    deploy doctor merge_checkpoint publish script train
+    publish_commands trial
+    cli
+"""
+LEVELS = {room: level for level, line in enumerate(LINES.strip().splitlines()) for room in line.split()}
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix('.py')
 
 
 def imported(path):
     """The rooms and modules of this package that a file imports from."""
-    package = path.relative_to(PACKAGE).parts[:-1]
+    package = ['repopt_timm', *path.relative_to(PACKAGE).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
-        if isinstance(node, ast.ImportFrom) and node.level:
-            names = [node.module] if node.module else [name.name for name in node.names]
-            outer = '.'.join(package[: len(package) - node.level + 1])
-            yield from (f'{outer}.{name}'.lstrip('.').split('.')[0] for name in names)
+        if isinstance(node, ast.Import):
+            found = [name.name for name in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = '.'.join(filter(None, [*package[: len(package) - node.level + 1], node.module or '']))
+            base = base if node.level else node.module
+            found = [base] if node.module else [f'{base}.{name.name}' for name in node.names]
+        else:
+            continue
+        yield from (name.split('.')[1] for name in found if name.startswith('repopt_timm.'))
 
 
-def test_every_room_has_its_place():
-    assert {path.parent.name for path in PACKAGE.glob('*/__init__.py')} <= set(LEVELS)
-
-
-def test_no_import_runs_upwards():
-    upwards = [
+def test_no_import_runs_downwards():
+    files = [path for path in PACKAGE.rglob('*.py') if path.parent != PACKAGE or not path.name.startswith('_')]
+    assert {room_of(path) for path in files} == LEVELS.keys()
+    wrong = [
         (str(path.relative_to(PACKAGE)), name)
-        for path in PACKAGE.rglob('*.py')
+        for path in files
         for name in imported(path)
-        if LEVELS.get(name, 0) > LEVELS.get(path.relative_to(PACKAGE).parts[0].removesuffix('.py'), len(ROOMS))
+        if LEVELS.get(name, 0) > LEVELS[room_of(path)]
     ]
-    assert upwards == []
+    assert wrong == []

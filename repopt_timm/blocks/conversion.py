@@ -119,8 +119,8 @@ def implied_scales(model: nn.Module) -> Scales:
 
     A branch counts with gamma / sigma of its BatchNorm in the sum, which is what the scale of a CSLA branch is. Equal
     branches share the root of their mean square, which gives the same Grad Mult under SGD. An identity's value is that
-    of its operator, whose Grad Mult is 1. Dead and exploding channels are bounded: to a thirtieth and thirty times of
-    what the strongest branch of a typical channel has. The provenance states how many were.
+    of its operator, whose Grad Mult is 1. Each |scale| is clamped to between 1/30 and 30 times the median, over
+    channels, of the strongest branch's. The provenance counts the clamped values.
 
     Args:
         model: Trained multi-branch network; it is not changed.
@@ -165,19 +165,17 @@ def _convert(model: nn.Module, weights: bool = False) -> tuple[nn.Module, dict[s
         report[name] = BlockReport(name, type(block).__name__, {}, reason)
         if kept:
             keep_branches(block)
-    sources: dict[nn.Module, BranchSum] = {}
-    owners: dict[nn.Module, str] = {}
+    sources: dict[nn.Module, tuple[str, BranchSum]] = {}
     converted: dict[nn.Module, nn.Module] = {}
     for name, block in multi_branch_blocks(twin):
         try:
             if _class_of(block) not in READERS:
                 raise ValueError('plain_twin does not know this class')
-            new = READERS[_class_of(block)](block, partial(_make_plain, sources, weights))
+            new = READERS[_class_of(block)](block, partial(_make_plain, sources, name, weights))
         except ValueError as error:
             raise ValueError(
                 f"'{name}' of {type(model).__name__} is a {type(block).__name__} that cannot become plain: {error}."
             ) from None
-        owners = dict.fromkeys(sources, name) | owners
         if new is not block:
             converted[block] = new
             vars(new).update({key: value for key, value in vars(block).items() if '_hook' in key and 'load' not in key})
@@ -186,10 +184,14 @@ def _convert(model: nn.Module, weights: bool = False) -> tuple[nn.Module, dict[s
     for parent in list(twin.modules()):
         for child_name, child in parent._modules.items():
             parent._modules[child_name] = converted.get(child, child)  # type: ignore[arg-type]
-    sums = {name: sources[conv] for name, conv in twin.named_modules() if conv in sources}
+    sums: dict[str, BranchSum] = {}
     prior: dict[str, Any] = {}
-    for name, source in sums.items():
-        report[owners[twin.get_submodule(name)]].branches[name] = prior[name] = source.counts
+    for name, conv in twin.named_modules():
+        if conv not in sources:
+            continue
+        block_name, source = sources[conv]
+        sums[name] = source
+        report[block_name].branches[name] = prior[name] = source.counts
         if source.initial is not None:
             prior[name] = ConvPrior(source.counts, source.initial(twin, name))
     for name, found in (resolve_prior(twin, prior) if prior else {}).items():
@@ -202,8 +204,10 @@ def _class_of(block: nn.Module) -> str:
 
 
 @torch.no_grad()
-def _make_plain(sources: dict[nn.Module, BranchSum], weights: bool, source: BranchSum, **after: nn.Module) -> nn.Module:
-    """Makes a plain block, and notes in `sources` what its convolution replaces."""
+def _make_plain(
+    sources: dict[nn.Module, tuple[str, BranchSum]], name: str, weights: bool, source: BranchSum, **after: nn.Module
+) -> nn.Module:
+    """Makes a plain block, and notes in `sources` what its convolution replaces in the block `name`."""
     conv, norm = copy.deepcopy(source.kxk), copy.deepcopy(source.norm)
     conv.bias = None
     if norm is None:
@@ -212,7 +216,7 @@ def _make_plain(sources: dict[nn.Module, BranchSum], weights: bool, source: Bran
         norm = nn.BatchNorm2d(len(kernel), first.eps, first.momentum, device=kernel.device, dtype=kernel.dtype)
     if weights:
         _load_merged_(source, conv, norm)
-    sources[conv] = source
+    sources[conv] = name, source
     return PlainBlock(conv, norm, adds_norm=source.norm is None, **after).train(conv.training)
 
 

@@ -22,7 +22,7 @@ class Part(NamedTuple):
 
     @classmethod
     def of(cls, module: Any) -> 'Part':
-        """Reads a module whose children are a convolution, its BatchNorm, and nothing that does anything."""
+        """Reads a module whose children are a convolution, its BatchNorm, and otherwise nn.Identity."""
         conv, norm, *rest = module.children()
         if any(not isinstance(each, nn.Identity) for each in rest):
             raise ValueError(f'{type(module).__name__} does more than a convolution and a BatchNorm')

@@ -11,7 +11,7 @@ from .conversion import PlainBlock
 
 @torch.no_grad()
 def recalibrate(twin: nn.Module, batches: Iterable[Any]) -> nn.Module:
-    """Makes the statistics of a merged twin's added BatchNorms those of images, and leaves its function as it is.
+    """Measures on images the statistics of the BatchNorms that a merge added; the function stays the same.
 
     A merge can only estimate the variance of a sum of branches. In evaluation mode gamma undoes that; in training mode,
     where BatchNorm takes the variance of the batch, the output would change. Afterwards the twin computes in training
@@ -28,7 +28,7 @@ def recalibrate(twin: nn.Module, batches: Iterable[Any]) -> nn.Module:
 
     Raises:
         ValueError: If the model has no plain block, its BatchNorms are folded or frozen, or images are missing, NaN or
-            infinite; the model is as before then.
+            infinite; the model is then unchanged.
     """
     blocks: dict[str, Any] = {name: each for name, each in twin.named_modules() if isinstance(each, PlainBlock)}
     if not blocks:

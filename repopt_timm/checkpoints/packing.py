@@ -7,7 +7,7 @@ from torch import Tensor
 
 PRECISIONS = ('float32', 'float16', 'int8')
 
-# As compressed-tensors, the format of quantized weights on the Hub, calls what an 8-bit weight is multiplied with.
+# compressed-tensors, the Hub's format for quantized weights, uses this suffix for its factors.
 _SCALE = '_scale'
 
 
@@ -30,7 +30,7 @@ def pack(state_dict: Mapping[str, Tensor], precision: str) -> dict[str, Tensor]:
         else:
             rows = tensor.float().flatten(1)
             scale = rows.abs().amax(1) / 127
-            # A row of zeros stays one.
+            # Rows of zeros stay zero.
             quotient = rows / scale.where(scale > 0, 1.0).unsqueeze(1)
             packed[name] = quotient.round().to(torch.int8).view(tensor.shape).contiguous()
             packed[name + _SCALE] = scale
@@ -43,7 +43,7 @@ def unpack(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state_dict.items():
         if tensor.dtype == torch.int8 and name + _SCALE in state_dict:
             scale = restored.pop(name + _SCALE)
-            # One number would scale all channels alike, without an error.
+            # A scalar would broadcast silently.
             if scale.shape != tensor.shape[:1]:
                 raise ValueError(
                     f"'{name}{_SCALE}' has shape {tuple(scale.shape)}, expected {tuple(tensor.shape[:1])}."

@@ -18,9 +18,23 @@ from torch import Tensor
 from ..errors import reason_of
 from .packing import unpack
 
+BEST_CHECKPOINT = 'model_best.pth.tar'
+LAST_CHECKPOINT = 'last.pth.tar'
+
+
+def checkpoint_of(path: str | os.PathLike) -> Path:
+    """Returns the best checkpoint in the folder of a run, or else its last one; any other path as it is."""
+    path = Path(path)
+    best, last = path / BEST_CHECKPOINT, path / LAST_CHECKPOINT
+    return (best if best.is_file() else last) if last.is_file() else path
+
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """Reads a pickle to the CPU, or a `.safetensors` file with its header's metadata under `__metadata__`."""
+    """Reads a pickle to the CPU, or a `.safetensors` file with its header's metadata under `__metadata__`.
+
+    The folder of a run stands for its checkpoint.
+    """
+    path = checkpoint_of(path)
     try:
         if Path(path).suffix == '.safetensors':
             with safe_open(path, framework='pt') as file:
@@ -59,9 +73,10 @@ def select_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def check_weights(state_dict: Mapping[str, Tensor], source: str) -> None:
-    """Raises a ValueError that names source and tensor if a network with these weights does not compute numbers.
+    """Raises a ValueError that names source and tensor if a weight is NaN, infinite, huge or not floating point.
 
-    A tensor whose sum of squares exceeds float32 is refused as no network survives it: a norm above 1.8e19.
+    A weight is huge if its sum of squares exceeds float32, at a norm of 1.8e19: no network survives that. Neither does
+    it a negative variance.
     """
     for name, tensor in state_dict.items():
         problem = ''
@@ -71,7 +86,7 @@ def check_weights(state_dict: Mapping[str, Tensor], source: str) -> None:
             if tensor.is_complex() or not counts:
                 problem = f'has the type {tensor.dtype}, expected floating point numbers'
         elif not tensor.float().square().sum().isfinite():
-            problem = f'has the largest value {tensor.abs().max():g}, which no network survives'
+            problem = 'has NaN, infinite or huge values'
         elif name.endswith('running_var') and (tensor < 0).any():
             problem = f'has a negative variance, {tensor.min():g}'
         if problem:

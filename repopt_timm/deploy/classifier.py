@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from ..checkpoint_model import model_from_checkpoint
+from ..checkpoints.read import checkpoint_of
 from ..datasets import Images, core_count
 from ..errors import explaining, reason_of
 from ..models import resolve_model, to_plain
 from ..reparam import kind_of
-from ..train.run_folder import BEST_CHECKPOINT, LAST_CHECKPOINT
 from .onnx_graph import image_input
 from .runtime import load_onnx, open_session
 
@@ -53,15 +53,14 @@ def load_model(source: str | os.PathLike) -> nn.Module:
 
 
 def load_trained(source: str | os.PathLike) -> nn.Module:
-    """Loads a model with its BatchNorm and the branches of others' models; `_hs` and `_csla` ones as targets."""
-    path = Path(source)
-    best, last = path / BEST_CHECKPOINT, path / LAST_CHECKPOINT
-    if last.is_file():
-        path = best if best.is_file() else last
+    """Loads a model without fusing it: BatchNorm and timm's branches stay; `_hs` and `_csla` models become targets."""
+    path = checkpoint_of(source)
     if path.is_file() or path.suffix in ('.tar', '.pth', '.pt', '.safetensors'):
         model = model_from_checkpoint(path, need_scales=False)
     else:
         name = f'local-dir:{path}' if path.is_dir() else os.fspath(source)
+        if '/' in name and ':' not in name:
+            raise FileNotFoundError(f"There is no file or folder '{name}'. A model on the Hub is hf-hub:user/repo.")
         with explaining(f"'{name}' cannot be made"):
             resolve_model(name)
             model = timm.create_model(name, pretrained=True)
@@ -86,13 +85,13 @@ class Classifier:
     def ranked(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Returns logits, the largest first, and their classes; of equal ones the lower class is first."""
         logits = self.run(images).float()
-        # Those that are not numbers would count as the first class.
+        # NaN would count as class 0.
         if not logits.isfinite().all():
             raise ValueError('The model gives logits that are not finite, as after a training that diverged.')
         return logits.sort(dim=1, descending=True, stable=True)
 
     def images_for(self, count: int) -> int:
-        """Returns the number of images that the model computes for `count` of them, the last batch being filled."""
+        """Rounds a number of images up to whole batches of a model with a fixed batch."""
         return count + -count % self.fixed_batch if self.fixed_batch else count
 
 
@@ -156,7 +155,7 @@ def logits_of(models: Iterable[Any], images: Images, indices: Sequence[int], tit
 
 
 def largest_difference(found: Tensor, expected: Tensor) -> float:
-    """Returns the largest difference between two logits, of the largest logit; NaN if one is."""
+    """Returns the largest change of a logit, relative to the largest logit; NaN if a logit is."""
     return (found - expected).abs().max().item() / max(expected.abs().max().item(), 1e-12)
 
 
@@ -164,7 +163,7 @@ def preprocessing(overrides: Mapping[str, Any] | None = None, **model: Any) -> d
     """Returns what `timm.data.resolve_data_config` makes of the overrides and a model."""
     with explaining(f'Images cannot be prepared with {dict(overrides or {}) or "what the model states"}'):
         config = resolve_data_config(dict(overrides or {}), **model)
-    # A smaller share would enlarge an image a hundred times.
+    # A smaller share would resize an image to over a hundred times its pixels.
     if not 0.1 <= config['crop_pct'] <= 1:
         raise ValueError(f'Images cannot be prepared with crop_pct {config["crop_pct"]}, expected 0.1 to 1.')
     return config

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..console import number
 from ..files import check_output, check_output_folder, write_text
-from ..reporting import add_command, markdown_table, positive, print_result
+from ..reporting import add_command, markdown_table, print_result
 from .channel_health import health_warnings, kernel_outliers
 from .equalization import describe
 from .evaluation import evaluate, predict, write_csv
@@ -42,10 +42,11 @@ def add_commands(commands: Any) -> None:
         parser.add_argument('--data', metavar='DIR', required=True, help=text)
         add_class_map(parser)
 
+    count = number(int, low=1)
     add = export.add_argument
     add('--onnx', metavar='FILE', type=_onnx_file, required=True, help='file to write')
     add('--opset', type=number(int, low=OPSET), default=OPSET, help=f"version of ONNX's operators, {OPSET} or later")
-    add('--fixed-batch', type=positive(int), default=0, help='take N images at a time, no other number')
+    add('--fixed-batch', type=count, default=0, help='take N images at a time, no other number')
     add('--fp16', action='store_true', help='weights and computation in float16')
 
     add = quantized.add_argument
@@ -63,36 +64,36 @@ def add_commands(commands: Any) -> None:
     add('--out', metavar='DIR', type=_folder, help='write int8.md and int8.json')
     add('--calibrations', nargs='+', choices=CALIBRATIONS, default=tuple(CALIBRATIONS), help='calibrations to measure')
     add('--targets', nargs='+', choices=TARGETS, default=TARGETS[:1], help='forms to measure')
-    add('--latency-batches', nargs='*', type=positive(int), default=(1, 32), help='batch sizes to time')
+    add('--latency-batches', nargs='*', type=count, default=(1, 32), help='batch sizes to time')
 
     for parser in (quantized, compared):
         add = parser.add_argument
         add('--equalize', action='store_true', help='remove dead channels and equalize layers; no logit changes')
-        add('--images', type=positive(int), default=512, help='images to calibrate on')
+        add('--images', type=count, default=512, help='images to calibrate on')
         add('--seed', type=int, default=0, help='seed for choosing calibration images')
         add('--reduce-range', action='store_true', help='7-bit weights, for x86 without VNNI')
         add('--exclude', nargs='+', default=(), metavar='LAYER', help="left in float32: head.fc, 'stages.3.*', Add")
 
     add = evaluated.add_argument
     add('--split', default='validation', help='split to evaluate')
-    add('-b', '--batch-size', type=positive(int), default=32, help='images at a time')
-    add('--threads', type=positive(int), help='threads of the model, at most one for each core [all cores]')
+    add('-b', '--batch-size', type=count, default=32, help='images at a time')
+    add('--threads', type=count, help='threads of the model, at most one for each core [all cores]')
     add('--out', metavar='DIR', type=_folder, help='write classes.csv, confusion.csv and confusion.png')
 
     add = predicted.add_argument
     add('images', nargs='+', metavar='IMAGE', help='file, or folder of images')
     add('--model', required=True, help=f"{_MODEL} such as 'hf-hub:user/repo', or .onnx file")
-    add('--top', type=positive(int), default=5, help='classes to show')
+    add('--top', type=count, default=5, help='classes to show')
     add('--csv', metavar='FILE', help='write a table with a row for each image')
 
     for parser in (export, quantized, evaluated, predicted):
         add = parser.add_argument_group("preprocessing, where it differs from the model's own").add_argument
-        add('--input-size', nargs=3, type=positive(int), metavar=('C', 'H', 'W'), help='size of the images')
+        add('--input-size', nargs=3, type=count, metavar=('C', 'H', 'W'), help='size of the images')
         add('--mean', nargs='+', type=float, help='mean pixel value, or one for each channel')
         add('--std', nargs='+', type=float, help='standard deviation of pixel values, or one for each channel')
         interpolations = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos')
         add('--interpolation', choices=interpolations, help='resize interpolation')
-        add('--crop-pct', type=positive(float), help='share of the resized image that the crop keeps')
+        add('--crop-pct', type=number(float, above=0), help='share of the resized image that the crop keeps')
         add('--crop-mode', choices=('center', 'squash', 'border'), help='way to crop')
 
 
@@ -171,6 +172,8 @@ def _quantize(args: argparse.Namespace) -> None:
     if done.equalization:
         result['equalization'] = done.equalization.counts
         lines.append(describe(done.equalization.counts))
+    # First of all: an error in a report would lose it.
+    save_onnx(done.quantized, args.out)
     if args.report:
         reports = {args.model: layer_report(done)}
         if args.versus:
@@ -182,7 +185,6 @@ def _quantize(args: argparse.Namespace) -> None:
         write_text(args.sensitivity / 'sensitivity.json', json.dumps(ranking, indent=2) + '\n')
         write_text(args.sensitivity / 'sensitivity.md', sensitivity_table(ranking) + '\n')
         lines.append(f'sensitivity in {args.sensitivity}, most sensitive:\n{sensitivity_table(ranking, 5)}')
-    save_onnx(done.quantized, args.out)
     print_result(args, result, '; '.join(lines))
 
 

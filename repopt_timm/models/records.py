@@ -11,7 +11,7 @@ from ..names import ModelName
 
 
 class Twin(nn.Module):
-    """What a timm network has besides its own class, as a model of this package."""
+    """Mixin for timm networks of this package: keeps scales out of timm's records, renames a twin made plain."""
 
     pretrained_cfg: dict[str, Any]
 

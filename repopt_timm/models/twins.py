@@ -60,8 +60,10 @@ def register_twins(name: str) -> None:
         >>> register_twins('resnet18')
         >>> search = timm.create_model('repopt_resnet18_hs', num_classes=10)
     """
-    if not timm.is_model(name) or '.' in name:
-        raise ValueError(f"timm does not know a model '{name}': name one without a tag, see timm.list_models().")
+    if not timm.is_model(name) or '.' in name or name.startswith(PREFIX):
+        raise ValueError(
+            f"timm does not know a model '{name}': name one of timm's without a tag, see timm.list_models()."
+        )
     if not timm.is_model(PREFIX + name):
         _register(name, ('target', 'hs', 'csla'))
 

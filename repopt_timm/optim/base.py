@@ -28,9 +28,9 @@ class GradMultOptimizer(torch.optim.Optimizer):
         self.take_grad_mults(grad_mults)
 
     def take_grad_mults(self, grad_mults: GradMults | None) -> None:
-        """Takes Grad Mults, also made anew after other tensors have replaced the model's in the groups.
+        """Sets the Grad Mults.
 
-        Accelerate replaces them when it shards with FSDP2.
+        Call it again with new ones if other tensors have replaced the parameters, as Accelerate does under FSDP2.
 
         Args:
             grad_mults: What `make_grad_mults(model, update_rule=...)` returned for the parameters in the groups.
@@ -66,7 +66,8 @@ class GradMultOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if group['fused'] is None and group['foreach'] is None:
-            # Without `_step_supports_amp_scaling`, so that GradScaler unscales gradients that somebody may clip.
+            # Torch's constructor would set `_step_supports_amp_scaling`: GradScaler would not unscale gradients, and
+            # they could not be clipped.
             group['fused'] = not group.get('dampening') and all(map(_can_be_fused, group['params']))
         if hasattr(self, 'grad_mults'):
             self._warn_of_bare_kernels(group['params'], self.grad_mults, stacklevel=3)
@@ -119,7 +120,7 @@ class GradMultOptimizer(torch.optim.Optimizer):
         return kernels
 
     def _lay_out_alike(self, param: Any) -> None:
-        # Torch's fused kernels go through memory in one order: of tensors in another layout they mix up the entries.
+        # Torch's fused kernels assume one memory layout for all tensors, and otherwise pair the wrong entries.
         if param.grad.stride() != param.stride():
             param.grad = torch.empty_like(param).copy_(param.grad)
         for name, value in self.state.get(param, {}).items():

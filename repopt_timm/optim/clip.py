@@ -18,7 +18,7 @@ def clip_grad_norm_(
     error_if_nonfinite: bool = False,
     foreach: bool | None = None,
 ) -> Tensor:
-    """Clips gradients by the norm that they would have in the CSLA network, `sqrt(sum M g^2)` with `M = sum s_b^2 M_b`.
+    """Clips gradients by the norm that they would have in the CSLA network, `sqrt(sum M g^2)` with the Grad Mults M.
 
     A branch with the scale s has s times the kernel's gradient, so the norm of the plain gradients would clip at other
     times and by other factors. The power is 2 whatever the optimizer, RepOptAdamW too.

@@ -28,8 +28,8 @@ class RepOptSGD(GradMultOptimizer, SGD):
         args, kwargs: Parameters or groups, `lr`, `momentum`, `dampening`, `weight_decay`, `nesterov`, `maximize`,
             `foreach` and `fused` of `torch.optim.SGD`, with its defaults. Parameters without a Grad Mult are updated as
             usual, also in groups that are added later. `fully_shard` may have sharded them. `fused` is the default on a
-            CPU and on CUDA, unless `foreach` is given; on a CPU half-precision parameters go without, which torch's
-            before 2.14 does not update.
+            CPU and on CUDA, unless `foreach` or `dampening` is given, parameters are sharded, or they are in half
+            precision on a CPU, where torch before 2.14 leaves them unchanged.
         grad_mults: What `make_grad_mults(model)` returned for the model whose parameters these are.
 
     Raises:
@@ -66,16 +66,19 @@ def build_repopt_sgd(
 ) -> RepOptSGD:
     """Applies the Rule of Initialization to a model and makes the RepOptSGD that trains it.
 
-    Nesterov momentum; the weight decay goes to 4-D weights alone, that is, to convolutions. timm's grouping, which
+    Nesterov momentum; the weight decay goes to 4-D parameters alone. timm's grouping, which
     `timm.optim.create_optimizer_v2(model, 'repopt_sgd')` uses, also decays the classifier.
 
     Args:
         model: Any model whose convolutions `scales` names.
-        scales: Module name to branch name to vector of shape (O,).
+        scales: Module name to branch name to vector of shape (O,), such as `load_scales` returns.
         lr: Learning rate.
         momentum: Momentum factor.
         weight_decay: L2 penalty.
-        init: Initialize the weights; False keeps the model's own.
+        init: Replace the kernels by new ones; False keeps the model's own, trained ones for example.
+
+    Returns:
+        The optimizer, of all parameters that require gradients.
 
     Raises:
         ValueError: If the scales do not fit the model.

@@ -30,12 +30,12 @@ class GradMults(Mapping[Tensor, Tensor]):
         masks: Mapping[Tensor, Tensor],
         update_rule: str,
         fingerprint: str,
-        names: Mapping[Tensor, str] | None = None,
-        without_zeros: Mapping[Tensor, Tensor] | None = None,
+        names: Mapping[Tensor, str],
+        without_zeros: Mapping[Tensor, Tensor],
     ):
         self._masks = dict(masks)
-        self._names = dict(names or {})
-        self._without_zeros = dict(without_zeros or {})
+        self._names = dict(names)
+        self._without_zeros = dict(without_zeros)
         self.update_rule = update_rule
         self.fingerprint = fingerprint
 
@@ -54,7 +54,7 @@ class GradMults(Mapping[Tensor, Tensor]):
 
     def name_of(self, parameter: Tensor) -> str:
         """Returns the name of a kernel's convolution, for messages."""
-        return self._names.get(parameter, f'a kernel of shape {tuple(parameter.shape)}')
+        return self._names[parameter]
 
     def of(self, parameters: Iterable[Tensor]) -> 'GradMults':
         """Returns the Grad Mults of some of the parameters, for an optimizer of these alone."""

@@ -5,6 +5,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+# Children under which `torch.compile` and torch's activation checkpointing keep the module that they wrap.
+_TRANSPARENT = ('_orig_mod', '_checkpoint_wrapped_module')
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Returns the network inside of wrappers for compilation, parallel training and averages of weights.
@@ -29,25 +32,29 @@ def network_name(model: nn.Module) -> str:
         config = getattr(inner, 'pretrained_cfg', None)
         name = config.get('architecture') if isinstance(config, dict) else None
     # A network that is one convolution may be its own twin.
-    return name or type_before_parametrizations(inner).__name__
+    kind = type_before_parametrizations(inner)
+    if kind.__bases__[0].__name__ == 'FSDPModule':
+        # `fully_shard` gives a module a class of its own, whose last base is the network's.
+        kind = kind.__bases__[-1]
+    return name or kind.__name__
 
 
 def uncompiled_name(name: str) -> str:
-    """Returns the name that a module or tensor has if no part of the network is compiled."""
-    return '.'.join(part for part in name.split('.') if part != '_orig_mod')
+    """Returns the name that a module or tensor has if no part of the network is compiled or checkpointed."""
+    return '.'.join(part for part in name.split('.') if part not in _TRANSPARENT)
 
 
 def name_as_part(model: nn.Module, names: dict[str, str]) -> None:
-    """Lets a network made of another's modules use its names: child to name in the other, where the two differ."""
+    """Makes a network built from another's modules report the other's names; `names` maps its children to these."""
     model.repopt_names = names  # type: ignore[assignment]
 
 
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns name to module, in the network's order; compiled parts by their uncompiled names, shared ones once."""
+    """Returns name to module, in the network's order: names without those of wrappers, a shared module once."""
     names = getattr(model, 'repopt_names', {})
     modules = {}
     for name, module in model.named_modules():
-        if not hasattr(module, '_orig_mod'):
+        if module._modules.keys().isdisjoint(_TRANSPARENT):
             child, _, rest = uncompiled_name(name).partition('.')
             modules['.'.join(filter(None, (names.get(child, child), rest)))] = module
     return modules

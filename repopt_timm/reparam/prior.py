@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .branches import BranchCounts, make_branches
-from .modules import modules_of, pair
+from .modules import modules_of, pair, unwrap
 
 FOLDING_CLASSES: set[str] = set()
 """Names of classes whose `fuse()` or `reparameterize()` only folds normalization."""
@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 class ConvPrior:
     """The branches that a convolution has in a Hyper-Search, by count, and the value that their scales start from.
 
-    The stride is the one that it was constructed with, if an `output_stride` has changed it since.
+    `stride` is the stride at construction, if an `output_stride` has changed it since; else None.
     """
 
     branches: dict[str, int]
@@ -94,6 +94,7 @@ def repvgg_prior(model: nn.Module) -> dict[str, ConvPrior]:
     Raises:
         ValueError: If the model has multi-branch blocks of its own, or no convolution that can be converted.
     """
+    model = unwrap(model)
     convs: dict[str, Any] = {
         name: conv for name, conv in modules_of(model).items() if isinstance(conv, nn.Conv2d) and not refusal(conv)
     }
@@ -118,7 +119,7 @@ def resolve_prior(model: nn.Module, prior: Prior | None = None) -> dict[str, Con
         )
     mapping: dict[str, Any] = dict(prior(model) if callable(prior) else prior)
     if not mapping:
-        raise ValueError(f'The prior names no convolution of {type(model).__name__}: see refused_convs(model) for why.')
+        raise ValueError(f'No convolution of {type(model).__name__} gets branches: see refused_convs(model) for why.')
     resolved = {}
     position, channels = 0, 0
     for name, conv in modules_of(model).items():
@@ -142,19 +143,20 @@ def resolve_prior(model: nn.Module, prior: Prior | None = None) -> dict[str, Con
 
 def refused_convs(model: nn.Module) -> list[RefusedConv]:
     """Lists the convolutions of a model, of any dimension, that cannot have branches: name, type and reason."""
-    convs = [(name, each) for name, each in modules_of(model).items() if isinstance(each, _ConvNd)]
+    convs = [(name, each) for name, each in modules_of(unwrap(model)).items() if isinstance(each, _ConvNd)]
     return [RefusedConv(name, type(conv).__name__, reason) for name, conv in convs if (reason := refusal(conv))]
 
 
 def log_convs_without(model: nn.Module, having: Collection[str], what: str, level: int = logging.INFO) -> None:
-    """Logs one line with the convolutions of a model that are not among the names in `having`, and why."""
-    without = [
-        f'{name} ({refusal(conv) or "no scales"})'
-        for name, conv in modules_of(model).items()
-        if isinstance(conv, nn.Conv2d) and name not in having
-    ]
+    """Logs one line with the convolutions of a model that are not among the names in `having`, by the reason why."""
+    without: dict[str, list[str]] = {}
+    for name, conv in modules_of(model).items():
+        if isinstance(conv, nn.Conv2d) and name not in having:
+            without.setdefault(refusal(conv) or 'no scales', []).append(name)
     if without:
-        _logger.log(level, f'{type(model).__name__}: {len(without)} convolution(s) {what}: {", ".join(without)}')
+        count = sum(map(len, without.values()))
+        listed = '; '.join(f'{", ".join(names)} ({reason})' for reason, names in without.items())
+        _logger.log(level, f'{type(model).__name__}: {count} convolution(s) {what}: {listed}')
 
 
 def refusal(conv: nn.Module) -> str | None:

@@ -211,7 +211,7 @@ class Scales(ScalesMapping):
         return self._replaced(start=start)
 
     def for_model(self, model: nn.Module) -> 'Scales':
-        """Returns the scales with name and geometry of a model that they fit, which a file may not state.
+        """Checks that the scales fit a model, and fills in its name and geometry, which a file may lack.
 
         Args:
             model: The plain network, a twin of it, or a wrapper for parallel training or compilation around it.
@@ -253,6 +253,11 @@ class Scales(ScalesMapping):
                     f"{where}: the scales were searched with '{name}' of {searched}, but {network} has {found} there. "
                     f'Make the model alike (strides, widths), or search anew.'
                 )
+        for name, counts in self._counts.items():
+            try:
+                make_branches(counts, modules[name])
+            except ValueError as error:
+                raise ValueError(f"{where}: '{name}' of {network}: {error}") from None
         geometry = geometry_of(model, self)
         if network == self._architecture and list(geometry.items()) == list(self._geometry.items()):
             return self
@@ -425,6 +430,11 @@ def drop_scales(conv: nn.Module) -> None:
 def scales_for(model: nn.Module, scales: ScalesMapping) -> Scales:
     """Makes `Scales` that fit a model of any mapping, with the counts of the model's priors, else 1."""
     if not isinstance(scales, Scales):
+        if not isinstance(scales, Mapping) or not all(isinstance(each, Mapping) for each in scales.values()):
+            raise ValueError(
+                f'Expected Scales or {{module: {{branch: vector}}}}, found {scales!r:.80}. A name or file: '
+                f'load_scales(source, model). A prior: Scales.initial(model, prior).'
+            )
         priors = carried_priors(unwrap(model))
         counts = {
             name: {branch: priors[name].branches.get(branch, 1) for branch in scales[name]}

@@ -58,7 +58,7 @@ def csla(model: nn.Module, scales: ScalesMapping | Prior | None = None) -> nn.Mo
 
 
 def to_plain(twin: nn.Module) -> nn.Module:
-    """Returns the plain network of a twin: merged kernels, the same function, the structure of before.
+    """Returns the plain network of a twin: merged kernels, the same function, the original structure.
 
     Args:
         twin: A Hyper-Search or CSLA model. It is copied; dtype, device, mode and attributes stay as they are.
@@ -89,6 +89,10 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
     if kind_of(model) != 'target':
         raise ValueError(f'{type(model).__name__} has CSLA convolutions already. Make its twin from to_plain(model).')
     given: Any = scales_or_prior
+    if isinstance(given, str):
+        raise ValueError(
+            f"Expected scales or a prior, found '{given:.80}': read them first, load_scales(source, model)."
+        )
     scales = None
     branches = given.values() if isinstance(given, Mapping) else ()
     if any(isinstance(value, Tensor) for each in branches if isinstance(each, Mapping) for value in each.values()):
@@ -110,5 +114,7 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
     for name, each in prior.items():
         vectors, start = (None, 'paper') if scales is None else (scales[name], scales.start)
         add_branches(modules[name], make_branches(each.branches, modules[name]), vectors, trainable_scales, start)
-        drop_scales(modules[name])
+    for module in modules.values():
+        # Convolutions that stay plain train without Grad Mults, too.
+        drop_scales(module)
     return model

@@ -22,7 +22,7 @@ _KEY = re.compile(r'(?:(.+)\.)?parametrizations\.weight\.(original|0\.(?:operato
 
 
 def read_scale_file(path: str | os.PathLike, architecture: str | None = None) -> Scales:
-    """Reads scales from a file; they have no geometry if the file does not state it.
+    """Reads scales from a file; without a statement in the file they have no geometry, and the start `paper`.
 
     It is a `.safetensors` file that `Scales.save` wrote, a checkpoint of a `_hs` or `_csla` run as timm, torch or
     safetensors write it, or a `*-scales.pth` or hyper-search checkpoint of the reference repository. `architecture` is
@@ -66,7 +66,7 @@ def searched_scales(checkpoint: Mapping[str, Any], source: str, architecture: st
 def checkpoint_entry(scales: Scales) -> dict[str, Any]:
     """Returns what a checkpoint of a twin stores under `CHECKPOINT_KEY`, as its tensors do not state it."""
     geometry = {name: str(each) for name, each in scales.geometry.items()}
-    return {'architecture': scales.architecture, 'geometry': geometry, 'start': scales.start}
+    return {'geometry': geometry, 'start': scales.start}
 
 
 def _branches_of(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, int]]]:

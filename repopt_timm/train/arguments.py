@@ -49,7 +49,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--sampler', 'draw training images so that all classes come equally often', None, ('balanced',))
     switch('--dataset-download', 'allow download for torch/ and others that support it')
     add('--class-map', 'class map: a .txt file with the name of a class on each line', '')
-    add('--input-img-mode', 'image color mode [from the number of channels]', None, ('L', 'RGB', 'RGBA'))
     add('--input-key', 'dataset key of the images')
     add('--target-key', 'dataset key of the labels')
 

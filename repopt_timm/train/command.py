@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..checkpoints.read import LAST_CHECKPOINT
 from ..commands import PROGRAM
 from ..names import ModelName
 from .arguments import SEARCH_DECAY
@@ -14,7 +15,7 @@ from .interruption import InterruptedRunError
 from .parsing import make_parser, parse_arguments
 from .resolution import resolve
 from .run import prepare_device, train
-from .run_folder import LAST_CHECKPOINT, SCALES_FILE
+from .run_folder import SCALES_FILE
 from .validation import check_arguments
 
 _QUICKSTART = (
@@ -42,12 +43,14 @@ def main(argv: Sequence[str], command: str = 'train') -> None:
     except InterruptedRunError as error:
         if args.rank == 0:
             folder = error.folder.parent if args.search_first else error.folder
-            words, what = [*program, *argv], 'no epoch was finished; start again with'
+            what, more = 'no epoch was finished; start again with', []
             if any(folder.glob(f'**/{LAST_CHECKPOINT}')):
                 what = 'continue with'
                 # Later flags replace those before them: not from where this call began.
-                words += ['--output', str(folder.parent), '--experiment', folder.name, '--resume']
-            print(f'{error}: {what}  {shlex.join(words)}', file=sys.stderr)
+                more = ['--output', str(folder.parent), '--experiment', folder.name, '--resume']
+            # Only torchrun knows its own arguments.
+            same = 'the same torchrun command' if args.distributed else shlex.join([*program, *argv])
+            print(f'{error}: {what}  {same} {shlex.join(more)}', file=sys.stderr)
         raise SystemExit(128 + error.signum) from None
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.data.distributed_sampler import OrderedDistributedSampler
 from timm.utils import ModelEmaV3, accuracy, distribute_bn
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -29,7 +30,7 @@ class DivergedError(ValueError):
 
 @dataclass
 class TrainState:
-    """What changes while a run goes on, and a checkpoint holds.
+    """What changes while a run goes on; a checkpoint holds all but predictions, start and first epoch.
 
     A row of the history has `epoch`, `lr`, `train_loss`, `train_accuracy` of unmixed labels; if it was validated
     `eval_loss`, `eval_top1`, `eval_top5`, and with a moving average the model's own `eval_raw_*`. Times are apart from
@@ -177,13 +178,20 @@ def validate(
         loss, top1, _, count = sums.tolist()
         return f'loss {loss / count:.4f} top1 {top1 / count:.2f}%'
 
-    found = []
+    # timm's sampler repeats the first images, so that all processes have as many.
+    left = sys.maxsize
+    if args.distributed and isinstance(getattr(loader, 'sampler', None), OrderedDistributedSampler):
+        left = -(-(len(loader.dataset) - args.rank) // args.world_size)
+    found = [torch.empty(2, 0, dtype=torch.int64, device=args.device)]
     for images, target in _batches(loader, title, args, describe):
         with autocast():
             output = model(images)
-        output = output.float()
+        output, target = output[:left].float(), target[:left]
+        count = len(target)
+        left -= count
+        if not count:
+            continue
         top1, top5 = accuracy(output, target, topk=(1, min(5, output.shape[1])))
-        count = len(images)
         loss = nn.functional.cross_entropy(output, target)
         sums += torch.stack([loss, top1, top5, torch.ones_like(loss)]) * count
         found.append(torch.stack([target, output.argmax(1)]))
@@ -214,7 +222,7 @@ def evaluate(
     averaged, state.predictions = validate(state.ema.module, loader, autocast, f'{title} of the average', args)
     # The share of the average that is from before its second update; timm copies the weights until then.
     share = math.prod(state.ema.get_decay(step) for step in range(2, (epoch + 1) * updates))
-    if share > 0.1 and args.rank == 0:
+    if share > 0.1:
         _logger.warning(
             f'The average has not warmed up: after epoch {epoch + 1} {share:.0%} of it are the weights that the run '
             f'started from. eval_raw_top1 is of the model itself; --model-ema-warmup or a lower --model-ema-decay '

@@ -13,7 +13,7 @@ from ..console import CommandParser, Pairs, did_you_mean
 from ..sources import resource_dir
 from .arguments import add_arguments
 
-# What leads to a run, not what it is.
+# How a run is started, not what it trains.
 _NOT_IN_CONFIGS = ('resume', 'override', 'debug')
 
 # Defaults of arguments of timm's script that are not built here: its args.yaml holds them all.
@@ -44,6 +44,7 @@ _TIMM_DEFAULTS = {
 _INSTEAD = {
     'drop_connect': 'give drop_path',
     'epoch_repeats': 'multiply epochs',
+    'input_img_mode': 'give in_chans',
     'model_dtype': 'give amp and amp_dtype',
     'no_resume_opt': 'give initial_checkpoint, which takes the weights alone',
     'pretrained_path': 'give initial_checkpoint',

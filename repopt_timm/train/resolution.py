@@ -10,7 +10,7 @@ from typing import Any
 import timm
 from timm.models import parse_model_name, safe_model_name
 
-from ..checkpoints.read import read_checkpoint
+from ..checkpoints.read import LAST_CHECKPOINT, read_checkpoint
 from ..console import did_you_mean
 from ..datasets import core_count
 from ..errors import explaining
@@ -18,7 +18,7 @@ from ..models import resolve_model
 from ..names import PREFIX, ModelName
 from ..tables import read_mapping
 from ..trained_scales import named_scales
-from .run_folder import ARGUMENTS_FILE, LAST_CHECKPOINT
+from .run_folder import ARGUMENTS_FILE
 from .schedule import choose_schedule
 from .validation import check_arguments
 
@@ -50,7 +50,7 @@ def resolve(args: argparse.Namespace, choose_scales: bool = True) -> argparse.Na
     # torch warns of more than cores, and they are slower. What a worker decodes is lost with it after each epoch.
     run.workers = 0 if run.cache_images else min(run.workers, core_count())
     check_arguments(run)
-    if run.warmup_epochs >= run.epochs and run.sched != 'none' and run.rank == 0:
+    if run.warmup_epochs >= run.epochs and run.sched != 'none':
         _logger.warning(
             f'--warmup-epochs is {run.warmup_epochs:g} and --epochs {run.epochs}, so that the learning rate never '
             f'reaches {run.lr:g}: lower --warmup-epochs.'
@@ -111,6 +111,5 @@ def _scales(run: argparse.Namespace, before: dict[str, Any]) -> str | None:
         scales = 'initial'
     else:
         return None
-    if run.rank == 0:
-        _logger.info(f'Without --scales this run uses --scales {scales}.')
+    _logger.info(f'Without --scales this run uses --scales {scales}.')
     return scales

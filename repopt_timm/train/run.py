@@ -4,7 +4,7 @@ import argparse
 import logging
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,11 @@ def prepare_device(args: argparse.Namespace) -> None:
     check_device_name(args.device)
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     args.device = str(init_distributed_device(args))
+    if args.rank:
+        # All ranks would print the same lines.
+        logging.getLogger(__package__).setLevel(logging.ERROR)
     slow = args.device == 'cpu' and torch.backends.cpu.get_cpu_capability() in ('AVX2', 'NO AVX')
-    if slow and args.amp and args.rank == 0:
+    if slow and args.amp:
         _logger.warning(
             'This processor has no AVX-512: in lower precision it is several times slower than in float32. Remove '
             '--amp, or add --no-amp if a config sets it.'
@@ -90,7 +93,7 @@ def train(args: argparse.Namespace, make: Callable[..., tuple[nn.Module, dict[st
     loss = make_loss(args, datasets[0], unwrap_model(model).num_classes).to(device)
     updates = -(-len(loaders[0]) // args.grad_accum_steps)
     scheduler, epochs = make_schedule(optimizer, args, updates)
-    # Where the weights come from is not in the checkpoint, but what they expect is.
+    # Checkpoints say how images are prepared, with the model's defaults filled in.
     args = argparse.Namespace(**{**vars(args), **data_config, 'total_epochs': epochs})
     ema = ModelEmaV3(model, decay=args.model_ema_decay, use_warmup=args.model_ema_warmup) if args.model_ema else None
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp and args.amp_dtype == 'float16')
@@ -131,9 +134,8 @@ def _train_in(
     """Resumes a run in its folder, if asked to, and trains its epochs."""
     resume(folder, state, args)
     replay_schedule(state, updates)
-    autocast: Callable[[], AbstractContextManager] = nullcontext
-    if args.amp:
-        autocast = partial(torch.autocast, torch.device(args.device).type, dtype=getattr(torch, args.amp_dtype))
+    dtype = getattr(torch, args.amp_dtype)
+    autocast = partial(torch.autocast, torch.device(args.device).type, dtype=dtype, enabled=args.amp)
     primary = args.rank == 0
     if primary:
         notes = ''.join(f'# {line}\n' for line in state.overridden)
@@ -146,7 +148,7 @@ def _train_in(
             validated, best = [row['epoch'] for row in state.history if 'eval_top1' in row], ranked(state.history)
             if args.patience and best and validated[-1] - best[0]['epoch'] >= args.patience:
                 break
-            # One seed per epoch is all the random state there is: a resumed run draws what an uninterrupted one would.
+            # A resumed run draws the same numbers, although no checkpoint holds random state.
             random_seed(args.seed + 1009 * epoch, args.rank)
             for loader in loaders:
                 for part in ('sampler', 'dataset'):
@@ -156,7 +158,7 @@ def _train_in(
             start = time.perf_counter()
             metrics = train_one_epoch(state, loaders[0], loss, clip, autocast, epoch, args)
             state.times.append({'epoch': epoch, 'train_seconds': round(time.perf_counter() - start, 3)})
-            # The loss of the last step was computed before it.
+            # No loss shows what the last step did to the weights.
             for name, parameter in unwrap_model(state.model).named_parameters():
                 if not parameter.isfinite().all():
                     raise DivergedError(
@@ -178,7 +180,7 @@ def _train_in(
             raise_if_interrupted()
         last = state.history[-1]
         if state.predictions is None or 'eval_top1' not in last:
-            # The run was finished before, or is now that it has fewer epochs than were asked for.
+            # No epoch was trained in this call, or --patience ended the run after an epoch without validation.
             found = evaluate(state, loaders[1], autocast, last['epoch'], updates, args)
             if 'eval_top1' not in last:
                 last |= found
@@ -209,7 +211,7 @@ def make_loss(args: argparse.Namespace, dataset: Any, num_classes: int) -> nn.Mo
         if sizes is None:
             raise ValueError('--class-weights needs data that list their labels, such as a folder of images.')
         weight = sizes.sum() / (num_classes * sizes.clamp(min=1))
-    elif args.rank == 0 and not args.sampler and sizes is not None and sizes.max() >= 10 * sizes.min().clamp(min=1):
+    elif not args.sampler and sizes is not None and sizes.max() >= 10 * sizes.min().clamp(min=1):
         _logger.info(
             f'The largest class has {sizes.max():.0f} images, the smallest {sizes.min():.0f}: '
             f'--class-weights balanced or --sampler balanced lets them count alike.'

@@ -19,7 +19,7 @@ import torchvision
 from timm.utils import get_state_dict, unwrap_model
 from timm.utils.misc import natural_key
 
-from ..checkpoints.read import read_checkpoint
+from ..checkpoints.read import BEST_CHECKPOINT, LAST_CHECKPOINT, read_checkpoint
 from ..errors import explaining, reason_of
 from ..files import replacing
 from ..reparam import carried_scales, kind_of
@@ -31,7 +31,7 @@ from ..trained_scales import IMPLIED_KEY, arguments_of
 from ..weights_origin import origin_of
 from .engine import TrainState, ranked
 from .parsing import ARGUMENTS
-from .run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, SUMMARY_FILE, TIMES_FILE, write_epochs
+from .run_folder import ARGUMENTS_FILE, SUMMARY_FILE, TIMES_FILE, write_epochs
 
 _logger = logging.getLogger(__name__)
 
@@ -147,6 +147,8 @@ def resume(folder: Path, state: TrainState, args: argparse.Namespace) -> None:
                 f'has to be on a disk that all nodes share.'
             )
     if found is None:
+        if args.resume:
+            _logger.warning(f"There is no checkpoint in '{folder}': the run starts from its first epoch.")
         return
     path, checkpoint = found
     saved, new = arguments_of(checkpoint), vars(args)
@@ -155,7 +157,7 @@ def resume(folder: Path, state: TrainState, args: argparse.Namespace) -> None:
         json.loads(json.dumps({**values, 'data_dir': os.path.abspath(values.get('data_dir') or '')}, default=str))
         for values in (saved, new)
     )
-    # An argument that is not saved is newer than the checkpoint.
+    # An argument that the checkpoint lacks was added to the command after it was written.
     changed = [
         name
         for name in (*ARGUMENTS, 'world_size')
@@ -169,11 +171,17 @@ def resume(folder: Path, state: TrainState, args: argparse.Namespace) -> None:
             f"'{path}' was saved with the scales {(theirs or 'none')[:12]}, not {(ours or 'none')[:12]}. Resume with "
             f'the --scales of the run, or start a new one. Other differences: {changes or "none"}.'
         )
-    # No optimizer goes on from the state of another.
+    # One optimizer cannot continue from another's state.
     if changed and not (args.override and 'opt' not in changed):
         raise ValueError(
-            f"'{path}' is of a run with other arguments: {changes}. Resume with its own, which {ARGUMENTS_FILE} "
-            f'beside it holds, or apply the new ones from here on with --override, which --opt does not allow.'
+            f"'{path}' was saved with other arguments: {changes}. Resume with the saved ones, {ARGUMENTS_FILE} beside "
+            f'it, or add --override to continue with the new ones; --opt cannot change.'
+        )
+    names = unwrap_model(state.model).pretrained_cfg.get('label_names')
+    if checkpoint.get('label_names', names) != names:
+        raise ValueError(
+            f"'{path}' was trained on other classes, or on the same ones in another order. Resume with the data of the "
+            f'run, or give its order by --class-map.'
         )
     groups = state.optimizer.param_groups
     wanted = [{name: value for name, value in group.items() if name != 'params'} for group in groups]
@@ -181,8 +189,11 @@ def resume(folder: Path, state: TrainState, args: argparse.Namespace) -> None:
         unwrap_model(state.model).load_state_dict(checkpoint['state_dict'])
         state.optimizer.load_state_dict(checkpoint['optimizer'])
         if state.ema is not None:
-            unwrap_model(state.ema).load_state_dict(checkpoint['state_dict_ema'])
-        state.scaler.load_state_dict(checkpoint.get('amp_scaler', {}))
+            # An average that --override adds starts from the weights.
+            average = checkpoint.get('state_dict_ema', checkpoint['state_dict'])
+            unwrap_model(state.ema).load_state_dict(average)
+        if 'amp_scaler' in checkpoint:
+            state.scaler.load_state_dict(checkpoint['amp_scaler'])
     except Exception as error:
         raise ValueError(
             f"'{path}' does not hold the state of this run ({reason_of(error)}): resume with the arguments of that "

@@ -11,11 +11,10 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+from ..checkpoints.read import LAST_CHECKPOINT
 from ..files import remove_temporaries, write_text
 
 ARGUMENTS_FILE = 'args.yaml'
-BEST_CHECKPOINT = 'model_best.pth.tar'
-LAST_CHECKPOINT = 'last.pth.tar'
 REPORT_FILE = 'report.md'
 SCALES_FILE = 'scales.safetensors'
 SUMMARY_FILE = 'summary.csv'

@@ -14,10 +14,10 @@ from ..checkpoints.read import read_checkpoint, select_state_dict
 from ..datasets import class_names, count_classes
 from ..errors import explaining
 from ..model_size import count_parameters
-from ..reparam import kind_of, multi_branch_blocks
+from ..reparam import carried_scales, kind_of, multi_branch_blocks
 from ..sources import ScalesSource, default_scales
 from ..trained_scales import trained_with
-from ..weights_origin import forget_origin, merged_from, restore_origin
+from ..weights_origin import merged_from, restore_origin
 from .resolution import is_target
 
 _logger = logging.getLogger(__name__)
@@ -50,8 +50,8 @@ def make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: A
         **{**args.model_kwargs, **({} if scales is None else {'scales': scales})},
     )
     if not args.pretrained:
-        forget_origin(model)
-    elif (original := merged_from(model)) and ':' not in args.model and args.rank == 0:
+        restore_origin(model, None)
+    elif (original := merged_from(model)) and ':' not in args.model:
         _logger.info(
             f'{args.model} has the weights of {original}, merged without images: its BatchNorm variances are '
             f'estimates, and the first steps renormalize. `repopt-timm convert-checkpoint --data` measures them.'
@@ -64,7 +64,7 @@ def make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: A
                 nn.init.dirac_(conv.weight, conv.groups)
     if args.initial_checkpoint:
         with explaining(f"'{args.initial_checkpoint}' does not hold the weights of this model"):
-            _load_weights(model, args.initial_checkpoint, args.rank == 0)
+            _load_weights(model, args.initial_checkpoint)
     # Pretrained weights name the classes of their own data.
     model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names if len(names) == model.num_classes else None}
     if args.grad_checkpointing:
@@ -74,13 +74,12 @@ def make_model(args: argparse.Namespace, scales: ScalesSource | None, dataset: A
         model.to(memory_format=torch.channels_last)
     if args.sync_bn and args.distributed:
         model = timm.layers.convert_sync_batchnorm(model)
-    if args.rank == 0:
-        count = count_parameters(model) / 1e6
-        _logger.info(f'{args.model}: {count:.1f} M parameters, {model.num_classes} classes, {args.opt}')
+    count = count_parameters(model) / 1e6
+    _logger.info(f'{args.model}: {count:.1f} M parameters, {model.num_classes} classes, {args.opt}')
     return model
 
 
-def _load_weights(model: Any, path: str, primary: bool) -> None:
+def _load_weights(model: Any, path: str) -> None:
     """Loads weights; a classifier of other classes stays as it is, as with timm's `--pretrained`."""
     checkpoint = read_checkpoint(path)
     weights, own = select_state_dict(checkpoint), model.state_dict()
@@ -93,16 +92,15 @@ def _load_weights(model: Any, path: str, primary: bool) -> None:
     }
     model.load_state_dict({**weights, **others})
     restore_origin(model, checkpoint.get('origin'))
-    if others and primary:
+    if others:
         _logger.info(
             f"'{path}' has other classes than the {model.num_classes} of this run: all weights are loaded but "
             f'{", ".join(sorted(others))}.'
         )
-    before, carried = trained_with(checkpoint), getattr(model, 'scales', None)
-    if primary and before and carried is not None and carried.fingerprint not in before:
+    before, carried = trained_with(checkpoint), {each.scales.fingerprint for each in carried_scales(model).values()}
+    if before and carried and before != carried:
         _logger.warning(
-            f"'{path}' was trained with the scales {min(before)[:12]}, this run multiplies with "
-            f'{carried.fingerprint[:12]}.'
+            f"'{path}' was trained with the scales {min(before)[:12]}, this run multiplies with {min(carried)[:12]}."
         )
 
 

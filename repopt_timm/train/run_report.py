@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..checkpoints.read import BEST_CHECKPOINT, LAST_CHECKPOINT, checkpoint_of
 from ..commands import PROGRAM
 from ..datasets import class_names
 from ..files import write_text
@@ -25,7 +26,7 @@ from ..scales.summary import movement
 from .engine import TrainState, ranked
 from .loaders import image_folder
 from .run_checkpoints import versions
-from .run_folder import ARGUMENTS_FILE, BEST_CHECKPOINT, LAST_CHECKPOINT, REPORT_FILE, SCALES_FILE, SUMMARY_FILE
+from .run_folder import ARGUMENTS_FILE, REPORT_FILE, SCALES_FILE, SUMMARY_FILE
 
 _logger = logging.getLogger(__name__)
 
@@ -51,7 +52,8 @@ def save_searched(
         'versions': versions(),
         'date': f'{datetime.now(timezone.utc):%Y-%m-%d}',
     }
-    provenance |= {name: getattr(args, name) for name in ('clip_grad', 'train_images') if getattr(args, name)}
+    stated = ('clip_grad', 'train_images', 'model_kwargs')
+    provenance |= {name: getattr(args, name) for name in stated if getattr(args, name)}
     scales = Scales.from_model(model, provenance)
     scales.save(folder / SCALES_FILE)
     _logger.info(f'Scales {scales.fingerprint[:12]} are in {folder / SCALES_FILE}')
@@ -152,7 +154,7 @@ def _classes(folder: Path, found: Tensor, names: Sequence[str]) -> list[str]:
         '## Classes',
         f'Of the last validation, the worst {_MOST_CLASSES} at most; all are in `classes.csv` and `confusion.csv`.',
         markdown_table(['class', 'images', 'accuracy in percent', 'most often taken for (images)'], cells),
-        '![Share of the images of each class that are taken for which](confusion.png)',
+        "![Confusion matrix: share of each class's images](confusion.png)",
     ]
 
 
@@ -163,8 +165,7 @@ def _next(folder: Path, args: argparse.Namespace, search: bool) -> list[str]:
         train = ['train', '-c', folder / ARGUMENTS_FILE, '--model', target, '--opt', 'repopt_sgd', '--scales', scales]
         commands = [[*train, '--experiment', f'{args.experiment}-target'], ['scales', 'show', scales]]
     else:
-        best = folder / BEST_CHECKPOINT
-        checkpoint = best if best.exists() else folder / LAST_CHECKPOINT
+        checkpoint = checkpoint_of(folder)
         commands = [['predict', 'IMAGE', '--model', checkpoint], ['push', checkpoint, 'USER/REPO']]
         if (images := image_folder(args)) is not None:
             data = ['--data', images, *(['--class-map', args.class_map] if args.class_map else [])]

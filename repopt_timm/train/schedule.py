@@ -17,7 +17,7 @@ def choose_schedule(
 ) -> tuple[float, bool]:
     """Returns the epochs of warm-up and whether the schedule is stepped on updates.
 
-    One that is stepped on epochs spends the first at the lowest learning rate, which would be much of fewer than 50.
+    A schedule stepped on epochs spends the whole first epoch at the lowest learning rate: too much of a short run.
     """
     on_updates = on_updates or (epochs < 50 and sched not in ('plateau', 'none'))
     if warmup is None:
@@ -35,6 +35,8 @@ def make_schedule(
     if scheduler is None and args.sched != 'none':
         # timm would train with a constant learning rate, without warm-up.
         raise ValueError(f"timm {timm.__version__} has no schedule '{args.sched}': upgrade timm, or choose another.")
+    if args.cooldown_epochs and not hasattr(scheduler, 'get_cycle_length'):
+        raise ValueError(f'timm has no --cooldown-epochs after the schedule {args.sched}: add them to --epochs.')
     return scheduler, math.ceil(epochs)
 
 
@@ -42,7 +44,7 @@ def replay_schedule(state: TrainState, updates_per_epoch: int) -> None:
     """Brings the schedule to where the history ends: as a function of epochs and metrics it goes through them again."""
     if state.scheduler is None or not state.history:
         return
-    # The plateau schedule reduces what it finds, and the checkpoint has what it was reduced to.
+    # The plateau schedule lowers the rates that it finds, and the checkpoint holds lowered ones.
     state.scheduler.update_groups(state.scheduler.base_values)
     for row in state.history:
         state.scheduler.step_update((row['epoch'] + 1) * updates_per_epoch)

@@ -1,4 +1,4 @@
-"""Checks of what timm gets wrong in silence, and of what would end a run of hours, before anything is written."""
+"""Checks, before anything is written, of what timm would get wrong silently and of what would fail after hours."""
 
 import argparse
 import logging
@@ -72,13 +72,18 @@ def _check_images_read(args: argparse.Namespace) -> None:
         # timm would read a folder of images.
         names = ', '.join(f'{each}/NAME' for each in _PREFIXES)
         raise ValueError(f"--dataset is '{args.dataset}', expected digits, {names}, or none for a folder of images.")
+    if prefix.lower() == 'torch' and not args.data_dir:
+        raise ValueError(f'--dataset {args.dataset} needs the folder of its data: add --data-dir DIR.')
     size = args.input_size
     if size and args.img_size and size[1:] != [args.img_size] * 2:
-        raise ValueError(f'--img-size is {args.img_size} and --input-size {size}: give one of them.')
+        raise ValueError(
+            f'--img-size is {args.img_size}, and --input-size, which a config may have set, is {size}: give '
+            f'--input-size {size[0]} {args.img_size} {args.img_size}.'
+        )
     if size and args.in_chans not in (None, size[0]):
         raise ValueError(f'--in-chans is {args.in_chans} and --input-size {size}, expected the same channels.')
     channels = args.in_chans or (size[0] if size else 3)
-    color_mode(channels, args.input_img_mode)
+    color_mode(channels)
     for name in ('mean', 'std'):
         if len(vars(args)[name] or [0]) not in (1, channels):
             raise ValueError(f'--{name} has {len(vars(args)[name])} values, expected 1 or {channels}.')

@@ -3,13 +3,12 @@ from argparse import Namespace
 import pytest
 import timm
 import torch
-from PIL import Image
 
 from repopt_timm.deploy import QuantizationOptions, evaluation, int8_table, load_model, quantize_onnx, save_onnx
 from repopt_timm.deploy.onnx_export import to_onnx
 from repopt_timm.deploy.onnx_graph import Graph
 
-from ..helpers import TINY
+from ..helpers import TINY, write_images
 
 CLASSES = ('dark', 'grey', 'light')
 # How a run on these images describes them.
@@ -31,15 +30,9 @@ def short_times():
 @pytest.fixture(scope='session')
 def images(tmp_path_factory):
     """Three classes of noise around different levels: 20 images of each for training, 12 for validation."""
-    root, generator = tmp_path_factory.mktemp('images'), torch.Generator().manual_seed(0)
-    for split, count in (('train', 20), ('validation', 12)):
-        for index, label in enumerate(CLASSES):
-            folder = root / split / label
-            folder.mkdir(parents=True)
-            for number in range(count):
-                pixels = 60 + 50 * index + 40 * torch.randn(32, 32, 3, generator=generator)
-                Image.fromarray(pixels.clamp(0, 255).byte().numpy()).save(folder / f'{number}.png')
-    return root
+    root = tmp_path_factory.mktemp('images')
+    levels = {'dark': 60, 'grey': 110, 'light': 160}
+    return write_images(root, {'train': 20, 'validation': 12}, levels, 40)
 
 
 def trained(name, **kwargs):

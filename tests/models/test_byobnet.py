@@ -6,7 +6,6 @@ from torch import nn
 
 from repopt_timm import Scales, make_grad_mults, save_pretrained
 from repopt_timm.models.initial_values import initial_values
-from repopt_timm.models.records import stated_arguments
 
 from ..helpers import tiny_model
 
@@ -31,11 +30,6 @@ def test_both_kinds_are_the_same_network_once_their_branches_are_merged(numbers)
     assert plain.feature_info == branches.feature_info
 
 
-def test_features_of_the_branches_have_the_chosen_strides():
-    features = tiny_model('_branches', features_only=True, drop_path_rate=0.5, **NUMBERS)
-    assert features.feature_info.reduction() == [1, 2, 4] == [32 // each.shape[-1] for each in features(IMAGES)]
-
-
 @pytest.mark.parametrize(
     'numbers',
     [{'depths': (1, 1)}, {'widths': (8, 8)}, {'depths': (1, 0, 1, 1)}, {**NUMBERS, 'strides': (2, 2)}],
@@ -43,12 +37,6 @@ def test_features_of_the_branches_have_the_chosen_strides():
 def test_numbers_that_do_not_go_together_are_refused(numbers):
     with pytest.raises(ValueError, match=r'depths=|strides='):
         tiny_model('_branches', **numbers)
-
-
-def test_before_1_0_31_a_repository_states_what_timm_does_not(monkeypatch):
-    monkeypatch.delattr('timm.models._hub.get_model_args', raising=False)
-    model = tiny_model(in_chans=1, scales='initial', drop_rate=0.1, **NUMBERS)
-    assert stated_arguments(model) == {'in_chans': 1, **NUMBERS}
 
 
 @pytest.mark.parametrize('kind', ['', '_hs', '_branches'])
@@ -62,16 +50,13 @@ def test_scales_and_repositories_belong_to_the_chosen_numbers(tmp_path, kind):
     if given:
         assert Scales.from_model(model) == Scales.from_model(loaded) == scales
         assert len(scales) == (len(make_grad_mults(model)) if kind == '' else 5)
-        assert str(NUMBERS['widths']) in (tmp_path / 'README.md').read_text()
+        # The target of a search has no config.json.
+        assert (str(NUMBERS['widths']) in (tmp_path / 'README.md').read_text()) == (kind == '_hs')
         with pytest.raises(ValueError, match='Make the model alike'):
             tiny_model(kind, scales=scales)
 
 
 @pytest.mark.parametrize('strides', [(1, 1, 2, 2, 2), (2, 2, 2, 2, 1)])
-def test_a_card_states_the_strides_of_a_mobileone(tmp_path, strides):
-    model = timm.create_model('repopt_mobileone_s0', strides=strides, scales='initial')
-    save_pretrained(model, tmp_path)
-    assert f'strides={strides}' in (tmp_path / 'README.md').read_text()
-    scales = Scales.from_model(model)
+def test_the_initial_values_of_a_mobileone_are_those_of_its_strides(strides):
+    scales = Scales.initial(timm.create_model('repopt_mobileone_s0', strides=strides, device='meta'))
     assert initial_values(scales) == scales
-    assert timm.create_model('repopt_mobileone_s0', strides=strides, scales=str(tmp_path)).num_classes == 1000

@@ -4,14 +4,13 @@ import pytest
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.utils import reparameterize_model
 from torch import nn
 
 from repopt_timm import Scales
 from repopt_timm.architectures import ARCHITECTURES
-from repopt_timm.reparam import kind_of
 
-from ..helpers import random_scales, tiny_model
+from ..helpers import tiny_model
+from .test_byobnet import NUMBERS
 
 IMAGES = torch.randn(2, 3, 64, 64)
 MILLIONS = {'a0': 8.3, 'a1': 12.8, 'a2': 25.5, 'b0': 14.3, 'b1': 51.8, 'b2': 80.3, 'b3': 111.0, 'l1': 76.0, 'l2': 118.1}
@@ -33,19 +32,6 @@ def test_variants_have_their_published_sizes_imagenets_classes_and_the_state_dic
             'head.fc.weight',
             'head.fc.bias',
         }
-
-
-@pytest.mark.parametrize(
-    ('kind', 'kwargs'), [('_hs', {'use_se': True, 'strides': (1, 1, 2, 2, 2)}), ('_csla', {'output_stride': 8})]
-)
-def test_the_plain_twin_computes_the_same(kind, kwargs):
-    scales = random_scales(strides=kwargs.get('strides', (2, 2, 2, 2, 2)))
-    model = tiny_model(kind, scales=scales, **kwargs).double()
-    plain = model.to_plain()
-    assert (kind_of(plain), plain.training, plain.scales) == ('target', True, scales)
-    for net in (plain, reparameterize_model(model.eval())):
-        torch.testing.assert_close(net.eval()(IMAGES.double()), model(IMAGES.double()), rtol=0, atol=1e-12)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
 
 
 @pytest.mark.parametrize(('kind', 'use_se'), [('', True), ('_hs', False)])
@@ -73,16 +59,17 @@ def test_checkpointing_changes_nothing_but_what_is_kept(kind, use_se):
 
 
 @pytest.mark.parametrize(
-    ('kwargs', 'reductions'),
+    ('kind', 'kwargs', 'reductions'),
     [
-        ({'out_indices': (1, 3)}, [4, 16]),
-        ({'output_stride': 8}, [2, 4, 8, 8, 8]),
-        ({'strides': (2, 1, 2, 2, 2)}, [2, 4, 8, 16]),
-        ({'strides': (1, 1, 2, 2, 2), 'output_stride': 4}, [1, 2, 4, 4]),
+        ('', {'out_indices': (1, 3)}, [4, 16]),
+        ('', {'output_stride': 8}, [2, 4, 8, 8, 8]),
+        ('', {'strides': (2, 1, 2, 2, 2)}, [2, 4, 8, 16]),
+        ('', {'strides': (1, 1, 2, 2, 2), 'output_stride': 4}, [1, 2, 4, 4]),
+        ('_branches', {**NUMBERS, 'drop_path_rate': 0.5}, [1, 2, 4]),
     ],
 )
-def test_features_have_the_reductions_that_they_claim(kwargs, reductions):
-    model = tiny_model(features_only=True, **kwargs).eval()
+def test_features_have_the_reductions_that_they_claim(kind, kwargs, reductions):
+    model = tiny_model(kind, features_only=True, **kwargs).eval()
     assert model.feature_info.reduction() == reductions
     assert [64 // feature.shape[-1] for feature in model(IMAGES)] == reductions
     assert [feature.shape[1] for feature in model(IMAGES)] == model.feature_info.channels()
@@ -94,11 +81,6 @@ def test_squeeze_and_excitation_comes_after_the_relu():
     assert isinstance(block.bn.act, nn.ReLU)
 
 
-def test_a_target_starts_by_the_rule_of_initialization_unless_it_has_weights():
+def test_a_target_starts_by_the_rule_of_initialization():
     kernel = tiny_model(scales=Scales.initial(tiny_model())).stages[1][1].conv.weight
     assert kernel[torch.arange(32), torch.arange(32), 1, 1].mean() > 0.9
-    trained = tiny_model()
-    overlay = {'state_dict': trained.state_dict(), 'num_classes': 5}
-    model = tiny_model(pretrained=True, scales=random_scales(), pretrained_cfg_overlay=overlay)
-    assert torch.equal(model.stages[0][0].conv.weight, trained.stages[0][0].conv.weight)
-    assert model.scales is not None

@@ -84,8 +84,9 @@ def test_registering_twice_and_by_name_is_safe():
     ensure_registered('repopt_test_vit_csla')
     assert timm.is_model('repopt_test_vit_csla')
     ensure_registered('repopt_nonsense')
-    with pytest.raises(ValueError, match="'nonsense'"):
-        register_twins('nonsense')
+    for name in ('nonsense', 'repopt_vgg_a0'):
+        with pytest.raises(ValueError, match=f"'{name}'"):
+            register_twins(name)
 
 
 def test_timms_weights_are_the_targets_and_stay_as_they_are():

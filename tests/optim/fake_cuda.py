@@ -44,4 +44,5 @@ def fake_cuda(model, grad_mults):
             fakes[param] = nn.Parameter(torch.empty(param.shape, dtype=param.dtype, device='cuda'))
             fakes[param].grad = torch.empty_like(fakes[param])
         mults = {fakes[param]: mult for param, mult in grad_mults.items()}
-        yield list(fakes.values()), GradMults(mults, grad_mults.update_rule, grad_mults.fingerprint)
+        names = dict.fromkeys(mults, '')
+        yield list(fakes.values()), GradMults(mults, grad_mults.update_rule, grad_mults.fingerprint, names, {})

@@ -22,7 +22,7 @@ def convs(draw):
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, dtype=torch.float64)
     windows = [(height, width) for height in (1, 3) for width in (1, 3) if (height, width) <= kernel_size]
     fitting = [f'{height}x{width}' for height, width in windows if width <= kernel_size[1]]
-    counts = draw(st.dictionaries(st.sampled_from(['kxk', *fitting]), st.integers(1, 3), max_size=3)) | {'kxk': 2}
+    counts = {'kxk': 2} | draw(st.dictionaries(st.sampled_from(['kxk', *fitting]), st.integers(1, 3), max_size=3))
     if in_channels == out_channels and stride == 1 and draw(st.booleans()):
         counts['identity'] = 1
     return conv, counts

@@ -43,20 +43,6 @@ def test_constant_scales_stay_float32_whatever_the_network_is_cast_to():
     assert twin(torch.randn(1, 6, 4, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
-def test_equal_branches_share_one_scale_and_take_any_memory_format():
-    twin = search({'kxk': 3, '1x1': 2})
-    operator = twin[0].parametrizations.weight.original
-    assert operator.shape == (18, 6, 3, 3)
-    x = torch.randn(2, 6, 5, 5)
-    kernel, scale = twin[0].weight, branches_of(twin[0]).scales.kxk
-    gradients = torch.autograd.grad(F.conv2d(x, kernel, padding=1).square().sum(), [kernel, scale])
-    torch.testing.assert_close(gradients[1], (gradients[0] * operator.unflatten(0, (3, 6)).sum(0)).sum((1, 2, 3)))
-    expected = twin(x)
-    twin.to(memory_format=torch.channels_last)
-    assert operator.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(twin(x), expected, rtol=1e-4, atol=1e-5)
-
-
 def test_under_autocast_the_kernel_is_merged_in_float32():
     twin, x = search(), torch.randn(2, 6, 5, 5)
     with torch.autocast('cpu', torch.bfloat16):

@@ -51,7 +51,7 @@ def test_a_prior_of_ones_own_may_have_any_form(branches):
         ({'bn1': ['kxk']}, "'bn1'"),
         ({'conv1': ['kxk', 'identity']}, "'conv1'.*identity"),
         ({'conv1': []}, "'conv1'.*kxk"),
-        ({}, 'names no convolution'),
+        ({}, 'No convolution'),
     ],
 )
 def test_a_prior_that_does_not_fit_is_refused(prior, thing):

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load, save
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.optim.swa_utils import AveragedModel
 
 import repopt_timm
-from repopt_timm import Scales, hyper_search
+from repopt_timm import Scales, csla, hyper_search, make_grad_mults, prepare
 from repopt_timm.reparam import Geometry
 
 from ..helpers import TINY, random_scales, tiny_model
@@ -75,19 +76,6 @@ def test_twins_keep_the_start_and_one_network_has_one():
         scales.with_start('zero')
     with pytest.raises(ValueError, match='identity and paper'):
         Scales.from_model(torch.nn.ModuleList(tiny_model(scales=each) for each in (scales, other)))
-
-
-def test_bytes_and_files_give_back_every_bit_count_and_the_provenance(tmp_path):
-    search = hyper_search(tiny_model(), {'stem.conv': {'kxk': 3, '1x1': 1}, 'stages.1.1.conv': ['kxk', 'identity']})
-    scales = Scales.from_model(search, {'dataset': 'digits', 'seed': 3})
-    scales.save(tmp_path / 'scales.safetensors')
-    loaded = Scales.from_bytes((tmp_path / 'scales.safetensors').read_bytes(), 'here')
-    assert loaded == scales
-    assert (loaded.source, loaded.provenance) == ('here', {'dataset': 'digits', 'seed': 3})
-    assert loaded.counts == {'stem.conv': {'1x1': 1, 'kxk': 3}, 'stages.1.1.conv': {'identity': 1, 'kxk': 1}}
-    assert list(loaded) == list(scales)
-    with pytest.raises(ValueError, match=r'scales\.pth'):
-        scales.save(tmp_path / 'scales.pth')
 
 
 def damaged(**metadata):
@@ -192,11 +180,20 @@ def test_a_sharded_search_has_the_same_scales(kind, shard):
     assert Scales.from_model(shard(model)) == scales
 
 
-@pytest.mark.parametrize('kwargs', [{'output_stride': 8}, {'in_chans': 1}, {'num_classes': 3}])
-@pytest.mark.parametrize('kind', ['', '_csla', '_hs'])
-def test_dilation_and_image_channels_do_not_count(kind, kwargs):
-    scales = random_scales()
-    assert tiny_model(kind, scales=scales, **kwargs).scales == scales
+class Network(nn.Sequential):
+    """A network that timm does not know."""
+
+
+@pytest.mark.parametrize('wrapped', ['sharded', 'checkpointed'])
+def test_a_wrapped_network_of_ones_own_keeps_its_names(wrapped, shard):
+    model = Network(nn.Conv2d(4, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1))
+    scales = Scales.initial(model)
+    if wrapped == 'sharded':
+        shard(model)
+    else:
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, nn.Conv2d))
+    assert Scales.initial(model) == scales == Scales.from_model(prepare(model, scales, init=False))
+    assert len(make_grad_mults(model)) == 2
 
 
 @pytest.mark.parametrize(
@@ -213,6 +210,13 @@ def test_dilation_and_image_channels_do_not_count(kind, kwargs):
 def test_scales_of_another_network_are_refused(kind, scales, thing):
     with pytest.raises(ValueError, match=thing):
         tiny_model(kind, scales=scales())
+
+
+@pytest.mark.parametrize('use', [prepare, csla, make_grad_mults])
+@pytest.mark.parametrize('scales', ['initial', {'0': {'identity': torch.ones(4), 'kxk': torch.ones(4)}}])
+def test_a_name_and_an_identity_of_other_channels_are_no_scales_of_a_network(use, scales):
+    with pytest.raises(ValueError, match=r"'initial'|'0'"):
+        use(nn.Sequential(nn.Conv2d(2, 4, 3, 1, 1)), scales)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from repopt_timm import Scales, csla, hyper_search, prepare, to_plain
-from repopt_timm.reparam import branches_of, kind_of
+from repopt_timm.reparam import branches_of, carried_scales, kind_of
 
 from ..helpers import counted_scales
 
@@ -100,6 +100,12 @@ def test_a_csla_twin_takes_the_scales_and_counts_that_a_model_carries():
         csla(conv_net())
 
 
+def test_a_twin_of_some_convolutions_keeps_no_scales_on_the_others():
+    model = nn.Sequential(*(nn.Conv2d(4, 4, 3, padding=1) for _ in range(2)))
+    twin = csla(prepare(model, Scales.initial(model)), {'0': {'kxk': torch.ones(4)}})
+    assert list(Scales.from_model(to_plain(twin))) == ['0'] == list(carried_scales(to_plain(twin)))
+
+
 @pytest.mark.parametrize('convert', [hyper_search, csla])
 def test_a_twin_is_not_converted_again_and_a_plain_network_is_plain(convert):
     with pytest.raises(ValueError, match='CSLA convolutions already'):
@@ -121,10 +127,3 @@ def test_twins_of_a_wrapped_network_are_those_of_the_network_inside():
     for twin in (csla(wrapped, {'0': {'kxk': torch.ones(4)}}), hyper_search(wrapped)):
         assert type(twin) is nn.Sequential
         assert type(to_plain(nn.DataParallel(twin))) is nn.Sequential
-
-
-def test_a_network_that_reads_the_weight_of_its_convolutions_has_twins():
-    model = timm.create_model('edgenext_xx_small', num_classes=5).eval()
-    twin = hyper_search(model)
-    images = torch.randn(1, 3, 64, 64)
-    torch.testing.assert_close(to_plain(twin)(images), twin(images), rtol=1e-3, atol=1e-4)

@@ -33,10 +33,10 @@ def test_modules_come_in_the_order_of_the_network(tmp_path):
     assert list(read_scale_file(tmp_path / 'b1.safetensors')) == order
 
 
-def test_start_and_counts_survive_file_card_and_checkpoint(tmp_path):
+def test_scales_survive_file_card_and_checkpoint(tmp_path):
     prior = {'stem.conv': {'kxk': 3, '1x1': 2}, 'stages.1.1.conv': ['kxk', '1x3', 'identity']}
     search = hyper_search(tiny_model(), Scales.initial(tiny_model(), prior, start='identity'))
-    scales = Scales.from_model(search)
+    scales = Scales.from_model(search, {'dataset': 'digits', 'seed': 3})
     assert (scales.start, scales.counts['stem.conv']) == ('identity', prior['stem.conv'])
     scales.save(tmp_path / 'scales.safetensors')
     save_scales_card(scales, tmp_path / 'card')
@@ -44,7 +44,11 @@ def test_start_and_counts_survive_file_card_and_checkpoint(tmp_path):
     torch.save(content, tmp_path / 'last.pth.tar')
     for name in ('scales.safetensors', 'card', 'last.pth.tar'):
         found = load_scales(tmp_path / name)
-        assert (found, found.start, found.counts) == (scales, 'identity', scales.counts)
+        assert (found, found.start, found.counts, list(found)) == (scales, 'identity', scales.counts, list(scales))
+        assert found.source == str(tmp_path / name) or name == 'card'
+        assert found.provenance == scales.provenance or name == 'last.pth.tar'
+    with pytest.raises(ValueError, match=r'scales\.pth'):
+        scales.save(tmp_path / 'scales.pth')
     assert card_of(tmp_path / 'card').data['repopt']['start'] == 'identity'
 
 

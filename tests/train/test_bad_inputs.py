@@ -29,6 +29,7 @@ ROWS = [
     ('--aa bogus', 'bogus'),
     ('--aa rand-mhigh', "'rand-mhigh'"),
     ('--sched plateau --sched-on-updates', 'plateau'),
+    ('--sched step --cooldown-epochs 1', '--cooldown-epochs'),
     ('--torchcompile bogus', "'bogus'"),
     ('--opt bogus_sgd', "'bogus_sgd'"),
     ('--opt repopt_sdg', "Did you mean 'repopt_sgd'"),
@@ -38,7 +39,6 @@ ROWS = [
     ('--device cpu --sync-bn', '--sync-bn'),
     ('--experiment ../escaped', '--experiment'),
     ('--initial-checkpoint nonesuch.pth', 'nonesuch.pth'),
-    ('--model test_repopt_vgg_hs --scales published', 'published'),
     ('--model-kwargs scales=initial', '--scales'),
     ('--device bogus', '--device'),
     ('--device meta', '--device'),
@@ -62,6 +62,7 @@ ROWS = [
     # Data.
     ('--dataset imagenet', "'imagenet'"),
     ('--data-dir=', 'No data'),
+    ('--data-dir= --dataset torch/cifar10', '--data-dir'),
     ('--data-dir TMP', "the split 'train'"),
     ('--data-dir photos_\udce9', 'UTF-8'),
     ('--class-map nowhere.txt', 'nowhere.txt'),

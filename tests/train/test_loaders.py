@@ -66,10 +66,15 @@ def test_classes_of_unequal_size_are_told_and_weighed_on_request(unequal, caplog
     caplog.set_level('INFO')
     for extra in ([], ['--class-weights', 'balanced']):
         args = parse_arguments([*unequal, *extra])
-        args.rank = 0
         loss = run.make_loss(args, make_datasets(args)[0], 2)
     assert caplog.text.count('largest class has 24 images, the smallest 2') == 1
     assert loss.weight.tolist() == pytest.approx([26 / 4, 26 / 48])
+
+
+def test_labels_that_are_mixed_are_smoothed_once(images):
+    for words, smoothing in (([], 0.1), (['--mixup', '0.2'], 0.0)):
+        args = parse_arguments([str(images), *words])
+        assert run.make_loss(args, make_datasets(args)[0], 2).label_smoothing == smoothing
 
 
 def test_a_balanced_sampler_draws_all_classes_alike_and_others_each_epoch(unequal):

@@ -14,6 +14,7 @@ from repopt_timm.scales import read_scale_file
 from repopt_timm.train import run, schedule
 from repopt_timm.train.command import main
 from repopt_timm.train.parsing import parse_arguments
+from repopt_timm.train.resolution import resolve
 from repopt_timm.train.schedule import choose_schedule
 
 from ..helpers import TINY, random_scales, tiny_model
@@ -68,11 +69,14 @@ def test_two_processes_train_a_compiled_network_and_go_on_from_one_checkpoint_on
             process.join()
         return [process.exitcode for process in processes], (tmp_path / '0').read_text()
 
-    shared = '--torchcompile aot_eager --grad-accum-steps 2 --aug-repeats 2'
+    shared = '--torchcompile aot_eager --grad-accum-steps 2 --aug-repeats 2 --holdout 0.1'
     assert launch('--epochs 1')[0] == [0, 0]
     codes, told = launch('--epochs 2 --resume', **{'1': 'other'})
     assert codes == [1, 1] and 'different epochs: 1, 0, by rank' in told
     assert launch('--epochs 2 --resume')[0] == [0, 0]
+    with open(tmp_path / 'run/classes.csv') as file:
+        # An odd number, which timm's sampler fills up.
+        assert sum(int(row['images']) for row in csv.DictReader(file)) == 5
     checkpoint = read(tmp_path / 'run')
     assert 'stem.conv.weight' in checkpoint['state_dict'] and len(checkpoint['history']) == 2
 
@@ -131,8 +135,9 @@ def test_repoptimizers_are_clipped_by_the_csla_norm_and_the_classifier_not_adapt
         run.make_clip(Namespace(clip_grad=0.01, clip_mode='agc'), model, optimizer)()
         assert model.get_classifier().weight.grad.max() == 100 and model.stem.conv.weight.grad.max() < 1
     else:
-        norm = run.make_clip(Namespace(clip_grad=1e9, clip_mode='norm'), model, optimizer)()
-        assert norm == clip_grad_norm_(model.parameters(), 1e9, make_grad_mults(model))
+        norm = clip_grad_norm_(model.parameters(), 1e9, make_grad_mults(model))
+        assert run.make_clip(Namespace(clip_grad=2.0, clip_mode='norm'), model, optimizer)() == norm
+        assert model.stem.conv.weight.grad.max().item() == pytest.approx(100 * 2 / norm.item(), rel=1e-4)
 
 
 def test_a_published_model_is_fine_tuned_with_its_own_scales_strides_and_images(train, tmp_path):
@@ -196,6 +201,22 @@ def test_a_run_that_gets_fewer_epochs_than_it_was_to_have_is_evaluated(train, tm
 )
 def test_a_run_warms_up_for_a_fifth_of_its_epochs_and_by_updates_if_they_are_few(given, chosen):
     assert choose_schedule(*given) == chosen
+
+
+@pytest.mark.parametrize(
+    ('words', 'lr'),
+    [
+        ('-b 512', 0.2),
+        ('-b 64 --grad-accum-steps 2', 0.05),
+        ('-b 64 --opt repopt_adamw', 0.05),
+        ('-b 64 --opt adamw --lr-base-scale linear', 0.025),
+        ('-b 512 --lr 0.3', 0.3),
+    ],
+)
+def test_without_a_learning_rate_the_base_one_is_scaled_with_the_batch(words, lr, tmp_path):
+    args = parse_arguments([str(tmp_path), '--output', str(tmp_path / 'out'), *words.split()])
+    args.rank, args.world_size = 0, 1
+    assert resolve(args).lr == pytest.approx(lr)
 
 
 def test_a_run_that_is_resumed_keeps_its_warm_up(arguments, tmp_path):

@@ -14,10 +14,11 @@ import torch
 from repopt_timm.datasets import core_count
 from repopt_timm.train import run, run_checkpoints
 from repopt_timm.train.command import main
+from repopt_timm.train.interruption import postponed_signals
 from repopt_timm.train.parsing import parse_arguments
 
 from ..helpers import TINY
-from .runs import assert_same_bits, in_child, read
+from .runs import assert_same_bits, in_child, read, short_run
 
 
 def names_in(folder):
@@ -88,17 +89,6 @@ def test_the_best_checkpoints_are_kept_of_those_that_are_there(train, tmp_path, 
     assert read(copy.parent, 'model_best.pth.tar')['epoch'] == 5
 
 
-@pytest.mark.parametrize(('signum', 'workers'), [(signal.SIGINT, '0'), (signal.SIGTERM, '2')])
-def test_a_signal_ends_a_run_after_the_batch_and_the_named_command_continues_it(
-    train, tmp_path, capsys, signalled, signum, workers
-):
-    signalled(signum, 2)
-    with pytest.raises(SystemExit, match=str(128 + signum)):
-        train(f'--workers {workers}')
-    main(told_command(capsys))
-    assert len(read(tmp_path / 'run')['history']) == 3
-
-
 def test_a_run_goes_back_with_other_arguments_on_request_alone_and_is_continued_from_there(
     train, capsys, copied, signalled
 ):
@@ -140,6 +130,12 @@ def test_a_run_that_is_stopped_in_its_first_epoch_is_started_again(train, tmp_pa
     assert '--resume' not in command
     main(command)
     assert len(read(tmp_path / 'run')['history']) == 3
+
+
+def test_a_second_ctrl_c_does_not_wait_for_the_batch():
+    with pytest.raises(KeyboardInterrupt), postponed_signals():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.slow
@@ -254,6 +250,25 @@ def test_a_run_is_not_resumed_with_another_training(train, trained, extra, named
     assert (trained / 'last.pth.tar').read_bytes() == before
 
 
+def test_a_run_is_not_resumed_on_other_classes(images, tmp_path):
+    own = shutil.copytree(images, tmp_path / 'own')
+    main(short_run(own, tmp_path))
+    for split in ('train', 'validation'):
+        (own / split / 'dark').rename(own / split / 'pale')
+    with pytest.raises(ValueError, match='other classes'):
+        main(short_run(own, tmp_path, '--epochs 4 --resume'))
+
+
+def test_a_run_goes_on_in_lower_precision_and_begins_an_average_on_request(train, copied):
+    train('--epochs 4 --resume --override --amp --model-ema')
+    assert {'amp_scaler', 'state_dict_ema'} <= read(copied).keys()
+
+
+def test_a_run_without_a_checkpoint_to_resume_from_says_so(train, capsys):
+    train('--resume --epochs 1', experiment='mistyped')
+    assert "mistyped'" in capsys.readouterr().err
+
+
 def test_what_does_not_change_the_training_may_differ_and_a_finished_run_is_not_overwritten(
     train, arguments, copied, recwarn
 ):
@@ -265,7 +280,8 @@ def test_what_does_not_change_the_training_may_differ_and_a_finished_run_is_not_
 
 
 def test_the_average_and_the_model_are_both_measured(train, searched, capsys):
-    assert {'eval_top1', 'eval_raw_top1', 'eval_raw_loss'} <= read(searched)['history'][0].keys()
+    row = read(searched)['history'][-1]
+    assert row['eval_loss'] != row['eval_raw_loss'] and 'eval_raw_top1' in row
     for extra, told in (('', True), ('--model-ema-decay 0.3', False)):
         train(f'--model-ema --epochs 1 {extra}', experiment=f'told-{told}')
         assert ('after epoch 1 100% of it are the weights that' in capsys.readouterr().err) == told
