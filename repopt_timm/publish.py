@@ -116,6 +116,7 @@ def _prepare(
     """Checks everything, and returns a function that writes the files; see `write_card`."""
     license_name = checked_license(license)
     history: list[Mapping[str, Any]] = []
+    known: dict[str, Any] = {}
     facts, source = dict(training or {}), ''
     if isinstance(model, nn.Module):
         model = unwrap(model)
@@ -123,7 +124,8 @@ def _prepare(
         source, checkpoint = os.fspath(model), read_checkpoint(model)
         with explaining(f"'{source}' does not hold the model of a run"):
             model = model_of(checkpoint, source, scales)
-            facts = _training_of(checkpoint) if training is None else facts
+            known = _training_of(checkpoint)
+            facts = dict(known) if training is None else facts
             history = checkpoint.get('history') or []
             last = history[-1] if history else {}
             measured = {key: round(last[f'eval_{key}'], 3) for key in METRICS if last.get(f'eval_{key}') is not None}
@@ -158,8 +160,8 @@ def _prepare(
     if original := merged_from(model):
         further = '; then trained as stated here' if facts else ''
         facts.setdefault('trained_with', f'branches, as {original}; merged into plain kernels{further}')
-    if metrics and 'dataset' in facts:
-        metrics = {'dataset': facts['dataset'], **metrics}
+    if metrics and (dataset := facts.get('dataset') or known.get('dataset')):
+        metrics = {'dataset': dataset, **metrics}
     if precision != 'float32':
         facts['weights'] = precision
     facts |= size_of(model)

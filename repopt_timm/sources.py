@@ -10,7 +10,7 @@ from typing import Any
 from timm.models import is_model_pretrained, parse_model_name
 from torch import nn
 
-from .cards.card import CARD_FILE, METADATA_KEY, read_card_scales
+from .cards.card import CARD_FILE, METADATA_KEY, SCALES_FILE, read_card_scales
 from .cards.hub import HUB_PREFIX, HubFileNotFoundError, cached_files, download, parse_hub_source
 from .errors import explaining
 from .names import ModelName
@@ -75,7 +75,11 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
                 f"'{source}' is not a file, a folder, a Hub repository ({HUB_PREFIX}user/repo) or a known name. "
                 f'`repopt-timm scales list` shows the known names.'
             )
-        path = path / CARD_FILE if path.is_dir() else path
+        if path.is_dir():
+            files = [path / name for name in (CARD_FILE, SCALES_FILE) if (path / name).is_file()]
+            if not files:
+                raise FileNotFoundError(f"The folder '{source}' has neither {CARD_FILE} nor {SCALES_FILE}.")
+            path = files[0]
         scales = read_card_scales(path) if path.suffix == '.md' else read_scale_file(path, network)
     if scales is None:
         raise ValueError(f"{source}: no scales in it: the metadata of its {CARD_FILE} has no entry '{METADATA_KEY}'.")

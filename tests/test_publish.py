@@ -8,10 +8,10 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from repopt_timm import Scales, prepare, push_scales, push_to_hub, save_pretrained
+from repopt_timm import Scales, load_scales, prepare, push_scales, push_to_hub, register_twins, save_pretrained
 from repopt_timm.cards.repository import save_scales_card
 from repopt_timm.cli import main
-from repopt_timm.model_size import count_parameters
+from repopt_timm.model_size import count_macs, count_parameters
 from repopt_timm.optim import build_repopt_sgd
 from repopt_timm.reparam import kind_of
 
@@ -76,13 +76,47 @@ def test_a_card_shows_results_and_training_and_leads_with_what_people_choose_by(
     card = card_of(tmp_path)
     (result,) = card.data.eval_results
     assert (result.dataset_name, result.metric_type, result.metric_value) == ('hfds/ann/digits', 'accuracy', 97.5)
-    assert (card.data.library_name, card.data.datasets) == ('timm', ['ann/digits'])
+    # The Hub takes names with at most one slash.
+    assert (card.data.library_name, card.data.datasets, result.dataset_type) == ('timm', ['ann/digits'], 'ann/digits')
     lead, _, rest = card.text.partition('## Usage')
     assert '| Top-1 accuracy, hfds/ann/digits | 97.5 % |' in lead
     assert '| epochs | 3 |' in rest and '| image size | 3 x 224 x 224 |' in rest
     # New scales are beside the same weights.
     save_scales_card(random_scales(), tmp_path)
     assert card_of(tmp_path).text.startswith(lead)
+
+
+def test_multiply_adds_are_those_of_the_convolutions():
+    assert count_macs(torch.nn.Conv2d(3, 8, 3, padding=1), (3, 4, 4)) == 3 * 8 * 9 * 16
+
+
+def test_a_card_states_the_data_of_its_weights_and_keeps_a_name_that_somebody_wrote(tmp_path):
+    for name, expected in (('My photos', 'My-photos'), ('digits', 'digits')):
+        save_pretrained(trained(), tmp_path, training={'dataset': name})
+        assert card_of(tmp_path).data.datasets == [expected]
+    card = card_of(tmp_path)
+    card.data.datasets = ['ann/other']
+    card.save(tmp_path / 'README.md')
+    save_pretrained(trained(), tmp_path, training={'dataset': 'digits'})
+    assert card_of(tmp_path).data.datasets == ['ann/other']
+
+
+@pytest.mark.parametrize(
+    ('name', 'kwargs', 'size'),
+    [(TINY, {'in_chans': 1}, '1 x 224 x 224'), ('vit_tiny_patch16_224', {'img_size': 64}, '3 x 64 x 64')],
+)
+def test_a_card_states_the_size_of_images_that_the_model_was_created_for(name, kwargs, size, tmp_path):
+    save_pretrained(timm.create_model(name, **kwargs), tmp_path)
+    text = card_of(tmp_path).text
+    assert f'| image size | {size} |' in text and '| multiply adds |' in text
+
+
+def test_the_commands_push_weights_and_scales(hub, client, tmp_path):
+    path = checkpoint_of(trained('_hs'), tmp_path / 'last.pth.tar', dataset='digits')
+    assert main(['push', str(path), REPO]) == main(['scales', 'push', str(path), 'ann/scales']) == 0
+    assert 'model.safetensors' in hub.repos[REPO].files() and 'model.safetensors' not in hub.repos['ann/scales'].files()
+    found = [load_scales(source, tiny_model()) for source in (f'hf-hub:{REPO}', 'hf-hub:ann/scales', path)]
+    assert found[0] == found[1] == found[2]
 
 
 def test_other_weights_do_not_take_over_accuracy_and_curves(hub, client, tmp_path):
@@ -115,8 +149,7 @@ def test_a_card_says_what_its_reader_has_to_fill_in_and_to_build(tmp_path):
         text = card_of(tmp_path).text
         assert ('`USER`' in text) == (repo_id is None)
         assert '| seed | 12345 |' in text and f'| parameters | {count_parameters(model):,} |' in text
-        # The snippet does not state the strides of a network of timm's.
-        assert 'strides at stages.1.0.conv, stages.2.0.conv, stages.3.0.conv.\n' in text
+        assert 'stages.1.0.conv, stages.2.0.conv, stages.3.0.conv' in text
 
 
 def snippets(folder, **names):
@@ -150,6 +183,15 @@ def test_the_snippets_for_networks_of_timms_and_for_others_run(tmp_path, monkeyp
     save_scales_card(Scales.initial(unknown), tmp_path / 'unknown')
     loading, training = snippets(tmp_path / 'unknown', given=unknown)
     assert loading['scales'] == Scales.from_model(training['model']) == Scales.initial(unknown)
+    # Arguments of its own: from config.json beside weights, else from the provenance.
+    register_twins('resnet18')
+    own = timm.create_model('repopt_resnet18', num_classes=5, channels=(8, 8, 8, 16), scales='initial')
+    save_pretrained(own, tmp_path / 'own')
+    searched = Scales.from_model(own, {'model_kwargs': {'channels': [8, 8, 8, 16], 'print(1)': 2}})
+    save_scales_card(searched, tmp_path / 'searched')
+    for folder in ('own', 'searched'):
+        _, training, *_ = snippets(tmp_path / folder)
+        assert Scales.from_model(training['model']) == searched
     # An optimizer of ours refuses a model with branches.
     save_pretrained(trained('_csla'), tmp_path / 'csla')
     *_, tuning = snippets(tmp_path / 'csla')
@@ -161,6 +203,8 @@ def test_a_checkpoint_becomes_a_repository(images, tmp_path):
     args = {'data_dir': '/somewhere/digits', 'in_chans': 1, 'input_size': [1, 32, 32], 'mean': [0.5], 'seed': 0}
     args |= {'batch_size': 8, 'world_size': 4, 'grad_accum_steps': 2}
     path = checkpoint_of(model, tmp_path / 'last.pth.tar', {'versions': {'torch': '2.6.0'}}, **args)
+    save_pretrained(tmp_path, saved, scales=model.scales, training={'note': 'of mine'})
+    assert 'of mine' in card_of(saved).text and card_of(saved).data.eval_results[0].metric_value == 91.25
     save_pretrained(path, saved, scales=model.scales)
     loaded = load(saved)
     assert torch.equal(loaded(images[:, :1]), model(images[:, :1]))
@@ -173,13 +217,14 @@ def test_a_checkpoint_becomes_a_repository(images, tmp_path):
         assert fact in card.text
 
 
-def test_a_network_without_scales_goes_without_and_does_not_name_the_tag_of_other_weights(tmp_path):
-    model = timm.create_model('test_byobnet', num_classes=5).eval()
-    content = {'arch': 'test_byobnet', 'state_dict': model.state_dict(), 'args': argparse.Namespace(data_dir='digits')}
+def test_a_network_without_scales_goes_without_and_states_no_tag_and_no_test_size_of_other_weights(tmp_path):
+    model = timm.create_model('resnet18', num_classes=5).eval()
+    content = {'arch': 'resnet18', 'state_dict': model.state_dict(), 'args': argparse.Namespace(data_dir='digits')}
     torch.save(content, tmp_path / 'last.pth.tar')
     save_pretrained(tmp_path / 'last.pth.tar', tmp_path / 'saved')
     assert set(read_tree(tmp_path / 'saved')) == TREE - {'scales.png'}
-    assert 'tag' not in json.loads((tmp_path / 'saved/config.json').read_text())['pretrained_cfg']
+    cfg = json.loads((tmp_path / 'saved/config.json').read_text())['pretrained_cfg']
+    assert not {'tag', 'test_input_size', 'test_crop_pct'} & cfg.keys()
 
 
 def test_weights_are_saved_in_fewer_bits_and_restored_on_load(tmp_path, images):

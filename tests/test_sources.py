@@ -1,7 +1,7 @@
 import json
+import re
 
 import pytest
-import timm
 import torch
 
 from repopt_timm import Scales, load_scales
@@ -20,13 +20,23 @@ def test_a_mapping_is_taken_by_name_and_a_source_that_is_nowhere_is_named():
             load_scales(source)
 
 
+def test_a_folder_without_a_card_has_its_file_of_scales(tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
+        load_scales(tmp_path)
+    random_scales().save(tmp_path / 'scales.safetensors')
+    assert load_scales(tmp_path) == load_scales(tmp_path / 'scales.safetensors')
+
+
 @pytest.mark.parametrize('out', ['file.safetensors', 'card'])
 def test_extract_writes_any_source_to_a_file_or_a_card(tmp_path, out, capsys):
-    assert main(['scales', 'extract', 'initial', str(tmp_path / out), '--architecture', f'{TINY}_hs', '--json']) == 0
+    checkpoint = tmp_path / 'last.pth.tar'
+    torch.save({'state_dict': tiny_model('_hs', scales=random_scales()).state_dict(), 'arch': f'{TINY}_hs'}, checkpoint)
+    assert main(['scales', 'extract', str(checkpoint), str(tmp_path / out), '--json']) == 0
     found = load_scales(tmp_path / out)
-    assert found == load_scales('initial', timm.create_model(TINY))
+    assert found == load_scales(checkpoint)
     assert json.loads(capsys.readouterr().out)['fingerprint'] == found.fingerprint
     assert main(['scales', 'extract', str(tmp_path / out), str(tmp_path / 'again'), '--scales-file']) == 0
+    assert main(['scales', 'plot', str(tmp_path / out), str(tmp_path / 'scales.png')]) == 0
     assert load_scales(tmp_path / 'again/scales.safetensors') == found
     # It would say nothing of the licence.
     assert main(['scales', 'extract', str(tmp_path / out), str(tmp_path / 'x.safetensors'), '--license', 'mit']) == 1

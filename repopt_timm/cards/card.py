@@ -51,6 +51,8 @@ _FORMAT = 1
 _MAX_CARD_BYTES = 1 << 22
 _MAX_SCALES_BYTES = 1 << 26
 _MAX_FACTS = 1 << 18
+# timm's prefixes of data sets.
+_DATASET_PREFIX = re.compile(r'(?:hfds|hfids|tfds|torch|wds)/')
 # Names appear in snippets that people copy, so they are nothing but names.
 _NAME = re.compile(r'[\w.-]{0,200}')
 
@@ -80,7 +82,7 @@ def read_metadata(path: str | os.PathLike, source: str) -> dict[str, Any]:
         found = dict(metadata.get(METADATA_KEY, {})).get('format', _FORMAT)
     except Exception as error:
         # Damaged bytes provoke whatever they like in a reader.
-        raise ValueError(f'{source}: its metadata cannot be read: {reason_of(error)}. Mend the front matter.') from None
+        raise ValueError(f'{source}: its metadata cannot be read: {reason_of(error)}. Fix the front matter.') from None
     if found != _FORMAT:
         raise ValueError(f"{source}: its '{METADATA_KEY}' is in format {found!r:.20}: upgrade repopt-timm.")
     return metadata
@@ -149,7 +151,7 @@ def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type='image-classification',
-            dataset_type=dataset,
+            dataset_type=dataset_id(dataset),
             dataset_name=dataset,
             metric_type='accuracy' if name in METRICS else name,
             metric_name=METRICS.get(name, name),
@@ -157,6 +159,12 @@ def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
         )
         for name, value in values.items()
     ]
+
+
+def dataset_id(name: str) -> str:
+    """Returns the name of a data set as the Hub takes it: `user/name` or a name, without spaces."""
+    parts = _DATASET_PREFIX.sub('', name).split('/')[-2:]
+    return '/'.join(re.sub(r'[^\w.-]+', '-', part, flags=re.ASCII) for part in parts)
 
 
 def _plain(facts: Any, where: str) -> dict[str, Any]:
@@ -175,5 +183,5 @@ def _plain(facts: Any, where: str) -> dict[str, Any]:
 
 def _read_at_most(path: str | os.PathLike, limit: int, source: str) -> bytes:
     if os.path.getsize(path) > limit:
-        raise ValueError(f'{source}: it is refused, as it is larger than {limit} bytes.')
+        raise ValueError(f'{source}: it is refused because it is larger than {limit >> 20} MiB.')
     return Path(path).read_bytes()

@@ -3,7 +3,6 @@
 import base64
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
@@ -25,6 +24,7 @@ from .card import (
     METRICS,
     SCALES_FILE,
     checked_license,
+    dataset_id,
     encode_scales,
     read_metadata,
     stated_license,
@@ -38,8 +38,6 @@ END = '<!-- repopt-timm: end -->'
 
 # A card that is half as large as one that is still read.
 _LARGE = 1 << 20
-# timm's prefixes of datasets; on the Hub only names are known.
-_DATASET_TYPE = re.compile(r'(?:hfds|hfids|tfds|torch|wds)/')
 
 _logger = logging.getLogger(__name__)
 
@@ -183,7 +181,7 @@ def write_card(
     if differing := [each for each in known if each and each.lower() != license_name.lower()]:
         _logger.warning(
             f'The card of {title} states the licence {license_name}, but {" and ".join(differing)} was given, or is '
-            f'known of its content. Mend `license` in the card if it is wrong.'
+            f'known of its content. Correct `license` in the card if it is wrong.'
         )
     if not license_name:
         _logger.warning(f'The card of {title} states no licence, as none is known. Give one with --license (license=).')
@@ -194,7 +192,9 @@ def write_card(
     data.pipeline_tag = data.pipeline_tag or 'image-classification'
     data.tags = list(dict.fromkeys([*(data.tags or []), 'image-classification', 'timm', 'repopt']))
     if WEIGHTS_FILE in files and (dataset := facts.get('dataset')):
-        data.datasets = data.datasets or [_DATASET_TYPE.sub('', dataset)]
+        earlier = (found.get('training') or {}).get('dataset')
+        if not data.datasets or (earlier and data.datasets == [dataset_id(earlier)]):
+            data.datasets = [dataset_id(dataset)]
     if training is not None:
         others = [
             each

@@ -63,13 +63,13 @@ def render_body(
             if each.metric_name in METRICS.values()
         }
         sections += [f'Weights of `{model_name}` for {timm_link}.{beside}', _facts(figures)]
-        limits.append('* The weights know the classes and the kind of images that they were trained on.')
+        limits.append('* The model recognizes only the classes that it was trained on, in similar images.')
     else:
         sections.append(
             f'Scales of `{model_name}` for {_PAPER}: the constants by which a RepOptimizer initializes and trains the '
             f'plain model, on any data. They are {place}; there are no weights in this repository.'
         )
-    owner = ' Replace `USER` by the owner of the repository.' if repo_id.startswith('USER/') else ''
+    owner = ' Replace `USER` with the owner of the repository.' if repo_id.startswith('USER/') else ''
     sections += [
         '## Usage',
         f'`pip install repopt-timm`; `import repopt_timm` makes its models and optimizers known to timm.{owner}',
@@ -119,8 +119,15 @@ def _usage(
     if scales is not None:
         yield 'Train a new model with these scales:'
         plain = ModelName.parse(model_for(name.network))
-        if _takes_scales(plain):
-            numbers = ''.join(f', {key}={each}' for key, each in chosen_numbers(scales).items())
+        if weights and name.kind == 'target':
+            # The arguments of the network are in config.json.
+            lines = [*_register(name), f'model = timm.create_model(\n    {hub},\n    num_classes=100,\n)']
+            if not _takes_scales(name):
+                lines.append(_prepare(hub, 'True'))
+        elif _takes_scales(plain):
+            # A card may be anyone's.
+            own = {key: each for key, each in scales.provenance.get('model_kwargs', {}).items() if key.isidentifier()}
+            numbers = ''.join(f', {key}={each!r}' for key, each in {**chosen_numbers(scales), **own}.items())
             arguments = f"'{plain.architecture}',\n    num_classes=100{numbers},\n    scales={hub},"
             lines = [*_register(plain), f'model = timm.create_model(\n    {arguments}\n)']
         else:

@@ -30,7 +30,7 @@ class Equalization:
         left: Layer to why it was not: the operator that stands between or has no such kernel, `output`, `shared kernel`
             or `unread`.
         images: Number of images on which the logits were the same.
-        difference: Largest difference between a logit and the original's, of the largest logit.
+        difference: Largest change of a logit, relative to the largest logit.
     """
 
     model: Any
@@ -66,14 +66,15 @@ def equalize(
     """Removes dead channels, then equalizes layers.
 
     A channel that is dead on a few images may be alive on the next one, so the logits are compared on images that had
-    no part in it. Where they differ, these join in, until further ones agree or all are used.
+    no part in it. If they differ, these images join the search for dead channels, until the logits agree on further
+    images or no image is left.
 
     Args:
         model: A float `onnx.ModelProto`, which stays as it is.
         images: Where images come from.
-        indices: Those that a channel has to be constant on, and that the logits are compared on.
-        others: Further ones to compare the logits on, as many at a time as there are `indices`.
-        tolerance: Largest allowed change of a logit, of the largest logit.
+        indices: Images on which a dead channel must be constant; the logits are compared on them as well.
+        others: Further images to compare the logits on, as many at a time as there are `indices`.
+        tolerance: Largest allowed change of a logit, relative to the largest logit.
 
     Raises:
         ValueError: If an image does not decode, ONNX Runtime cannot run the model, or a logit changes by more than
@@ -96,7 +97,7 @@ def equalize(
             return Equalization(graph.model, removed, unread, kept, pairs, left, len(checked), difference)
         if len(checked) == len(used) or not np.isfinite(difference):
             raise ValueError(
-                f'The equalized model differs: a logit by {difference:.1e} of the largest, expected at most '
+                f"The equalized model's logits change by {difference:.1e} of the largest logit, expected at most "
                 f'{tolerance:.0e}. Quantize without --equalize.'
             )
         used = checked
@@ -114,7 +115,7 @@ def _remove_dead_channels(graph: Graph, constants: Mapping[str, np.ndarray]) -> 
         graph.biases[layer] += (kernel.sum(3) * np.where(dead, values, 0)).sum(2).reshape(-1)
         kernel *= ~dead[..., None]
         removed[layer], kept[layer] = dead.sum(), (~np.isnan(values) & ~dead).sum()
-    # What becomes unread by this is further up.
+    # Removed inputs can leave outputs of earlier layers unread, so go backwards.
     for layer in reversed(graph.readers):
         rows, columns = graph.kernels[layer], _read_columns(graph, layer)
         unread[layer] = ((columns == 0) & (_row_sizes(rows) > 0)).sum()

@@ -155,8 +155,8 @@ def classify(
 
 
 def class_table(labels: Tensor, predictions: Tensor, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """Returns a row for each class: `class`, `images`, `accuracy` in percent (None without images), and what most of
-    the others are taken for, `confused_with`, with their number, `confused` ('' and 0 if there are none).
+    """Returns a row for each class: `class`, `images`, `accuracy` in percent (None without images), `confused_with`,
+    the class that misclassified images are most often taken for, and `confused`, how many of them ('' and 0 if none).
     """
     rows = []
     for number, counts in enumerate(_confusion(labels, predictions, len(classes))):
@@ -169,8 +169,8 @@ def class_table(labels: Tensor, predictions: Tensor, classes: Sequence[str]) -> 
 
 
 def write_confusion(labels: Tensor, predictions: Tensor, classes: Sequence[str], folder: str | os.PathLike) -> None:
-    """Writes `classes.csv`, see `class_table`, and `confusion.csv` and `confusion.png`, how many images of which class
-    the model takes for which. Needs matplotlib and scikit-learn.
+    """Writes `classes.csv`, see `class_table`, and the confusion matrix: counts in `confusion.csv`, shares in
+    `confusion.png`. Needs matplotlib and scikit-learn.
     """
     legible = len(classes) <= 40
     side = 3 + 0.4 * len(classes) if legible else 7
@@ -229,7 +229,7 @@ def random_images(config: Mapping[str, Any], batch_size: int) -> Tensor:
 
 
 def time_runs(run: Callable[[], Any], seconds: float = 1.0) -> list[float]:
-    """Returns the seconds of single runs: after three to warm up, at least 20, and for some seconds."""
+    """Returns the seconds of single runs: three to warm up, then at least 20 runs and at least `seconds`."""
     for _ in range(3):
         run()
     times: list[float] = []

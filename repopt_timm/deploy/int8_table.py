@@ -10,7 +10,7 @@ from typing import Any
 import timm
 import torch
 
-from ..datasets import open_evaluation
+from ..datasets import Images, core_count, open_evaluation
 from ..reporting import cpu_name, lacks_vnni, markdown_table, package_versions, take_turns
 from .classifier import Classifier, is_onnx, load_classifier, onnx_classifier
 from .equalization import describe
@@ -54,15 +54,19 @@ def compare_int8(
         ImportError: If the `[deploy]` extra is not installed.
     """
     accuracy, latency, equalization, counted = [], [], {}, {}
+    loaded: dict[str, tuple[Any, Classifier, Images, Images]] = {}
     for label, source in models.items():
         model = float_onnx(source)
         float32 = onnx_classifier(model, threads)
         images, pool = (
-            open_evaluation(data, split, float32.config, class_map, float32.class_names)
+            open_evaluation(data, split, float32.config, class_map, float32.class_names, need_split=True)
             for split in ('validation', 'train')
         )
-        # Before the calibrations, which take long.
+        # Fail before the calibrations, which take long.
         check_classes(float32, images)
+        loaded[label] = model, float32, images, pool
+    for label, (model, float32, images, pool) in loaded.items():
+        source = models[label]
         # By equalization, target, weights and calibration.
         classifiers = {(False, '', 'float32', ''): float32}
         timed = {} if is_onnx(source) else {'pytorch': load_classifier(source, threads)}
@@ -87,7 +91,7 @@ def compare_int8(
     settings = {
         **counted,
         **{name: getattr(ways[0], name) for name in ('seed', 'reduce_range', 'exclude')},
-        'threads': threads or os.cpu_count(),
+        'threads': threads or core_count(),
         'cpu': cpu_name() + ', no VNNI' * lacks_vnni(),
         'versions': package_versions(require('onnxruntime'), torch, timm),
     }

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,6 +17,8 @@ from ..errors import reason_of
 from .channel_health import kernel_outliers, still_channels
 from .classifier import is_onnx, label_names, largest_difference, load_trained, onnx_classifier, preprocessing
 from .runtime import load_onnx, quiet, require, save_onnx
+
+_logger = logging.getLogger(__name__)
 
 # PyTorch's exporter writes it without a conversion, every ONNX Runtime since 1.14 runs it, and it has 8-bit
 # convolutions, per channel too.
@@ -36,7 +39,7 @@ def export_onnx(
 
     Returns:
         `out`, `opset`, `bytes`, `batchnorms` (the number that follow no convolution and stay), `difference`, the
-        largest difference between a logit and PyTorch's, of the largest logit, and `outliers` and `still_channels`,
+        largest change of a logit from PyTorch's, relative to the largest logit, and `outliers` and `still_channels`,
         numbers by layer.
 
     Raises:
@@ -44,7 +47,7 @@ def export_onnx(
         ValueError: If the model cannot be loaded or exported, or the result differs from PyTorch.
         ImportError: If the `[deploy]` extra is not installed.
     """
-    if is_onnx(source) and os.path.isfile(source):
+    if is_onnx(source):
         raise ValueError(f"'{source}' is an ONNX file already.")
     model = load_trained(source)
     still = still_channels(model)
@@ -70,6 +73,11 @@ def float_onnx(source: str | os.PathLike, overrides: Mapping[str, Any] | None = 
     for name, value in require('onnx_ir').from_proto(proto).graph.initializers.items():
         if not np.isfinite(value.const_value.numpy()).all():
             raise ValueError(f"'{source}': '{name}' has values that are not finite. Export another checkpoint.")
+    stated = {entry.key: entry.value for entry in proto.metadata_props}
+    if not {'mean', 'std'} <= {*stated, *(overrides or {})}:
+        _logger.warning(f"'{source}' states no preprocessing: images are prepared as for ImageNet.")
+    config = onnx_classifier(proto, overrides=overrides).config
+    require('onnx').helper.set_model_props(proto, stated | {key: json.dumps(value) for key, value in config.items()})
     return proto
 
 
@@ -99,7 +107,7 @@ def to_onnx(
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:
-        # It names the operator, and the error itself what a developer may do.
+        # The cause names the operator; the error itself advises developers.
         raise ValueError(f'{name} cannot be exported to ONNX: {reason_of(error.__cause__ or error)}') from None
     # The exporter records the line of code that each node comes from, with the paths of this machine.
     require('onnx_ir.passes.common').ClearMetadataAndDocStringPass()(program.model)
@@ -138,7 +146,7 @@ def _verify(model: nn.Module, proto: Any, example: torch.Tensor, half: bool) -> 
             bound = max(bound, 4 * largest_difference(expected, copy.deepcopy(model).double()(images.double())))
     if not difference <= bound:
         raise ValueError(
-            f'The exported model differs from PyTorch: a logit by {difference:.1e} of the largest, expected at most '
-            f'{bound:.0e}. A weight is not finite or too large, or PyTorch exports an operator wrongly.'
+            f"The exported model's logits differ from PyTorch's by {difference:.1e} of the largest logit, expected at "
+            f'most {bound:.0e}. A weight is not finite or too large, or PyTorch exports an operator wrongly.'
         )
     return difference

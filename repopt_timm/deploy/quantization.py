@@ -26,7 +26,7 @@ WEIGHTS = ('per-channel', 'per-tensor')
 CALIBRATIONS = {'minmax': 'MinMax', 'entropy': 'Entropy', 'percentile': 'Percentile'}
 TARGETS = ('ort', 'tensorrt')
 
-# Below either of these INT8 is said to have damaged the model.
+# Below either, warn that INT8 changes the model.
 _AGREEMENT = 95.0
 _DECIBELS = 10.0
 
@@ -177,7 +177,7 @@ def quantize_onnx(
 
 def quantize_in(ways: Sequence[QuantizationOptions], model: Any, images: Images) -> Iterator[Quantization]:
     """Quantizes a float `onnx.ModelProto` in ways of the same `images` and `seed`, each calibration done once."""
-    # Before the work.
+    # Fail before the calibration.
     _excluded_nodes(model, ways[0].exclude)
     indices = images.sample(ways[0].images, ways[0].seed)
     chosen = set(indices)
@@ -232,7 +232,7 @@ def quantize(
         )
         quantized = _finish(require('onnx').load(result), tensorrt)
         ranges = cache.read_bytes()
-    # Without notes of ONNX Runtime that are no JSON.
+    # Drop ONNX Runtime's own notes, which are not JSON.
     del quantized.metadata_props[:]
     quantized.metadata_props.extend(model.metadata_props)
     if not tensorrt:

@@ -1,4 +1,4 @@
-"""ONNX and ONNX Runtime: imported when something needs them, their files and their errors."""
+"""ONNX and ONNX Runtime: lazy imports, files and sessions."""
 
 import importlib
 import io
@@ -60,9 +60,9 @@ def open_session(model: Any, threads: int | None = None, optimize: bool = True) 
     """Opens an `onnx.ModelProto` on the CPU; without `optimize` no node is fused, so that all tensors have values."""
     onnxruntime = require('onnxruntime')
     options = onnxruntime.SessionOptions()
-    # ONNX Runtime ends in a segmentation fault if it cannot start as many.
+    # ONNX Runtime crashes if it cannot start this many threads.
     options.intra_op_num_threads = min(threads or 0, core_count())
-    # Errors are raised as well.
+    # Errors are raised anyway, so do not log them too.
     options.log_severity_level = 4
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

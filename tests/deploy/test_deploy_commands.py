@@ -11,7 +11,7 @@ from repopt_timm.cli import main
 from repopt_timm.deploy import evaluate, save_onnx
 from repopt_timm.deploy.onnx_graph import Graph
 
-from ..helpers import tiny_model
+from ..helpers import assert_refused, tiny_model
 from .conftest import write_checkpoint
 
 
@@ -26,11 +26,6 @@ def test_from_a_checkpoint_to_a_measured_int8_file(checkpoint, damaged, images, 
     assert len(json.loads((tmp_path / 'report' / 'layers.json').read_text())) == 2
     assert main(['evaluate', f'{tmp_path}/int8.onnx', '--data', str(images), '--json']) == 0
     assert json.loads(capsys.readouterr().out)['top1'] > 80
-
-
-def test_images_that_calibrate_and_judge_are_named_as_the_same(onnx_file, images, tmp_path, capsys):
-    assert main(f'quantize {onnx_file} --data {images} --out {tmp_path}/int8.onnx --images 60'.split()) == 0
-    assert '% of these 60 images are' in capsys.readouterr().out
 
 
 def test_what_breaks_int8_is_a_warning_and_equalizing_mends_it(damaged, images, tmp_path, capsys, caplog):
@@ -94,6 +89,7 @@ def test_export_warns_of_outliers_and_still_channels_and_takes_the_form_of_the_f
         ('export {five} --onnx {tmp}/new.txt', '.onnx'),
         ('export {five} --onnx {tmp}/new.onnx --opset 40', 'no opset 40'),
         ('export {model} --onnx {tmp}/new.onnx', 'is an ONNX file already'),
+        ('export output/nowhere --onnx {tmp}/new.onnx', "file or folder 'output/nowhere'"),
         ('predict {tmp}/empty --model {model}', 'There are no images'),
         ('predict {tmp}/none.png --model {model}', 'none.png'),
         ('quantize {model} --data {tmp}/broken {out}', "broken/train/a/1.png' is damaged"),
@@ -114,6 +110,7 @@ def test_export_warns_of_outliers_and_still_channels_and_takes_the_form_of_the_f
         ('evaluate {model} --data {images} --out=', '--out'),
         ('compare-int8 {model} --data {images} --out {five}', 'is not a folder'),
         ('compare-int8 {model} {model} --data {images}', 'same label'),
+        ('compare-int8 {model} --data {images}/train', "split 'validation'"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_leaves_no_file(
@@ -134,10 +131,14 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
     five = write_checkpoint(tiny_model(), tmp_path / 'five.pth.tar')
     before = sorted(tmp_path.rglob('*'))
     places = {'tmp': tmp_path, 'model': onnx_file, 'five': five, 'images': images, 'out': f'--out {tmp_path}/new.onnx'}
-    assert main(command.format(**places).split()) == 1
-    error = capsys.readouterr().err
-    assert error.startswith('error: ') and message in error and error.count('\n') == 1
+    assert_refused(command.format(**places).split(), message, capsys)
     assert sorted(tmp_path.rglob('*')) == before
+
+
+def test_an_error_in_a_report_does_not_lose_the_quantized_file(onnx_file, images, tmp_path):
+    words = f'--images 9 --out {tmp_path}/new.onnx --report {tmp_path}/report --versus nowhere.onnx'
+    assert main(['quantize', str(onnx_file), '--data', str(images), *words.split()]) == 1
+    assert (tmp_path / 'new.onnx').exists()
 
 
 @pytest.mark.parametrize(
@@ -153,6 +154,5 @@ def test_what_is_not_installed_is_told_with_the_way_to_install_it(
 ):
     monkeypatch.setitem(sys.modules, missing, None)
     places = {'tmp': tmp_path, 'checkpoint': checkpoint, 'model': onnx_file, 'images': images}
-    assert main(command.format(**places).split()) == 1
-    assert f'needs {missing}' in (error := capsys.readouterr().err) and 'repopt-timm[deploy]' in error
+    assert_refused(command.format(**places).split(), missing, capsys)
     assert not list(tmp_path.iterdir())

@@ -36,6 +36,8 @@ def test_int8_is_small_and_nearly_the_same(calibration, quantization):
     assert 90 < done.agreement <= 100
     assert 14 < done.logits_snr_db < 60
     assert set(done.judged).isdisjoint(done.indices) and len(done.judged) == 20
+    everything = quantization(images=60)
+    assert list(everything.judged) == list(everything.indices)
 
 
 def test_layers_have_one_scale_or_one_per_channel_but_those_left_out(quantization):
@@ -92,6 +94,11 @@ def test_the_same_seed_gives_the_same_file_with_the_preprocessing_and_leaves_the
     assert list(quantization().indices) != list(first.indices)
     assert first.model == exported
     assert list(first.quantized.metadata_props) == list(exported.metadata_props)
+
+
+def test_a_file_states_the_preprocessing_that_it_was_calibrated_with(onnx_file, images):
+    done = quantize_onnx(onnx_file, images, QuantizationOptions(images=9), overrides={'mean': (0.1, 0.2, 0.3)})
+    assert list(onnx_classifier(done.quantized).config['mean']) == [0.1, 0.2, 0.3]
 
 
 @pytest.mark.parametrize('options', [{'weights': 'per-layer'}, {'calibration': 'mse'}, {'target': 'tflite'}])
