@@ -43,7 +43,7 @@ def test_other_trainers_multiply_gradients(script, package, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     steps = []
     step = RepOptSGD.step
-    # Of the class: schedules and Accelerate wrap that of an instance.
+    # Patch the class, because schedules and Accelerate wrap the step of an instance.
     monkeypatch.setattr(
         RepOptSGD, 'step', lambda self, *args, **kwargs: (steps.append(self), step(self, *args, **kwargs))[1]
     )

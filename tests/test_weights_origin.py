@@ -58,7 +58,7 @@ def test_a_converted_checkpoint_names_the_network_with_branches(tmp_path):
     'origin',
     [5, 'mit', [1], {'license': 5, 'notes': 7}, {'license': 'a\nb', 'notes': [3]}, {'license': '<img>'}],
 )
-def test_an_origin_that_is_none_is_ignored(origin):
+def test_a_malformed_origin_is_ignored(origin):
     model = merged()
     restore_origin(model, origin)
     assert origin_of(model) == {}

@@ -19,7 +19,7 @@ ARGS = Namespace(
 
 @pytest.fixture(autouse=True, scope='session')
 def short_times():
-    """Times are taken, but not until they are exact."""
+    """Times each run at least 20 times, but not for a whole second."""
     with pytest.MonkeyPatch.context() as patch:
         short = evaluation.time_runs
         for module in (evaluation, int8_table):

@@ -15,7 +15,7 @@ from ..helpers import assert_refused, tiny_model
 from .conftest import write_checkpoint
 
 
-def test_from_a_checkpoint_to_a_measured_int8_file(checkpoint, damaged, images, tmp_path, capsys, caplog):
+def test_quantize_writes_an_int8_file_and_its_reports(checkpoint, damaged, images, tmp_path, capsys, caplog):
     arguments = f'quantize {checkpoint} --data {images} --out {tmp_path}/int8.onnx --images 12'
     folders = f'--report {tmp_path}/report --versus {damaged} --sensitivity {tmp_path}/layers'
     assert main(f'{arguments} --weights per-tensor {folders}'.split()) == 0

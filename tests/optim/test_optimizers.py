@@ -107,7 +107,7 @@ def test_another_memory_format_does_not_permute_gradients_or_state(rule, of_grad
 @pytest.mark.parametrize('fused', [None, True])
 def test_a_grad_scaler_leaves_unscaling_to_fused_kernels_that_were_asked_for(rule, fused):
     (model, optimizer), (twin, reference) = two(rule, torch.float32, fused=fused)
-    # By it Lightning decides whether gradients can be clipped.
+    # Lightning reads this to decide whether it can clip gradients.
     assert bool(getattr(optimizer, '_step_supports_amp_scaling', False)) is bool(fused)
     scaler = torch.amp.GradScaler('cpu', init_scale=4.0)
     scaler.scale(torch.ones(()))

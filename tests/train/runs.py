@@ -32,7 +32,7 @@ def in_child(words, log=os.devnull, prepare=contextlib.nullcontext, **environmen
 
 def _run(words, log, prepare, environment):
     os.setsid()
-    # Of its loaders' workers.
+    # Workers of loaders must be forked.
     multiprocessing.set_start_method('fork', force=True)
     os.environ.update(environment)
     torch.set_num_threads(1)

@@ -158,7 +158,7 @@ def test_no_value_of_any_argument_comes_unforeseen(words, tmp_path, capsys, monk
     monkeypatch.setattr(run, 'train_one_epoch', train_one_epoch)
     monkeypatch.chdir(tmp_path)
     generator = random.Random(seed)
-    # Where a run is may be anywhere.
+    # --output and --experiment may be anything.
     actions = [each for each in ARGUMENTS.values() if each.nargs != 0 and each.dest not in ('output', 'experiment')]
     for _ in range(16):
         action = generator.choice(actions)

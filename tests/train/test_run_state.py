@@ -80,7 +80,7 @@ def test_the_best_checkpoints_are_kept_of_those_that_are_there(train, tmp_path, 
     best = ['checkpoint-2.pth.tar', 'checkpoint-3.pth.tar', 'last.pth.tar', 'model_best.pth.tar']
     assert [name for name in names_in(tmp_path / 'run') if name.endswith('.tar')] == best
     assert read(tmp_path / 'run', 'model_best.pth.tar')['epoch'] == 2
-    # In another folder there is this one alone.
+    # In another folder only this checkpoint exists.
     copy = tmp_path / 'other/mine.pth.tar'
     copy.parent.mkdir()
     shutil.copy(tmp_path / 'run/last.pth.tar', copy)
@@ -109,7 +109,7 @@ def test_a_run_goes_back_with_other_arguments_on_request_alone_and_is_continued_
     assert parse_arguments(['-c', str(copied / 'args.yaml')]).weight_decay == 0.125
 
 
-def test_search_and_target_in_one_call_which_goes_on_after_a_signal(train, tmp_path, capsys, signalled):
+def test_search_first_is_continued_after_a_signal(train, tmp_path, capsys, signalled):
     signalled(signal.SIGTERM, 2)
     with pytest.raises(SystemExit, match='143'):
         train('--search-first --weight-decay 5e-4 --epochs 2 --opt-kwargs grad_mults=None')
@@ -186,7 +186,7 @@ def test_a_run_that_is_killed_at_any_write_of_an_epoch_goes_on_as_if_it_was_not(
         words = arguments(f'{extra} --resume', experiment=folder.name)
         process = in_child(words, prepare=partial(kill_at, fatal))
         process.join()
-        # What others read meanwhile is whole.
+        # Other processes never read a half-written file.
         assert read(folder, 'model_best.pth.tar')['history']
         if process.exitcode == 0:
             break
@@ -196,7 +196,7 @@ def test_a_run_that_is_killed_at_any_write_of_an_epoch_goes_on_as_if_it_was_not(
     assert fatal >= 6
 
 
-def test_missing_copies_are_made_again_from_the_last_checkpoint_and_rests_of_a_kill_removed(train, trained, copied):
+def test_missing_copies_are_made_again_from_the_last_checkpoint_and_temporary_files_removed(train, trained, copied):
     for name in ('model_best.pth.tar', 'summary.csv', 'checkpoint-2.pth.tar'):
         (copied / name).unlink()
     (copied / 'checkpoint-77.pth.tar').write_bytes(b'of another run')

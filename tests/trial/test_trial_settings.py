@@ -58,7 +58,7 @@ def test_learning_rates_are_those_that_were_given_and_adamw_has_a_hundredth(tria
         ('repopt_vgg_a0.cifar10', 'repopt_vgg_a0.cifar10'),
     ],
 )
-def test_what_cannot_be_is_one_line_that_names_it(words, named, tmp_path, capsys):
+def test_a_bad_argument_of_a_trial_is_named_in_one_line(words, named, tmp_path, capsys):
     where = ['--data', 'images', '--output', str(tmp_path / 'trial')]
     assert_refused(['trial', *words.split(), *where], named, capsys)
     assert not (tmp_path / 'trial').exists()
