@@ -87,7 +87,8 @@ class Images(Dataset):
                     raise ValueError(f"The image '{name}' is damaged: {reason}. Remove or replace it.") from None
                 _logger.warning(f"The image '{name}' is damaged and skipped: {reason}")
         else:
-            raise ValueError(f"Ten images in a row, up to '{name}', are damaged: were the data copied completely?")
+            count = min(10, len(self))
+            raise ValueError(f"{count} images in a row, up to '{name}', are damaged: were the data copied completely?")
         # `convert` would clip values of 16 bits at 255.
         pixels: Image.Image = image
         if image.mode.startswith('I;16') or (image.mode == 'I' and image.format in ('PNG', 'PPM')):

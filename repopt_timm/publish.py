@@ -47,7 +47,7 @@ def save_pretrained(
     existing card keeps its other metadata, and the text outside the marks.
 
     Args:
-        model: A whole timm model, compiled or wrapped for parallel training or not, or a checkpoint of a run.
+        model: A whole timm model, compiled or wrapped for parallel training or not, or a run's checkpoint or folder.
         directory: Where to.
         scales: The scales that it was trained with. Defaults to what the model carries.
         metrics: Results as the Hub shows them, such as `{'dataset': 'cifar10', 'top1': 93.1}`, in percent.

@@ -36,7 +36,7 @@ def add_commands(commands: Any) -> None:
     """Adds these commands to the ones of `repopt-timm`."""
     save, push = add_command(commands, 'save', _save), add_command(commands, 'push', _push)
     for parser in (save, push):
-        parser.add_argument('checkpoint', help='checkpoint of a training run')
+        parser.add_argument('checkpoint', help='checkpoint of a training run, or its folder')
         _add_trained_scales(parser)
         text = 'number format of stored kernels'
         parser.add_argument('--precision', choices=PRECISIONS, default='float32', help=text)
@@ -122,7 +122,7 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
     check_output_folder(args.out)
     implied = args.scales == IMPLIED
     model: Any = merge_trained(args.checkpoint, args.model, args.data, implied)
-    training = {'converted_from': Path(args.checkpoint).name if Path(args.checkpoint).is_file() else args.checkpoint}
+    training = {'converted_from': Path(args.checkpoint).name if Path(args.checkpoint).exists() else args.checkpoint}
     if merged_from(model):
         training['trained_with'] = 'branches; merged into plain kernels'
         measured = f'measured on images of {Path(args.data).resolve().name}' if args.data else 'estimated from branches'

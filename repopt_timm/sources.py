@@ -35,7 +35,7 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
             `model`, or `identity` for these with the start `identity`; `published` for what the method's authors
             published for `model`, or its name, such as `repopt_vgg_b1.published`; `hf-hub:user/repo[@revision]`; a
             folder in the layout of such a repository, or the name of one that ships, such as `repopt_vgg_a0.cifar10`;
-            a model card; or a file, see `read_scale_file`.
+            the folder of a search; a model card; or a file, see `read_scale_file`.
         model: The plain model, or a twin, that they are for.
         token: For the Hub. Defaults to the token of `hf auth login`.
 
@@ -75,12 +75,15 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
                 f"'{source}' is not a file, a folder, a Hub repository ({HUB_PREFIX}user/repo) or a known name. "
                 f'`repopt-timm scales list` shows the known names.'
             )
+        scales = None
         if path.is_dir():
-            files = [path / name for name in (CARD_FILE, SCALES_FILE) if (path / name).is_file()]
-            if not files:
-                raise FileNotFoundError(f"The folder '{source}' has neither {CARD_FILE} nor {SCALES_FILE}.")
-            path = files[0]
-        scales = read_card_scales(path) if path.suffix == '.md' else read_scale_file(path, network)
+            # The folder of a search has no card.
+            card, path = path / CARD_FILE, path / SCALES_FILE
+            scales = read_card_scales(card) if card.is_file() else None
+            if scales is None and not path.is_file():
+                raise FileNotFoundError(f"The folder '{source}' has no {CARD_FILE} with scales, and no {SCALES_FILE}.")
+        if scales is None:
+            scales = read_card_scales(path) if path.suffix == '.md' else read_scale_file(path, network)
     if scales is None:
         raise ValueError(f"{source}: no scales in it: the metadata of its {CARD_FILE} has no entry '{METADATA_KEY}'.")
     return scales if model is None else scales.for_model(model)

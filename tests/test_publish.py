@@ -7,6 +7,7 @@ import timm
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
+from timm.models import _hub
 
 from repopt_timm import Scales, load_scales, prepare, push_scales, push_to_hub, register_twins, save_pretrained
 from repopt_timm.cards.repository import save_scales_card
@@ -19,6 +20,8 @@ from .helpers import TINY, card_of, random_scales, read_tree, tiny_model
 
 REPO = 'ann/tiny'
 TREE = {'README.md', 'config.json', 'model.safetensors', 'scales.png'}
+# timm before 1.0.31 does not record what a model was created with.
+records_arguments = pytest.mark.skipif(not hasattr(_hub, 'get_model_args'), reason='timm is older')
 HISTORY = [{'epoch': epoch, 'train_loss': 1.0, 'eval_top1': 91.25, 'eval_top5': 99.5} for epoch in range(3)]
 
 
@@ -91,7 +94,12 @@ def test_multiply_adds_are_those_of_the_convolutions():
 
 
 def test_a_card_states_the_data_of_its_weights_and_keeps_a_name_that_somebody_wrote(tmp_path):
-    for name, expected in (('My photos', 'My-photos'), ('digits', 'digits')):
+    names = {
+        'pytorch/photos': 'pytorch/photos',
+        'hfds/ann/My photos (2024)/': 'ann/My-photos-2024',
+        'a--b..v1.0': 'a-b-v1.0',
+    }
+    for name, expected in names.items():
         save_pretrained(trained(), tmp_path, training={'dataset': name})
         assert card_of(tmp_path).data.datasets == [expected]
     card = card_of(tmp_path)
@@ -99,11 +107,16 @@ def test_a_card_states_the_data_of_its_weights_and_keeps_a_name_that_somebody_wr
     card.save(tmp_path / 'README.md')
     save_pretrained(trained(), tmp_path, training={'dataset': 'digits'})
     assert card_of(tmp_path).data.datasets == ['ann/other']
+    save_pretrained(trained(), tmp_path / 'new', training={'dataset': '写真'}, metrics={'top1': 50.0})
+    assert card_of(tmp_path / 'new').data.datasets is None
 
 
 @pytest.mark.parametrize(
     ('name', 'kwargs', 'size'),
-    [(TINY, {'in_chans': 1}, '1 x 224 x 224'), ('vit_tiny_patch16_224', {'img_size': 64}, '3 x 64 x 64')],
+    [
+        (TINY, {'in_chans': 1}, '1 x 224 x 224'),
+        pytest.param('vit_tiny_patch16_224', {'img_size': 64}, '3 x 64 x 64', marks=records_arguments),
+    ],
 )
 def test_a_card_states_the_size_of_images_that_the_model_was_created_for(name, kwargs, size, tmp_path):
     save_pretrained(timm.create_model(name, **kwargs), tmp_path)
@@ -187,7 +200,8 @@ def test_the_snippets_for_networks_of_timms_and_for_others_run(tmp_path, monkeyp
     register_twins('resnet18')
     own = timm.create_model('repopt_resnet18', num_classes=5, channels=(8, 8, 8, 16), scales='initial')
     save_pretrained(own, tmp_path / 'own')
-    searched = Scales.from_model(own, {'model_kwargs': {'channels': [8, 8, 8, 16], 'print(1)': 2}})
+    foreign = {'print(1)': 2, 'class': 3, 'num_classes': 4, 'scales': 'x', 'pretrained_cfg': 5}
+    searched = Scales.from_model(own, {'model_kwargs': {'channels': [8, 8, 8, 16], **foreign}})
     save_scales_card(searched, tmp_path / 'searched')
     for folder in ('own', 'searched'):
         _, training, *_ = snippets(tmp_path / folder)
@@ -203,6 +217,8 @@ def test_a_checkpoint_becomes_a_repository(images, tmp_path):
     args = {'data_dir': '/somewhere/digits', 'in_chans': 1, 'input_size': [1, 32, 32], 'mean': [0.5], 'seed': 0}
     args |= {'batch_size': 8, 'world_size': 4, 'grad_accum_steps': 2}
     path = checkpoint_of(model, tmp_path / 'last.pth.tar', {'versions': {'torch': '2.6.0'}}, **args)
+    with pytest.raises(ValueError, match='folder of a run'):
+        save_pretrained(tmp_path, tmp_path, scales=model.scales)
     save_pretrained(tmp_path, saved, scales=model.scales, training={'note': 'of mine'})
     assert 'of mine' in card_of(saved).text and card_of(saved).data.eval_results[0].metric_value == 91.25
     save_pretrained(path, saved, scales=model.scales)

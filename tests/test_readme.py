@@ -30,7 +30,7 @@ def test_each_recipe_runs(images, tmp_path, monkeypatch):
             )
             assert words[0] == 'repopt-timm' and main(words[1:]) == 0, f'{title}: {line}'
         ran |= {title} if code else set()
-    assert {'Train on my folder', 'Fine-tune', 'Predict', 'Export and INT8', 'My own architecture'} <= ran
+    assert {'Train on my folder', 'Fine-tune', 'Predict', 'Export and INT8'} <= ran
     assert (tmp_path / 'mine.int8.onnx').exists()
 
 

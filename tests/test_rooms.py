@@ -4,7 +4,7 @@ from pathlib import Path
 import repopt_timm
 
 PACKAGE = Path(repopt_timm.__file__).parent
-# A file imports from its own line and the ones above it.
+# A file imports from its own line and the lines above it, as CONTRIBUTING.md says.
 LINES = """
     architectures commands console errors files names reparam tables
     checkpoints datasets model_size reporting

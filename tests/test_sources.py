@@ -24,7 +24,10 @@ def test_a_folder_without_a_card_has_its_file_of_scales(tmp_path):
     with pytest.raises(FileNotFoundError, match=re.escape(str(tmp_path))):
         load_scales(tmp_path)
     random_scales().save(tmp_path / 'scales.safetensors')
-    assert load_scales(tmp_path) == load_scales(tmp_path / 'scales.safetensors')
+    for text in (None, 'A card of weights alone.'):
+        if text:
+            (tmp_path / 'README.md').write_text(text)
+        assert load_scales(tmp_path) == load_scales(tmp_path / 'scales.safetensors')
 
 
 @pytest.mark.parametrize('out', ['file.safetensors', 'card'])

@@ -52,7 +52,7 @@ _MAX_CARD_BYTES = 1 << 22
 _MAX_SCALES_BYTES = 1 << 26
 _MAX_FACTS = 1 << 18
 # timm's prefixes of data sets.
-_DATASET_PREFIX = re.compile(r'(?:hfds|hfids|tfds|torch|wds)/')
+_DATASET_PREFIX = re.compile(r'^(?:hfds|hfids|tfds|torch|wds)/')
 # Names appear in snippets that people copy, so they are nothing but names.
 _NAME = re.compile(r'[\w.-]{0,200}')
 
@@ -151,7 +151,7 @@ def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
     return [
         EvalResult(
             task_type='image-classification',
-            dataset_type=dataset_id(dataset),
+            dataset_type=dataset_id(dataset) or 'unknown',
             dataset_name=dataset,
             metric_type='accuracy' if name in METRICS else name,
             metric_name=METRICS.get(name, name),
@@ -162,9 +162,12 @@ def eval_results(metrics: Mapping[str, Any]) -> list[EvalResult]:
 
 
 def dataset_id(name: str) -> str:
-    """Returns the name of a data set as the Hub takes it: `user/name` or a name, without spaces."""
-    parts = _DATASET_PREFIX.sub('', name).split('/')[-2:]
-    return '/'.join(re.sub(r'[^\w.-]+', '-', part, flags=re.ASCII) for part in parts)
+    """Returns the name of a data set as the Hub takes it, `user/name` or a name; empty if no letter of it remains."""
+    parts = [
+        re.sub(r'[^\w.]+|\.{2,}', '-', part, flags=re.ASCII).strip('-.')[:96]
+        for part in _DATASET_PREFIX.sub('', name).split('/')
+    ]
+    return '/'.join([part for part in parts if part][-2:])
 
 
 def _plain(facts: Any, where: str) -> dict[str, Any]:

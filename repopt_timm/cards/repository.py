@@ -12,6 +12,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard
 
+from ..checkpoints.read import LAST_CHECKPOINT
 from ..errors import explaining, scrub
 from ..files import check_output, check_output_folder, naming_write_errors, replacing
 from ..plot import plot_scales
@@ -93,6 +94,8 @@ def _writer(scales: Scales, license: str | None) -> Callable[..., None]:
 
 def check_folder(directory: str | os.PathLike, *inputs: Any) -> None:
     """Checks that a repository can be written into a folder, and would replace no input, before the work for it."""
+    if (Path(directory) / LAST_CHECKPOINT).exists():
+        raise ValueError(f"'{directory}' is the folder of a run, whose files would be replaced: name another one.")
     for file in (WEIGHTS_FILE, CONFIG_FILE, SCALES_PICTURE, SCALES_FILE, CURVES_FILE, CARD_FILE):
         check_output(check_output_folder(directory) / file, *inputs)
 
@@ -191,10 +194,10 @@ def write_card(
     data.library_name = data.library_name or 'timm'
     data.pipeline_tag = data.pipeline_tag or 'image-classification'
     data.tags = list(dict.fromkeys([*(data.tags or []), 'image-classification', 'timm', 'repopt']))
-    if WEIGHTS_FILE in files and (dataset := facts.get('dataset')):
-        earlier = (found.get('training') or {}).get('dataset')
-        if not data.datasets or (earlier and data.datasets == [dataset_id(earlier)]):
-            data.datasets = [dataset_id(dataset)]
+    if WEIGHTS_FILE in files and (dataset := dataset_id(facts.get('dataset', ''))):
+        earlier = dict(found.get('training') or {}).get('dataset', '')
+        if data.datasets in (None, [], [dataset_id(earlier)]):
+            data.datasets = [dataset]
     if training is not None:
         others = [
             each

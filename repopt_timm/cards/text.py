@@ -1,6 +1,8 @@
 """The text of a model card that people read."""
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from keyword import iskeyword
 from typing import Any
 
 import timm
@@ -125,9 +127,8 @@ def _usage(
             if not _takes_scales(name):
                 lines.append(_prepare(hub, 'True'))
         elif _takes_scales(plain):
-            # A card may be anyone's.
-            own = {key: each for key, each in scales.provenance.get('model_kwargs', {}).items() if key.isidentifier()}
-            numbers = ''.join(f', {key}={each!r}' for key, each in {**chosen_numbers(scales), **own}.items())
+            own = {**chosen_numbers(scales), **_own_arguments(scales.provenance.get('model_kwargs'))}
+            numbers = ''.join(f', {key}={each!r}' for key, each in own.items())
             arguments = f"'{plain.architecture}',\n    num_classes=100{numbers},\n    scales={hub},"
             lines = [*_register(plain), f'model = timm.create_model(\n    {arguments}\n)']
         else:
@@ -140,6 +141,13 @@ def _usage(
             lines.append(_prepare(hub, 'False'))
         yield 'Fine-tune:'
         yield _python('', *lines, _OPTIMIZER.format('repopt_sgd' if target else 'sgd', 0.01))
+
+
+def _own_arguments(given: Any) -> dict[str, Any]:
+    """Returns a network's own arguments from a provenance, which may be anyone's and goes into code."""
+    reserved = re.compile(r'num_classes|scales|pretrained\w*|checkpoint_path|cache_dir')
+    known = given.items() if isinstance(given, Mapping) else ()
+    return {key: each for key, each in known if key.isidentifier() and not (iskeyword(key) or reserved.fullmatch(key))}
 
 
 def _register(name: ModelName) -> list[str]:

@@ -75,8 +75,8 @@ def select_state_dict(checkpoint: Mapping[str, Any]) -> dict[str, Tensor]:
 def check_weights(state_dict: Mapping[str, Tensor], source: str) -> None:
     """Raises a ValueError that names source and tensor if a weight is NaN, infinite, huge or not floating point.
 
-    A weight is huge if its sum of squares exceeds float32, at a norm of 1.8e19: no network survives that. Neither does
-    it a negative variance.
+    A weight is huge if its sum of squares exceeds float32, at a norm of 1.8e19: no network survives that. A negative
+    variance is refused, too.
     """
     for name, tensor in state_dict.items():
         problem = ''

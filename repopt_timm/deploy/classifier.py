@@ -119,15 +119,8 @@ def load_classifier(
 
 def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[str, Any] | None = None) -> Classifier:
     """Wraps an `onnx.ModelProto` from images to logits."""
-    # timm requires an architecture.
-    metadata: dict[str, Any] = {'architecture': '', 'label_names': []}
-    for entry in model.metadata_props:
-        # Other exporters write other text.
-        with suppress(ValueError):
-            metadata[entry.key] = json.loads(entry.value)
-    images_name, (batch, *size) = image_input(model)
-    if all(size):
-        metadata['input_size'] = size
+    metadata = onnx_metadata(model)
+    images_name, (batch, *_) = image_input(model)
     session = open_session(model, threads)
 
     def run(images: Tensor) -> Tensor:
@@ -145,6 +138,20 @@ def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[s
 
     config = preprocessing(overrides, pretrained_cfg=metadata)
     return Classifier('onnxruntime', run, config, model.ByteSize(), metadata['label_names'], batch)
+
+
+def onnx_metadata(model: Any) -> dict[str, Any]:
+    """Reads what an `onnx.ModelProto` states of architecture, classes and preprocessing, by timm's names."""
+    # timm requires an architecture.
+    metadata: dict[str, Any] = {'architecture': '', 'label_names': []}
+    for entry in model.metadata_props:
+        # Other exporters write other text.
+        with suppress(ValueError):
+            metadata[entry.key] = json.loads(entry.value)
+    _, (_, *size) = image_input(model)
+    if all(size):
+        metadata['input_size'] = size
+    return metadata
 
 
 def logits_of(models: Iterable[Any], images: Images, indices: Sequence[int], title: str) -> list[Tensor]:

@@ -15,7 +15,15 @@ from torch import nn
 
 from ..errors import reason_of
 from .channel_health import kernel_outliers, still_channels
-from .classifier import is_onnx, label_names, largest_difference, load_trained, onnx_classifier, preprocessing
+from .classifier import (
+    is_onnx,
+    label_names,
+    largest_difference,
+    load_trained,
+    onnx_classifier,
+    onnx_metadata,
+    preprocessing,
+)
 from .runtime import load_onnx, quiet, require, save_onnx
 
 _logger = logging.getLogger(__name__)
@@ -48,7 +56,7 @@ def export_onnx(
         ImportError: If the `[deploy]` extra is not installed.
     """
     if is_onnx(source):
-        raise ValueError(f"'{source}' is an ONNX file already.")
+        raise ValueError(f"'{source}' is an ONNX file, expected a model of PyTorch.")
     model = load_trained(source)
     still = still_channels(model)
     proto, difference = to_onnx(model, preprocessing(overrides, model=model), **form)
@@ -73,10 +81,11 @@ def float_onnx(source: str | os.PathLike, overrides: Mapping[str, Any] | None = 
     for name, value in require('onnx_ir').from_proto(proto).graph.initializers.items():
         if not np.isfinite(value.const_value.numpy()).all():
             raise ValueError(f"'{source}': '{name}' has values that are not finite. Export another checkpoint.")
-    stated = {entry.key: entry.value for entry in proto.metadata_props}
-    if not {'mean', 'std'} <= {*stated, *(overrides or {})}:
+    metadata = onnx_metadata(proto)
+    if not {'mean', 'std'} <= {*metadata, *(overrides or {})}:
         _logger.warning(f"'{source}' states no preprocessing: images are prepared as for ImageNet.")
-    config = onnx_classifier(proto, overrides=overrides).config
+    config = preprocessing(overrides, pretrained_cfg=metadata)
+    stated = {entry.key: entry.value for entry in proto.metadata_props}
     require('onnx').helper.set_model_props(proto, stated | {key: json.dumps(value) for key, value in config.items()})
     return proto
 

@@ -163,7 +163,7 @@ def quantize_onnx(
     """
     options = options or QuantizationOptions()
     model = float_onnx(source, overrides)
-    classifier = onnx_classifier(model, overrides=overrides)
+    classifier = onnx_classifier(model)
     images = open_evaluation(data, split, classifier.config, class_map, classifier.class_names)
     if options.calibration == 'auto' and options.images >= len(images):
         raise ValueError(

@@ -12,12 +12,13 @@ _TRANSPARENT = ('_orig_mod', '_checkpoint_wrapped_module')
 def unwrap(model: nn.Module) -> nn.Module:
     """Returns the network inside of wrappers for compilation, parallel training and averages of weights.
 
-    A wrapper is a module whose only child is called `module`, or what `torch.compile` returns.
+    A wrapper is a module whose only child is called `module`, or what `torch.compile` or torch's activation
+    checkpointing returns.
     """
     inner: Any = model
     while True:
-        if hasattr(inner, '_orig_mod'):
-            inner = inner._orig_mod
+        if wrapped := [child for child in _TRANSPARENT if child in inner._modules]:
+            inner = inner._modules[wrapped[0]]
         elif [name for name, _ in inner.named_children()] == ['module'] and not isinstance(inner, nn.ModuleDict):
             inner = inner.module
         else:
@@ -32,11 +33,11 @@ def network_name(model: nn.Module) -> str:
         config = getattr(inner, 'pretrained_cfg', None)
         name = config.get('architecture') if isinstance(config, dict) else None
     # A network that is one convolution may be its own twin.
+    if name:
+        return name
     kind = type_before_parametrizations(inner)
-    if kind.__bases__[0].__name__ == 'FSDPModule':
-        # `fully_shard` gives a module a class of its own, whose last base is the network's.
-        kind = kind.__bases__[-1]
-    return name or kind.__name__
+    # `fully_shard` gives a module a class of its own, whose last base is the network's.
+    return (kind.__bases__[-1] if kind.__bases__[0].__name__ == 'FSDPModule' else kind).__name__
 
 
 def uncompiled_name(name: str) -> str:

@@ -6,6 +6,7 @@ twin   --to_plain-->      plain              same function, one convolution each
 """
 
 import copy
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -89,10 +90,8 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
     if kind_of(model) != 'target':
         raise ValueError(f'{type(model).__name__} has CSLA convolutions already. Make its twin from to_plain(model).')
     given: Any = scales_or_prior
-    if isinstance(given, str):
-        raise ValueError(
-            f"Expected scales or a prior, found '{given:.80}': read them first, load_scales(source, model)."
-        )
+    if isinstance(given, str | os.PathLike):
+        raise ValueError(f"Expected scales or a prior, found '{given!s:.80}': use load_scales(source, model).")
     scales = None
     branches = given.values() if isinstance(given, Mapping) else ()
     if any(isinstance(value, Tensor) for each in branches if isinstance(each, Mapping) for value in each.values()):

@@ -43,14 +43,14 @@ def main(argv: Sequence[str], command: str = 'train') -> None:
     except InterruptedRunError as error:
         if args.rank == 0:
             folder = error.folder.parent if args.search_first else error.folder
-            what, more = 'no epoch was finished; start again with', []
+            words, what = [*program, *argv], 'no epoch was finished; start again with'
             if any(folder.glob(f'**/{LAST_CHECKPOINT}')):
                 what = 'continue with'
                 # Later flags replace those before them: not from where this call began.
-                more = ['--output', str(folder.parent), '--experiment', folder.name, '--resume']
+                words += ['--output', str(folder.parent), '--experiment', folder.name, '--resume']
             # Only torchrun knows its own arguments.
-            same = 'the same torchrun command' if args.distributed else shlex.join([*program, *argv])
-            print(f'{error}: {what}  {same} {shlex.join(more)}', file=sys.stderr)
+            launcher = 'torchrun, its arguments and  ' if args.distributed else ''
+            print(f'{error}: {what}  {launcher}{shlex.join(words)}', file=sys.stderr)
         raise SystemExit(128 + error.signum) from None
 
 

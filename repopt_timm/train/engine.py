@@ -30,7 +30,7 @@ class DivergedError(ValueError):
 
 @dataclass
 class TrainState:
-    """What changes while a run goes on; a checkpoint holds all but predictions, start and first epoch.
+    """What changes while a run goes on; a checkpoint holds what a resumed run cannot work out by itself.
 
     A row of the history has `epoch`, `lr`, `train_loss`, `train_accuracy` of unmixed labels; if it was validated
     `eval_loss`, `eval_top1`, `eval_top5`, and with a moving average the model's own `eval_raw_*`. Times are apart from
@@ -178,7 +178,7 @@ def validate(
         loss, top1, _, count = sums.tolist()
         return f'loss {loss / count:.4f} top1 {top1 / count:.2f}%'
 
-    # timm's sampler repeats the first images, so that all processes have as many.
+    # timm's sampler repeats the first images, so that all processes have equally many.
     left = sys.maxsize
     if args.distributed and isinstance(getattr(loader, 'sampler', None), OrderedDistributedSampler):
         left = -(-(len(loader.dataset) - args.rank) // args.world_size)

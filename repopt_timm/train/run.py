@@ -44,8 +44,9 @@ def prepare_device(args: argparse.Namespace) -> None:
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     args.device = str(init_distributed_device(args))
     if args.rank:
-        # All ranks would print the same lines.
-        logging.getLogger(__package__).setLevel(logging.ERROR)
+        # All ranks would print the same lines, but for the damaged images that each of them meets.
+        logging.getLogger('repopt_timm').setLevel(logging.ERROR)
+        logging.getLogger('repopt_timm.datasets').setLevel(logging.WARNING)
     slow = args.device == 'cpu' and torch.backends.cpu.get_cpu_capability() in ('AVX2', 'NO AVX')
     if slow and args.amp:
         _logger.warning(

@@ -181,7 +181,7 @@ def resume(folder: Path, state: TrainState, args: argparse.Namespace) -> None:
     if checkpoint.get('label_names', names) != names:
         raise ValueError(
             f"'{path}' was trained on other classes, or on the same ones in another order. Resume with the data of the "
-            f'run, or give its order by --class-map.'
+            f'run, or number them as it did: --class-map FILE --override.'
         )
     groups = state.optimizer.param_groups
     wanted = [{name: value for name, value in group.items() if name != 'params'} for group in groups]

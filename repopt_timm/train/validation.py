@@ -10,6 +10,7 @@ from timm.models import parse_model_name
 from timm.optim import list_optimizers
 from torch.utils.data import IterableDataset
 
+from ..checkpoints.read import checkpoint_of
 from ..console import did_you_mean
 from ..datasets import color_mode
 from ..errors import explaining
@@ -30,7 +31,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Checks all that can be known without data, model or network."""
     if not args.data_dir and not args.dataset:
         raise ValueError('No data: give the path of an image folder, or --dataset, or try -c quickstart.')
-    for path in (args.initial_checkpoint, args.resume):
+    for path in (args.initial_checkpoint and checkpoint_of(args.initial_checkpoint), args.resume):
         if path and path != 'auto' and not Path(path).is_file():
             raise FileNotFoundError(f"There is no checkpoint file '{path}'.")
     if not args.output or Path(args.experiment).is_absolute() or '..' in Path(args.experiment).parts:

@@ -24,7 +24,7 @@ from .statistics import Choice, choose_rate
 _SETTINGS_FILE, _SHARED_FILE = 'trial.yaml', 'shared.yaml'
 
 # What reports and runs read of the arguments that all runs share.
-_NEEDED = (*('model_kwargs', 'epochs', 'warmup_epochs', 'batch_size', 'train_images', 'data_dir', 'dataset'),)
+_NEEDED = ('model_kwargs', 'epochs', 'warmup_epochs', 'batch_size', 'train_images', 'data_dir', 'dataset')
 
 # Where and how fast a run is computed, and what it prints and keeps. Epochs between validations are not among them: a
 # comparison at equal wall time takes the last accuracy before it, of all seeds after the same epoch.

@@ -18,11 +18,13 @@ from .trial_folder import Trial
 
 _logger = logging.getLogger(__name__)
 
-# What the trial sets itself, or what would not be the same start for each arm.
-_NOT_SHARED = (
-    *('data', 'data_dir', 'model', 'scales', 'pretrained', 'initial_checkpoint', 'resume', 'override', 'opt', 'lr'),
-    *('init', 'lr_base', 'lr_base_size', 'lr_base_scale', 'seed', 'output', 'experiment', 'search_first'),
-    *('holdout', 'patience', 'warmup_prefix', 'cooldown_epochs', 'log_wandb', 'debug'),
+# What each run gets from the trial.
+_SET = ('data', 'data_dir', 'model', 'opt', 'lr', 'seed', 'output', 'experiment', 'resume', 'override', 'debug')
+
+# What would not be the same start, or the same number of epochs, for each arm.
+_WITHOUT = (
+    *('scales', 'pretrained', 'initial_checkpoint', 'init', 'lr_base', 'lr_base_size', 'lr_base_scale', 'search_first'),
+    *('holdout', 'patience', 'warmup_prefix', 'cooldown_epochs', 'log_wandb'),
 )
 
 # The defaults of `train` suit 300 epochs; these suit ten.
@@ -116,16 +118,14 @@ def read_trial(args: argparse.Namespace, model: str, shared: dict[str, Any]) -> 
 def read_shared(model: str, config: str | None, data: str | None, words: Sequence[str]) -> dict[str, Any]:
     """Returns the arguments that all runs share: a config, in which words of the training command replace values."""
     given, default = vars(parse_arguments(words)), vars(parse_arguments([]))
-    if refused := [name for name in _NOT_SHARED if given.get(name) != default.get(name)]:
+    if refused := [name for name in (*_SET, *_WITHOUT) if given.get(name) != default.get(name)]:
         flag = '--' + refused[0].replace('_', '-')
         raise ValueError(f'{flag} is not for the runs of a trial. `repopt-timm trial --help` shows its own arguments.')
     values: dict[str, Any] = read_config(config) if config else {}
-    ignored = [name for name in _NOT_SHARED if name in values and values[name] != default[name] and name != 'data_dir']
+    ignored = [name for name in _WITHOUT if values.get(name, default[name]) != default[name]]
     if ignored:
-        _logger.warning(
-            f'The trial ignores arguments of {config}: {", ".join(ignored)}. Its arms set them, or none has them.'
-        )
-    shared = {name: value for name, value in values.items() if name not in _NOT_SHARED}
+        _logger.warning(f'A trial does without these arguments of {config}: {", ".join(ignored)}.')
+    shared = {name: value for name, value in values.items() if name not in (*_SET, *_WITHOUT)}
     parser = make_parser()
     parser.set_defaults(**{**_DEFAULTS, **shared, 'model': model, 'data_dir': data or values.get('data_dir')})
     args = parser.parse_args(words)

@@ -88,7 +88,7 @@ def test_export_warns_of_outliers_and_still_channels_and_takes_the_form_of_the_f
         ('export {five} --onnx {five}/new.onnx', 'cannot be written'),
         ('export {five} --onnx {tmp}/new.txt', '.onnx'),
         ('export {five} --onnx {tmp}/new.onnx --opset 40', 'no opset 40'),
-        ('export {model} --onnx {tmp}/new.onnx', 'is an ONNX file already'),
+        ('export {model} --onnx {tmp}/new.onnx', 'is an ONNX file'),
         ('export output/nowhere --onnx {tmp}/new.onnx', "file or folder 'output/nowhere'"),
         ('predict {tmp}/empty --model {model}', 'There are no images'),
         ('predict {tmp}/none.png --model {model}', 'none.png'),

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load, save
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.optim.swa_utils import AveragedModel
 
 import repopt_timm
@@ -184,12 +187,14 @@ class Network(nn.Sequential):
     """A network that timm does not know."""
 
 
-@pytest.mark.parametrize('wrapped', ['sharded', 'checkpointed'])
+@pytest.mark.parametrize('wrapped', ['sharded', 'checkpointed', 'within'])
 def test_a_wrapped_network_of_ones_own_keeps_its_names(wrapped, shard):
     model = Network(nn.Conv2d(4, 4, 3, 1, 1), nn.Conv2d(4, 4, 3, 1, 1))
     scales = Scales.initial(model)
     if wrapped == 'sharded':
         shard(model)
+    elif wrapped == 'within':
+        model = checkpoint_wrapper(model)
     else:
         apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, nn.Conv2d))
     assert Scales.initial(model) == scales == Scales.from_model(prepare(model, scales, init=False))

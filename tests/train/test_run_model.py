@@ -56,7 +56,8 @@ def test_an_initial_checkpoint_brings_the_scales_that_it_was_trained_with(train,
     train(f'--epochs 1 --scales {tmp_path / "mine.safetensors"}', experiment='first')
     first = str(tmp_path / 'first/last.pth.tar')
     # A run that is resumed need not repeat what it started from.
-    for extra in (f'--epochs 1 --initial-checkpoint {first}', '--epochs 2 --resume'):
+    # The folder of a run stands for its checkpoint.
+    for extra in (f'--epochs 1 --initial-checkpoint {tmp_path / "first"}', '--epochs 2 --resume'):
         train(extra)
         assert fingerprint(tmp_path / 'run') == fingerprint(tmp_path / 'first') == mine.fingerprint
     train(f'--epochs 1 --initial-checkpoint {first} --scales initial', experiment='other')
