@@ -1,29 +1,26 @@
 #!/bin/sh
-# Accuracy against depth: repeats docs/evidence/depth. Two runs side by side, one thread each; four hours on
+# Accuracy against depth: repeats docs/evidence/depth. Two runs side by side, one thread each; six hours on
 # two cores.
 #   sh docs/evidence/depth.sh CIFAR10 OUTPUT
 # CIFAR10 is an image folder. A second call continues what was interrupted.
 set -eu
 data=$1 output=$2
 trial() {
-    name=$1 depths=$2 epochs=$3 control=$4
+    name=$1 depths=$2 epochs=$3 tuning=$4
+    shift 4
     repopt-timm trial repopt_vgg -c cifar10_trial --amp --amp-dtype bfloat16 --channels-last --data "$data" \
         --train-images 20000 --model-kwargs "depths=$depths" 'widths=(24,24,48,96,192)' --epochs "$epochs" \
-        --warmup-epochs $((epochs / 4)) --val-interval $((epochs > 4 ? 4 : 2)) --tuning-epochs 4 --seeds 3 \
-        --jobs 2 --threads 1 \
-        --arms branches $control sgd init repopt --output "$output/$name"
+        --warmup-epochs $((epochs / 4)) --val-interval $((epochs > 4 ? 4 : 2)) --tuning-epochs "$tuning" --seeds 3 \
+        --jobs 2 --threads 1 --output "$output/$name" --arms "$@"
 }
-long() {
-    # Learning rates are those of the short runs.
-    mkdir -p "$output/$1-long"
-    [ -d "$output/$1-long/tuning" ] || cp -r "$output/$1/tuning" "$output/$1-long/"
-    trial "$1-long" "$2" 16 "$3"
-}
-trial 22 '(2,4,14,1)' 4 unit_branches
-trial 32 '(4,7,19,1)' 4 unit_branches
-trial 48 '(8,14,24,1)' 4 'unit_branches dirac identity'
-trial 94 '(16,28,48,1)' 4 ''
-long 22 '(2,4,14,1)' unit_branches
-long 48 '(8,14,24,1)' 'unit_branches dirac identity'
+trial 22 '(2,4,14,1)' 4 4 branches unit_branches sgd init repopt
+trial 32 '(4,7,19,1)' 4 4 branches unit_branches sgd init repopt
+trial 48 '(8,14,24,1)' 4 4 branches unit_branches sgd dirac init repopt identity
+trial 94 '(16,28,48,1)' 4 4 branches sgd init repopt
+# Learning rates are those of the short runs.
+mkdir -p "$output/22-long"
+[ -d "$output/22-long/tuning" ] || cp -r "$output/22/tuning" "$output/22-long/"
+trial 22-long '(2,4,14,1)' 16 4 branches unit_branches sgd init repopt
+trial 48-long '(8,14,24,1)' 16 16 branches unit_branches sgd adamw dirac init repopt identity
 repopt-timm trial --report "$output/22" "$output/32" "$output/48" "$output/94" "$output/22-long" "$output/48-long" \
     --reference repopt --output "$output/depth"

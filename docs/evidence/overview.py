@@ -16,7 +16,7 @@ from scipy.stats import ttest_rel
 
 from repopt_timm.reporting import markdown_table
 
-ARMS = ('branches', 'unit_branches', 'sgd', 'dirac', 'init', 'repopt', 'identity')
+ARMS = ('branches', 'unit_branches', 'sgd', 'adamw', 'dirac', 'init', 'repopt', 'identity')
 BRANCHES = ('branches', 'unit_branches')
 REFERENCE = 'repopt'
 LEVEL = 0.05
