@@ -78,7 +78,7 @@ def model_of(
             color_mode(data['input_size'][0], mode)
         model.pretrained_cfg = {**model.pretrained_cfg, **data, 'num_classes': model.num_classes, 'label_names': names}
         for key in ('tag', 'test_input_size', 'test_crop_pct', 'test_pool_size'):
-            # They are those of weights that timm publishes.
+            # These describe weights that timm publishes.
             model.pretrained_cfg.pop(key, None)
         if 'origin' in checkpoint or not args.get('pretrained'):
             # timm's script does not state it; it fine-tunes what timm knows for the model.

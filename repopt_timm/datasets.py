@@ -233,7 +233,7 @@ def _find_images(folder: Path, in_classes: bool) -> list[str]:
 
 
 def _in_order(name: str) -> tuple[list[Any], str]:
-    """Sort key of timm's natural order; names that differ only in case or leading zeros are in the order of letters."""
+    """Sort key of timm's `natural_key`, which leaves equal what differs in case or leading zeros, and fails on '²'."""
     return [int(part) if part.isdecimal() else part for part in re.split(r'(\d+)', name.lower())], name
 
 

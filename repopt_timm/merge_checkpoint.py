@@ -28,7 +28,7 @@ def merge_trained(
     `source` is a checkpoint of a run, a file of tensors or of the authors, or a name of `timm.create_model`. With
     `data` added BatchNorms are measured on images. A target of the authors, which is plain, stays as it is.
     """
-    # A mistyped 'mobileone_s0.pth' is no tag of mobileone_s0.
+    # A mistyped 'mobileone_s0.pth' is not a tag of mobileone_s0.
     tagged = timm.is_model(source.split('.')[0]) and Path(source).suffix not in ('.pth', '.pt', '.tar', '.safetensors')
     is_file = checkpoint_of(source).is_file() or not (':' in source or tagged)
     checkpoint = read_checkpoint(source) if is_file else {}

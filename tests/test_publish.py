@@ -21,7 +21,9 @@ from .helpers import TINY, card_of, random_scales, read_tree, tiny_model
 REPO = 'ann/tiny'
 TREE = {'README.md', 'config.json', 'model.safetensors', 'scales.png'}
 # timm before 1.0.31 does not record what a model was created with.
-records_arguments = pytest.mark.skipif(not hasattr(_hub, 'get_model_args'), reason='timm is older')
+records_arguments = pytest.mark.skipif(
+    not hasattr(_hub, 'get_model_args'), reason='before 1.0.31 timm does not record img_size'
+)
 HISTORY = [{'epoch': epoch, 'train_loss': 1.0, 'eval_top1': 91.25, 'eval_top5': 99.5} for epoch in range(3)]
 
 

@@ -60,7 +60,7 @@ def load_trained(source: str | os.PathLike) -> nn.Module:
     else:
         name = f'local-dir:{path}' if path.is_dir() else os.fspath(source)
         if '/' in name and ':' not in name:
-            raise FileNotFoundError(f"There is no file or folder '{name}'. A model on the Hub is hf-hub:user/repo.")
+            raise FileNotFoundError(f"'{name}' is not a file or folder. Write a model on the Hub as hf-hub:user/repo.")
         with explaining(f"'{name}' cannot be made"):
             resolve_model(name)
             model = timm.create_model(name, pretrained=True)

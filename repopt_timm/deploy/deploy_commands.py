@@ -172,7 +172,7 @@ def _quantize(args: argparse.Namespace) -> None:
     if done.equalization:
         result['equalization'] = done.equalization.counts
         lines.append(describe(done.equalization.counts))
-    # First of all: an error in a report would lose it.
+    # Before the reports, so that an error in one of them does not lose the file.
     save_onnx(done.quantized, args.out)
     if args.report:
         reports = {args.model: layer_report(done)}

@@ -148,7 +148,7 @@ def resume(folder: Path, state: TrainState, args: argparse.Namespace) -> None:
             )
     if found is None:
         if args.resume:
-            _logger.warning(f"There is no checkpoint in '{folder}': the run starts from its first epoch.")
+            _logger.warning(f"'{folder}' has no checkpoint yet: the run starts with its first epoch.")
         return
     path, checkpoint = found
     saved, new = arguments_of(checkpoint), vars(args)

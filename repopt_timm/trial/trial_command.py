@@ -99,7 +99,7 @@ def command_of(run: Run, trial: Trial) -> list[str]:
 
 
 def run_all(trial: Trial, jobs: int, threads: int, command: Callable[[Run, Trial], list[str]]) -> list[Run]:
-    """Runs all open runs, `jobs` at a time with `threads` threads each; returns those that ended with an error.
+    """Starts open runs, `jobs` at a time with `threads` threads each, and returns the ones that ended with an error.
 
     On Ctrl-C or SIGTERM the processes end after their batch, and an InterruptedRunError is raised.
     """

@@ -89,7 +89,7 @@ def test_export_warns_of_outliers_and_still_channels_and_takes_the_form_of_the_f
         ('export {five} --onnx {tmp}/new.txt', '.onnx'),
         ('export {five} --onnx {tmp}/new.onnx --opset 40', 'no opset 40'),
         ('export {model} --onnx {tmp}/new.onnx', 'is an ONNX file'),
-        ('export output/nowhere --onnx {tmp}/new.onnx', "file or folder 'output/nowhere'"),
+        ('export output/nowhere --onnx {tmp}/new.onnx', "'output/nowhere' is not a file"),
         ('predict {tmp}/empty --model {model}', 'There are no images'),
         ('predict {tmp}/none.png --model {model}', 'none.png'),
         ('quantize {model} --data {tmp}/broken {out}', "broken/train/a/1.png' is damaged"),

@@ -2,7 +2,7 @@ from itertools import product
 
 import pytest
 
-from repopt_timm.deploy import QuantizationOptions, compare_int8, comparison_table
+from repopt_timm.deploy import QuantizationOptions, compare_int8, comparison_table, int8_table
 from repopt_timm.deploy.int8_table import is_steady
 
 WAYS = [*product((False, True), ('minmax', 'percentile'), ('ort', 'tensorrt'))]
@@ -26,6 +26,12 @@ def test_every_model_is_measured_in_every_way(results):
     }
     assert all(row['drop'] == references[row['model']] - row['top1'] for row in results['accuracy'])
     assert (results['settings']['validation_images'], results['settings']['calibration_images']) == (36, 20)
+
+
+def test_a_model_that_is_missing_is_found_before_another_is_quantized(checkpoint, images, monkeypatch):
+    monkeypatch.setattr(int8_table, 'quantize_in', lambda *args: pytest.fail('quantized'))
+    with pytest.raises(FileNotFoundError, match='nowhere'):
+        compare_int8({'run': checkpoint, 'other': 'nowhere.onnx'}, images, [QuantizationOptions()])
 
 
 def test_what_equalizing_and_other_forms_do_is_a_row_each(results):
