@@ -7,7 +7,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Architecture:
-    """Depth of each stage, and widths of the stem and of each stage; `use_se` puts attention after each ReLU."""
+    """Depth of each stage, and widths of the stem and of each stage.
+
+    `use_se` adds attention to each block: after the ReLU, in the `_branches` network before it.
+    """
 
     depths: tuple[int, ...]
     widths: tuple[int, ...]

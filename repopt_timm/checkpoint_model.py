@@ -21,20 +21,19 @@ from .weights_origin import restore_origin
 
 
 def model_from_checkpoint(
-    path: str | os.PathLike, scales: ScalesSource | None = None, need_scales: bool = True
+    path: str | os.PathLike,
+    scales: ScalesSource | None = None,
+    need_scales: bool = True,
+    checkpoint: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """Creates the model of a run's checkpoint, with its weights, and its data configuration in `pretrained_cfg`.
 
     A target that was trained with scales is refused if none are given or found, because its training could not
-    continue; `need_scales=False` accepts it. The checkpoint of an `_hs` or `_csla` model has its own.
+    continue; `need_scales=False` accepts it. The checkpoint of an `_hs` or `_csla` model has its own. `checkpoint` is
+    the content of `path` if it was read already.
     """
-    return model_of(read_checkpoint(path), os.fspath(path), scales, need_scales)
-
-
-def model_of(
-    checkpoint: Mapping[str, Any], source: str, scales: ScalesSource | None = None, need_scales: bool = True
-) -> nn.Module:
-    """Creates the model of a checkpoint that is read already from `source`, see `model_from_checkpoint`."""
+    source = os.fspath(path)
+    checkpoint = read_checkpoint(path) if checkpoint is None else checkpoint
     with explaining(f"'{source}' does not hold the model of a run"):
         args = arguments_of(checkpoint)
         name = checkpoint.get('arch')
@@ -43,7 +42,7 @@ def model_of(
         ensure_registered(name)
         state = select_state_dict(checkpoint)
         check_weights(state, source)
-        # The file itself holds them; a path in its arguments could name anything.
+        # The file itself holds the scales; a path in its arguments could name anything.
         kwargs = {key: value for key, value in (args.get('model_kwargs') or {}).items() if key != 'scales'}
         if ModelName.parse(name).kind == 'hs':
             kwargs['scales'] = searched_scales(checkpoint, source)
@@ -57,6 +56,8 @@ def model_of(
         if channels := args.get('in_chans') or (args.get('input_size') or [None])[0]:
             kwargs['in_chans'] = channels
         model: Any = timm.create_model(name, **kwargs)
+        if 'scales' in kwargs:
+            model.scales_provenance = kwargs['scales'].provenance
         try:
             model.load_state_dict(state)
         except RuntimeError as error:
@@ -72,7 +73,6 @@ def model_of(
         wanted = kind_of(model) == 'target' and (need_scales or scales is not None)
         if wanted and (found := find_scales(checkpoint, model, source, scales)):
             prepare(model, found, init=False)
-            model.scales_provenance = found.provenance
         data, names = data_config_of(args, model), checkpoint.get('label_names')
         if mode := args.get('input_img_mode'):
             color_mode(data['input_size'][0], mode)

@@ -1,19 +1,15 @@
 """Files that appear whole or not at all."""
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 from safetensors import SafetensorError
 
 # In the name of a file that is being written.
 _MARK = '.tmp'
-
-# The umask can only be read by setting it, which is unsafe while other threads write.
-_UMASK = os.umask(0)
-os.umask(_UMASK)
 
 
 @contextmanager
@@ -37,14 +33,14 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     """
     path = check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix='.' + path.stem + '-', suffix=_MARK + path.suffix)
-    os.close(handle)
-    temporary = Path(name)
+    temporary = path.with_name(f'.{path.stem}-{uuid4().hex}{_MARK}{path.suffix}')
     try:
         with naming_write_errors(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
-        # `mkstemp` makes private files; give this one what a plain open() would.
-        temporary.chmod(0o666 & ~_UMASK)
+        # Libraries that replace the file may make a private one.
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

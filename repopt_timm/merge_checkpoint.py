@@ -9,7 +9,7 @@ from torch import nn
 
 from .architectures import ARCHITECTURES
 from .blocks import implied_scales, plain_twin, recalibrate
-from .checkpoint_model import model_of
+from .checkpoint_model import model_from_checkpoint
 from .checkpoints.read import check_weights, checkpoint_of, read_checkpoint
 from .datasets import open_evaluation
 from .deploy.classifier import preprocessing
@@ -39,7 +39,7 @@ def merge_trained(
     if of_authors:
         original = model_from_reference(checkpoint, source)
     elif is_file:
-        original = model_of(checkpoint, source, need_scales=False)
+        original = model_from_checkpoint(source, need_scales=False, checkpoint=checkpoint)
     else:
         resolve_model(source)
         original = timm.create_model(source, pretrained=True).eval()

@@ -15,7 +15,7 @@ from .cards.card import METRICS, checked_license, encode_scales, eval_results
 from .cards.hub import push_folder
 from .cards.repository import CONFIG_FILE, check_folder, draw, save_folder, write_card
 from .cards.text import CURVES_FILE, WEIGHTS_FILE
-from .checkpoint_model import model_of
+from .checkpoint_model import model_from_checkpoint
 from .checkpoints.packing import pack
 from .checkpoints.read import check_weights, read_checkpoint
 from .errors import explaining
@@ -123,7 +123,7 @@ def _prepare(
     else:
         source, checkpoint = os.fspath(model), read_checkpoint(model)
         with explaining(f"'{source}' does not hold the model of a run"):
-            model = model_of(checkpoint, source, scales)
+            model = model_from_checkpoint(source, scales, checkpoint=checkpoint)
             known = _training_of(checkpoint)
             facts = dict(known) if training is None else facts
             history = checkpoint.get('history') or []

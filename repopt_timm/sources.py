@@ -36,7 +36,7 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
             published for `model`, or its name, such as `repopt_vgg_b1.published`; `hf-hub:user/repo[@revision]`; a
             folder in the layout of such a repository, or the name of one that ships, such as `repopt_vgg_a0.cifar10`;
             the folder of a search; a model card; or a file, see `read_scale_file`.
-        model: The plain model, or a twin, that they are for.
+        model: The plain model that they are for; or a twin, except for `initial` and `identity`.
         token: For the Hub. Defaults to the token of `hf auth login`.
 
     Returns:
@@ -51,7 +51,7 @@ def load_scales(source: ScalesSource, model: nn.Module | None = None, token: str
     if isinstance(source, Mapping):
         if model is not None:
             return scales_for(model, source)
-        # It lacks the counts of equal branches.
+        # A mapping states no counts: each branch counts once.
         return source if isinstance(source, Scales) else Scales('', source)
     network = None if model is None else network_name(model)
     if network is None and source in (*UNSEARCHED, PUBLISHED):

@@ -23,9 +23,10 @@ def trained_with(checkpoint: Mapping[str, Any]) -> set[str]:
 def find_scales(
     checkpoint: Mapping[str, Any], model: nn.Module, source: str, given: ScalesSource | None = None
 ) -> Scales | None:
-    """Returns the scales of a target's checkpoint: those given, those in it, or where its arguments say; None if none.
+    """Returns the scales of a target's checkpoint: given ones, its own, or the ones that its arguments name.
 
-    A name in a file from anyone may lead anywhere, so only scales of the optimizer's own fingerprint are taken.
+    Returns None if it was trained without scales. A name in a file from anyone may lead anywhere, so only scales of the
+    optimizer's own fingerprint are taken.
     """
     fingerprints = trained_with(checkpoint)
     if given is not None:
@@ -52,7 +53,7 @@ def find_scales(
 
 
 def named_scales(checkpoint: Mapping[str, Any], source: str) -> str:
-    """Returns what `load_scales` takes for the scales that a target was trained with; `initial` if with none.
+    """Returns what `load_scales` takes for the scales of a target's training; `initial` if it had none.
 
     That is `--scales`, `--model-kwargs`, or without them the pretrained model that the run started from.
     """

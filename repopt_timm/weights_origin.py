@@ -36,12 +36,12 @@ def merged_from(model: Any) -> str:
 
 
 def license_identifier(name: Any) -> str:
-    """Returns the identifier of a licence in lower case; empty for what is not one, as anyone's file may state."""
+    """Returns the identifier of a licence in lower case; empty if it is not a valid one."""
     return name.lower() if isinstance(name, str) and re.fullmatch(r'[a-z0-9][a-z0-9.+_-]{0,99}', name.lower()) else ''
 
 
 def _checked(origin: Any) -> dict[str, Any]:
-    """Returns the parts of an origin that are what they should be: it may be anyone's, and goes into a card."""
+    """Returns the well-formed parts of an origin, which may come from anyone's file and goes into a card."""
     origin = origin if isinstance(origin, Mapping) else {}
     notes = origin.get('notes')
     notes = [notes] if isinstance(notes, str) else notes if isinstance(notes, list | tuple) else []

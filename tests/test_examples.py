@@ -9,6 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 
+from repopt_timm import Scales
 from repopt_timm.optim import RepOptSGD
 
 from .helpers import TINY, relative_difference
@@ -49,7 +50,7 @@ def test_other_trainers_multiply_gradients(script, package, tmp_path, monkeypatc
     )
     runpy.run_path(str(EXAMPLES / f'{script}.py'), run_name='__main__')
     assert len(steps) == 2
-    fingerprint = timm.create_model(TINY, scales='initial', num_classes=5).scales.fingerprint
+    fingerprint = Scales.from_model(timm.create_model(TINY, scales='initial', num_classes=5)).fingerprint
     assert {group['scales_fingerprint'] for group in steps[0].param_groups} == {fingerprint}
 
 

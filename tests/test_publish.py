@@ -46,7 +46,7 @@ def checkpoint_of(model, path, content=(), **args):
         'arch': model.pretrained_cfg['architecture'],
         'state_dict': model.state_dict(),
         'epoch': 2,
-        'optimizer': build_repopt_sgd(model, model.scales, lr=0.1).state_dict() if target else {},
+        'optimizer': build_repopt_sgd(model, Scales.from_model(model), lr=0.1).state_dict() if target else {},
         'args': argparse.Namespace(model_kwargs={}, **args),
         'history': HISTORY,
         **dict(content),
@@ -73,7 +73,8 @@ def test_what_is_saved_is_what_is_pushed_and_loads_from_both(hub, client, images
         client('other', token=None, offline=offline)
         pulled = timm.create_model(f'hf-hub:{REPO}', pretrained=True).eval()
         assert torch.equal(pulled(images), model(images))
-        assert (pulled.strides, pulled.num_classes, pulled.scales) == ((1, 2, 2, 2, 2), 5, model.scales)
+        assert (pulled.strides, pulled.num_classes) == ((1, 2, 2, 2, 2), 5)
+        assert Scales.from_model(pulled) == Scales.from_model(model)
 
 
 def test_a_card_shows_results_and_training_and_leads_with_what_people_choose_by(tmp_path):
@@ -220,10 +221,10 @@ def test_a_checkpoint_becomes_a_repository(images, tmp_path):
     args |= {'batch_size': 8, 'world_size': 4, 'grad_accum_steps': 2}
     path = checkpoint_of(model, tmp_path / 'last.pth.tar', {'versions': {'torch': '2.6.0'}}, **args)
     with pytest.raises(ValueError, match='folder of a run'):
-        save_pretrained(tmp_path, tmp_path, scales=model.scales)
-    save_pretrained(tmp_path, saved, scales=model.scales, training={'note': 'of mine'})
+        save_pretrained(tmp_path, tmp_path, scales=Scales.from_model(model))
+    save_pretrained(tmp_path, saved, scales=Scales.from_model(model), training={'note': 'of mine'})
     assert 'of mine' in card_of(saved).text and card_of(saved).data.eval_results[0].metric_value == 91.25
-    save_pretrained(path, saved, scales=model.scales)
+    save_pretrained(path, saved, scales=Scales.from_model(model))
     loaded = load(saved)
     assert torch.equal(loaded(images[:, :1]), model(images[:, :1]))
     assert [tuple(loaded.pretrained_cfg[key]) for key in ('input_size', 'mean')] == [(1, 32, 32), (0.5,)]
@@ -248,7 +249,7 @@ def test_a_network_without_scales_goes_without_and_states_no_tag_and_no_test_siz
 def test_weights_are_saved_in_fewer_bits_and_restored_on_load(tmp_path, images):
     model, packed = trained(), tmp_path / 'packed'
     path = checkpoint_of(model, tmp_path / 'last.pth.tar', dataset='digits')
-    save_pretrained(path, packed, scales=model.scales, precision='int8')
+    save_pretrained(path, packed, scales=Scales.from_model(model), precision='int8')
     size = sum(4 * tensor.numel() for tensor in model.state_dict().values())
     assert (packed / 'model.safetensors').stat().st_size < 0.35 * size
     torch.testing.assert_close(load(packed)(images), model(images), rtol=0.05, atol=0.05)
@@ -274,9 +275,9 @@ def test_what_cannot_be_published_is_refused_before_anything_is_made(hub, client
         (model, {'scales': random_scales()}, 'scales'),
         (tiny_model(features_only=True), {}, 'FeatureListNet'),
         (damaged, {}, rf"{TINY}: 'stem\.bn\.running_var'"),
-        (path, {'scales': model.scales}, r"last\.pth\.tar: 'stem\.bn\.running_var'"),
+        (path, {'scales': Scales.from_model(model)}, r"last\.pth\.tar: 'stem\.bn\.running_var'"),
         (other, {'scales': random_scales()}, r'other\.pth: .*scales'),
-        (other, {'scales': model.scales}, r'other\.pth'),
+        (other, {'scales': Scales.from_model(model)}, r'other\.pth'),
     ):
         with pytest.raises(ValueError, match=named):
             push_to_hub(source, REPO, **given)

@@ -3,9 +3,11 @@ import argparse
 import pytest
 import torch
 
+from repopt_timm import Scales
 from repopt_timm.cards.repository import save_scales_card
 from repopt_timm.checkpoint_model import model_from_checkpoint
 from repopt_timm.optim import build_repopt_sgd
+from repopt_timm.reparam import carried_scales
 
 from .helpers import TINY, random_scales, tiny_model
 
@@ -38,7 +40,7 @@ def write_checkpoint(scales, args):
     ids=["timm's script", 'ours', 'weights of a repository'],
 )
 def test_scales_are_found_where_the_arguments_of_a_run_say(scales, args):
-    assert model_from_checkpoint(write_checkpoint(scales, args)).scales == scales
+    assert Scales.from_model(model_from_checkpoint(write_checkpoint(scales, args))) == scales
 
 
 @pytest.mark.parametrize(
@@ -55,5 +57,5 @@ def test_scales_that_are_not_found_are_named(scales, args, name):
     path = write_checkpoint(scales, args)
     with pytest.raises(ValueError, match=rf'last\.pth\.tar: .*{name}'):
         model_from_checkpoint(path)
-    assert model_from_checkpoint(path, need_scales=False).scales is None
-    assert model_from_checkpoint(path, scales).scales == scales
+    assert not carried_scales(model_from_checkpoint(path, need_scales=False))
+    assert Scales.from_model(model_from_checkpoint(path, scales)) == scales

@@ -61,7 +61,7 @@ class PlainBlock(nn.Module):
             merge_branches(conv)
         # A frozen or synchronized BatchNorm is of another class.
         if getattr(norm, 'running_var', None) is not None:
-            # Their Grad Mult is of the kernel without the normalization.
+            # The scales belong to the kernel before BatchNorm is folded into it.
             drop_scales(conv)
             conv.weight, conv.bias = fuse_conv_bn_weights(
                 conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
@@ -180,7 +180,7 @@ def _convert(model: nn.Module, weights: bool = False) -> tuple[nn.Module, dict[s
             converted[block] = new
             vars(new).update({key: value for key, value in vars(block).items() if '_hook' in key and 'load' not in key})
     twin = converted.get(twin, twin)
-    # Wherever a block is used: a shared one stays shared.
+    # A shared block is replaced everywhere, so it stays shared.
     for parent in list(twin.modules()):
         for child_name, child in parent._modules.items():
             parent._modules[child_name] = converted.get(child, child)  # type: ignore[arg-type]

@@ -122,7 +122,7 @@ def _ghost_module_v3(block: Any, plain: MakePlain) -> nn.Module:
 
 
 def _ghost_bottleneck_v3(block: Any, plain: MakePlain) -> nn.Module:
-    """Its depthwise convolution has branches if it is strided; otherwise it has none."""
+    """GhostNetV3's bottleneck: a strided one has a depthwise convolution, with branches."""
     if block.stride > 1:
         block.conv_dw = plain(_ghost_sum(block, 'dw'))
     block.dw_rpr_conv, block.dw_rpr_scale = nn.ModuleList(), nn.Identity()

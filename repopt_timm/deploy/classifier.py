@@ -20,8 +20,8 @@ from ..checkpoint_model import model_from_checkpoint
 from ..checkpoints.read import checkpoint_of
 from ..datasets import Images, core_count
 from ..errors import explaining, reason_of
-from ..models import resolve_model, to_plain
-from ..reparam import kind_of
+from ..models import resolve_model
+from ..reparam import kind_of, to_plain
 from .onnx_graph import image_input
 from .runtime import load_onnx, open_session
 

@@ -3,7 +3,6 @@
 Read `byobnet`, `repopt_vgg`, `weights`, `records`, `twins`.
 """
 
-from ..reparam import to_plain
 from .records import take_name
 from .repopt_vgg import RepOptVgg
 from .twins import ensure_registered, register_models, register_twins, resolve_model

@@ -69,7 +69,7 @@ class RepVgg(StridedByobNet):
     """RepVGG, timm's blocks, of any depths, widths and strides (arXiv 2101.03697).
 
     With `unit_norms` BatchNorm starts at weight 1 and bias 0, as the published RepVGG does. timm draws these weights
-    from N(0.1, 0.1): one channel in six starts with the sign turned around, and all small.
+    from N(0.1, 0.1): one channel in six starts negative, and all start small.
     """
 
     block_type: Any = None
@@ -99,7 +99,6 @@ class RepVgg(StridedByobNet):
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-        self.depths, self.widths = cfg.depths, cfg.widths
 
 
 def create_byobnet(variant: str, pretrained: bool = False, strides: Sequence[int] | None = None, **kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ..architectures import ARCHITECTURES, Architecture
 from ..blocks import PlainBlock
 from ..names import KINDS
-from ..reparam import ConvPrior, Scales, branches_of, carried_scales, repvgg_branches, stage_scale, to_plain
+from ..reparam import ConvPrior, repvgg_branches, stage_scale
 from .byobnet import RepVgg
 from .records import Twin
 from .weights import original_cfgs, shipped_cfgs
@@ -50,8 +50,6 @@ class RepOptVgg(Twin, RepVgg):
 
     block_type = RepOptVggBlock
 
-    __jit_unused_properties__ = ('scales',)
-
     def __init__(self, cfg: Architecture, architecture: str, drop_path_rate: float = 0.0, **kwargs: Any):
         if drop_path_rate:
             raise ValueError(f'drop_path_rate={drop_path_rate}: a plain network has no residual branch to drop.')
@@ -66,16 +64,6 @@ class RepOptVgg(Twin, RepVgg):
                 if stride != 1:
                     branches.pop('identity', None)
                 ConvPrior(branches, stage_scale(index), (stride, stride)).put_on(block.conv)
-
-    @property
-    def scales(self) -> Scales | None:
-        """The scales of an `_hs` or `_csla` model, or what a plain one carries; None without any."""
-        twins = filter(None, map(branches_of, self.modules()))
-        return Scales.from_model(self) if carried_scales(self) or any(each.complete for each in twins) else None
-
-    def to_plain(self) -> nn.Module:
-        """Returns the plain model with merged kernels and the same output; see `repopt_timm.to_plain`."""
-        return to_plain(self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Returns the last stage's output, shape (N, C, H, W)."""

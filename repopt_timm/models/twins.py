@@ -22,7 +22,7 @@ from torch import nn
 from ..architectures import ARCHITECTURES
 from ..blocks import PlainBlock, implied_scales, plain_twin
 from ..names import KINDS, MULTI_BRANCH, PREFIX, ModelName
-from ..reparam import Branches, convert_, multi_branch_blocks, name_as_part, prepare, repvgg_prior
+from ..reparam import Branches, convert_, multi_branch_blocks, prepare, repvgg_prior
 from ..sources import IMPLIED, ScalesSource, load_scales
 from ..weights_origin import note_merged
 from .byobnet import create_byobnet
@@ -117,7 +117,7 @@ def create(
     cache_dir: Any = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Creates any model of this package in timm's way: its records, its weights, its scales and its features."""
+    """Creates any model of this package, with its weights and scales, as timm's entrypoints do."""
     name = ModelName.parse(variant)
     is_vgg = name.architecture in ARCHITECTURES
     config = choose_weights(variant, pretrained, pretrained_cfg, pretrained_cfg_overlay)
@@ -178,7 +178,6 @@ def create(
             convert_(whole, prior if found is None else found, trainable_scales=name.kind == 'hs')
         elif found is not None:
             prepare(whole, found, init=not pretrained)
-        whole.scales_provenance = {} if found is None else found.provenance
         return whole
 
     feature_cfg: dict[str, Any] = {}
@@ -203,7 +202,7 @@ def create(
     if model is not whole:
         names = {module: child for child, module in whole.named_modules()}
         model.architecture = name.network
-        name_as_part(model, {child: names.get(module, '') for child, module in model.named_children()})
+        model.repopt_names = {child: names.get(module, '') for child, module in model.named_children()}
     if repository and any(isinstance(module, PlainBlock) for module in model.modules()):
         note_merged(model, repository)
     return model

@@ -1,4 +1,4 @@
-"""Where the weights and scales of `timm.create_model(name, pretrained=True)` come from, and how branches are merged.
+"""Where the weights and scales of `timm.create_model(name, pretrained=True)` come from.
 
 The package's own weights come first, then the Hub's. timm's repositories hold weights of the multi-branch originals.
 """

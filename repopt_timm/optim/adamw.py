@@ -9,7 +9,7 @@ from torch.optim import AdamW
 
 from .base import GradMultOptimizer, local
 
-# Once there is an AdamW, torch has wrapped its step in hooks and a profiler; RepOptAdamW's step has its own.
+# After the first AdamW is made, torch has wrapped its step in hooks and a profiler; RepOptAdamW's step has its own.
 _adamw_step = inspect.unwrap(AdamW.step)
 
 

@@ -46,17 +46,12 @@ class GradMultOptimizer(torch.optim.Optimizer):
             )
         if grad_mults.update_rule != self.update_rule:
             raise ValueError(f'{name} got Grad Mults for the update rule {grad_mults.update_rule!r}. Use {make}.')
-        params = {param for group in self.param_groups for param in group['params']}
-        if params.isdisjoint(grad_mults):
-            if any(kernel.requires_grad for kernel in grad_mults):
-                raise ValueError(
-                    f'None of the {len(params)} parameters given to {name} has a Grad Mult: it would train them as '
-                    f'without scales. Make the Grad Mults from the very model whose parameters these are.'
-                )
-            # A head may be trained alone, on another copy of a frozen model.
-            self._warn_of_bare_kernels(params, grad_mults, stacklevel=4)
         self.grad_mults = grad_mults
         self._check_groups()
+        params = {param for group in self.param_groups for param in group['params']}
+        if params.isdisjoint(grad_mults):
+            # A head may be trained alone, on another copy of a frozen model.
+            self._warn_of_bare_kernels(params, stacklevel=4)
         self.defaults['scales_fingerprint'] = grad_mults.fingerprint
         for group in self.param_groups:
             group['scales_fingerprint'] = grad_mults.fingerprint
@@ -70,10 +65,10 @@ class GradMultOptimizer(torch.optim.Optimizer):
             # they could not be clipped.
             group['fused'] = not group.get('dampening') and all(map(_can_be_fused, group['params']))
         if hasattr(self, 'grad_mults'):
-            self._warn_of_bare_kernels(group['params'], self.grad_mults, stacklevel=3)
+            self._warn_of_bare_kernels(group['params'], stacklevel=3)
 
-    def _warn_of_bare_kernels(self, params: Iterable[Tensor], grad_mults: GradMults, stacklevel: int) -> None:
-        bare = [str(tuple(param.shape)) for param in params if param.ndim == 4 and param not in grad_mults]
+    def _warn_of_bare_kernels(self, params: Iterable[Tensor], stacklevel: int) -> None:
+        bare = [str(tuple(param.shape)) for param in params if param.ndim == 4 and param not in self.grad_mults]
         if bare:
             warnings.warn(
                 f'{len(bare)} kernels have no Grad Mult, {type(self).__name__} trains them as without scales: '
@@ -88,9 +83,10 @@ class GradMultOptimizer(torch.optim.Optimizer):
         if names:
             raise ValueError(
                 f'{len(names)} trainable kernels have a Grad Mult but are in no parameter group of '
-                f'{type(self).__name__}: {", ".join(names)}. If other tensors have taken their place, as under '
-                f'Accelerate with FSDP2, call optimizer.take_grad_mults(make_grad_mults(model, '
-                f'update_rule={self.update_rule!r})); otherwise add them, or freeze them with requires_grad_(False).'
+                f'{type(self).__name__}: {", ".join(names)}. Make the Grad Mults from the very model whose parameters '
+                f'these are. If other tensors have taken their place, as under Accelerate with FSDP2, call '
+                f'optimizer.take_grad_mults(make_grad_mults(model, update_rule={self.update_rule!r})). Otherwise add '
+                f'the kernels, or freeze them with requires_grad_(False).'
             )
 
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:

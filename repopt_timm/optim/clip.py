@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from ..reparam import GradMults, is_sharded
+from ..reparam import GradMults
+from ..reparam.modules import whole
 
 
 @torch.no_grad()
@@ -56,6 +57,6 @@ def clip_grad_norm_(
         if param.grad is not None
     ]
     total_norm: Any = get_total_norm(grads, 2.0, error_if_nonfinite, foreach)
-    total_norm = total_norm.full_tensor() if is_sharded(total_norm) else total_norm
+    total_norm = whole(total_norm)
     clip_grads_with_norm_(parameters, max_norm, total_norm, foreach)
     return total_norm

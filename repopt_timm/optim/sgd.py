@@ -12,7 +12,7 @@ from ..reparam import make_grad_mults, prepare
 from ..reparam.scales import ScalesMapping
 from .base import GradMultOptimizer
 
-# Once there is an SGD, torch has wrapped `SGD.step` in hooks and a profiler; RepOptSGD's step has its own.
+# After the first SGD is made, torch has wrapped `SGD.step` in hooks and a profiler; RepOptSGD's step has its own.
 _sgd_step = inspect.unwrap(SGD.step)
 
 

@@ -7,7 +7,7 @@ from .branches import Branch, embed, make_branches, merge
 from .convolution import Branches, branches_of, kind_of, merge_branches
 from .grad_mult import GradMults, make_grad_mults
 from .initialization import prepare
-from .modules import is_sharded, name_as_part, network_name, uncompiled_name, unwrap
+from .modules import is_sharded, network_name, uncompiled_name, unwrap
 from .prior import (
     FOLDING_CLASSES,
     ConvPrior,

@@ -62,7 +62,7 @@ class GradMults(Mapping[Tensor, Tensor]):
         return GradMults(own, self.update_rule, self.fingerprint, self._names, self._without_zeros)
 
     def divisor(self, parameter: Tensor) -> Tensor:
-        """Returns the mask of a kernel with ones in the place of zeros: the multiplied gradient is 0 there already."""
+        """Returns what RepOptAdamW divides a kernel by: its mask, with 1 where the mask is 0."""
         divisor = self._without_zeros.get(parameter)
         return self[parameter] if divisor is None else divisor.to(parameter.device)
 

@@ -45,13 +45,11 @@ def uncompiled_name(name: str) -> str:
     return '.'.join(part for part in name.split('.') if part not in _TRANSPARENT)
 
 
-def name_as_part(model: nn.Module, names: dict[str, str]) -> None:
-    """Makes a network built from another's modules report the other's names; `names` maps its children to these."""
-    model.repopt_names = names  # type: ignore[assignment]
-
-
 def modules_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns name to module, in the network's order: names without those of wrappers, a shared module once."""
+    """Returns name to module, in the network's order: names without those of wrappers, a shared module once.
+
+    A network that is made of another's modules maps its children to the other's names in `repopt_names`.
+    """
     names = getattr(model, 'repopt_names', {})
     modules = {}
     for name, module in model.named_modules():

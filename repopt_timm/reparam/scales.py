@@ -297,7 +297,8 @@ class Scales(ScalesMapping):
         Args:
             model: Any model with CSLA convolutions or attached scales. Where `fully_shard` has sharded a search, all
                 processes have to call this.
-            provenance: Where they come from. Defaults to the model's `scales_provenance`.
+            provenance: Where they come from. Defaults to the provenance of the scales that the model carries, or that a
+                CSLA model was made with.
 
         Raises:
             ValueError: If the model has no scales, or they have several starts.
@@ -307,16 +308,18 @@ class Scales(ScalesMapping):
         modules = {name: branches.vectors() for name, branches in found.items()}
         counts = {name: branches.counts for name, branches in found.items()}
         starts = {branches.start for branches in found.values()}
+        origins = [getattr(model, 'scales_provenance', None)] if found else []
         for name, carried in ({} if found else carried_scales(model)).items():
             modules[name] = carried.scales[carried.module]
             counts[name] = carried.scales._counts[carried.module]
             starts.add(carried.scales.start)
+            origins.append(carried.scales._provenance)
         if not modules:
             raise ValueError(f'{type(model).__name__} has no scales: its convolutions carry none. Name some.')
         if len(starts) > 1:
             raise ValueError(f'{type(model).__name__} has the starts {" and ".join(sorted(starts))}: read each part.')
-        if provenance is None:
-            provenance = getattr(model, 'scales_provenance', None)
+        if provenance is None and all(origin == origins[0] for origin in origins):
+            provenance = origins[0]
         return cls(network_name(model), modules, geometry_of(model, modules), counts, provenance, start=starts.pop())
 
     def check_fingerprint(self, expected: str) -> None:

@@ -79,9 +79,10 @@ def to_plain(twin: nn.Module) -> nn.Module:
         if branches_of(conv):
             merge_branches(conv)  # type: ignore[arg-type]
             CarriedScales(scales, name, initialized=True).put_on(conv)
-    if hasattr(plain, 'note_plain'):
-        # A network that states what it is in records of its own.
-        plain.note_plain()
+    for module in plain.modules():
+        # A network that states what it is in records of its own, whole or as a part.
+        if hasattr(module, 'note_plain'):
+            module.note_plain()
     return plain
 
 
@@ -116,4 +117,6 @@ def convert_(model: nn.Module, scales_or_prior: ScalesMapping | Prior | None, tr
     for module in modules.values():
         # Convolutions that stay plain train without Grad Mults, too.
         drop_scales(module)
+    # What a search finds comes from that search.
+    model.scales_provenance = {} if scales is None or trainable_scales else scales.provenance  # type: ignore[assignment]
     return model

@@ -44,7 +44,7 @@ class PublishedScales:
 
     @property
     def path(self) -> Path:
-        """Where it is once it was downloaded: where the Hub's client keeps what libraries download."""
+        """Its file in the assets cache of huggingface_hub."""
         return Path(constants.HF_ASSETS_CACHE, 'repopt_timm', self.repository, self.commit, self.file)
 
     @property

@@ -1,17 +1,15 @@
 """Summaries of scales: per stage and branch, and how far a search moved them from where they started."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from torch import Tensor
-
-_Vectors = Mapping[str, Mapping[str, Tensor]]
+from ..reparam.scales import ScalesMapping
 
 
-def scales_table(modules: _Vectors) -> list[dict[str, Any]]:
+def scales_table(modules: ScalesMapping) -> list[dict[str, Any]]:
     """Returns a row for each stage and branch: `stage`, `branch` and, over all channels, `mean`, `min` and `max`."""
     stages: dict[str, dict[str, list[float]]] = {}
     for module, vectors in modules.items():
@@ -30,8 +28,8 @@ def scales_table(modules: _Vectors) -> list[dict[str, Any]]:
 class Movement:
     """Changes of the layer means of scales, relative to their initial values; `where` is the place of the largest.
 
-    Identities, which carry no scale, are apart, and None without any. `spread` is the standard deviation from search to
-    search, None for one search.
+    `identity` is the change of identities, which carry no scale; None if there are none. `spread` is the standard
+    deviation from search to search; None for one search.
     """
 
     mean: float
@@ -63,7 +61,7 @@ class Movement:
         return f'{verdict} {moved[0].upper()}{moved[1:]}.'
 
 
-def movement(searched: Sequence[_Vectors], initial: _Vectors) -> Movement:
+def movement(searched: Sequence[ScalesMapping], initial: ScalesMapping) -> Movement:
     """Measures how far one or more searches moved scales; branches that are not in all of them do not count."""
     changes: dict[tuple[str, str], list[float]] = {}
     for module in initial:

@@ -4,12 +4,12 @@ import torch
 from timm.utils import reparameterize_model
 from torch import nn
 
-from repopt_timm import Scales, make_grad_mults, plain_twin, register_twins
+from repopt_timm import Scales, make_grad_mults, plain_twin, register_twins, to_plain
 from repopt_timm.models import ensure_registered
 from repopt_timm.names import KINDS, MULTI_BRANCH, ModelName
-from repopt_timm.reparam import multi_branch_blocks
+from repopt_timm.reparam import multi_branch_blocks, network_name
 
-from ..helpers import random_scales
+from ..helpers import TINY, random_scales, tiny_model
 
 register_twins('test_resnet')
 IMAGES = torch.randn(2, 3, 64, 64)
@@ -110,3 +110,10 @@ def test_timms_weights_are_the_targets_and_stay_as_they_are():
 def test_a_models_name_is_taken_apart_in_one_place(text, name, network):
     assert ModelName.parse(text) == name
     assert name.network == network
+
+
+def test_a_search_inside_a_detector_is_plain_by_name_too():
+    detector = nn.ModuleDict({'backbone': tiny_model('_hs'), 'neck': nn.Conv2d(8, 8, 3)})
+    plain = to_plain(detector)
+    assert network_name(detector['backbone']) == network_name(plain['backbone']) == TINY
+    assert plain['backbone'].pretrained_cfg['architecture'] == TINY

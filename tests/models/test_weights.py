@@ -56,10 +56,10 @@ def relative(first, second):
 def test_a_repositorys_own_scales_come_with_its_model(repository):
     folder, model, scales = repository
     tuned = timm.create_model(f'local-dir:{folder}', pretrained=True, num_classes=37)
-    assert (tuned.num_classes, tuned.scales) == (37, scales)
+    assert (tuned.num_classes, Scales.from_model(tuned)) == (37, scales)
     assert torch.equal(tuned.stem.conv.weight, model.stem.conv.weight)
     fresh = timm.create_model(f'local-dir:{folder}')
-    assert fresh.scales == scales
+    assert Scales.from_model(fresh) == scales
     assert not torch.equal(fresh.stem.conv.weight, model.stem.conv.weight)
 
 
@@ -68,9 +68,9 @@ def test_scales_in_a_downloaded_config_are_ignored(repository, tmp_path):
     config = json.loads((folder / 'config.json').read_text())
     config.setdefault('model_args', {})['scales'] = str(tmp_path / 'secret.safetensors')
     (folder / 'config.json').write_text(json.dumps(config))
-    assert timm.create_model(f'local-dir:{folder}', pretrained=True).scales == scales
+    assert Scales.from_model(timm.create_model(f'local-dir:{folder}', pretrained=True)) == scales
     other = random_scales()
-    assert timm.create_model(f'local-dir:{folder}', scales=other).scales == other
+    assert Scales.from_model(timm.create_model(f'local-dir:{folder}', scales=other)) == other
 
 
 def test_pretrained_without_weights_says_how_to_get_some():
@@ -83,7 +83,7 @@ def test_what_ships_loads_offline_with_its_scales(client):
     model = timm.create_model('repopt_vgg_a0.cifar10', pretrained=True)
     file = load_file(shipped_repositories()['repopt_vgg_a0.cifar10'] / 'model.safetensors')
     assert torch.equal(model.stages[2][3].conv.weight, file['stages.2.3.conv.weight'].float())
-    assert (model.num_classes, model.scales) == (10, load_scales('repopt_vgg_a0.cifar10'))
+    assert (model.num_classes, Scales.from_model(model)) == (10, load_scales('repopt_vgg_a0.cifar10'))
     assert model.eval().forward_features(torch.zeros(1, 3, 32, 32)).shape[2:] == model.pretrained_cfg['pool_size']
 
 
@@ -129,7 +129,7 @@ def test_repvggs_weights_are_merged_into_repopt_vgg(hub, client, tmp_path):
     assert pretrained(in_chans=1, num_classes=2)(IMAGES[:, :1]).shape == (2, 2)
     tuned = pretrained(scales='implied')
     assert torch.equal(tuned(IMAGES), model(IMAGES))
-    assert tuned.scales == implied_scales(repvgg).renamed(TINY)
+    assert Scales.from_model(tuned) == implied_scales(repvgg).renamed(TINY)
     assert len(make_grad_mults(tuned)) == 7
     features = pretrained(features_only=True)
     torch.testing.assert_close(features(IMAGES)[-1], repvgg.forward_features(IMAGES), rtol=1e-4, atol=1e-5)

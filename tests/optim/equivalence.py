@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from repopt_timm import RepOptAdamW, RepOptSGD, clip_grad_norm_, make_grad_mults
+from repopt_timm import RepOptAdamW, RepOptSGD, clip_grad_norm_, make_grad_mults, to_plain
 
 from ..helpers import random_scales, tiny_model
 
@@ -21,7 +21,7 @@ STRIDES = (2, 1, 2, 2, 2)
 def twins(start='paper'):
     scales = random_scales(strides=STRIDES).with_start(start)
     csla = tiny_model('_csla', scales=scales, strides=STRIDES).double()
-    return csla, csla.to_plain()
+    return csla, to_plain(csla)
 
 
 def optimizers(csla, plain, rule, **kwargs):

@@ -6,7 +6,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from repopt_timm import clip_grad_norm_, make_grad_mults, prepare
+from repopt_timm import Scales, clip_grad_norm_, make_grad_mults, prepare, to_plain
 
 from ..helpers import relative_difference
 from ..processes import in_processes
@@ -30,7 +30,7 @@ def fixed_nets():
     torch.manual_seed(0)
     nets = [freeze_batch_norm_2d(twins()[1]) for _ in range(2)]
     nets[1].load_state_dict(nets[0].state_dict())
-    prepare(nets[1], nets[0].scales, init=False)
+    prepare(nets[1], Scales.from_model(nets[0]), init=False)
     return nets
 
 
@@ -44,7 +44,7 @@ def differences(rank, count):
     wrapped = [DistributedDataParallel(csla), DistributedDataParallel(plain)]
     for net, optimizer in zip(wrapped, optimizers(*wrapped, 'sgd')):
         train(net, optimizer, rank, count)
-    found = {'DDP to CSLA': relative_difference(plain, csla.to_plain())}
+    found = {'DDP to CSLA': relative_difference(plain, to_plain(csla))}
 
     single, spread = fixed_nets()
     train(single, made(single, 'sgd'))

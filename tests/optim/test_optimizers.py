@@ -212,7 +212,7 @@ def test_kernels_without_grad_mults_in_a_new_group_or_of_a_frozen_copy_warn():
     [
         (lambda model, rule: None, 0, 'grad_mults'),
         (lambda model, rule: make_grad_mults(model, None, *(OURS.keys() - {rule})), 0, 'update rule'),
-        (lambda model, rule: make_grad_mults(copy.deepcopy(model), None, rule), 0, 'None of the'),
+        (lambda model, rule: make_grad_mults(copy.deepcopy(model), None, rule), 0, 'trainable kernels'),
         (lambda model, rule: make_grad_mults(model, None, rule), 1, r'1 .*stem\.conv'),
     ],
     ids=['none', 'rule', 'copy', 'kernel in no group'],

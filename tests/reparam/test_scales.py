@@ -19,7 +19,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
 from torch.optim.swa_utils import AveragedModel
 
 import repopt_timm
-from repopt_timm import Scales, csla, hyper_search, make_grad_mults, prepare
+from repopt_timm import Scales, csla, hyper_search, make_grad_mults, prepare, to_plain
 from repopt_timm.reparam import Geometry
 
 from ..helpers import TINY, random_scales, tiny_model
@@ -69,12 +69,23 @@ def test_scales_cannot_be_changed():
     assert copy.deepcopy(scales) == pickle.loads(pickle.dumps(scales)) == scales
 
 
+def test_scales_keep_their_provenance_on_a_model_and_a_search_starts_without_one():
+    scales = random_scales().with_provenance({'dataset': 'digits'})
+    plain = tiny_model()
+    prepare(plain, scales)
+    twin = csla(plain)
+    for model in (plain, twin, to_plain(twin), tiny_model(scales=scales), tiny_model('_csla', scales=scales)):
+        assert Scales.from_model(model).provenance == {'dataset': 'digits'}
+    for search in (hyper_search(plain), tiny_model('_hs', scales=scales)):
+        assert Scales.from_model(search).provenance == {}
+
+
 def test_twins_keep_the_start_and_one_network_has_one():
     scales = random_scales()
     other = scales.with_start('identity')
     for kind in ('_csla', '_hs'):
         twin = tiny_model(kind, scales=other)
-        assert Scales.from_model(twin).start == Scales.from_model(twin.to_plain()).start == 'identity'
+        assert Scales.from_model(twin).start == Scales.from_model(to_plain(twin)).start == 'identity'
     with pytest.raises(ValueError, match='zero'):
         scales.with_start('zero')
     with pytest.raises(ValueError, match='identity and paper'):

@@ -74,8 +74,9 @@ def test_a_checkpoint_is_held_to_the_geometry_that_it_states(tmp_path):
     content = {'state_dict': search.state_dict(), 'arch': f'{TINY}_hs'}
     torch.save(content, tmp_path / 'bare.pth')
     assert read_scale_file(tmp_path / 'bare.pth').geometry == {}
-    assert tiny_model(scales=tmp_path / 'bare.pth', strides=strides).scales == search.scales
-    torch.save({**content, 'repopt': checkpoint_entry(search.scales)}, tmp_path / 'last.pth')
+    scales = Scales.from_model(search)
+    assert Scales.from_model(tiny_model(scales=tmp_path / 'bare.pth', strides=strides)) == scales
+    torch.save({**content, 'repopt': checkpoint_entry(scales)}, tmp_path / 'last.pth')
     with pytest.raises(ValueError, match=r"'stem\.conv'.*stride 1x1.*stride 2x2"):
         tiny_model(scales=tmp_path / 'last.pth')
 

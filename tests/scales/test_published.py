@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from repopt_timm import load_scales, push_scales
+from repopt_timm import Scales, load_scales, push_scales
 from repopt_timm.cli import main
 from repopt_timm.scales import published
 from repopt_timm.scales.published import PublishedScales, find_published, published_table
@@ -62,7 +62,7 @@ def test_the_table_names_networks_and_their_files():
 
 
 def test_published_scales_are_downloaded_once_and_name_their_source_and_licence(server, scales, tmp_path, client):
-    found = timm.create_model(TINY, scales='published').scales
+    found = Scales.from_model(timm.create_model(TINY, scales='published'))
     assert found == scales and found.provenance['license'] == 'mit'
     assert found.provenance['source'] == 'https://github.com/ann/repo/blob/0123/tiny-scales.pth'
     assert load_scales(NAME).provenance == found.provenance
