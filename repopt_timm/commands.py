@@ -31,6 +31,6 @@ COMMANDS = {
     'evaluate': Command('measure accuracy, latency, throughput and size of a model', _DEPLOY),
     'compare-int8': Command('measure models in float32 and in all kinds of INT8, in one table', _DEPLOY),
     'predict': Command('classify images, with the names of the classes where they are known', _DEPLOY),
-    'doctor': Command('check that this machine trains a model right', '.doctor.doctor_command'),
+    'doctor': Command('check that this machine trains a model right', '.doctor'),
     'run': Command("run a script, such as timm's validate.py, that finds these models and optimizers", '.script'),
 }

@@ -43,11 +43,11 @@ class CommandParser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parses; a flag that this parser does not have is an error here, where its own are known."""
         words, flags = list(sys.argv[1:] if args is None else args), self._option_string_actions
-        # A parser of commands gets the flags of all of them.
+        # A parser with subcommands does not know their flags.
         for word in () if self._subparsers else words:
             flag = word.partition('=')[0]
             if flag.startswith('--') and not any(known.startswith(flag) for known in flags):
-                # First of all: a required argument that is missing may be the mistyped one.
+                # Checked first, because a missing required argument may be the mistyped one.
                 self.error(f"unknown argument '{word}'.{did_you_mean(flag, flags)}")
         return super().parse_known_args(words, namespace)
 

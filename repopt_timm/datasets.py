@@ -166,7 +166,7 @@ def open_split(
     else:
         files = _find_images(place, True)
         parts = [PurePath(file).relative_to(place).parts for file in files]
-        # A folder without classes has one of no name.
+        # Images directly in the folder are of one class, named ''.
         classes = [names[0] if names[1:] else '' for names in parts]
     numbers = read_class_map(class_map, root)
     if numbers is None:
@@ -200,12 +200,13 @@ def open_evaluation(
 def open_files(paths: Iterable[str | os.PathLike], config: Mapping[str, Any]) -> Images:
     """Opens image files, and all those in folders, prepared as `timm.data.resolve_data_config` says."""
     files: list[str] = []
-    for path in map(Path, paths):
+    places = [*map(Path, paths)]
+    for path in places:
         if not path.exists():
             raise FileNotFoundError(f"There is no image '{path}', expected a file such as photo.jpg, or a folder.")
         files += _find_images(path, False) if path.is_dir() else [os.fspath(path)]
     if not files:
-        raise ValueError(f"There are no images in '{path}'.")
+        raise ValueError(f'There are no images in {", ".join(map(str, places)) or "an empty list"}.')
     images = Images(files, config['input_size'][0])
     images.transform = create_transform(**config)
     return images
@@ -217,7 +218,7 @@ def _find_images(folder: Path, in_classes: bool) -> list[str]:
     suffixes = _suffixes()
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = _shown(folders)
-        # What lies beside folders of classes has none.
+        # Images beside the class folders have no class.
         beside = in_classes and folders and Path(parent) == folder
         for name in _shown(files):
             suffix = os.path.splitext(name)[1].lower()
@@ -330,9 +331,9 @@ def check_same_classes(train: Any, validation: Any) -> None:
 
 
 def data_config_of(args: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Returns what `timm.data.resolve_data_config` does, with a mean and a standard deviation for each channel.
+    """Returns what `timm.data.resolve_data_config` does, for the channels of `in_chans`, which timm overlooks.
 
-    Those for three channels are averaged for another number of them, as timm's loader does.
+    A mean and standard deviation for three channels are averaged for another number of them, as timm's loader does.
     """
     channels = (args.get('input_size') or [args.get('in_chans') or 3])[0]
 
@@ -340,4 +341,5 @@ def data_config_of(args: Mapping[str, Any], model: Any) -> dict[str, Any]:
         other = [name for name in ('mean', 'std') if len(values.get(name) or ()) not in (0, 1, channels)]
         return {**values, **{name: adapt_to_chs(values[name], channels) for name in other}}
 
-    return averaged(resolve_data_config(averaged(args), model=model))
+    found = averaged(resolve_data_config(averaged(args), model=model))
+    return {**found, 'input_size': (args.get('in_chans') or found['input_size'][0], *found['input_size'][1:])}

@@ -12,6 +12,7 @@ from .cards.repository import push_scales, save_scales_card
 from .checkpoints.packing import PRECISIONS
 from .commands import COMMANDS
 from .deploy import add_class_map, evaluate
+from .deploy.runtime import quiet
 from .errors import explaining
 from .files import check_output, check_output_folder
 from .merge_checkpoint import merge_trained
@@ -103,7 +104,9 @@ def _save(args: argparse.Namespace) -> None:
     values, text = {'checkpoint': args.checkpoint, 'out': args.out}, f'{args.checkpoint} -> {args.out}'
     if args.data:
         with TemporaryDirectory() as folder:
-            save_pretrained(args.checkpoint, folder, args.scales, **_options(args))
+            # The warnings come with the card that stays.
+            with quiet():
+                save_pretrained(args.checkpoint, folder, args.scales, **_options(args))
             found = evaluate(folder, args.data, class_map=args.class_map)
         measured = {name: round(found[name], 3) for name in ('top1', 'top5')}
         metrics = {'dataset': Path(args.data).resolve().name, **measured}

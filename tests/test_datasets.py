@@ -213,7 +213,8 @@ def test_other_images_than_grey_and_colour_ones_are_refused(channels, stated):
 
 @pytest.mark.parametrize('args', [{}, {'mean': (0.2, 0.4, 0.6)}, {'mean': [0.4]}], ids=['model', 'averaged', 'one'])
 def test_grey_images_have_one_mean_and_one_deviation(args):
-    config = data_config_of({'input_size': (1, 16, 16), **args}, tiny_model(in_chans=1))
-    assert config['mean'] == pytest.approx((0.4,) if args else (0.449,), abs=1e-3)
-    assert config['std'] == pytest.approx((0.226,), abs=1e-3)
-    assert config['input_size'] == (1, 16, 16)
+    for size, given in ((16, {'input_size': (1, 16, 16)}), (224, {'in_chans': 1})):
+        config = data_config_of({**given, **args}, tiny_model(in_chans=1))
+        assert config['mean'] == pytest.approx((0.4,) if args else (0.449,), abs=1e-3)
+        assert config['std'] == pytest.approx((0.226,), abs=1e-3)
+        assert config['input_size'] == (1, size, size)

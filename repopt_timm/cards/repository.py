@@ -37,7 +37,7 @@ CONFIG_FILE = 'config.json'
 BEGIN = '<!-- repopt-timm: begin. Text up to the end mark is rewritten with the scales; write yours outside of it. -->'
 END = '<!-- repopt-timm: end -->'
 
-# A card that is half as large as one that is still read.
+# In base64 a third of the largest card that is read.
 _LARGE = 1 << 20
 
 _logger = logging.getLogger(__name__)

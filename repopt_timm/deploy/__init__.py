@@ -5,7 +5,7 @@ from .deploy_commands import add_class_map
 from .equalization import Equalization, equalize
 from .evaluation import evaluate, predict
 from .int8_table import compare_int8, comparison_table
-from .layer_reports import layer_report, layer_sensitivity
+from .layer_sensitivity import layer_sensitivity
 from .onnx_export import export_onnx
 from .quantization import Quantization, QuantizationOptions, quantize_onnx
 from .runtime import save_onnx
@@ -20,7 +20,6 @@ __all__ = [
     'equalize',
     'evaluate',
     'export_onnx',
-    'layer_report',
     'layer_sensitivity',
     'load_model',
     'predict',

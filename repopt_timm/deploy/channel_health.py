@@ -1,5 +1,6 @@
 """What makes a network hard to quantize: channels that never change, and kernels with a few values far too large."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -7,7 +8,8 @@ import numpy as np
 from torch import nn
 
 from ..datasets import Images
-from .onnx_graph import feeds, layers_of, tensor_values
+from .onnx_graph import feeds, layers_of
+from .runtime import open_session, require
 
 # Outliers are weights over this multiple of their kernel's 99th percentile: one scale of 8 bits then rounds 99 % of the
 # kernel to -1, 0 and 1.
@@ -18,8 +20,12 @@ def constant_inputs(model: Any, images: Images, indices: Sequence[int]) -> dict[
     """Maps layers to the value of each input channel that never changes on these images; NaN for the others."""
     tensors = {name: node.inputs[0].name for name, node in layers_of(model).items() if node.op_type in ('Conv', 'Gemm')}
     ranges: dict[str, list[Any]] = {name: [] for name in tensors.values()}
-    for batch in tensor_values(model, ranges, feeds(model, images, indices, 'dead channels')):
-        for name, values in batch.items():
+    extended, outputs = copy.deepcopy(model), {value.name for value in model.graph.output}
+    extended.graph.output.extend(require('onnx').ValueInfoProto(name=name) for name in ranges if name not in outputs)
+    # The optimizer would fuse the requested tensors away.
+    session = open_session(extended, optimize=False)
+    for feed in feeds(model, images, indices, 'dead channels'):
+        for name, values in zip(ranges, session.run([*ranges], feed)):
             axes = (0, *range(2, values.ndim))
             ranges[name] += [(values.min(axes), values.max(axes))]
     found = {}
@@ -57,17 +63,22 @@ def counted(found: Mapping[str, Any]) -> dict[str, int]:
 
 
 def health_warnings(
-    dead: Mapping[str, int], outliers: Mapping[str, int], still: Mapping[str, int], images: int = 0
+    dead: Mapping[str, int],
+    outliers: Mapping[str, int],
+    still: Mapping[str, int],
+    images: int = 0,
+    equalized: bool = False,
 ) -> list[str]:
     """Returns a line for each kind of channel and weight that was counted, on so many `images`."""
+    advice = ' `quantize --equalize` removes channels that are dead on other images too, and equalizes layers.'
     kinds = {
         'channels hardly changed in training, by the variance of their BatchNorm': still,
         f'input channels never changed on these {images} images': dead,
         f'weights are over {_OUTLIER} times the 99th percentile of their kernel': outliers,
     }
     return [
-        f'{sum(found.values())} {what}: {", ".join(f"{name} {count}" for name, count in found.items())}. `quantize '
-        f'--equalize` removes channels that are dead on other images too, and equalizes layers.'
+        f'{sum(found.values())} {what}: {", ".join(f"{name} {count}" for name, count in found.items())}.'
+        + advice * (not equalized)
         for what, found in kinds.items()
         if found
     ]

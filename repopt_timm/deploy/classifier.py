@@ -1,6 +1,7 @@
 """Loads what is deployed, and puts a PyTorch model or an ONNX one behind one call."""
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -22,8 +23,16 @@ from ..datasets import Images, core_count
 from ..errors import explaining, reason_of
 from ..models import resolve_model
 from ..reparam import kind_of, to_plain
+from ..reporting import lacks_vnni
 from .onnx_graph import image_input
-from .runtime import load_onnx, open_session
+from .runtime import load_onnx, open_session, require
+
+_logger = logging.getLogger(__name__)
+
+OVERFLOW = (
+    'This processor has no VNNI: ONNX Runtime adds up 8-bit products in 16 bits here, and they can overflow. Quantize '
+    'with --reduce-range for such processors.'
+)
 
 
 def load_model(source: str | os.PathLike) -> nn.Module:
@@ -102,9 +111,14 @@ def is_onnx(source: str | os.PathLike) -> bool:
 def load_classifier(
     source: str | os.PathLike, threads: int | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Classifier:
-    """Loads an `.onnx` file, or what `load_model` takes, whose `threads` hold for the whole process."""
+    """Loads an `.onnx` file, or what `load_model` takes. In PyTorch `threads` applies to the whole process."""
     if is_onnx(source):
-        return onnx_classifier(load_onnx(source), threads, overrides)
+        onnx_model = load_onnx(source)
+        weights = [each for each in onnx_model.graph.initializer if each.data_type == each.INT8]
+        # --reduce-range keeps weights within -64 and 64.
+        if lacks_vnni() and any(require('onnx').numpy_helper.to_array(each).max(initial=0) > 64 for each in weights):
+            _logger.warning(OVERFLOW)
+        return onnx_classifier(onnx_model, threads, overrides)
     model = load_model(source)
     if threads:
         torch.set_num_threads(min(threads, core_count()))
@@ -129,7 +143,7 @@ def onnx_classifier(model: Any, threads: int | None = None, overrides: Mapping[s
         filled = torch.cat([images, images[-1:].expand(missing, -1, -1, -1)])
         try:
             parts = [session.run(None, {images_name: part.numpy()})[0] for part in filled.split(batch or len(filled))]
-        # ONNX Runtime has errors of its own, which are exceptions and nothing else.
+        # ONNX Runtime's errors have no common base class.
         except Exception as error:
             raise ValueError(
                 f'The model does not run on images of shape {tuple(images.shape[1:])}: {reason_of(error)}'
@@ -168,6 +182,12 @@ def largest_difference(found: Tensor, expected: Tensor) -> float:
 
 def preprocessing(overrides: Mapping[str, Any] | None = None, **model: Any) -> dict[str, Any]:
     """Returns what `timm.data.resolve_data_config` makes of the overrides and a model."""
+    stated = {**model.get('pretrained_cfg', {}), **(overrides or {})}
+    # timm knows a PyTorch model's; a foreign ONNX file may state nothing.
+    if 'model' not in model and not {'mean', 'std'} <= stated.keys():
+        _logger.warning(
+            'The ONNX file states no mean and std: images are prepared as for ImageNet. Give --mean, --std.'
+        )
     with explaining(f'Images cannot be prepared with {dict(overrides or {}) or "what the model states"}'):
         config = resolve_data_config(dict(overrides or {}), **model)
     # A smaller share would resize an image to over a hundred times its pixels.

@@ -10,12 +10,12 @@ from typing import Any
 
 from ..console import number
 from ..files import check_output, check_output_folder, write_text
-from ..reporting import add_command, markdown_table, print_result
+from ..reporting import add_command, print_result
 from .channel_health import health_warnings, kernel_outliers
 from .equalization import describe
-from .evaluation import evaluate, predict, write_csv
+from .evaluation import evaluate, predict, worst_classes, write_csv
 from .int8_table import compare_int8, comparison_table
-from .layer_reports import layer_report, layer_sensitivity, sensitivity_table, write_reports
+from .layer_sensitivity import layer_sensitivity, sensitivity_table
 from .onnx_export import OPSET, export_onnx
 from .quantization import CALIBRATIONS, TARGETS, WEIGHTS, QuantizationOptions, quantize_onnx
 from .runtime import require, save_onnx
@@ -55,15 +55,12 @@ def add_commands(commands: Any) -> None:
     add('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale per output channel, or one per tensor')
     add('--calibration', choices=(*CALIBRATIONS, 'auto'), default='minmax', help='ranges of activations; auto: best')
     add('--target', choices=TARGETS, default=TARGETS[0], help='runtime; ort is for OpenVINO too')
-    add('--report', metavar='DIR', type=_folder, help='write layers.png and layers.json, on each layer')
-    add('--versus', metavar='MODEL', help='with --report, another model to draw beside')
-    add('--sensitivity', metavar='DIR', type=_folder, help='write what each layer alone costs in INT8')
+    add('--sensitivity', metavar='DIR', type=Path, help='write what each layer alone costs in INT8')
 
     add = compared.add_argument
     add('models', nargs='+', metavar='[LABEL=]MODEL', help=f'{_MODEL}, or .onnx file')
-    add('--out', metavar='DIR', type=_folder, help='write int8.md and int8.json')
+    add('--out', metavar='DIR', type=Path, help='write int8.md and int8.json')
     add('--calibrations', nargs='+', choices=CALIBRATIONS, default=tuple(CALIBRATIONS), help='calibrations to measure')
-    add('--targets', nargs='+', choices=TARGETS, default=TARGETS[:1], help='forms to measure')
     add('--latency-batches', nargs='*', type=count, default=(1, 32), help='batch sizes to time')
 
     for parser in (quantized, compared):
@@ -78,7 +75,7 @@ def add_commands(commands: Any) -> None:
     add('--split', default='validation', help='split to evaluate')
     add('-b', '--batch-size', type=count, default=32, help='images at a time')
     add('--threads', type=count, help='threads of the model, at most one for each core [all cores]')
-    add('--out', metavar='DIR', type=_folder, help='write classes.csv, confusion.csv and confusion.png')
+    add('--out', metavar='DIR', type=Path, help='write classes.csv, confusion.csv and confusion.png')
 
     add = predicted.add_argument
     add('images', nargs='+', metavar='IMAGE', help='file, or folder of images')
@@ -101,12 +98,6 @@ def add_class_map(parser: argparse.ArgumentParser) -> None:
     """Adds `--class-map` to a command that reads labelled images."""
     help_text = 'class map used in training; needed only for a model that does not name its classes'
     parser.add_argument('--class-map', default='', metavar='FILE', help=help_text)
-
-
-def _folder(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError('expected the name of a folder')
-    return Path(text)
 
 
 def _onnx_file(text: str) -> str:
@@ -139,15 +130,10 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _quantize(args: argparse.Namespace) -> None:
-    if args.versus and not args.report:
-        raise ValueError('--versus draws another model into the report: name a folder for it with --report.')
-    check_output(args.out, *filter(None, (args.model, args.versus)))
-    for folder in filter(None, (args.report, args.sensitivity)):
-        check_output_folder(folder)
-    if args.report:
-        require('matplotlib')
-    how = args.data, _options(args), args.split, _overrides(args), args.class_map
-    done = quantize_onnx(args.model, *how)
+    check_output(args.out, args.model)
+    if args.sensitivity:
+        check_output_folder(args.sensitivity)
+    done = quantize_onnx(args.model, args.data, _options(args), args.split, _overrides(args), args.class_map)
     for line in done.warnings():
         _logger.warning(line)
     result = {
@@ -172,14 +158,8 @@ def _quantize(args: argparse.Namespace) -> None:
     if done.equalization:
         result['equalization'] = done.equalization.counts
         lines.append(describe(done.equalization.counts))
-    # Before the reports, so that an error in one of them does not lose the file.
+    # Before the sensitivity, so that an error in it does not lose the file.
     save_onnx(done.quantized, args.out)
-    if args.report:
-        reports = {args.model: layer_report(done)}
-        if args.versus:
-            reports[args.versus] = layer_report(quantize_onnx(args.versus, *how))
-        write_reports(reports, args.report)
-        lines.append(f'report in {args.report}')
     if args.sensitivity:
         ranking = layer_sensitivity(done)
         write_text(args.sensitivity / 'sensitivity.json', json.dumps(ranking, indent=2) + '\n')
@@ -199,10 +179,10 @@ def _compare(args: argparse.Namespace) -> None:
         raise ValueError('Two models have the same label: name them as LABEL=MODEL.')
     if args.out:
         check_output_folder(args.out)
-    kinds = product(dict.fromkeys((False, args.equalize)), args.calibrations, args.targets, WEIGHTS)
+    kinds = product(dict.fromkeys((False, args.equalize)), args.calibrations, WEIGHTS)
     ways = [
-        _options(args, equalize=equalize, calibration=calibration, target=target, weights=weights)
-        for equalize, calibration, target, weights in kinds
+        _options(args, equalize=equalize, calibration=calibration, weights=weights)
+        for equalize, calibration, weights in kinds
     ]
     results = compare_int8(models, args.data, ways, args.latency_batches, class_map=args.class_map)
     table = comparison_table(results)
@@ -230,15 +210,9 @@ def _evaluate(args: argparse.Namespace) -> None:
         f'size        {result["bytes"] / 1e6:.1f} MB, {result["backend"]}',
         '',
     ]
-    seen = sorted((row for row in result['classes'] if row['images']), key=lambda row: row['accuracy'])
-    if len(seen) > _MOST_CLASSES:
+    if len(result['classes']) > _MOST_CLASSES:
         lines += [f'The {_MOST_CLASSES} classes of the lowest accuracy; --out writes all of them.', '']
-    rows = [
-        [row['class'], str(row['images']), f'{row["accuracy"]:.2f}', row['confused_with'], str(row['confused'])]
-        for row in seen[:_MOST_CLASSES]
-    ]
-    head = ['class', 'images', 'top-1 %', 'most often taken for', 'images']
-    print_result(args, result, '\n'.join([*lines, markdown_table(head, rows, align=True)]))
+    print_result(args, result, '\n'.join([*lines, worst_classes(result['classes'], _MOST_CLASSES)]))
 
 
 def _predict(args: argparse.Namespace) -> None:

@@ -73,7 +73,8 @@ def equalize(
         model: A float `onnx.ModelProto`, which stays as it is.
         images: Where images come from.
         indices: Images on which a dead channel must be constant; the logits are compared on them as well.
-        others: Further images to compare the logits on, as many at a time as there are `indices`.
+        others: Further images to compare the logits on, as many at a time as were used
+            before, at least 32.
         tolerance: Largest allowed change of a logit, relative to the largest logit.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Accuracy, classes, latency, throughput and size of a model, and what it takes images for."""
+"""Accuracy, classes, latency, throughput and size of a model; it classifies images, too."""
 
 import csv
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..datasets import Images, class_names, count_classes, open_evaluation, open_files
 from ..files import replacing
 from ..plot import save_figure, subplots
-from ..reporting import time_call
+from ..reporting import markdown_table, time_call
 from .classifier import Classifier, load_classifier
 from .runtime import require
 
@@ -121,9 +121,11 @@ def predict(
         ValueError: If a folder has no images, an image does not decode, or the model cannot be loaded.
     """
     classifier = load_classifier(source, overrides=overrides)
-    words = ImageNetInfo().label_name_to_description
-    # ImageNet calls its classes by WordNet's numbers.
-    names = [words(name) if re.fullmatch(r'n\d{8}', name) else name for name in classifier.class_names]
+    names, words = list(classifier.class_names), ImageNetInfo()
+    for index, name in enumerate(names):
+        # ImageNet calls its classes by WordNet's numbers.
+        with suppress(KeyError):
+            names[index] = words.label_name_to_description(name)
     found = open_files(images, classifier.config)
     rows: list[dict[str, Any]] = []
     for batch, _ in found.batches(range(len(found)), 32, 'predict'):
@@ -159,13 +161,30 @@ def class_table(labels: Tensor, predictions: Tensor, classes: Sequence[str]) -> 
     the class that misclassified images are most often taken for, and `confused`, how many of them ('' and 0 if none).
     """
     rows = []
+    # The matrix lacks images that are taken for a class that the folder does not have.
+    totals = torch.bincount(labels, minlength=len(classes)).tolist()
     for number, counts in enumerate(_confusion(labels, predictions, len(classes))):
-        images, right = int(counts.sum()), int(counts[number])
+        images, right = totals[number], int(counts[number])
         counts[number] = 0
         worst = int(counts.argmax())
         row = {'class': classes[number], 'images': images, 'accuracy': 100 * right / images if images else None}
         rows.append({**row, 'confused_with': classes[worst] if counts[worst] else '', 'confused': int(counts[worst])})
     return rows
+
+
+def worst_classes(rows: Iterable[Mapping[str, Any]], most: int) -> str:
+    """Formats rows of `class_table` as Markdown, at most so many: the lowest accuracy first, no images last."""
+    rows = sorted(rows, key=lambda row: row['accuracy'] if row['images'] else 101)
+    cells = [
+        [
+            row['class'],
+            str(row['images']),
+            f'{row["accuracy"]:.2f}' if row['images'] else '',
+            f'{row["confused_with"]} ({row["confused"]})' if row['confused'] else '',
+        ]
+        for row in rows[:most]
+    ]
+    return markdown_table(['class', 'images', 'top-1 %', 'most often taken for (images)'], cells, align=True)
 
 
 def write_confusion(labels: Tensor, predictions: Tensor, classes: Sequence[str], folder: str | os.PathLike) -> None:
@@ -198,7 +217,7 @@ def _confusion(labels: Tensor, predictions: Tensor, count: int) -> np.ndarray:
 
 def write_csv(path: str | os.PathLike, head: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
     """Writes a table, whole or not at all."""
-    # Names of files may have bytes that are no text.
+    # Names of files may have bytes that are not UTF-8.
     with (
         replacing(path) as temporary,
         temporary.open('w', encoding='utf-8', errors='surrogateescape', newline='') as file,
@@ -215,7 +234,7 @@ def check_classes(classifier: Classifier, images: Images) -> None:
             f'folder of the data set that it was trained on.'
         )
     for number, name in enumerate(classifier.class_names):
-        # Names of neither, such as WordNet's beside words, say nothing of the order.
+        # A name that only one of them has, as WordNet's beside words, says nothing about the order.
         if images.class_to_idx.get(name, number) != number:
             raise ValueError(
                 f"Class {number} of the model is '{name}', but in the folder '{images.folder}' '{name}' is class "

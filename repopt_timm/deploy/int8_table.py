@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import chain, compress
+from itertools import chain
 from statistics import median, quantiles
 from typing import Any
 
@@ -37,8 +37,8 @@ def compare_int8(
     Args:
         models: Label to `.onnx` file, or to what `load_model` takes.
         data: Image folder whose `train` split is calibrated on, and whose `validation` split is evaluated.
-        ways: How to quantize; they differ in weights, calibration (no `auto`), target and equalization alone. The first
-            way of each granularity is timed.
+        ways: How to quantize; they differ in weights, calibration (no `auto`) and equalization alone. The first way of
+            each granularity is timed.
         latency_batches: Batch sizes to time, rounded up to multiples of the batch of a fixed-batch ONNX file.
         threads: Number of threads. Defaults to all cores.
         class_map: See `open_split`; the one that the models were trained with.
@@ -67,23 +67,24 @@ def compare_int8(
         loaded[label] = model, float32, images, pool
     for label, (model, float32, images, pool) in loaded.items():
         source = models[label]
-        # By equalization, target, weights and calibration.
-        classifiers = {(False, '', 'float32', ''): float32}
+        # By equalization, weights and calibration.
+        classifiers = {(False, 'float32', ''): float32}
         timed = {} if is_onnx(source) else {'pytorch': load_classifier(source, threads)}
         timed['float32'] = float32
         for done in quantize_in(ways, model, pool):
             way = done.options
             if done.equalization:
                 equalization[label] = done.equalization.counts
-                classifiers.setdefault((True, '', 'float32', ''), onnx_classifier(done.model, threads))
+                if (key := (True, 'float32', '')) not in classifiers:
+                    classifiers[key] = onnx_classifier(done.model, threads)
             quantized = onnx_classifier(done.quantized, threads)
-            classifiers[way.equalize, way.target, way.weights, way.calibration] = quantized
+            classifiers[way.equalize, way.weights, way.calibration] = quantized
             timed.setdefault(way.weights, quantized)
             counted = {'validation_images': len(images), 'calibration_images': len(done.indices)}
         found = classify(classifiers, images, title=f'{label}: evaluation')
         best = next(iter(found.values())).accuracy()
         for kind, each in found.items():
-            row = {'model': label, **dict(zip(('equalized', 'target', 'weights', 'calibration'), kind))}
+            row = {'model': label, **dict(zip(('equalized', 'weights', 'calibration'), kind))}
             row |= {'top1': each.accuracy(), 'top5': each.accuracy(5), 'drop': best - each.accuracy()}
             accuracy.append(row)
         for batch in dict.fromkeys(map(float32.images_for, latency_batches)):
@@ -122,7 +123,8 @@ def comparison_table(results: Mapping[str, Any]) -> str:
     settings = results['settings']
     parts = [
         f'Top-1 accuracy in percent on {settings["validation_images"]} images, and its drop from float32 in points; '
-        f'calibrated on {settings["calibration_images"]} others, seed {settings["seed"]}, percentile {PERCENTILE}.',
+        f'calibrated on {settings["calibration_images"]} others, seed {settings["seed"]}, percentile {PERCENTILE}. '
+        f'{settings["cpu"]}.',
         _accuracy_table(results['accuracy']),
         *(f'{label}: {describe(counts)}.' for label, counts in results['equalization'].items()),
     ]
@@ -135,7 +137,7 @@ def comparison_table(results: Mapping[str, Any]) -> str:
     if cells:
         versions = ', '.join(f'{name} {version}' for name, version in settings['versions'].items())
         parts += [
-            f'Milliseconds per batch, and how many times faster INT8 is: medians, measured in turn. {settings["cpu"]}, '
+            f'Milliseconds per batch, and how many times faster INT8 is: medians, measured in turn. '
             f'{settings["threads"]} threads, {versions}.',
             markdown_table(['model', 'batch', 'weights', 'PyTorch', 'ONNX float32', 'INT8', 'vs ONNX'], cells),
         ]
@@ -148,26 +150,15 @@ def comparison_table(results: Mapping[str, Any]) -> str:
 
 
 def _accuracy_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    found: dict[tuple[str, bool, str, str], dict[str, str]] = {}
+    found: dict[tuple[str, bool, str], dict[str, str]] = {}
     for row in rows:
-        key = row['model'], row['equalized'], row['target'], row['weights']
         drop = '' if row['weights'] == 'float32' else f' ({0 - row["drop"]:+.2f})'
-        found.setdefault(key, {})[row['calibration']] = f'{row["top1"]:.2f}{drop}'
+        cells = found.setdefault((row['model'], row['equalized'], row['weights']), {})
+        cells[row['calibration']] = f'{row["top1"]:.2f}{drop}'
     body = [
-        [
-            model,
-            'yes' if equalized else '',
-            target,
-            weights,
-            found[model, equalized, '', 'float32'][''],
-            *cells.values(),
-        ]
-        for (model, equalized, target, weights), cells in found.items()
-        if target
+        [model, weights + ', equalized' * equalized, found[model, equalized, 'float32'][''], *cells.values()]
+        for (model, equalized, weights), cells in found.items()
+        if weights != 'float32'
     ]
-    calibrations = next(cells for (*_, target, _), cells in found.items() if target)
-    head = ['model', 'equalized', 'target', 'weights', 'float32', *(f'INT8 {name}' for name in calibrations)]
-    # These columns are left out if all their rows are the same.
-    optional = ('equalized', 'target')
-    kept = [name not in optional or len(set(column)) > 1 for name, column in zip(head, zip(*body))]
-    return markdown_table([*compress(head, kept)], [[*compress(row, kept)] for row in body])
+    calibrations = dict.fromkeys(row['calibration'] for row in rows if row['calibration'])
+    return markdown_table(['model', 'weights', 'float32', *(f'INT8 {name}' for name in calibrations)], body)

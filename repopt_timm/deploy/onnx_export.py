@@ -2,7 +2,6 @@
 
 import copy
 import json
-import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,8 +24,6 @@ from .classifier import (
     preprocessing,
 )
 from .runtime import load_onnx, quiet, require, save_onnx
-
-_logger = logging.getLogger(__name__)
 
 # PyTorch's exporter writes it without a conversion, every ONNX Runtime since 1.14 runs it, and it has 8-bit
 # convolutions, per channel too.
@@ -63,7 +60,7 @@ def export_onnx(
     save_onnx(proto, path)
     return {
         'out': os.fspath(path),
-        'opset': _opset_of(proto),
+        'opset': form.get('opset', OPSET),
         'bytes': proto.ByteSize(),
         'batchnorms': sum(node.op_type == 'BatchNormalization' for node in proto.graph.node),
         'difference': difference,
@@ -81,10 +78,7 @@ def float_onnx(source: str | os.PathLike, overrides: Mapping[str, Any] | None = 
     for name, value in require('onnx_ir').from_proto(proto).graph.initializers.items():
         if not np.isfinite(value.const_value.numpy()).all():
             raise ValueError(f"'{source}': '{name}' has values that are not finite. Export another checkpoint.")
-    metadata = onnx_metadata(proto)
-    if not {'mean', 'std'} <= {*metadata, *(overrides or {})}:
-        _logger.warning(f"'{source}' states no preprocessing: images are prepared as for ImageNet.")
-    config = preprocessing(overrides, pretrained_cfg=metadata)
+    config = preprocessing(overrides, pretrained_cfg=onnx_metadata(proto))
     stated = {entry.key: entry.value for entry in proto.metadata_props}
     require('onnx').helper.set_model_props(proto, stated | {key: json.dumps(value) for key, value in config.items()})
     return proto
@@ -120,10 +114,10 @@ def to_onnx(
         raise ValueError(f'{name} cannot be exported to ONNX: {reason_of(error.__cause__ or error)}') from None
     # The exporter records the line of code that each node comes from, with the paths of this machine.
     require('onnx_ir.passes.common').ClearMetadataAndDocStringPass()(program.model)
-    proto = program.model_proto
     # If PyTorch cannot convert to an opset, it writes another one without an error.
-    if (written := _opset_of(proto)) != opset:
+    if (written := program.model.opset_imports['']) != opset:
         raise ValueError(f'{name} cannot be exported to opset {opset}: PyTorch wrote opset {written}.')
+    proto = program.model_proto
     if half:
         with quiet():
             convert = require('onnxruntime.transformers.float16').convert_float_to_float16
@@ -135,10 +129,6 @@ def to_onnx(
     for key, value in {**config, **facts}.items():
         proto.metadata_props.add(key=key, value=json.dumps(value))
     return proto, _verify(model, proto, example, half)
-
-
-def _opset_of(proto: Any) -> int:
-    return next(entry.version for entry in proto.opset_import if not entry.domain)
 
 
 @torch.inference_mode()

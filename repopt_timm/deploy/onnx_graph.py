@@ -1,13 +1,12 @@
-"""ONNX graphs: their input, the values of their tensors, layers, kernels by channel, and who reads what."""
+"""ONNX graphs: their input, layers, kernels by channel, and who reads what."""
 
-import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..datasets import Images
-from .runtime import open_session, require
+from .runtime import require
 
 LAYERS = ('Conv', 'ConvTranspose', 'Gemm', 'MatMul')
 
@@ -32,32 +31,17 @@ _HOMOGENEOUS = {
 
 
 def image_input(model: Any) -> tuple[str, list[int]]:
-    """Returns name and sizes of an `onnx.ModelProto`'s input; sizes that are not fixed, as batches should be, are 0."""
+    """Returns name and sizes of an `onnx.ModelProto`'s input; dynamic sizes, such as the batch's, are 0."""
     constants = {tensor.name for tensor in model.graph.initializer}
     images = next(value for value in model.graph.input if value.name not in constants)
     return images.name, [size.dim_value for size in images.type.tensor_type.shape.dim]
 
 
-def feeds(
-    model: Any, images: Images, indices: Sequence[int], title: str, batch_size: int = BATCH
-) -> Iterator[dict[str, np.ndarray]]:
+def feeds(model: Any, images: Images, indices: Sequence[int], title: str) -> Iterator[dict[str, np.ndarray]]:
     """Yields what sessions of a model take, in whole batches if its batch is fixed."""
     name, (fixed, *_) = image_input(model)
-    for batch, _ in images.batches(indices, fixed or batch_size, title, whole=fixed > 0):
+    for batch, _ in images.batches(indices, fixed or BATCH, title, whole=fixed > 0):
         yield {name: batch.numpy()}
-
-
-def tensor_values(
-    model: Any, names: Iterable[str], batches: Iterable[dict[str, np.ndarray]]
-) -> Iterator[dict[str, np.ndarray]]:
-    """Yields the values of tensors in an `onnx.ModelProto`, by name, for each of the `feeds`."""
-    extended, outputs = copy.deepcopy(model), {value.name for value in model.graph.output}
-    names = list(dict.fromkeys(names))
-    extended.graph.output.extend(require('onnx').ValueInfoProto(name=name) for name in names if name not in outputs)
-    # The optimizer would fuse the requested tensors away.
-    session = open_session(extended, optimize=False)
-    for feed in batches:
-        yield dict(zip(names, session.run(names, feed)))
 
 
 def layers_of(model: Any) -> dict[str, Any]:
@@ -76,7 +60,7 @@ def layers_of(model: Any) -> dict[str, Any]:
 class Graph:
     """A copy of a float model whose `kernels`, of shape (groups, outputs of a group, inputs of a group, taps), and
     `biases` can be changed in place. `readers` are the layers that alone read a layer, through nothing but positively
-    homogeneous operators; `left` is why other layers have none.
+    homogeneous operators; `left` maps the other layers to the reason.
     """
 
     def __init__(self, model: Any):
@@ -119,7 +103,7 @@ class Graph:
         return require('onnx_ir').to_proto(self._model)
 
     def _read_by(self, layer: str) -> tuple[list[str], str]:
-        """Returns the layers that read this one, and the operator or `output` that does so too."""
+        """Returns the layers that read this one, and the first operator that prevents equalizing, or `output`."""
         names = {node: name for name, node in self.layers.items()}
         found: list[str] = []
         pending = [self.layers[layer].outputs[0]]

@@ -15,7 +15,7 @@ import numpy as np
 from ..datasets import Images, open_evaluation
 from ..reporting import lacks_vnni
 from .channel_health import constant_inputs, counted, health_warnings, kernel_outliers
-from .classifier import logits_of, onnx_classifier
+from .classifier import OVERFLOW, logits_of, onnx_classifier
 from .equalization import Equalization, equalize
 from .onnx_export import float_onnx
 from .onnx_graph import BATCH, LAYERS, feeds, image_input, layers_of
@@ -122,12 +122,9 @@ class Quantization:
 
     def warnings(self) -> list[str]:
         """Returns a line for each problem: dead channels, outliers in kernels, a result unlike the model."""
-        lines = health_warnings(self.dead, kernel_outliers(self.model), {}, len(self.indices))
+        lines = health_warnings(self.dead, kernel_outliers(self.model), {}, len(self.indices), self.options.equalize)
         if lacks_vnni() and not self.options.reduce_range:
-            lines.append(
-                'This processor has no VNNI: ONNX Runtime adds up 8-bit products in 16 bits here, and they can '
-                'overflow. Quantize with --reduce-range for such processors.'
-            )
+            lines.append(OVERFLOW)
         if self.agreement < _AGREEMENT or self.logits_snr_db < _DECIBELS:
             lines.append(
                 f'INT8 changes this model: {self.agreement:.1f} % of {len(self.judged)} images are classified as '

@@ -83,7 +83,7 @@ def _select_images(train: Any, validation: Any, args: argparse.Namespace) -> tup
     if isinstance(train, IterableDataset):
         raise ValueError('--train-images, --holdout, --sampler and --cache-images do not go with streamed images.')
     count = len(train)
-    # The same images for each --seed: only then are runs of several seeds, and of several models, of one task.
+    # The same images for every --seed, so that all runs solve the same task.
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     held_out = round(args.holdout * count)
     left = count - held_out

@@ -44,7 +44,7 @@ def prepare_device(args: argparse.Namespace) -> None:
     args.device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     args.device = str(init_distributed_device(args))
     if args.rank:
-        # All ranks would print the same lines, but for the damaged images that each of them meets.
+        # All ranks would print the same lines, except the warnings of damaged images.
         logging.getLogger('repopt_timm').setLevel(logging.ERROR)
         logging.getLogger('repopt_timm.datasets').setLevel(logging.WARNING)
     slow = args.device == 'cpu' and torch.backends.cpu.get_cpu_capability() in ('AVX2', 'NO AVX')
@@ -181,7 +181,7 @@ def _train_in(
             raise_if_interrupted()
         last = state.history[-1]
         if state.predictions is None or 'eval_top1' not in last:
-            # No epoch was trained in this call, or --patience ended the run after an epoch without validation.
+            # No epoch was trained in this call, or the run was resumed with fewer --epochs or another --patience.
             found = evaluate(state, loaders[1], autocast, last['epoch'], updates, args)
             if 'eval_top1' not in last:
                 last |= found

@@ -207,8 +207,8 @@ def resume(folder: Path, state: TrainState, args: argparse.Namespace) -> None:
     if changed:
         state.overridden.append(f'after epoch {len(state.history)}: {changes}')
         _logger.warning(f'The run goes on with other arguments {state.overridden[-1]}.')
-    if saved.get('epochs') != args.epochs:
-        _logger.warning(f'The schedule is now that of {args.epochs} epochs, not of {saved.get("epochs")}.')
+    if (before := saved.get('total_epochs', saved.get('epochs'))) != args.total_epochs:
+        _logger.warning(f'The schedule is now that of {args.total_epochs} epochs, not of {before}.')
     _logger.info(f'Resuming {path} after epoch {len(state.history)}.')
     if args.rank == 0:
         _duplicate(path, folder / LAST_CHECKPOINT)

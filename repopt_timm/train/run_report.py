@@ -9,10 +9,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..checkpoints.read import BEST_CHECKPOINT, LAST_CHECKPOINT, checkpoint_of
+from ..checkpoints.read import checkpoint_of
 from ..commands import PROGRAM
 from ..datasets import class_names
 from ..files import write_text
@@ -26,7 +25,7 @@ from ..scales.summary import movement
 from .engine import TrainState, ranked
 from .loaders import image_folder
 from .run_checkpoints import versions
-from .run_folder import ARGUMENTS_FILE, REPORT_FILE, SCALES_FILE, SUMMARY_FILE
+from .run_folder import ARGUMENTS_FILE, REPORT_FILE, SCALES_FILE
 
 _logger = logging.getLogger(__name__)
 
@@ -72,12 +71,9 @@ def write_report(
     top1 = f'top-1 {history[-1]["eval_top1"]:.2f} % after {len(history)} epochs'
     for row in ranked(history)[:1]:
         top1 += f', at best {row["eval_top1"]:.2f} % after epoch {row["epoch"] + 1}'
-    files = [ARGUMENTS_FILE, SUMMARY_FILE, LAST_CHECKPOINT, BEST_CHECKPOINT, *([SCALES_FILE] if search else [])]
-    missing = ', '.join(name for name in files if not (folder / name).is_file())
     sections = [
         f'# {folder.name}',
         f'`{args.model}` with `{args.opt}` on {_data_of(args)}: {top1}; the last call took {seconds:.0f} s.',
-        *([f'Missing: {missing}.'] if missing else []),
         '## Command',
         _shell(f'{PROGRAM} train -c {shlex.quote(str(folder / ARGUMENTS_FILE))} --experiment again'),
         f'`{ARGUMENTS_FILE}` holds all arguments. Versions: {", ".join(f"{k} {v}" for k, v in versions().items())}.',
@@ -132,28 +128,17 @@ def _classes(folder: Path, found: Tensor, names: Sequence[str]) -> list[str]:
     """Writes the confusion matrix of the last validation, and returns the section of the classes."""
     try:
         # Here, as it imports much that a training does not need.
-        from ..deploy.evaluation import class_table, write_confusion
+        from ..deploy.evaluation import class_table, worst_classes, write_confusion
 
         labels, predictions = found
-        rows = class_table(labels, predictions, names)
         write_confusion(labels, predictions, names, folder)
     except ImportError as error:
         _logger.warning(f'The report has no table of the classes: {error}')
         return []
-    rows.sort(key=lambda row: row['accuracy'] if row['images'] else torch.inf)
-    cells = [
-        [
-            row['class'],
-            str(row['images']),
-            f'{row["accuracy"]:.1f}' if row['images'] else '',
-            f'{row["confused_with"]} ({row["confused"]})' if row['confused'] else '',
-        ]
-        for row in rows[:_MOST_CLASSES]
-    ]
     return [
         '## Classes',
         f'Of the last validation, the worst {_MOST_CLASSES} at most; all are in `classes.csv` and `confusion.csv`.',
-        markdown_table(['class', 'images', 'accuracy in percent', 'most often taken for (images)'], cells),
+        worst_classes(class_table(labels, predictions, names), _MOST_CLASSES),
         "![Confusion matrix: share of each class's images](confusion.png)",
     ]
 

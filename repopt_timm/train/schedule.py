@@ -41,7 +41,7 @@ def make_schedule(
 
 
 def replay_schedule(state: TrainState, updates_per_epoch: int) -> None:
-    """Brings the schedule to where the history ends: as a function of epochs and metrics it goes through them again."""
+    """Brings the schedule to where the history ends: it repeats its steps for all epochs."""
     if state.scheduler is None or not state.history:
         return
     # The plateau schedule lowers the rates that it finds, and the checkpoint holds lowered ones.

@@ -131,7 +131,7 @@ def check_device_name(name: str | None) -> None:
 def check_model(
     model: torch.nn.Module, datasets: tuple[Any, Any], input_size: tuple[int, ...], device: torch.device
 ) -> None:
-    """Passes the first training and the first validation image through a model, or empty ones of streamed data."""
+    """Passes the first training and the first validation image through a model, or zeros if the data are streamed."""
     size = ' x '.join(map(str, input_size))
     for dataset, split in zip(datasets, ('training', 'validation')):
         with explaining(f'The model does not run on a {split} image of {size} (--in-chans, --input-size, --img-size)'):
@@ -149,7 +149,7 @@ def warn_of_residuals(model: torch.nn.Module, input_size: tuple[int, ...], devic
     if found:
         _logger.warning(
             f'{len(found)} of {len(ruled)} convolutions with scales lie in residual blocks. RepOptSGD made a narrow '
-            f'ResNet-18 worse by 1.3 points: train this network with --opt sgd too, or compare them by `repopt-timm '
+            f'ResNet-18 worse by 1.5 points: train this network with --opt sgd too, or compare them by `repopt-timm '
             f'trial`.'
         )
 

@@ -82,7 +82,7 @@ def make_network(trial: Trial, arm: str = 'sgd') -> nn.Module:
     model: nn.Module = timm.create_model(
         arguments['model'],
         num_classes=trial.num_classes,
-        in_chans=shared['in_chans'] or shared['input_size'][0],
+        in_chans=shared['input_size'][0],
         global_pool=shared['gp'],
         **arguments['model_kwargs'],
     )

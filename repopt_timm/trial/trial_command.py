@@ -94,7 +94,9 @@ def command_of(run: Run, trial: Trial) -> list[str]:
     # A command line cannot turn most flags off, nor give null.
     config = run.folder / 'config.yaml'
     write_text(config, yaml.safe_dump({**trial.shared, **run.arguments}, sort_keys=False))
-    where = ['--output', str(run.folder.parent), '--experiment', run.folder.name, '--resume']
+    where = ['--output', str(run.folder.parent), '--experiment', run.folder.name]
+    # A new run would say that it has no checkpoint to resume from.
+    where += ['--resume'] if any(run.folder.glob('*.pth.tar')) else []
     return [sys.executable, '-m', 'repopt_timm.cli', 'train', '-c', str(config), *where]
 
 

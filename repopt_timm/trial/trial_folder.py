@@ -23,7 +23,7 @@ from .statistics import Choice, choose_rate
 
 _SETTINGS_FILE, _SHARED_FILE = 'trial.yaml', 'shared.yaml'
 
-# What reports and runs read of the arguments that all runs share.
+# Without these arguments the file of the shared ones is damaged.
 _NEEDED = ('model_kwargs', 'epochs', 'warmup_epochs', 'batch_size', 'train_images', 'data_dir', 'dataset')
 
 # Where and how fast a run is computed, and what it prints and keeps. Epochs between validations are not among them: a
@@ -40,7 +40,7 @@ class Run:
 
     folder: Path
     kind: str
-    # Those that it does not share with the other runs.
+    # The arguments in which this run differs from others.
     arguments: Mapping[str, Any]
     epochs: int
     search: 'Run | None' = None

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from timm.data import resolve_data_config
 from timm.models import resolve_pretrained_cfg
 
 from ..console import CommandParser, number
+from ..datasets import data_config_of
 from ..train.parsing import make_parser, parse_arguments, read_config, write_config
 from .arms import ARMS, EXTRA, arms_of
 from .trial_folder import Trial
@@ -19,7 +19,7 @@ from .trial_folder import Trial
 _logger = logging.getLogger(__name__)
 
 # What each run gets from the trial.
-_SET = ('data', 'data_dir', 'model', 'opt', 'lr', 'seed', 'output', 'experiment', 'resume', 'override', 'debug')
+_SET = ('data_dir', 'model', 'opt', 'lr', 'seed', 'output', 'experiment', 'resume', 'override')
 
 # What would not be the same start, or the same number of epochs, for each arm.
 _WITHOUT = (
@@ -130,7 +130,8 @@ def read_shared(model: str, config: str | None, data: str | None, words: Sequenc
     parser.set_defaults(**{**_DEFAULTS, **shared, 'model': model, 'data_dir': data or values.get('data_dir')})
     args = parser.parse_args(words)
     # Images are prepared alike for all arms, whose models may state different defaults.
-    found = resolve_data_config(vars(args), pretrained_cfg=resolve_pretrained_cfg(model).to_dict())
+    stated = argparse.Namespace(pretrained_cfg=resolve_pretrained_cfg(model).to_dict())
+    found = data_config_of(vars(args), stated)
     for name in ('input_size', 'mean', 'std', 'interpolation', 'crop_pct'):
         setattr(args, name, list(found[name]) if isinstance(found[name], tuple) else found[name])
     return dict(yaml.safe_load(write_config(args)))

@@ -15,15 +15,12 @@ from ..helpers import assert_refused, tiny_model
 from .conftest import write_checkpoint
 
 
-def test_quantize_writes_an_int8_file_and_its_reports(checkpoint, damaged, images, tmp_path, capsys, caplog):
+def test_quantize_writes_an_int8_file_and_what_its_layers_cost(checkpoint, images, tmp_path, capsys):
     arguments = f'quantize {checkpoint} --data {images} --out {tmp_path}/int8.onnx --images 12'
-    folders = f'--report {tmp_path}/report --versus {damaged} --sensitivity {tmp_path}/layers'
-    assert main(f'{arguments} --weights per-tensor {folders}'.split()) == 0
+    assert main(f'{arguments} --weights per-tensor --sensitivity {tmp_path}/layers'.split()) == 0
     out = capsys.readouterr().out
     assert 'calibrated on 12 images' in out and 'of 12 other images are' in out and '| all ' in out
-    names = {path.name for path in tmp_path.glob('*/*')}
-    assert names == {'layers.json', 'layers.png', 'sensitivity.json', 'sensitivity.md'}
-    assert len(json.loads((tmp_path / 'report' / 'layers.json').read_text())) == 2
+    assert {path.name for path in tmp_path.glob('*/*')} == {'sensitivity.json', 'sensitivity.md'}
     assert main(['evaluate', f'{tmp_path}/int8.onnx', '--data', str(images), '--json']) == 0
     assert json.loads(capsys.readouterr().out)['top1'] > 80
 
@@ -45,10 +42,11 @@ def test_what_breaks_int8_is_a_warning_and_equalizing_mends_it(damaged, images, 
     assert not mended['outliers'] and not mended['dead_channels'] and not caplog.text
 
 
-def test_a_saved_card_has_the_accuracy_of_the_weights_beside_it(checkpoint, images, tmp_path, capsys):
+def test_a_saved_card_has_the_accuracy_of_the_weights_beside_it(checkpoint, images, tmp_path, capsys, caplog):
     folder = tmp_path / 'saved'
     assert main(['save', str(checkpoint), str(folder), '--precision', 'int8', '--data', str(images), '--json']) == 0
     found = json.loads(capsys.readouterr().out)
+    assert caplog.text.count('licence') == 1
     results = ModelCard.load(folder / 'README.md').data.eval_results
     assert [result.metric_value for result in results] == [found['top1'], found['top5']]
     assert found['top1'] == round(evaluate(folder, images)['top1'], 3)
@@ -96,7 +94,6 @@ def test_export_warns_of_outliers_and_still_channels_and_takes_the_form_of_the_f
         ('quantize {model} --data {images} {out} --exclude conv9', "'conv9': no layer"),
         ('quantize {model} --data {images} --out {model}', 'is the input itself'),
         ('quantize {model} --data {images} {out} --images 60 --calibration auto', 'has 60 images'),
-        ('quantize {model} --data {images} {out} --versus {model}', '--report'),
         ('quantize {model} --data {images} {out} --class-map nowhere.txt', 'nowhere.txt'),
         ('quantize {tmp}/nan.onnx --data {images} {out}', "'head.fc.bias'"),
         ('quantize {tmp}/half.onnx --data {images} {out}', 'float16'),
@@ -107,7 +104,6 @@ def test_export_warns_of_outliers_and_still_channels_and_takes_the_form_of_the_f
         ('evaluate {model} --data {images} --mean 0.5 0.5', 'Images cannot be prepared with'),
         ('evaluate {model} --data {images} --crop-pct 3', 'crop_pct'),
         ('evaluate {model} --data {images} --input-size 1 32 32', 'does not run on images'),
-        ('evaluate {model} --data {images} --out=', '--out'),
         ('compare-int8 {model} --data {images} --out {five}', 'is not a folder'),
         ('compare-int8 {model} {model} --data {images}', 'same label'),
         ('compare-int8 {model} --data {images}/train', "split 'validation'"),
@@ -135,17 +131,41 @@ def test_bad_input_is_one_clear_line_and_leaves_no_file(
     assert sorted(tmp_path.rglob('*')) == before
 
 
-def test_an_error_in_a_report_does_not_lose_the_quantized_file(onnx_file, images, tmp_path):
-    words = f'--images 9 --out {tmp_path}/new.onnx --report {tmp_path}/report --versus nowhere.onnx'
+def test_an_error_in_the_sensitivity_does_not_lose_the_quantized_file(onnx_file, images, tmp_path):
+    (tmp_path / 'layers' / 'sensitivity.md').mkdir(parents=True)
+    words = f'--images 9 --out {tmp_path}/new.onnx --sensitivity {tmp_path}/layers'
     assert main(['quantize', str(onnx_file), '--data', str(images), *words.split()]) == 1
     assert (tmp_path / 'new.onnx').exists()
+
+
+def test_a_foreign_file_without_preprocessing_is_a_warning_wherever_it_is_read(exported, images, tmp_path, caplog):
+    foreign = Graph(exported).model
+    del foreign.metadata_props[:]
+    save_onnx(foreign, tmp_path / 'foreign.onnx')
+    file, data = str(tmp_path / 'foreign.onnx'), ['--data', str(images)]
+    quantized = ['--images', '9', '--out', str(tmp_path / 'int8.onnx')]
+    for words in (['evaluate', file, *data], ['quantize', file, *data, *quantized]):
+        for told, more in ((1, []), (0, ['--mean', '0.5', '--std', '0.2'])):
+            caplog.clear()
+            assert main([*words, *more]) == 0
+            assert caplog.text.count('--mean') == told
+
+
+@pytest.mark.parametrize(('lacks', 'reduced', 'told'), [(True, False, 1), (True, True, 0), (False, False, 0)])
+def test_an_int8_file_that_can_overflow_here_is_a_warning(
+    lacks, reduced, told, quantization, images, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr('repopt_timm.deploy.classifier.lacks_vnni', lambda: lacks)
+    save_onnx(quantization(reduce_range=reduced).quantized, tmp_path / 'int8.onnx')
+    assert main(['evaluate', str(tmp_path / 'int8.onnx'), '--data', str(images)]) == 0
+    assert caplog.text.count('--reduce-range') == told
 
 
 @pytest.mark.parametrize(
     ('missing', 'command'),
     [
         ('onnxscript', 'export {checkpoint} --onnx {tmp}/new.onnx'),
-        ('matplotlib', 'quantize {model} --data {images} --out {tmp}/new.onnx --report {tmp}/report'),
+        ('matplotlib', 'evaluate {model} --data {images} --out {tmp}/new'),
         ('sklearn', 'evaluate {model} --data {images} --out {tmp}/new'),
     ],
 )

@@ -8,7 +8,7 @@ from repopt_timm.cli import main
 from repopt_timm.datasets import Images, core_count, open_evaluation
 from repopt_timm.deploy import evaluate
 from repopt_timm.deploy.classifier import Classifier, load_classifier
-from repopt_timm.deploy.evaluation import check_classes, class_table, classify, write_confusion
+from repopt_timm.deploy.evaluation import check_classes, class_table, classify, worst_classes, write_confusion
 
 CONFIG = {'input_size': (3, 32, 32)}
 
@@ -49,8 +49,10 @@ def test_a_table_and_a_matrix_say_which_classes_are_confused(tmp_path):
     labels, predictions = torch.tensor([0, 0, 0, 1, 1, 2, 2]), torch.tensor([0, 1, 1, 1, 1, 0, 4])
     names = ['cat', 'dog', 'fox, red', 'owl']
     table = class_table(labels, predictions, names)
-    assert [row['images'] for row in table] == [3, 2, 1, 0]
+    assert [row['images'] for row in table] == [3, 2, 2, 0]
     assert [row['accuracy'] for row in table] == [pytest.approx(100 / 3), 100, 0, None]
+    rows = [line.split()[1] for line in worst_classes(table, 3).splitlines()]
+    assert rows[2:] == ['fox,', 'cat', 'dog']
     assert [(row['confused_with'], row['confused']) for row in table] == [('dog', 2), ('', 0), ('cat', 1), ('', 0)]
     write_confusion(labels, predictions, names, tmp_path)
     lines = (tmp_path / 'confusion.csv').read_text().splitlines()

@@ -5,25 +5,23 @@ import pytest
 from repopt_timm.deploy import QuantizationOptions, compare_int8, comparison_table, int8_table
 from repopt_timm.deploy.int8_table import is_steady
 
-WAYS = [*product((False, True), ('minmax', 'percentile'), ('ort', 'tensorrt'))]
+WAYS = [*product((False, True), ('minmax', 'percentile'))]
 
 
 @pytest.fixture(scope='module')
 def results(checkpoint, damaged, images):
     ways = [
-        QuantizationOptions('per-tensor', calibration, images=20, equalize=equalize, target=target)
-        for equalize, calibration, target in WAYS
+        QuantizationOptions('per-tensor', calibration, images=20, equalize=equalize) for equalize, calibration in WAYS
     ]
     return compare_int8({'run': checkpoint, 'file': damaged}, images, ways, latency_batches=(1, 2))
 
 
 def test_every_model_is_measured_in_every_way(results):
-    names = ('model', 'equalized', 'calibration', 'target')
+    names = ('model', 'equalized', 'calibration')
     found = [tuple(row[name] for name in names) for row in results['accuracy'] if row['weights'] != 'float32']
     assert found == [(model, *way) for model, way in product(('run', 'file'), WAYS)]
-    references = {
-        row['model']: row['top1'] for row in results['accuracy'] if not row['equalized'] and not row['target']
-    }
+    float32 = [row for row in results['accuracy'] if row['weights'] == 'float32']
+    references = {row['model']: row['top1'] for row in float32 if not row['equalized']}
     assert all(row['drop'] == references[row['model']] - row['top1'] for row in results['accuracy'])
     assert (results['settings']['validation_images'], results['settings']['calibration_images']) == (36, 20)
 
@@ -34,16 +32,14 @@ def test_a_model_that_is_missing_is_found_before_another_is_quantized(checkpoint
         compare_int8({'run': checkpoint, 'other': 'nowhere.onnx'}, images, [QuantizationOptions()])
 
 
-def test_what_equalizing_and_other_forms_do_is_a_row_each(results):
+def test_what_equalizing_does_is_a_row(results):
     lines = comparison_table(results).splitlines()
-    assert '| model | equalized | target | weights | float32 | INT8 minmax | INT8 percentile |' in lines
-    rows = [line.split(' | ') for line in lines if line.startswith('| file | ') and 'per-tensor' in line]
-    assert [row[1:3] for row in rows[:4]] == [['', 'ort'], ['', 'tensorrt'], ['yes', 'ort'], ['yes', 'tensorrt']]
-    drops = [float(row[5].split('(')[1].strip(')')) for row in rows[:4]]
-    assert max(drops[:2]) < -20 < -10 < min(drops[2:])
+    assert '| model | weights | float32 | INT8 minmax | INT8 percentile |' in lines
+    rows = [line.split(' | ') for line in lines if line.startswith('| file | per-tensor')][:2]
+    assert [row[1] for row in rows] == ['per-tensor', 'per-tensor, equalized']
+    plain, equalized = (float(row[3].split('(')[1].strip(')')) for row in rows)
+    assert plain < -20 < -10 < equalized
     assert any(line.startswith('file: ') for line in lines)
-    same = {**results, 'accuracy': [row for row in results['accuracy'] if not row['equalized']]}
-    assert '| model | target | weights |' in comparison_table(same)
 
 
 def test_speed_is_measured_per_batch_size_and_stated_if_times_are_steady(results):

@@ -3,6 +3,7 @@ import json
 
 import pytest
 import timm
+import torch
 
 from repopt_timm.cli import main
 from repopt_timm.deploy import predict
@@ -25,6 +26,15 @@ def test_the_best_classes_of_each_image_come_first_under_their_names(named, imag
     rows = list(csv.DictReader((tmp_path / 'table.csv').open(newline='')))
     for line, row in zip(capsys.readouterr().out.splitlines(), rows, strict=True):
         assert line.startswith(f'{row["image"]}: {row["name_1"]} {100 * float(row["probability_1"]):.2f} %, ')
+
+
+def test_a_class_that_looks_like_wordnets_and_is_not_keeps_its_name(named, images, tmp_path):
+    content = torch.load(named, weights_only=False)
+    torch.save({**content, 'label_names': ['dark', 'grey', 'n12345678']}, tmp_path / 'mine.pth.tar')
+    [row] = predict(tmp_path / 'mine.pth.tar', [images / 'validation/light/0.png'])
+    assert row['classes'][0]['name'] == 'n12345678'
+    with pytest.raises(ValueError, match='no images'):
+        predict(named, [])
 
 
 def test_onnx_files_predict_the_same_and_preprocessing_can_differ(checkpoint, onnx_file, images):

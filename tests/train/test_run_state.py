@@ -253,6 +253,11 @@ def test_a_run_is_not_resumed_with_another_training(train, trained, extra, named
     assert (trained / 'last.pth.tar').read_bytes() == before
 
 
+def test_a_resumed_run_says_that_its_schedule_is_longer(arguments, copied, capsys):
+    main(arguments('--cooldown-epochs 1 --resume'))
+    assert '4 epochs, not of 3' in capsys.readouterr().err and len(read(copied)['history']) == 4
+
+
 def test_a_run_is_not_resumed_on_other_classes(images, tmp_path):
     own = shutil.copytree(images, tmp_path / 'own')
     main(short_run(own, tmp_path))

@@ -111,3 +111,8 @@ def test_images_are_prepared_alike_for_all_arms(trial, monkeypatch):
         own.append(data_config_of({}, model))
         found.append(data_config_of(vars(args), model))
     assert own[0] != own[1] and found[0] == found[1]
+
+
+def test_a_trial_of_grey_images_prepares_them_in_one_channel(trial):
+    shared = trial('--in-chans', '1', '--arms', 'sgd', '--lr', '0.1').shared
+    assert (shared['input_size'][0], len(shared['mean']), len(shared['std'])) == (1, 1, 1)

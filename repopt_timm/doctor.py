@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import __version__
-from ..console import Pairs, number
-from ..models import ensure_registered
-from ..names import ModelName
-from ..reparam import to_plain
-from ..reporting import add_command, cpu_name, package_versions, print_result
-from ..sources import ScalesSource, default_scales, load_scales
-from ..train.validation import check_device_name
+from . import __version__
+from .console import Pairs, number
+from .models import ensure_registered
+from .names import ModelName
+from .reparam import to_plain
+from .reporting import add_command, cpu_name, package_versions, print_result
+from .sources import ScalesSource, default_scales, load_scales
+from .train.validation import check_device_name
 
 # Well above float64 rounding in a short training, well below the drift after two steps with a wrong Grad Mult.
 _TOLERANCE = 1e-8

@@ -7,7 +7,7 @@ from repopt_timm.cli import main
 from repopt_timm.doctor import check_equivalence
 from repopt_timm.optim import RepOptSGD
 
-from ..helpers import TINY, random_scales
+from .helpers import TINY, random_scales
 
 ARGUMENTS = ['doctor', '--model', TINY, '--steps', '2', '--img-size', '32', '--json']
 
