@@ -21,20 +21,17 @@ def python_path() -> str:
 
 def random_scales(architecture: str = TINY, **kwargs) -> Scales:
     """Scales as a search might leave them: spread around the initial values, a few of them negative."""
-    return spread(Scales.initial(timm.create_model(architecture, **kwargs)))
+    return counted_scales(timm.create_model(architecture, **kwargs))
 
 
-def spread(initial: Scales) -> Scales:
+def counted_scales(model: torch.nn.Module, prior=None) -> Scales:
+    """Random scales for the branches that a prior gives a network."""
+    initial = Scales.initial(model, prior)
     modules = {
         module: {branch: vector + 0.6 * torch.randn_like(vector) for branch, vector in vectors.items()}
         for module, vectors in initial.items()
     }
     return Scales(initial.architecture, modules, initial.geometry, initial.counts)
-
-
-def counted_scales(model: torch.nn.Module, prior=None) -> Scales:
-    """Random scales for the branches that a prior gives a network."""
-    return spread(Scales.initial(model, prior))
 
 
 def tiny_model(kind: str = '', **kwargs) -> torch.nn.Module:

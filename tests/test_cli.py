@@ -70,6 +70,11 @@ def test_each_command_has_a_help_that_calls_it_by_its_name_and_shows_defaults(co
     assert not any(word in text for word in ('(default', '[True]', '[False]'))
 
 
+def test_debug_shows_the_error_itself():
+    with pytest.raises(FileNotFoundError):
+        main(['scales', 'show', 'nowhere', '--debug'])
+
+
 def test_what_the_output_cannot_encode_is_escaped(monkeypatch):
     output = io.BytesIO()
     monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(output, 'cp1252'))

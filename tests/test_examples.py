@@ -1,4 +1,4 @@
-"""Each script of examples/, and each Python block of the README and of docs/, runs as it stands."""
+"""Each script of examples/ runs as it stands."""
 
 import re
 import runpy
@@ -17,21 +17,6 @@ from .processes import in_processes
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / 'examples'
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
-# The page of deployment has a test of its own: its blocks need a trained model, a photograph and torchao.
-BLOCKS = [
-    pytest.param(block, id=f'{page.stem}-{number}')
-    for page in PAGES
-    if page.stem != 'deployment'
-    for number, block in enumerate(re.findall(r'^```python\n(.+?)^```', page.read_text(encoding='utf-8'), re.M | re.S))
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('block', BLOCKS)
-def test_each_block_runs_alone(block, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    exec(compile(block, '<page>', 'exec'), {'__name__': '__main__'})
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from repopt_timm.cli import main
 from repopt_timm.merge_checkpoint import merge_trained
 
 from .blocks.block_examples import randomized
-from .helpers import TINY, relative_difference, tiny_model
+from .helpers import TINY, card_of, relative_difference, tiny_model
 
 IMAGES = torch.randn(2, 3, 64, 64)
 NUMBERS = {'depths': (1, 1), 'widths': (8, 8, 16)}
@@ -34,17 +34,8 @@ def test_a_trained_checkpoint_becomes_the_plain_network_and_images_change_its_st
     trained, checkpoint, images, tmp_path
 ):
     out = tmp_path / 'out'
-    command = [
-        'convert-checkpoint',
-        str(checkpoint.parent),
-        '--out',
-        str(out),
-        '--data',
-        str(images),
-        '--scales',
-        'implied',
-    ]
-    assert main(command) == 0
+    command = f'convert-checkpoint {checkpoint.parent} --out {out} --data {images} --scales implied --license mit'
+    assert main(command.split()) == 0
     plain = timm.create_model(f'local-dir:{out}', pretrained=True).eval()
     assert plain.pretrained_cfg['architecture'] == TINY
     assert Scales.from_model(plain) == implied_scales(trained).renamed(TINY)
@@ -52,9 +43,11 @@ def test_a_trained_checkpoint_becomes_the_plain_network_and_images_change_its_st
     assert relative_difference(estimated, plain) > 0.01
     for model in (estimated, plain):
         torch.testing.assert_close(model(IMAGES), trained(IMAGES), rtol=1e-4, atol=1e-5)
-    card = (out / 'README.md').read_text()
-    assert 'branches; merged into plain kernels' in card and str(checkpoint.parent) not in card
-    assert 'measured on images of' in card
+    card = card_of(out)
+    assert 'branches; merged into plain kernels' in card.text and str(checkpoint.parent) not in str(card)
+    assert 'measured on images of' in card.text and card.data.license == 'mit'
+    # How implied scales were made is part of them.
+    assert '| method |' in card.text and 'Not recorded' not in card.text
 
 
 @pytest.mark.parametrize('name', [f'{TINY}_branches', 'repghostnet_050'])

@@ -297,13 +297,3 @@ def test_wrapped_compiled_and_tied_parts_are_saved_under_the_names_of_the_plain_
     save_pretrained(wrapped, tmp_path / 'wrapped', repo_id='USER/plain')
     assert read_tree(tmp_path / 'wrapped') == read_tree(tmp_path / 'plain')
     assert Scales.from_model(load(tmp_path / 'plain')) == scales
-
-
-def test_the_commands_that_write_a_card_take_its_licence(tmp_path):
-    torch.save({'arch': TINY, 'state_dict': tiny_model().state_dict()}, tmp_path / 'last.pth')
-    torch.save(
-        {'arch': f'{TINY}_branches', 'state_dict': tiny_model('_branches').state_dict()}, tmp_path / 'branches.pth'
-    )
-    for command in ('save {0}/last.pth {0}/save', 'convert-checkpoint {0}/branches.pth --out {0}/convert-checkpoint'):
-        assert main([*command.format(tmp_path).split(), '--license', 'mit']) == 0
-        assert card_of(tmp_path / command.split()[0]).data.license == 'mit'

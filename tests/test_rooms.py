@@ -1,4 +1,6 @@
 import ast
+import re
+import sys
 from pathlib import Path
 
 import repopt_timm
@@ -39,7 +41,7 @@ def imported(path):
         yield from (name.split('.')[1] for name in found if name.startswith('repopt_timm.'))
 
 
-def test_no_import_runs_downwards():
+def test_no_file_imports_from_a_later_room():
     files = [path for path in PACKAGE.rglob('*.py') if path.parent != PACKAGE or not path.name.startswith('_')]
     assert {room_of(path) for path in files} == LEVELS.keys()
     wrong = [
@@ -49,3 +51,9 @@ def test_no_import_runs_downwards():
         if LEVELS.get(name, 0) > LEVELS[room_of(path)]
     ]
     assert wrong == []
+
+
+def test_the_method_depends_on_torch_alone():
+    for path in (PACKAGE / 'reparam').glob('*.py'):
+        found = re.findall(r'^(?:from|import) (\w+)', path.read_text(encoding='utf-8'), re.MULTILINE)
+        assert set(found) <= {'torch', *sys.stdlib_module_names}, path

@@ -21,7 +21,7 @@ from repopt_timm import (
 from repopt_timm.blocks import PlainBlock
 from repopt_timm.reparam import carried_scales
 
-from ..helpers import random_scales, relative_difference, spread, tiny_model
+from ..helpers import counted_scales, random_scales, relative_difference, tiny_model
 from .block_examples import examples, images
 
 EXAMPLES = examples()
@@ -55,7 +55,7 @@ def test_a_merged_block_computes_what_its_branches_did(example):
 def test_a_csla_block_under_sgd_is_the_plain_block_under_rep_opt_sgd(example):
     # Merged weights leave no parameter at zero, of which a relative difference would say nothing.
     plain = plain_twin(example.block, weights=True)
-    twin = csla(plain, spread(Scales.initial(plain)))
+    twin = csla(plain, counted_scales(plain))
     plain = to_plain(twin)
     start, settings = copy.deepcopy(plain), {'lr': 0.01, 'momentum': 0.9, 'weight_decay': 5e-3}
     optimizers = [torch.optim.SGD(twin.parameters(), **settings)]

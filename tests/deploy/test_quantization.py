@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir
@@ -76,6 +77,11 @@ def test_on_a_processor_where_8_bits_overflow_a_warning_names_7_bits(lacks, quan
     monkeypatch.setattr('repopt_timm.deploy.quantization.lacks_vnni', lambda: lacks)
     assert ('--reduce-range' in '\n'.join(quantization().warnings())) == lacks
     assert '--reduce-range' not in '\n'.join(quantization(reduce_range=True).warnings())
+
+
+def test_noisy_logits_are_a_warning_even_if_the_classes_agree(quantization):
+    done = replace(quantization(reduce_range=True), agreement=100.0, logits_snr_db=9.0)
+    assert '9.0 dB' in '\n'.join(done.warnings()) and not replace(done, logits_snr_db=11.0).warnings()
 
 
 def test_auto_takes_the_calibration_that_agrees_best(quantization):

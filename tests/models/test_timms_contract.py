@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 from repopt_timm import Scales, make_grad_mults, prepare, register_twins, to_plain
 from repopt_timm.reparam import kind_of
 
-from ..helpers import spread
+from ..helpers import random_scales
 
 register_twins('test_resnet')
 register_twins('edgenext_xx_small')
@@ -43,7 +43,7 @@ def model_of(name, kind='', **kwargs):
 @functools.cache
 def searched(name):
     torch.manual_seed(1)
-    return spread(Scales.initial(timm.create_model(name, num_classes=5)))
+    return random_scales(name, num_classes=5)
 
 
 @functools.cache

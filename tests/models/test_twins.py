@@ -10,6 +10,7 @@ from repopt_timm.names import KINDS, MULTI_BRANCH, ModelName
 from repopt_timm.reparam import multi_branch_blocks, network_name
 
 from ..helpers import TINY, random_scales, tiny_model
+from .test_byobnet import convs
 
 register_twins('test_resnet')
 IMAGES = torch.randn(2, 3, 64, 64)
@@ -19,11 +20,6 @@ STRIDES = (1, 1, 2, 2, 2)
 def twin(name, **kwargs):
     kwargs.setdefault('num_classes', 5)
     return timm.create_model(f'repopt_{name}', **kwargs)
-
-
-def convs(model):
-    found = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    return [(*conv.weight.shape, conv.stride, conv.padding, conv.groups, conv.bias is None) for conv in found]
 
 
 def test_each_multi_branch_network_of_timm_has_all_kinds():

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from timm.models import push_to_hf_hub, save_for_hf
 
-from repopt_timm import Scales, implied_scales, load_scales, make_grad_mults, plain_twin, save_pretrained
+from repopt_timm import Scales, implied_scales, load_scales, make_grad_mults, plain_twin, report_twin, save_pretrained
 from repopt_timm.cards.hub import HubError
 from repopt_timm.cards.repository import save_scales_card
 from repopt_timm.models.weights import choose_weights
@@ -21,7 +21,16 @@ from ..helpers import TINY, random_scales, tiny_model
 
 REPO = 'timm/mobileone_s0.apple_in1k'
 IMAGES = torch.randn(2, 3, 64, 64)
-FAMILIES = ('fastvit_t8', 'ghostnetv3_100', 'lcnetv2_small', 'mobileone_s0', 'repghostnet_050', 'repvit_m0_9')
+# The smallest of each family with weights, and the number of its blocks that become plain.
+FAMILIES = {
+    'fastvit_t8': 10,
+    'ghostnetv3_100': 36,
+    'lcnetv2_small': 6,
+    'mobileone_s0': 43,
+    'repghostnet_050': 32,
+    'repvit_m0_9': 23,
+    'repvit_m1': 23,
+}
 
 
 @pytest.fixture
@@ -99,6 +108,7 @@ def test_each_family_merges_timms_weights(name, publish):
     repo = timm.models.get_pretrained_cfg(name).hf_hub_id
     theirs = publish(name, repo)
     model = timm.create_model(f'repopt_{name}', pretrained=True, scales='implied').eval()
+    assert sum(bool(row.branches) for row in report_twin(theirs)) == FAMILIES[name]
     assert relative(model(IMAGES), theirs(IMAGES)) < 1e-5
     assert merged_from(model) == repo
     assert Scales.from_model(model) == implied_scales(theirs).renamed(name)

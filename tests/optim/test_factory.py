@@ -1,9 +1,8 @@
 import argparse
 
 import pytest
-import timm
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers, optimizer_kwargs
+from timm.optim import create_optimizer_v2, optimizer_kwargs
 from torch import nn
 
 from repopt_timm import RepOptAdamW, RepOptSGD, make_grad_mults
@@ -48,9 +47,12 @@ def test_ordinary_optimizers_are_what_they_were():
     assert type(create_optimizer_v2(tiny_model().parameters(), 'lookahead_adamw', lr=0.1)).__name__ == 'Lookahead'
 
 
-def test_timm_lists_them_and_tells_their_class():
-    assert {'repopt_sgd', 'repopt_adamw'} <= set(list_optimizers('repopt*'))
-    assert timm.optim.get_optimizer_class('repopt_sgd', bind_defaults=False) is RepOptSGD
+def test_nesterov_momentum_is_the_factorys_default_and_not_the_class_own():
+    model = scaled_model()
+    defaults = create_optimizer_v2(model, 'repopt_sgd', lr=0.1).defaults
+    assert (defaults['nesterov'], defaults['momentum']) == (True, 0.9)
+    defaults = RepOptSGD(model.parameters(), lr=0.1, grad_mults=make_grad_mults(model)).defaults
+    assert (defaults['nesterov'], defaults['momentum']) == (False, 0)
 
 
 def test_timms_script_arguments_reach_the_optimizer():

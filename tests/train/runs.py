@@ -9,11 +9,8 @@ import torch
 
 from repopt_timm.cli import main as command
 
-from ..helpers import TINY, python_path
+from ..helpers import TINY
 from ..processes import SERVER
-
-# The order of sums, and so the last bit, depends on the number of threads.
-ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': python_path()}
 
 
 def short_run(images, output, extra='', model=TINY, experiment='run'):

@@ -1,6 +1,7 @@
 import pytest
 import yaml
 
+from repopt_timm.sources import resource_dir
 from repopt_timm.train.parsing import ARGUMENTS, make_parser, parse_arguments, read_config, write_config
 
 # What timm's script does not have.
@@ -48,11 +49,20 @@ def test_values_of_pairs_are_literals_or_yaml_scalars(text, value):
     assert parse_arguments(['--opt-kwargs', f'name={text}']).opt_kwargs == {'name': value}
 
 
-@pytest.mark.parametrize('words', [['x'], ['-c', 'quickstart'], ['x', '--opt-betas', '0.9', '0.99', '--mean', '0.5']])
+CONFIGS = [['x', '-c', path.stem] for path in resource_dir('configs').glob('*.yaml')]
+
+
+@pytest.mark.parametrize('words', [['x'], *CONFIGS, ['x', '--opt-betas', '0.9', '0.99', '--mean', '0.5']])
 def test_written_arguments_are_read_as_they_were(tmp_path, words):
     args = parse_arguments(words)
     again = config(tmp_path, write_config(args))
     assert vars(parse_arguments(again)) == {**vars(args), 'config': again[1]}
+
+
+def test_the_config_for_imagenet_is_the_published_recipe():
+    args = parse_arguments(['x', '-c', 'imagenet_target'])
+    assert (args.epochs, args.warmup_epochs, args.smoothing, args.weight_decay) == (120, 5, 0.1, 4e-5)
+    assert (args.lr, 8 * args.batch_size) == (0.1, 256)
 
 
 def of_timms_script(**changes):

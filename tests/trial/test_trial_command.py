@@ -12,8 +12,7 @@ from repopt_timm.train.interruption import InterruptedRunError
 from repopt_timm.trial.trial_command import run_all
 from repopt_timm.trial.trial_folder import open_trial
 
-from ..helpers import TINY
-from ..train.runs import ENVIRONMENT
+from ..helpers import TINY, python_path
 from .conftest import run_trial
 
 # Stands in for a training: does what the folder's name says.
@@ -94,13 +93,15 @@ def test_without_pandas_the_command_says_what_to_install(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_trial_searches_trains_goes_on_after_ctrl_c_and_reports(images, tmp_path, capsys, monkeypatch):
+    # The order of sums, and so the last bit, depends on the number of threads.
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    monkeypatch.setenv('PYTHONPATH', python_path())
     folder = tmp_path / 'trial'
     words = ['trial', TINY, '--data', str(images), '--output', str(folder), '--input-size', '3', '32', '32']
     words += ['--batch-size', '8', '--num-classes', '2', '--arms', 'search', '--search', '1', '--seeds', '1']
     words += ['--lr', '0.02', '--epochs', '8']
     command = [sys.executable, '-m', 'repopt_timm.cli', *words]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     run = folder / 'runs/search/seed-0'
     while not (run / 'summary.csv').exists() and process.poll() is None:
         time.sleep(0.02)

@@ -8,7 +8,7 @@ from repopt_timm.trial.networks import make_network
 from repopt_timm.trial.trial_command import read_fingerprints
 from repopt_timm.trial.trial_folder import open_trial
 
-from ..helpers import TINY, spread
+from ..helpers import TINY, counted_scales
 from .conftest import fake_run, run_trial
 
 ARMS = ['--arms', 'sgd', 'repopt']
@@ -54,7 +54,7 @@ def test_seeds_of_two_protocols_are_not_pooled_but_where_they_are_computed_may_c
         with pytest.raises(ValueError, match=f'arguments: {other.split()[0][2:].replace("-", "_")} '):
             trial(*words, *other.split())
     free = '--workers 2 --pin-mem --device cpu --jobs 2 --threads 1 --validation-batch-size 9 --checkpoint-hist 9'
-    trial(*words, *free.split(), '--log-interval', '9', '--log-tensorboard')
+    trial(*words, *free.split(), '--log-interval', '9', '--log-tensorboard', '--cache-images')
 
 
 def test_an_argument_that_an_older_folder_lacks_had_its_default(trial, trained):
@@ -111,10 +111,11 @@ def test_given_scales_are_known_by_their_fingerprint(trial, tmp_path):
         found.joined().write()
         return found
 
-    initial = Scales.initial(make_network(trial(folder='other')))
+    network = make_network(trial(folder='other'))
+    initial = Scales.initial(network)
     initial.save(path)
     fake_run(call(1).training('mine', 0, 0.1), 50)
-    spread(initial).save(path)
+    counted_scales(network).save(path)
     with pytest.raises(ValueError, match=rf"fingerprints of mine '{initial.fingerprint}' -> "):
         call(2)
     initial.save(path)

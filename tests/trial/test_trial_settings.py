@@ -28,6 +28,7 @@ def test_learning_rates_are_those_that_were_given_and_adamw_has_a_hundredth(tria
     made = trial('--arms', 'sgd', 'adamw', '--lrs', '0.03125', '0.0625')
     assert made.choice('sgd').missing == (0.03125, 0.0625)
     assert made.choice('adamw').missing == (0.000313, 0.000625)
+    assert made.arguments_of('adamw')['weight_decay'] == 0.05
     assert trial('--arms', 'adamw', '--lr', '0.1', folder='fixed').choice('adamw').best == pytest.approx(0.001)
 
 
