@@ -1,6 +1,7 @@
 """The command line, `repopt-timm`."""
 
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -20,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A name that cannot be shown must not undo the work before it.
         if isinstance(stream, TextIOWrapper) and stream.errors == 'strict':
             stream.reconfigure(errors='backslashreplace')
+    if ours:
+        # Otherwise a library that warns would prefix our warnings with names of modules.
+        logging.basicConfig(format='%(message)s')
     words = [word for word in argv if word != '--debug'] if ours else argv
     return exit_code(partial(_run, words), ours and '--debug' in argv)
 
