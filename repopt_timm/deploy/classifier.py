@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_data_config
@@ -116,7 +117,8 @@ def load_classifier(
         onnx_model = load_onnx(source)
         weights = [each for each in onnx_model.graph.initializer if each.data_type == each.INT8]
         # --reduce-range keeps weights within -64 and 64.
-        if lacks_vnni() and any(require('onnx').numpy_helper.to_array(each).max(initial=0) > 64 for each in weights):
+        sizes = [np.abs(require('onnx').numpy_helper.to_array(each).astype(int)).max(initial=0) for each in weights]
+        if lacks_vnni() and any(size > 64 for size in sizes):
             _logger.warning(OVERFLOW)
         return onnx_classifier(onnx_model, threads, overrides)
     model = load_model(source)
@@ -186,7 +188,8 @@ def preprocessing(overrides: Mapping[str, Any] | None = None, **model: Any) -> d
     # timm knows a PyTorch model's; a foreign ONNX file may state nothing.
     if 'model' not in model and not {'mean', 'std'} <= stated.keys():
         _logger.warning(
-            'The ONNX file states no mean and std: images are prepared as for ImageNet. Give --mean, --std.'
+            'An ONNX file states no mean and std: images are prepared as for ImageNet. `evaluate`, `predict` and '
+            '`quantize` take --mean and --std.'
         )
     with explaining(f'Images cannot be prepared with {dict(overrides or {}) or "what the model states"}'):
         config = resolve_data_config(dict(overrides or {}), **model)

@@ -210,9 +210,10 @@ def _evaluate(args: argparse.Namespace) -> None:
         f'size        {result["bytes"] / 1e6:.1f} MB, {result["backend"]}',
         '',
     ]
-    if len(result['classes']) > _MOST_CLASSES:
+    seen = [row for row in result['classes'] if row['images']]
+    if len(seen) > _MOST_CLASSES:
         lines += [f'The {_MOST_CLASSES} classes of the lowest accuracy; --out writes all of them.', '']
-    print_result(args, result, '\n'.join([*lines, worst_classes(result['classes'], _MOST_CLASSES)]))
+    print_result(args, result, '\n'.join([*lines, worst_classes(seen, _MOST_CLASSES)]))
 
 
 def _predict(args: argparse.Namespace) -> None:

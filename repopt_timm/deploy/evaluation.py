@@ -195,7 +195,8 @@ def write_confusion(labels: Tensor, predictions: Tensor, classes: Sequence[str],
     side = 3 + 0.4 * len(classes) if legible else 7
     figure, axes = subplots(1, 1, (side + 1, side), 'constrained')
     counts = _confusion(labels, predictions, len(classes))
-    shares = counts / counts.sum(1, keepdims=True).clip(1)
+    # Images that are taken for a class outside of the folder count, too.
+    shares = counts / torch.bincount(labels, minlength=len(classes)).numpy()[:, None].clip(1)
     names = [f'{name:.30}' for name in classes]
     require('sklearn.metrics').ConfusionMatrixDisplay(shares, display_labels=names).plot(
         include_values=legible, values_format='.0%', xticks_rotation='vertical', cmap='Blues', ax=axes

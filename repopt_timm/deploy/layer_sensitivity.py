@@ -49,7 +49,7 @@ def layer_sensitivity(done: Quantization) -> dict[str, Any]:
     expected = logits(done.model)
     nodes = done.quantized.graph.node
     inputs = {node.name: node.input for node in nodes}
-    # Weights that are in INT8.
+    # Tensors that were in INT8.
     restored = {node.output[0] for node in nodes if node.op_type == 'DequantizeLinear'}
     rows = []
     for name, node in tqdm(layers_of(done.model).items(), 'sensitivity', unit='layer', disable=None):

@@ -202,6 +202,7 @@ def create(
     if model is not whole:
         names = {module: child for child, module in whole.named_modules()}
         model.architecture = name.network
+        model.scales_provenance = getattr(whole, 'scales_provenance', {})
         model.repopt_names = {child: names.get(module, '') for child, module in model.named_children()}
     if repository and any(isinstance(module, PlainBlock) for module in model.modules()):
         note_merged(model, repository)

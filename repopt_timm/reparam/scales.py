@@ -308,7 +308,8 @@ class Scales(ScalesMapping):
         modules = {name: branches.vectors() for name, branches in found.items()}
         counts = {name: branches.counts for name, branches in found.items()}
         starts = {branches.start for branches in found.values()}
-        origins = [getattr(model, 'scales_provenance', None)] if found else []
+        parts = [part.scales_provenance for part in model.modules() if hasattr(part, 'scales_provenance')]
+        origins: list[Any] = (parts or [None]) if found else []
         for name, carried in ({} if found else carried_scales(model)).items():
             modules[name] = carried.scales[carried.module]
             counts[name] = carried.scales._counts[carried.module]

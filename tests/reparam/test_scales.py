@@ -70,7 +70,9 @@ def test_scales_keep_their_provenance_on_a_model_and_a_search_starts_without_one
     plain = tiny_model()
     prepare(plain, scales)
     twin = csla(plain)
-    for model in (plain, twin, to_plain(twin), tiny_model(scales=scales), tiny_model('_csla', scales=scales)):
+    features = tiny_model('_csla', scales=scales, features_only=True)
+    part = torch.nn.ModuleDict({'backbone': tiny_model('_csla', scales=scales)})
+    for model in (plain, twin, to_plain(twin), tiny_model(scales=scales), features, part, to_plain(part)):
         assert Scales.from_model(model).provenance == {'dataset': 'digits'}
     for search in (hyper_search(plain), tiny_model('_hs', scales=scales)):
         assert Scales.from_model(search).provenance == {}
