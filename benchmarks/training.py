@@ -1,6 +1,6 @@
 """A training step, and what it saves for the backward pass, of a network with branches against its plain twin.
 
-python benchmarks/training.py --model repopt_mobileone_s0 repopt_repvgg_a0 repopt_vgg_b1
+python benchmarks/training.py --model repopt_mobileone_s0 repopt_vgg_a0 repopt_vgg_b1
 """
 
 import timm

@@ -20,7 +20,7 @@ _TRAIN, _PUBLISH, _DEPLOY = '.train.command', '.publish_commands', '.deploy.depl
 
 COMMANDS = {
     'train': Command('search scales or train a model', _TRAIN),
-    'quickstart': Command('train on handwritten digits, in a minute', _TRAIN),
+    'quickstart': Command('train on handwritten digits, in one or two minutes', _TRAIN),
     'trial': Command('train a network in several ways, and say whether they differ', '.trial.trial_command'),
     'scales': Command('list, show, write, draw and share scales', _PUBLISH),
     'save': Command('write a checkpoint as a folder in the format of the Hub', _PUBLISH),

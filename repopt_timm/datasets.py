@@ -37,7 +37,7 @@ _WITHOUT_PIXELS = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'MPEG', 'WMF'}
 
 
 class Images(Dataset):
-    """Images, files or members that an archive opens, and the numbers of their classes.
+    """A dataset of image files, or of the images in an archive, with the numbers of their classes.
 
     The EXIF orientation is applied, and 16 bits are scaled to 8. An image is one of Pillow unless there is a
     `transform`, which timm's loaders set. With `skip_damaged` the next image is taken if one cannot be read, as timm
@@ -121,7 +121,7 @@ class Images(Dataset):
 
 
 def color_mode(channels: int, stated: str | None = None) -> str:
-    """Returns Pillow's mode of the images that a model takes; another one that is stated somewhere is an error."""
+    """Returns Pillow's mode for a number of channels, or raises an error if `stated`, a file's mode, differs."""
     mode = _MODES.get(channels)
     if mode is None or stated not in (None, mode):
         what = f'{channels} channels' + (f' in the mode {stated}' if stated else '')
@@ -168,9 +168,10 @@ def open_split(
         parts = [PurePath(file).relative_to(place).parts for file in files]
         # Images directly in the folder are of one class, named ''.
         classes = [names[0] if names[1:] else '' for names in parts]
+    classes = [_composed(name) for name in classes]
     numbers = read_class_map(class_map, root)
     if numbers is None:
-        numbers, classes = _number(classes, class_names, place)
+        numbers = _number(classes, class_names, place)
     kept = [index for index, name in enumerate(classes) if name in numbers]
     if not kept:
         of_map = f" of the classes in '{class_map}'" if class_map else ''
@@ -269,23 +270,26 @@ def _in_tar(path: Path) -> tuple[Any, list[str], list[str]]:
     return reader, list(map(str, paths)), [parent.name for parent in parents]
 
 
-def _number(classes: list[str], class_names: Sequence[str], place: Path) -> tuple[dict[str, int], list[str]]:
-    """Returns the numbers of classes by name, and the class of each image as it is spelled there."""
-    # The same letters have other code points in folders that a Mac wrote.
-    known = {unicodedata.normalize('NFC', name): number for number, name in enumerate(class_names)}
-    spelled = [unicodedata.normalize('NFC', name) for name in classes]
-    if known and known.keys() >= set(spelled):
-        if missing := len(known.keys() - set(spelled)):
+def _composed(name: str) -> str:
+    """Returns the name of a class in composed Unicode: folders that a Mac wrote have other code points."""
+    return unicodedata.normalize('NFC', name)
+
+
+def _number(classes: Sequence[str], class_names: Sequence[str], place: Path) -> dict[str, int]:
+    """Returns the numbers of classes by name."""
+    known = {_composed(name): number for number, name in enumerate(class_names)}
+    if known and known.keys() >= set(classes):
+        if missing := len(known.keys() - set(classes)):
             _logger.warning(f"'{place}' has no images of {missing} of the model's {len(known)} classes.")
-        return known, spelled
+        return known
     found = sorted(set(classes), key=_in_order)
     folders = next(os.walk(place), ((), (), ()))[1]
-    if found != [''] and (empty := set(_shown(folders)) - set(found)):
+    if found != [''] and (empty := {name for name in _shown(folders) if _composed(name) not in found}):
         raise ValueError(
             f"'{place / min(empty)}' is the folder of a class without images, without which later classes have other "
             f'numbers. Remove it, or give the numbers of the classes by --class-map.'
         )
-    return {name: number for number, name in enumerate(found)}, classes
+    return {name: number for number, name in enumerate(found)}
 
 
 def read_class_map(class_map: str | None, root: str | os.PathLike | None) -> dict[str, int] | None:
@@ -295,7 +299,7 @@ def read_class_map(class_map: str | None, root: str | os.PathLike | None) -> dic
     path = Path(class_map) if Path(class_map).is_file() else Path(root or '', class_map)
     with explaining(f"The class map '{class_map}' is not a text file with a name per line"):
         lines = path.read_text('utf-8').splitlines()
-    return {line.strip(): number for number, line in enumerate(lines) if line.strip()}
+    return {_composed(line.strip()): number for number, line in enumerate(lines) if line.strip()}
 
 
 def class_numbers(dataset: Any) -> dict[str, int]:

@@ -67,7 +67,7 @@ def add_commands(commands: Any) -> None:
     plot = add_command(commands, 'plot', _plot, 'draw scales against depth')
     share = add_command(commands, 'push', _share, 'publish scales on the Hub')
     for parser in (show, extract, plot, share):
-        parser.add_argument('source', help=f'{_SOURCE} with --architecture')
+        parser.add_argument('source', help=f'{_SOURCE}; the last three need --architecture')
         parser.add_argument('--architecture', metavar='MODEL', help='plain model that the scales are for')
     extract.add_argument('out', help='.safetensors file, or folder for a model card')
     plot.add_argument('out', help='picture to write')

@@ -3,7 +3,6 @@
 import argparse
 import json
 import platform
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -61,13 +60,6 @@ def package_versions(*packages: ModuleType) -> dict[str, str]:
     """Returns the versions of packages by name."""
     # As plain text, which torch.load restores without running code.
     return {package.__name__: str(package.__version__) for package in packages}
-
-
-def time_call(call: Callable[[], Any]) -> float:
-    """Returns the seconds that a call takes."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def take_turns(turns: Mapping[str, Callable[[], _T]], rounds: int, warmup: int = 0) -> dict[str, list[_T]]:

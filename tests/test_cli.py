@@ -50,7 +50,7 @@ def test_an_error_is_one_clear_line_before_the_work_and_leaves_no_file(arguments
 # Parts of the help of a command.
 HELPS = {name: [] for name in COMMANDS} | {
     'train': ['number of epochs [300]', 'weight decay [2e-05]', 'crop area [0.08 1]', 'model, else sgd]'],
-    'quickstart': ['digits of scikit-learn, in about a minute on a CPU'],
+    'quickstart': ['digits of scikit-learn, in one or two minutes on a CPU'],
     'quantize': ['images to calibrate on [512]', 'split to calibrate on [train]'],
     'predict': ['classes to show [5]'],
 }

@@ -172,6 +172,11 @@ def test_a_class_map_is_a_name_on_each_line(tmp_path, caplog):
     dataset = open_split(tmp_path, 'train', class_map='map.txt')
     assert (dataset.class_to_idx, dataset.labels) == ({'dog': 0, 'cat': 1}, [1, 0])
     assert '1 images of classes that the class map lacks' in caplog.text
+    # A Mac writes other code points into the folder than an editor into the map.
+    composed, apart = (unicodedata.normalize(form, 'café') for form in ('NFC', 'NFD'))
+    (tmp_path / 'map.txt').write_text(f'{composed}\n')
+    make_images(tmp_path / 'mac', apart)
+    assert open_split(tmp_path / 'mac', 'train', class_map=str(tmp_path / 'map.txt')).labels == [0]
 
 
 @pytest.mark.parametrize(

@@ -46,14 +46,15 @@ def add_commands(commands: Any) -> None:
     add = export.add_argument
     add('--onnx', metavar='FILE', type=_onnx_file, required=True, help='file to write')
     add('--opset', type=number(int, low=OPSET), default=OPSET, help=f"version of ONNX's operators, {OPSET} or later")
-    add('--fixed-batch', type=count, default=0, help='take N images at a time, no other number')
+    add('--fixed-batch', type=count, help='take N images at a time, no other number')
     add('--fp16', action='store_true', help='weights and computation in float16')
 
     add = quantized.add_argument
     add('--split', default='train', help='split to calibrate on')
     add('--out', metavar='FILE', type=_onnx_file, required=True, help='file to write')
     add('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale per output channel, or one per tensor')
-    add('--calibration', choices=(*CALIBRATIONS, 'auto'), default='minmax', help='ranges of activations; auto: best')
+    ways = (*CALIBRATIONS, 'auto')
+    add('--calibration', choices=ways, default='minmax', help='how to range activations; auto tries all three')
     add('--target', choices=TARGETS, default=TARGETS[0], help='runtime; ort is for OpenVINO too')
     add('--sensitivity', metavar='DIR', type=Path, help='write what each layer alone costs in INT8')
 
@@ -69,7 +70,7 @@ def add_commands(commands: Any) -> None:
         add('--images', type=count, default=512, help='images to calibrate on')
         add('--seed', type=int, default=0, help='seed for choosing calibration images')
         add('--reduce-range', action='store_true', help='7-bit weights, for x86 without VNNI')
-        add('--exclude', nargs='+', default=(), metavar='LAYER', help="left in float32: head.fc, 'stages.3.*', Add")
+        add('--exclude', nargs='+', default=[], metavar='LAYER', help="left in float32: head.fc, 'stages.3.*', Add")
 
     add = evaluated.add_argument
     add('--split', default='validation', help='split to evaluate')
@@ -117,7 +118,7 @@ def _options(args: argparse.Namespace, **chosen: Any) -> QuantizationOptions:
 
 def _export(args: argparse.Namespace) -> None:
     check_output(args.onnx, args.model)
-    form = {'opset': args.opset, 'batch': args.fixed_batch, 'half': args.fp16}
+    form = {'opset': args.opset, 'batch': args.fixed_batch or 0, 'half': args.fp16}
     result = export_onnx(args.model, args.onnx, _overrides(args), **form)
     for line in health_warnings({}, result['outliers'], result['still_channels']):
         _logger.warning(line)

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import timeit
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..datasets import Images, class_names, count_classes, open_evaluation, open_files
 from ..files import replacing
 from ..plot import save_figure, subplots
-from ..reporting import markdown_table, time_call
+from ..reporting import markdown_table
 from .classifier import Classifier, load_classifier
 from .runtime import require
 
@@ -254,5 +255,5 @@ def time_runs(run: Callable[[], Any], seconds: float = 1.0) -> list[float]:
         run()
     times: list[float] = []
     while len(times) < 20 or sum(times) < seconds:
-        times.append(time_call(run))
+        times.append(timeit.timeit(run, number=1))
     return times

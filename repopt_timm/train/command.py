@@ -19,9 +19,9 @@ from .run_folder import SCALES_FILE
 from .validation import check_arguments
 
 _QUICKSTART = (
-    'Train RepOpt-VGG-A0 from unsearched scales on the handwritten digits of scikit-learn, in about a minute on a CPU. '
-    f'With --search-first, a hyper-search of the scales comes before it. All arguments of {PROGRAM} train go here as '
-    f'well, and replace those of the shipped config.'
+    'Train RepOpt-VGG-A0 from unsearched scales on the handwritten digits of scikit-learn, in one or two minutes on '
+    f'a CPU. With --search-first, a hyper-search of the scales comes before it. All arguments of {PROGRAM} train go '
+    f'here as well, and replace those of the shipped config.'
 )
 
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str], command: str = 'train') -> None:
     """Runs `train`, or `quickstart`, which is `train` with the config of this name."""
     logging.basicConfig(level=logging.WARNING, format='%(message)s', force=True)
     logging.getLogger('repopt_timm').setLevel(logging.INFO)
-    program = ['python', 'train.py'] if Path(sys.argv[0]).name == 'train.py' else [PROGRAM, command]
+    program = ['python', sys.argv[0]] if Path(sys.argv[0]).name == 'train.py' else [PROGRAM, command]
     if command == 'quickstart':
         args = parse_arguments(['-c', 'quickstart', *argv], make_parser(' '.join(program), _QUICKSTART))
     else:
@@ -43,14 +43,14 @@ def main(argv: Sequence[str], command: str = 'train') -> None:
     except InterruptedRunError as error:
         if args.rank == 0:
             folder = error.folder.parent if args.search_first else error.folder
-            words, what = [*program, *argv], 'no epoch was finished; start again with'
+            what, more = 'no epoch was finished; start again with', []
             if any(folder.glob(f'**/{LAST_CHECKPOINT}')):
                 what = 'continue with'
                 # Later flags replace those before them: not from where this call began.
-                words += ['--output', str(folder.parent), '--experiment', folder.name, '--resume']
+                more = ['--output', str(folder.parent), '--experiment', folder.name, '--resume']
             # Only torchrun knows its own arguments.
-            launcher = 'torchrun, its arguments and  ' if args.distributed else ''
-            print(f'{error}: {what}  {launcher}{shlex.join(words)}', file=sys.stderr)
+            command = 'your torchrun command' if args.distributed else shlex.join([*program, *argv])
+            print(f'{error}: {what}  {" ".join([command, *map(shlex.quote, more)])}', file=sys.stderr)
         raise SystemExit(128 + error.signum) from None
 
 

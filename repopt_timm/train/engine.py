@@ -33,8 +33,9 @@ class TrainState:
     """What changes while a run goes on; a checkpoint holds what a resumed run cannot work out by itself.
 
     A row of the history has `epoch`, `lr`, `train_loss`, `train_accuracy` of unmixed labels; if it was validated
-    `eval_loss`, `eval_top1`, `eval_top5`, and with a moving average the model's own `eval_raw_*`. Times are apart from
-    it, as it is the same in each run. Predictions are labels and predictions of the last validation, (2, images).
+    `eval_loss`, `eval_top1`, `eval_top5`, and with a moving average the model's own `eval_raw_*`. Times are kept apart,
+    so that repeated runs have the same history. `predictions` holds labels and predictions of the last validation, of
+    shape (2, images).
     """
 
     model: nn.Module
@@ -72,10 +73,9 @@ def _batches(
         bar_format='{desc} {n_fmt}/{total_fmt}{postfix}, {rate_fmt}, ETA {remaining}' if lines else None,
     ) as bar:
         for done, (images, target) in enumerate(loader, 1):
-            images = images.to(args.device, non_blocking=True)
             if args.channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            yield images, target.to(args.device, non_blocking=True)
+            yield images, target
             bar.update(1)
             # The run logs the end of an epoch.
             if not bar.disable and done % args.log_interval == 0 and done < len(loader):
@@ -94,7 +94,7 @@ def train_one_epoch(
     epoch: int,
     args: argparse.Namespace,
 ) -> dict[str, float]:
-    """Trains for one epoch; a loss that is not finite, looked for at each line of progress, is a DivergedError.
+    """Trains for one epoch. Raises a DivergedError if the loss is not finite, checked every `log_interval` batches.
 
     Returns `loss`, the mean over the images, `accuracy` in percent over those whose label is unmixed, and `lr`.
     """
@@ -180,7 +180,7 @@ def validate(
 
     # timm's sampler repeats the first images, so that all processes have equally many.
     left = sys.maxsize
-    if args.distributed and isinstance(getattr(loader, 'sampler', None), OrderedDistributedSampler):
+    if args.distributed and isinstance(loader.sampler, OrderedDistributedSampler):
         left = -(-(len(loader.dataset) - args.rank) // args.world_size)
     found = [torch.empty(2, 0, dtype=torch.int64, device=args.device)]
     for images, target in _batches(loader, title, args, describe):
@@ -191,7 +191,7 @@ def validate(
         left -= count
         if not count:
             continue
-        top1, top5 = accuracy(output, target, topk=(1, min(5, output.shape[1])))
+        top1, top5 = accuracy(output, target, topk=(1, 5))
         loss = nn.functional.cross_entropy(output, target)
         sums += torch.stack([loss, top1, top5, torch.ones_like(loss)]) * count
         found.append(torch.stack([target, output.argmax(1)]))

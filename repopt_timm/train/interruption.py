@@ -1,7 +1,6 @@
 """Ctrl-C and SIGTERM end a run between two batches."""
 
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,11 +32,6 @@ def postponed_signals() -> Iterator[None]:
 
     An exception out of a signal handler can be lost while loaders fork, and would hit a half-written state elsewhere.
     """
-
-    if threading.current_thread() is not threading.main_thread():
-        # Only the main thread hears signals.
-        yield
-        return
 
     def note(signum: int, frame: Any) -> None:
         if _received:

@@ -70,7 +70,7 @@ def make_datasets(args: argparse.Namespace) -> tuple[Any, Any]:
     if found == 1:
         raise ValueError('The training images are all of one class, expected a folder for each of several.')
     if asked is None and found is None:
-        raise ValueError('The data do not state their number of classes: give it with --num-classes.')
+        raise ValueError('The data do not say how many classes they have: give --num-classes.')
     if asked is not None and found is not None and asked < found:
         raise ValueError(f'--num-classes is {asked}, but the data have {found} classes: raise it, or omit it.')
     return _select_images(train, validation, args)
@@ -90,7 +90,9 @@ def _select_images(train: Any, validation: Any, args: argparse.Namespace) -> tup
     if args.holdout and not 0 < held_out < count:
         raise ValueError(f'--holdout is {args.holdout:g} of {count} training images, which leaves one part empty.')
     if args.train_images and args.train_images > left:
-        raise ValueError(f'--train-images is {args.train_images}, but beside --holdout there are {left}: lower it.')
+        raise ValueError(
+            f'--train-images is {args.train_images}, but there are {left} with --holdout {args.holdout:g}: lower it.'
+        )
     chosen = sorted(order[: args.train_images or left])
     held = sorted(order[left:]) if args.holdout else range(len(validation))
     return (

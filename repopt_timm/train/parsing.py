@@ -59,7 +59,9 @@ _DESCRIPTION = (
 def make_parser(program: str = f'{PROGRAM} train', description: str = _DESCRIPTION) -> CommandParser:
     """Makes the parser of `train.py` and `repopt-timm train`."""
     parser = CommandParser(prog=program, description=description)
-    parser.add_argument('-c', '--config', metavar='FILE', help='YAML file of arguments, or a shipped name: quickstart')
+    parser.add_argument(
+        '-c', '--config', metavar='FILE', help='YAML file of arguments, or a shipped one, such as quickstart'
+    )
     parser.add_argument('data', nargs='?', metavar='DIR', help='path to dataset (same as --data-dir)')
     add_arguments(parser)
     return parser

@@ -26,7 +26,7 @@ _logger = logging.getLogger(__name__)
 
 
 def resolve(args: argparse.Namespace, choose_scales: bool = True) -> argparse.Namespace:
-    """Returns the arguments with defaults that depend on the model, on other arguments, and on the run resumed."""
+    """Fills in the defaults that depend on the model, on other arguments and on the run that is resumed."""
     run = argparse.Namespace(**vars(args))
     run.variant, saved_args = find_variant(run.model)
     run.opt = run.opt or ('repopt_sgd' if is_target(run.variant) else 'sgd')

@@ -152,8 +152,9 @@ def _train_in(
             # A resumed run draws the same numbers, although no checkpoint holds random state.
             random_seed(args.seed + 1009 * epoch, args.rank)
             for loader in loaders:
-                for part in ('sampler', 'dataset'):
-                    getattr(getattr(loader, part, None), 'set_epoch', int)(epoch)
+                for each in (loader.sampler, loader.dataset):
+                    if hasattr(each, 'set_epoch'):
+                        each.set_epoch(epoch)
             if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
                 loaders[0].mixup_enabled = False
             start = time.perf_counter()
@@ -215,13 +216,12 @@ def make_loss(args: argparse.Namespace, dataset: Any, num_classes: int) -> nn.Mo
     elif not args.sampler and sizes is not None and sizes.max() >= 10 * sizes.min().clamp(min=1):
         _logger.info(
             f'The largest class has {sizes.max():.0f} images, the smallest {sizes.min():.0f}: '
-            f'--class-weights balanced or --sampler balanced lets them count alike.'
+            f'--class-weights balanced or --sampler balanced gives all classes the same weight.'
         )
     if args.bce_loss:
         return BinaryCrossEntropy(
             smoothing,
             target_threshold=args.bce_target_thresh,
-            weight=weight,
             sum_classes=args.bce_sum,
             pos_weight=args.bce_pos_weight,
         )

@@ -35,7 +35,7 @@ def run_folder(folder: Path) -> Iterator[None]:
                 fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise ValueError(
-                f"Another process trains in '{folder}' already: wait for its end, or choose another --experiment."
+                f"Another process is training in '{folder}': wait until it ends, or choose another --experiment."
             ) from None
         except OSError:
             # A file system without locks.

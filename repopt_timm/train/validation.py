@@ -54,8 +54,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise ValueError('Give scales with --scales instead of --model-kwargs.')
     if args.init and (args.pretrained or args.initial_checkpoint):
         raise ValueError(f'--init {args.init} is a start for networks without weights of their own: remove it.')
+    if args.class_weights and args.bce_loss:
+        raise ValueError('--class-weights weighs images, and --bce-loss weighs classes: use --sampler balanced.')
+    if args.sched == 'plateau' and args.sched_on_updates:
+        raise ValueError('--sched plateau goes by epochs, not by --sched-on-updates, which a trial always sets.')
     if args.lr is not None and args.min_lr > args.lr:
-        raise ValueError(f'--min-lr is {args.min_lr} and --lr {args.lr}, expected a lower bound: lower --min-lr.')
+        raise ValueError(f'--min-lr is {args.min_lr}, above --lr, which is {args.lr}: lower --min-lr.')
     if args.decay_milestones != sorted(set(args.decay_milestones)):
         raise ValueError(f'--decay-milestones are {args.decay_milestones}, expected rising epochs.')
     if args.sync_bn and args.device and not args.device.startswith('cuda'):
@@ -112,7 +116,7 @@ def _check_search(args: argparse.Namespace) -> None:
     if parse_model_name(args.model)[0] is not None or name.kind != 'target' or PREFIX not in name.architecture:
         raise ValueError(f"--search-first needs the name of a target, such as repopt_vgg_a0, not '{args.model}'.")
     if args.resume and args.resume != 'auto':
-        raise ValueError('--search-first is continued with --resume alone: it finds out itself how far it got.')
+        raise ValueError('Continue --search-first with --resume and no file: it finds its own checkpoints.')
     if not any(each in (args.opt or 'sgd') for each in ('sgd', 'momentum', 'nesterov')):
         raise ValueError(
             f'The search uses SGD, which the learning rate of {args.opt} does not suit: train {args.model}_hs first, '

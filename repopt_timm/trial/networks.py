@@ -3,6 +3,7 @@
 import json
 import logging
 import statistics
+import timeit
 from collections.abc import Callable
 from functools import partial
 
@@ -16,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from ..errors import explaining
 from ..files import write_text
 from ..model_size import count_parameters
-from ..reporting import take_turns, time_call
+from ..reporting import take_turns
 from ..tables import read_mapping
 from ..train.validation import check_layout
 from .arms import arm_of
@@ -67,13 +68,10 @@ def measure_networks(trial: Trial, device: torch.device) -> None:
                 'convolutions': sum(isinstance(module, nn.Conv2d) for module in model.modules()),
                 'activations': activation_bytes(model, images, labels, dtype),
             }
-        steps[key] = partial(time_call, step)
+        steps[key] = partial(timeit.timeit, step, number=1)
     for key, seconds in take_turns(steps, 5, warmup=1).items():
         found[key]['step_seconds'] = statistics.median(seconds)
     write_text(trial.folder / _FILE, json.dumps({arm: found[key] for arm, key in keys.items()}, indent=2) + '\n')
-    # The runs are other processes, which need the memory.
-    del model, step, steps
-    torch.cuda.empty_cache()
 
 
 def make_network(trial: Trial, arm: str = 'sgd') -> nn.Module:

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -55,18 +56,22 @@ def report_trial(result: TrialResult) -> str:
         markdown_table(head, rows, align=True),
         _bullets(_verdict(result)),
     ]
-    return _write(result.trial.folder, parts, _values(result), [result], partial(draw_trial, result))
+    epochs = {result.trial.folder.name: result.epochs}
+    return _write(result.trial.folder, parts, _values(result), epochs, partial(draw_trial, result))
 
 
 def report_trials(results: Sequence[TrialResult], folder: Path) -> str:
     """Writes one report of several trials, with budgets compared at equal wall time if the trials share all else."""
-    in_turn = sorted(results, key=lambda result: (result.convolutions, result.trial.length))
+    # Trials in several folders may have the same name.
+    common = os.path.commonpath([result.trial.folder.absolute().parent for result in results])
+    in_turn = sorted(results, key=lambda result: (result.convolutions, result.trial.shared['epochs']))
+    named = {os.path.relpath(result.trial.folder, common): result for result in in_turn}
     arms = in_order(arm for result in in_turn for arm in result.arms)
     searched = any(arm.search_seconds for result in in_turn for arm in result.arms.values())
     beside, rows, sections = [], [], []
-    for result in in_turn:
-        name, each = result.trial.folder.name, result.arms
-        cells = [name, str(result.convolutions or '-'), str(result.trial.length)]
+    for name, result in named.items():
+        each = result.arms
+        cells = [name, str(result.convolutions or '-'), str(result.trial.shared['epochs'])]
         beside.append([*cells, *(_accuracy(each[arm]) if arm in each else '-' for arm in arms)])
         for arm in each.values():
             rows.append([*cells, arm.name, *_scores(result, arm), _number(arm.seconds, '.0f', ' s')])
@@ -83,17 +88,16 @@ def report_trials(results: Sequence[TrialResult], folder: Path) -> str:
         markdown_table(head, rows, align=True),
         *sections,
     ]
-    folders = [result.trial.folder for result in results]
-    alike = len({each.name for each in folders}) < len(folders)
-    values = {str(each) if alike else each.name: _values(result) for each, result in zip(folders, results)}
-    return _write(folder, parts, values, results, partial(draw_trials, results))
+    values = {name: _values(result) for name, result in named.items()}
+    epochs = {name: result.epochs for name, result in named.items()}
+    return _write(folder, parts, values, epochs, partial(draw_trials, results))
 
 
 def _write(
     folder: Path,
     parts: Sequence[str],
     values: dict[str, Any],
-    results: Sequence[TrialResult],
+    epochs: Mapping[str, pd.DataFrame],
     draw: Callable[[Path], Any],
 ) -> str:
     text = '\n\n'.join(parts) + '\n'
@@ -101,9 +105,9 @@ def _write(
     # JSON has neither NaN nor infinity.
     finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
     write_text(folder / 'report.json', json.dumps(finite, indent=2) + '\n')
-    tables = [result.epochs.assign(trial=result.trial.folder.name) for result in results]
-    epochs = pd.concat([table for table in tables if len(table)] or tables[:1])
-    write_text(folder / 'epochs.csv', epochs[['trial', *epochs.columns.drop('trial')]].to_csv(index=False))
+    tables = [table.assign(trial=name) for name, table in epochs.items()]
+    rows = pd.concat([table for table in tables if len(table)] or tables[:1])
+    write_text(folder / 'epochs.csv', rows[['trial', *rows.columns.drop('trial')]].to_csv(index=False))
     draw(folder / 'report.png')
     return text
 
@@ -173,7 +177,7 @@ def _against(reference: ArmResult, arm: ArmResult) -> str:
     found, among = arm.difference, _among(arm, reference)
     pair = f'{arm.name} and {reference.name}'
     if not found.count:
-        return f'{pair}: no seed with which both are finished.'
+        return f'{pair}: no seed has finished runs of both.'
     if found.count == 1:
         return f'{pair}{among}: one seed, {found.mean:+.2f} points. One seed cannot say how much of that is chance.'
     numbers = f'({found.mean:+.2f} points, 95 % interval {found.lower:+.2f} to {found.upper:+.2f}'
@@ -217,7 +221,7 @@ def _troubles(result: TrialResult, arm: ArmResult) -> list[str]:
 
 
 def _equal_times(results: Sequence[TrialResult]) -> Iterator[str]:
-    """Compares the slowest arm of each trial with the longest runs of other arms that take no more time."""
+    """Compares the slowest arm of each trial with the longest runs of other arms that take at most 5 % more time."""
     for result in results:
         if not result.timed:
             continue
@@ -226,7 +230,7 @@ def _equal_times(results: Sequence[TrialResult]) -> Iterator[str]:
         longest = {
             arm.name: arm
             for other in results
-            if other.trial.length > result.trial.length and _task(other) == _task(result)
+            if other.trial.shared['epochs'] > result.trial.shared['epochs'] and _task(other) == _task(result)
             for arm in other.timed
             if arm.name != slowest.name and arm.seconds <= 1.05 * slowest.seconds
         }

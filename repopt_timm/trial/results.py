@@ -25,7 +25,7 @@ class ArmResult:
     epoch_seconds: float
 
     def __init__(self, trial: Trial, name: str, costs: dict[str, float]):
-        self.name, self.costs, self.length = name, costs, trial.length
+        self.name, self.costs, self.length = name, costs, trial.shared['epochs']
         self.choice = trial.choice(name)
         seeds, best = trial.seeds, self.choice.best
         runs = {seed: trial.training(name, seed, best) for seed in seeds} if best else {}

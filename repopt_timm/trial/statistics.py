@@ -1,4 +1,4 @@
-"""What numbers of few runs show: the best learning rate, an interval around a mean, guessing."""
+"""Statistics of a few runs: the best learning rate, the interval of a mean, and whether a network only guesses."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,7 +42,10 @@ def choose_rate(grid: Sequence[float], scores: Mapping[float, float]) -> Choice:
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean of `count` values, NaN of none, and half of its 95 % confidence interval, infinite for a single one."""
+    """The mean of `count` values (NaN if there are none) and half the width of its 95 % confidence interval.
+
+    The half width is infinite for one value.
+    """
 
     mean: float
     half: float

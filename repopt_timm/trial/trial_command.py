@@ -66,6 +66,8 @@ def main(argv: Sequence[str], command: Callable[[Run, Trial], list[str]] | None 
     threads = args.threads or int(os.environ.get('OMP_NUM_THREADS') or max(1, torch.get_num_threads() // args.jobs))
     torch.set_num_threads(threads)
     measure_networks(joined, torch.device(checked.device))
+    # The runs are other processes, which need the memory.
+    torch.cuda.empty_cache()
     # Only now: a network that cannot be made leaves the folder to the command that is right.
     joined.write()
     try:

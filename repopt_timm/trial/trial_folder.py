@@ -104,11 +104,6 @@ class Trial:
         return {name: value for name, value in vars(self).items() if name not in ('folder', 'shared')}
 
     @property
-    def length(self) -> int:
-        """Epochs of a run."""
-        return int(self.shared['epochs'])
-
-    @property
     def num_classes(self) -> int:
         return self.shared['num_classes'] or self.classes or 1000
 

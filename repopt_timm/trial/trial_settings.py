@@ -21,7 +21,7 @@ _logger = logging.getLogger(__name__)
 # What each run gets from the trial.
 _SET = ('data_dir', 'model', 'opt', 'lr', 'seed', 'output', 'experiment', 'resume', 'override')
 
-# What would not be the same start, or the same number of epochs, for each arm.
+# Arguments that would give the arms different starts or different numbers of epochs.
 _WITHOUT = (
     *('scales', 'pretrained', 'initial_checkpoint', 'init', 'lr_base', 'lr_base_size', 'lr_base_scale', 'search_first'),
     *('holdout', 'patience', 'warmup_prefix', 'cooldown_epochs', 'log_wandb'),

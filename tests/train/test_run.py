@@ -106,7 +106,7 @@ def test_a_target_learns_writes_its_epochs_and_timm_reads_its_checkpoint(trained
     [
         (TINY, '--scales initial --amp --amp-dtype bfloat16 --channels-last --momentum 0.8'),
         (f'{TINY}_hs', '--amp --in-chans 1 --input-size 1 32 32 --mean 0.5 --momentum 0.8'),
-        ('test_byobnet', '--bce-loss --bce-sum --bce-target-thresh 0.2 --class-weights balanced --momentum 0.8'),
+        ('test_byobnet', '--bce-loss --bce-sum --bce-target-thresh 0.2 --momentum 0.8'),
         ('test_byobnet', '--drop-path 0.2 --warmup-prefix --momentum 0.8 --opt-kwargs nesterov=false'),
     ],
 )

@@ -212,7 +212,7 @@ def test_one_process_trains_in_a_folder_and_a_dead_one_does_not_keep_it(train, a
     process = in_child(arguments('--epochs 500 --resume --workers 1'))
     while not (copied / 'checkpoint-3.pth.tar').exists():
         time.sleep(0.01)
-    with pytest.raises(ValueError, match=r"Another process trains in '.*run' already"):
+    with pytest.raises(ValueError, match=r"training in '.*run'"):
         train('--resume')
     process.kill()
     process.join()

@@ -58,7 +58,7 @@ About 7 seeds would show 2 points, or 22 if the spread is underestimated.
 identity is better than sgd by 1.05 points, among the seeds that did not diverge (+1.05
 1 of 3 runs of identity diverged; its mean is that of the others.
 branches and sgd, among the seeds that did not diverge: one seed, +2.00 points. One seed cannot say
-unit_branches and sgd: no seed with which both are finished
+unit_branches and sgd: no seed has finished runs of both
 3 of 3 runs of unit_branches diverged.
 3 of 3 runs of adamw are not finished.
 | repopt: RepOptSGD, unsearched scales                       | 0.1   | 3     | 54.00 (46.67 to 61.33)
@@ -142,6 +142,15 @@ def test_trials_of_several_depths_have_one_report(finished, tmp_path):
     for results, panels in ([deep, shallow], ['convolutions', 'seconds']), ([deep, deep], ['seconds']):
         figure = draw_trials([TrialResult(each.folder) for each in results], tmp_path / 'picture.png')
         assert [axes.get_xlabel().split()[0] for axes in figure.axes] == panels
+
+
+def test_trials_in_folders_of_one_name_are_told_apart(finished, tmp_path):
+    made = [finished({'repopt': [0.1, -0.1]}, folder=f'{parent}/same') for parent in 'ab']
+    reports(*made)
+    folder = made[0].folder / 'report'
+    with (folder / 'epochs.csv').open() as file:
+        assert {row['trial'] for row in csv.DictReader(file)} == {'a/same', 'b/same'}
+    assert json.loads((folder / 'report.json').read_text()).keys() == {'a/same', 'b/same'}
 
 
 def test_budgets_are_compared_at_equal_wall_time(trial):
