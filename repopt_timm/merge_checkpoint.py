@@ -53,7 +53,8 @@ def merge_trained(
     plain: Any = plain_twin(original, weights=True)
     name = _plain_name(cfg['architecture'])
     take_name(plain, name)
-    note_merged(plain, cfg['architecture'] if is_file else source)
+    # A path of the machine is nobody else's business.
+    note_merged(plain, cfg['architecture'] if is_file or source.startswith('local-dir:') else source)
     if implied:
         prepare(plain, implied_scales(original).renamed(name.network), init=False)
     if data is not None:

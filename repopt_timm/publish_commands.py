@@ -125,7 +125,8 @@ def _convert_checkpoint(args: argparse.Namespace) -> None:
     check_output_folder(args.out)
     implied = args.scales == IMPLIED
     model: Any = merge_trained(args.checkpoint, args.model, args.data, implied)
-    training = {'converted_from': Path(args.checkpoint).name if Path(args.checkpoint).exists() else args.checkpoint}
+    path = Path(args.checkpoint.removeprefix('local-dir:'))
+    training = {'converted_from': path.name if path.exists() else args.checkpoint}
     if merged_from(model):
         training['trained_with'] = 'branches; merged into plain kernels'
         measured = f'measured on images of {Path(args.data).resolve().name}' if args.data else 'estimated from branches'

@@ -1,4 +1,4 @@
-"""The scales that a target was trained with: its checkpoint holds their fingerprint and at most their name."""
+"""The scales that a target was trained with: a checkpoint holds their fingerprint, and their name or values."""
 
 import argparse
 from collections.abc import Mapping

@@ -50,6 +50,12 @@ def test_a_trained_checkpoint_becomes_the_plain_network_and_images_change_its_st
     assert '| method |' in card.text and 'Not recorded' not in card.text
 
 
+def test_no_path_of_the_machine_is_published(trained, tmp_path):
+    save_for_hf(trained, tmp_path / 'secret')
+    assert main(['convert-checkpoint', f'local-dir:{tmp_path / "secret"}', '--out', str(tmp_path / 'out')]) == 0
+    assert all(str(tmp_path) not in (tmp_path / 'out' / name).read_text() for name in ('README.md', 'config.json'))
+
+
 @pytest.mark.parametrize('name', [f'{TINY}_branches', 'repghostnet_050'])
 def test_a_file_of_tensors_needs_the_name_of_its_network(name, tmp_path):
     branches = timm.create_model(name, num_classes=5).eval()

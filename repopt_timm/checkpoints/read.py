@@ -25,8 +25,7 @@ LAST_CHECKPOINT = 'last.pth.tar'
 def checkpoint_of(path: str | os.PathLike) -> Path:
     """Returns the best checkpoint in the folder of a run, or else its last one; any other path as it is."""
     path = Path(path)
-    best, last = path / BEST_CHECKPOINT, path / LAST_CHECKPOINT
-    return (best if best.is_file() else last) if last.is_file() else path
+    return next((file for file in (path / BEST_CHECKPOINT, path / LAST_CHECKPOINT) if file.is_file()), path)
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def shipped_cfgs() -> dict[str, dict[str, Any]]:
 def original_cfgs(kind: str) -> dict[str, dict[str, Any]]:
     """Makes the configurations of timm's RepVGG weights for our targets or `branches`: `repopt_vgg_b1.rvgg_in1k`."""
     cfgs: dict[str, dict[str, Any]] = {}
-    # The squeeze-and-excitation of timm's RepVGG-D2se is elsewhere than ours.
+    # timm's RepVGG-D2se has its squeeze-and-excitation in another place than ours.
     for name in (name for name, each in ARCHITECTURES.items() if kind == 'branches' or not each.use_se):
         for cfg in get_arch_pretrained_cfgs(name.replace('repopt_vgg', 'repvgg')).values():
             if cfg.has_weights:

@@ -71,13 +71,13 @@ class GradMultOptimizer(torch.optim.Optimizer):
         bare = [str(tuple(param.shape)) for param in params if param.ndim == 4 and param not in self.grad_mults]
         if bare:
             warnings.warn(
-                f'{len(bare)} kernels have no Grad Mult, {type(self).__name__} trains them as without scales: '
+                f'{len(bare)} kernels have no Grad Mult, {type(self).__name__} trains them as usual, without scales: '
                 f'{", ".join(bare)}. If their convolutions carry scales, make Grad Mults and optimizer anew.',
                 stacklevel=stacklevel,
             )
 
     def _check_groups(self) -> None:
-        """Raises a ValueError if a trainable kernel is in no group: another tensor would train as without scales."""
+        """Raises a ValueError if a trainable kernel is in no group: its replacement would train without Grad Mult."""
         params = {param for group in self.param_groups for param in group['params']}
         names = [self.grad_mults.name_of(each) for each in self.grad_mults if each.requires_grad and each not in params]
         if names:

@@ -59,7 +59,7 @@ def register_optimizers() -> None:
 def _warn_of_unused_scales(model: nn.Module, opt: str) -> None:
     if any(carried.initialized for carried in carried_scales(model).values()):
         warnings.warn(
-            f"The model was initialized from scales, but the optimizer '{opt}' has no Grad Mults, so that it does not "
+            f"The model was initialized from scales, but the optimizer '{opt}' has no Grad Mults: the model does not "
             f"train like its CSLA counterpart. Use opt='repopt_sgd' or 'repopt_adamw', or create the model without "
             f'scales.',
             stacklevel=4,

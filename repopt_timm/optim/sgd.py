@@ -93,4 +93,4 @@ def build_repopt_sgd(
         {'params': [param for param in params if param.ndim == 4], 'weight_decay': weight_decay},
         {'params': [param for param in params if param.ndim != 4], 'weight_decay': 0.0},
     ]
-    return RepOptSGD(groups, lr=lr, momentum=momentum, nesterov=True, grad_mults=make_grad_mults(model))
+    return RepOptSGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, grad_mults=make_grad_mults(model))

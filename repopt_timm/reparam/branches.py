@@ -41,7 +41,7 @@ class Branch:
     def of(cls, name: str, kernel_size: Sequence[int], count: int = 1) -> 'Branch':
         """Makes the branch called `name` of a kernel of height and width `kernel_size`, or says why there is none."""
         if type(count) is not int or not 1 <= count <= (1 if name == 'identity' else 1000):
-            raise ValueError(f"The branch '{name}' has the count {count!r}: from 1 to 1000, 1 for an identity.")
+            raise ValueError(f"The branch '{name}' has the count {count!r}: expected 1 to 1000, or 1 for an identity.")
         height, width = kernel_size
         if name == 'kxk':
             return cls(name, (height, width), count)
@@ -101,7 +101,7 @@ def draw_operators(
     Args:
         branches: The branches, sorted by name.
         kernel: Kernel of shape (O, I/g, k_h, k_w), for dtype, device and memory format; its values are not read.
-        vectors: Branch name to vector of shape (O,); an identity's operator starts at its own, without any at 1.
+        vectors: Branch name to vector of shape (O,); an identity's operator starts at its own, or at 1 without any.
         start: `paper` draws the other operators as PyTorch initializes `nn.Conv2d`; `identity` sets them to zero where
             there is an identity branch (DiracNets, arXiv 1706.00388).
     """

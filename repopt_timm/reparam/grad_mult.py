@@ -14,7 +14,7 @@ from .prior import log_convs_without, refusal
 from .scales import CarriedScales, Scales, ScalesMapping, carried_scales, scales_for
 
 UPDATE_RULES = {'sgd': 2, 'adamw': 1}
-"""Update rule to the power of |s_b| in its Grad Mult."""
+"""Exponent of |s_b| in the Grad Mult, by update rule."""
 
 
 class GradMults(Mapping[Tensor, Tensor]):
@@ -70,7 +70,7 @@ class GradMults(Mapping[Tensor, Tensor]):
 def make_grad_mults(model: nn.Module, scales: ScalesMapping | None = None, update_rule: str = 'sgd') -> GradMults:
     """Makes the Grad Mults of a plain model's kernels.
 
-    One line of log names the convolutions that have none.
+    Logs one line that names the convolutions without one.
 
     Args:
         model: The model, or any wrapper around it: convolutions are found wherever they are. With `scales` it may be a
@@ -117,7 +117,7 @@ def make_grad_mults(model: nn.Module, scales: ScalesMapping | None = None, updat
         )
     weights = {weight for weight, _ in kernels.values()}
     having = [name for name, each in modules.items() if isinstance(each, nn.Conv2d) and each.weight in weights]
-    log_convs_without(model, having, 'have no Grad Mult and train as without scales', logging.WARNING)
+    log_convs_without(model, having, 'have no Grad Mult and train as usual', logging.WARNING)
     names: dict[Tensor, str] = {}
     masks: dict[Tensor, Tensor] = {}
     zeros: dict[Tensor, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Scales that others have published as files: the table `published_scales.csv`, and their way into the cache."""
+"""Scales that others have published as files: the table `published_scales.csv`, and their download into the cache."""
 
 import csv
 import hashlib

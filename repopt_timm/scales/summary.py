@@ -72,7 +72,9 @@ def movement(searched: Sequence[ScalesMapping], initial: ScalesMapping) -> Movem
                 changes[module, branch] = [((mean - base) / base.abs()).item() for mean in means]
     scaled = {key: values for key, values in changes.items() if key[1] != 'identity'}
     if not scaled:
-        raise ValueError('The searched and the initial scales have no branch in common: they are of two networks.')
+        raise ValueError(
+            'The searched and the initial scales have no branch in common: they belong to different networks.'
+        )
     sizes = {key: fmean(map(abs, values)) for key, values in scaled.items()}
     where = max(sizes, key=lambda key: sizes[key])
     identities = [abs(value) for key, values in changes.items() if key not in scaled for value in values]

@@ -7,7 +7,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from repopt_timm.checkpoints.read import check_weights, read_checkpoint, select_state_dict
+from repopt_timm.checkpoints.read import check_weights, checkpoint_of, read_checkpoint, select_state_dict
+
+
+@pytest.mark.parametrize('kept', [['last.pth.tar'], ['model_best.pth.tar'], ['last.pth.tar', 'model_best.pth.tar']])
+def test_the_folder_of_a_run_stands_for_its_best_checkpoint_or_the_last(tmp_path, kept):
+    for name in kept:
+        (tmp_path / name).touch()
+    assert checkpoint_of(tmp_path) == tmp_path / kept[-1]
 
 
 def test_configs_of_the_reference_repository_become_dicts_and_timms_arguments_stay(tmp_path, monkeypatch):
