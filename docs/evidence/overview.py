@@ -15,6 +15,7 @@ from typing import Any
 from scipy.stats import ttest_rel
 
 from repopt_timm.reporting import markdown_table
+from repopt_timm.trial.statistics import Interval
 
 ARMS = ('branches', 'unit_branches', 'sgd', 'adamw', 'dirac', 'init', 'repopt', 'identity')
 BRANCHES = ('branches', 'unit_branches')
@@ -52,13 +53,8 @@ def gain(top1: dict[str, dict[str, float]], arm: str, others: tuple[str, ...]) -
     if not others:
         return '-'
     rival = top1[max(others, key=lambda each: mean(top1[each].values()))]
-    seeds = sorted(set(top1[arm]) & set(rival))
-    test = ttest_rel([top1[arm][seed] for seed in seeds], [rival[seed] for seed in seeds])
-    points = f'{mean(top1[arm][seed] - rival[seed] for seed in seeds):+.1f}'
-    if len(seeds) < 3:
-        return points
-    interval = test.confidence_interval(1 - LEVEL)
-    return f'{points} ({interval.low:.1f} to {interval.high:.1f})'
+    found = Interval.of(top1[arm][seed] - rival[seed] for seed in set(top1[arm]) & set(rival))
+    return f'{found.mean:+.1f}' + (f' ({found.lower:.1f} to {found.upper:.1f})' if found.count > 2 else '')
 
 
 def comparisons() -> list[tuple[float, str, str, float, int]]:

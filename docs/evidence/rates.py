@@ -6,11 +6,11 @@ Reads TRIAL/tuning. Writes OUTPUT/rates.csv, held-out accuracy in percent of eac
 OUTPUT/rates.png. Each point is one run. A run that diverged has no accuracy.
 """
 
-import csv
 import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 
 ARMS = {
     'sgd': ('plain, SGD', 'C7', 'o:'),
@@ -21,33 +21,27 @@ ARMS = {
 }
 
 
-def accuracies(tuning: Path) -> dict[float, float]:
-    """Returns learning rate to top-1 in percent after the last epoch, of the runs of an arm."""
-    found = {}
-    for path in tuning.glob('lr-*/summary.csv'):
-        with open(path, encoding='utf-8', newline='') as file:
-            *_, last = csv.DictReader(file)
-        if last.get('eval_top1'):
-            found[float(path.parent.name.removeprefix('lr-'))] = float(last['eval_top1'])
-    return dict(sorted(found.items()))
+def accuracies(tuning: Path) -> pd.Series:
+    """Returns top-1 in percent after the last epoch of the runs of an arm, by learning rate."""
+    found = {
+        float(path.parent.name.removeprefix('lr-')): pd.read_csv(path).iloc[-1].get('eval_top1')
+        for path in tuning.glob('lr-*/summary.csv')
+    }
+    return pd.Series(found, dtype=float).dropna()
 
 
 def main() -> None:
     """Writes the table and the picture."""
     trial, output = Path(sys.argv[1]), Path(sys.argv[2])
     output.mkdir(parents=True, exist_ok=True)
-    found = {arm: accuracies(trial / 'tuning' / arm) for arm in ARMS}
-    rates = sorted({rate for runs in found.values() for rate in runs})
-    with open(output / 'rates.csv', 'w', encoding='utf-8', newline='') as file:
-        writer = csv.writer(file, lineterminator='\n')
-        writer.writerow(['learning rate', *ARMS])
-        for rate in rates:
-            writer.writerow([rate, *(f'{runs[rate]:.2f}' if rate in runs else '' for runs in found.values())])
+    found = pd.DataFrame({arm: accuracies(trial / 'tuning' / arm) for arm in ARMS}).sort_index()
+    table = found.map('{:.2f}'.format, na_action='ignore')
+    table.to_csv(output / 'rates.csv', index_label='learning rate')
     figure, axes = plt.subplots(figsize=(6.4, 3.9), layout='constrained')
     for arm, (label, color, style) in ARMS.items():
-        axes.plot(list(found[arm]), list(found[arm].values()), style, color=color, label=label)
+        axes.plot(found[arm].dropna(), style, color=color, label=label)
     axes.set_xscale('log', base=2)
-    axes.set_xticks(rates, [f'{rate:g}' for rate in rates])
+    axes.set_xticks(found.index, [f'{rate:g}' for rate in found.index])
     axes.set_xlabel('learning rate')
     axes.set_ylabel('top-1 (%), 5,000 held-out images')
     axes.grid(alpha=0.25)

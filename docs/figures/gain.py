@@ -3,12 +3,10 @@
 python docs/figures/gain.py
 """
 
-import csv
-from collections import defaultdict
 from pathlib import Path
-from statistics import mean, median
 
 import matplotlib.pyplot as plt
+import pandas as pd
 
 EVIDENCE = Path(__file__).parents[1] / 'evidence'
 PANELS = {
@@ -25,32 +23,19 @@ ARMS = {
 }
 
 
-def curves(page: str, trial: str) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
-    """Returns arm to {epoch: mean top-1 in percent over seeds}, and seconds per epoch of its network.
-
-    All plain arms train one network, so they share the time of `sgd`: not all were trained beside each other.
-    """
-    found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    seconds: dict[str, list[float]] = defaultdict(list)
-    with open(EVIDENCE / page / 'epochs.csv', encoding='utf-8', newline='') as file:
-        for row in csv.DictReader(file):
-            if row['trial'] == trial and row['arm'] in ARMS:
-                seconds[row['arm']] += [float(row['train_seconds'])] if row['train_seconds'] else []
-                if row['eval_top1']:
-                    found[row['arm']][int(row['epoch'])].append(float(row['eval_top1']))
-    times = {arm: median(seconds['branches' if arm == 'branches' else 'sgd']) for arm in found}
-    return {arm: {epoch: mean(top1) for epoch, top1 in epochs.items()} for arm, epochs in found.items()}, times
-
-
 def main() -> None:
     """Writes the picture beside this file."""
     figure, panels = plt.subplots(1, len(PANELS), figsize=(10.5, 3.9), layout='constrained')
-    for axes, (title, source) in zip(panels, PANELS.items()):
-        found, times = curves(*source)
+    for axes, (title, (page, trial)) in zip(panels, PANELS.items()):
+        rows = pd.read_csv(EVIDENCE / page / 'epochs.csv')
+        rows = rows[rows.trial == trial]
+        top1 = rows.groupby(['arm', 'epoch']).eval_top1.mean().dropna()
+        seconds = rows.groupby('arm').train_seconds.median()
         for arm, (label, color, style) in ARMS.items():
-            if arm in found:
-                minutes = [epoch * times[arm] / 60 for epoch in found[arm]]
-                axes.plot(minutes, list(found[arm].values()), style, color=color, label=label, ms=6)
+            if arm in seconds:
+                # All plain arms train one network, so they share the time of `sgd`: not all ran beside each other.
+                minutes = top1[arm].index * seconds['branches' if arm == 'branches' else 'sgd'] / 60
+                axes.plot(minutes, top1[arm], style, color=color, label=label, ms=6)
         axes.set_title(title, fontsize=11)
         axes.set_xlim(left=0)
         axes.set_xlabel('training time on one core (min)')

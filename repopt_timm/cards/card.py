@@ -81,7 +81,7 @@ def read_metadata(path: str | os.PathLike, source: str) -> dict[str, Any]:
         metadata = dict(yaml.safe_load(front[2]) or {}) if front else {}
         found = dict(metadata.get(METADATA_KEY, {})).get('format', _FORMAT)
     except Exception as error:
-        # Damaged bytes provoke whatever they like in a reader.
+        # On damaged bytes a reader may raise anything.
         raise ValueError(f'{source}: its metadata cannot be read: {reason_of(error)}. Fix the front matter.') from None
     if found != _FORMAT:
         raise ValueError(f"{source}: its '{METADATA_KEY}' is in format {found!r:.20}: upgrade repopt-timm.")

@@ -209,7 +209,7 @@ def write_card(
     body = render_body(repo_id, model_name, files, scales, facts, license_name, data.eval_results or ())
     card.text = _with_block(card.text, f'{BEGIN}\n{scrub(body).strip()}\n{END}', where)
     card.save(path)
-    # What could not be read again is not published.
+    # Do not publish a card that cannot be read back.
     read_metadata(path, where)
 
 

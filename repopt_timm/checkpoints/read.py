@@ -54,7 +54,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         problem = f'it would run code to restore {unsafe[1]}' if unsafe else 'it is not a pickle of tensors'
         raise ValueError(f"'{path}' is refused: {problem}.") from None
     except Exception as error:
-        # Damaged bytes provoke whatever they like in a reader.
+        # On damaged bytes a reader may raise anything.
         raise ValueError(f"'{path}' is not a readable checkpoint: {reason_of(error)}.") from None
     if not isinstance(checkpoint, dict):
         raise ValueError(f"'{path}' holds a {type(checkpoint).__name__}, expected a dict of tensors or of a run.")

@@ -1,4 +1,4 @@
-"""Accuracy, classes, latency, throughput and size of a model; it classifies images, too."""
+"""Measures a model's accuracy, in all and per class, latency, throughput and size; classifies images."""
 
 import csv
 import os

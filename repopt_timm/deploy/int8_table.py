@@ -16,7 +16,7 @@ from .classifier import Classifier, is_onnx, load_classifier, onnx_classifier
 from .equalization import describe
 from .evaluation import check_classes, classify, random_images, time_runs
 from .onnx_export import float_onnx
-from .quantization import PERCENTILE, WEIGHTS, QuantizationOptions, quantize_in
+from .quantization import PERCENTILE, WEIGHTS, QuantizationOptions, excluded_nodes, quantize_in
 from .runtime import require
 
 # Largest ratio of the 90th percentile to the median of steady times. On a machine with twice as many busy processes as
@@ -64,6 +64,7 @@ def compare_int8(
         )
         # Fail before the calibrations, which take long.
         check_classes(float32, images)
+        excluded_nodes(model, ways[0].exclude)
         loaded[label] = model, float32, images, pool
     for label, (model, float32, images, pool) in loaded.items():
         source = models[label]

@@ -75,6 +75,10 @@ def float_onnx(source: str | os.PathLike, overrides: Mapping[str, Any] | None = 
         model = load_trained(source)
         return to_onnx(model, preprocessing(overrides, model=model))[0]
     proto = load_onnx(source)
+    if any(node.op_type in ('QuantizeLinear', 'DequantizeLinear') for node in proto.graph.node):
+        raise ValueError(f"'{source}' is quantized already; name the float32 one.")
+    if any(tensor.data_type == tensor.FLOAT16 for tensor in proto.graph.initializer):
+        raise ValueError(f"'{source}' is in float16, expected float32; name the file of an export without --fp16.")
     for name, value in require('onnx_ir').from_proto(proto).graph.initializers.items():
         if not np.isfinite(value.const_value.numpy()).all():
             raise ValueError(f"'{source}': '{name}' has values that are not finite. Export another checkpoint.")

@@ -175,7 +175,7 @@ def quantize_onnx(
 def quantize_in(ways: Sequence[QuantizationOptions], model: Any, images: Images) -> Iterator[Quantization]:
     """Quantizes a float `onnx.ModelProto` in ways of the same `images` and `seed`, each calibration done once."""
     # Fail before the calibration.
-    _excluded_nodes(model, ways[0].exclude)
+    excluded_nodes(model, ways[0].exclude)
     indices = images.sample(ways[0].images, ways[0].seed)
     chosen = set(indices)
     others = [index for index in images.sample(len(images), ways[0].seed + 1) if index not in chosen]
@@ -205,7 +205,7 @@ def quantize(
     none. `only` names nodes to quantize, in place of all that are not excluded.
     """
     quantization = require('onnxruntime.quantization')
-    excluded = {} if only else _excluded_nodes(model, options.exclude)
+    excluded = {} if only else excluded_nodes(model, options.exclude)
     tensorrt = options.target == 'tensorrt'
     others = [node.name for node in model.graph.node if tensorrt and node.op_type not in LAYERS]
     with TemporaryDirectory(prefix='repopt-timm-') as folder, quiet():
@@ -279,12 +279,8 @@ def _finish(quantized: Any, tensorrt: bool) -> Any:
     return ir.to_proto(model)
 
 
-def _excluded_nodes(model: Any, patterns: Iterable[str]) -> dict[str, str]:
-    """Maps excluded layers, and other nodes, to names of nodes; refuses a model that is not in float32."""
-    if any(node.op_type in ('QuantizeLinear', 'DequantizeLinear') for node in model.graph.node):
-        raise ValueError('The model is quantized already; name the float32 one.')
-    if any(tensor.data_type == tensor.FLOAT16 for tensor in model.graph.initializer):
-        raise ValueError('The model is in float16, expected float32; name the file of an export without --fp16.')
+def excluded_nodes(model: Any, patterns: Iterable[str]) -> dict[str, str]:
+    """Maps excluded layers, and other nodes, to names of nodes."""
     layers = layers_of(model)
     excluded: dict[str, str] = {}
     for pattern in patterns:
