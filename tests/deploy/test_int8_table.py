@@ -1,8 +1,9 @@
 from itertools import product
+from pathlib import Path
 
 import pytest
 
-from repopt_timm.deploy import QuantizationOptions, compare_int8, comparison_table, int8_table
+from repopt_timm.deploy import QuantizationOptions, compare_int8, comparison_table, int8_table, save_onnx
 from repopt_timm.deploy.int8_table import is_steady
 
 WAYS = [*product((False, True), ('minmax', 'percentile'))]
@@ -26,10 +27,14 @@ def test_every_model_is_measured_in_every_way(results):
     assert (results['settings']['validation_images'], results['settings']['calibration_images']) == (36, 20)
 
 
-def test_a_model_that_is_missing_is_found_before_another_is_quantized(checkpoint, images, monkeypatch):
+def test_a_second_model_that_is_wrong_is_found_before_the_first_is_quantized(
+    checkpoint, quantization, images, tmp_path, monkeypatch
+):
+    save_onnx(quantization().quantized, tmp_path / 'int8.onnx')
     monkeypatch.setattr(int8_table, 'quantize_in', lambda *args: pytest.fail('quantized'))
-    with pytest.raises(FileNotFoundError, match='nowhere'):
-        compare_int8({'run': checkpoint, 'other': 'nowhere.onnx'}, images, [QuantizationOptions()])
+    for other, error in (('nowhere.onnx', FileNotFoundError), (tmp_path / 'int8.onnx', ValueError)):
+        with pytest.raises(error, match=Path(other).name):
+            compare_int8({'run': checkpoint, 'other': other}, images, [QuantizationOptions()])
 
 
 def test_what_equalizing_does_is_a_row(results):
