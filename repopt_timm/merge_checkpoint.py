@@ -53,7 +53,7 @@ def merge_trained(
     plain: Any = plain_twin(original, weights=True)
     name = _plain_name(cfg['architecture'])
     take_name(plain, name)
-    # A path of the machine is nobody else's business.
+    # The note is published: no path of the machine.
     note_merged(plain, cfg['architecture'] if is_file or source.startswith('local-dir:') else source)
     if implied:
         prepare(plain, implied_scales(original).renamed(name.network), init=False)

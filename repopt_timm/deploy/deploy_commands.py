@@ -54,7 +54,7 @@ def add_commands(commands: Any) -> None:
     add('--out', metavar='FILE', type=_onnx_file, required=True, help='file to write')
     add('--weights', choices=WEIGHTS, default=WEIGHTS[0], help='one scale per output channel, or one per tensor')
     ways = (*CALIBRATIONS, 'auto')
-    add('--calibration', choices=ways, default='minmax', help='how to range activations; auto tries all three')
+    add('--calibration', choices=ways, default='minmax', help='how to find activation ranges; auto tries all')
     add('--target', choices=TARGETS, default=TARGETS[0], help='runtime; ort is for OpenVINO too')
     add('--sensitivity', metavar='DIR', type=Path, help='write what each layer alone costs in INT8')
 
